@@ -1,0 +1,59 @@
+"""Durations: a length of training in exactly one unit."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+UNITS = ("epochs", "steps", "samples")
+_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMG]?)\s*(epoch|step|sample)s?\s*$")
+_SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+
+
+@dataclass(frozen=True)
+class Length:
+    """A duration such as ``90 epochs``, ``2000 steps`` or ``1.2M samples``."""
+
+    value: float
+    unit: str
+
+    def steps(self, global_batch: int, epoch_samples: int) -> int:
+        """Whole optimizer steps that cover this length (rounded up).
+
+        `epoch_samples` is the number of samples that the order policy puts in one epoch.
+        """
+        samples_per_unit = {"epochs": epoch_samples, "samples": 1, "steps": global_batch}
+        # The epsilon keeps 0.1 epochs of 1000 samples at 100, not 100.00000000000001.
+        return math.ceil(self.value * samples_per_unit[self.unit] / global_batch - 1e-9)
+
+    def __str__(self) -> str:
+        return f"{self.value:.12g} {self.unit}"
+
+
+def parse(text: Any) -> Length:
+    """Read a duration; raise ValueError where it is not one number and one unit."""
+    if isinstance(text, Length):
+        return text
+    match = _PATTERN.match(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(
+            f"{text!r} is not a duration; write one number and one unit, such as "
+            "'90 epochs', '2000 steps' or '1.2M samples'"
+        )
+    return Length(float(match[1]) * _SCALE[match[2]], match[3] + "s")
+
+
+Duration = Annotated[
+    Length,
+    BeforeValidator(parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": _PATTERN.pattern,
+            "examples": ["90 epochs", "2000 steps", "1.2M samples"],
+        }
+    ),
+]

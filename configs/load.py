@@ -1,0 +1,225 @@
+"""From a recipe's name or file to a checked Recipe."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Recipe
+
+BUILTIN = Path(__file__).parent
+MAX_BYTES = 1_000_000
+
+# What may change between two starts of one run: where it logs and saves, and how many
+# processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
+_NO_EFFECT: dict[str, Any] = {
+    "name": True,
+    "log": True,
+    "checkpoint": True,
+    "data": {"path", "workers", "threads"},
+}
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Load a recipe by built-in name or by path, with `base:` and ``key=value`` applied.
+
+    Raises UserError with all problems at once, each with its place and the remedy.
+    """
+    path = find_recipe(name)
+    tree = _inherit(path, ())
+    for override in overrides:
+        _override(tree, override)
+    tree.setdefault("name", path.stem)
+    return parse_recipe(tree, str(name))
+
+
+def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
+    """Check a tree of plain values; `source` is named in the error."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(e, tree) for e in error.errors()]
+        raise UserError(f"recipe {source}:\n" + "\n".join(f"  {x}" for x in lines)) from None
+
+
+def builtin_recipes() -> list[str]:
+    return sorted(p.stem for p in BUILTIN.glob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A file as given, or a built-in recipe by its name."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+    elif (BUILTIN / f"{name}.yaml").is_file() and len(path.parts) == 1:
+        return BUILTIN / f"{name}.yaml"
+    known = builtin_recipes()
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"no recipe {str(name)!r}: {hint}give a path that ends in .yaml, or one of {', '.join(known)}"
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every value written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits over everything in the recipe that can reach a weight."""
+    tree = recipe.model_dump(mode="json", exclude=_NO_EFFECT)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that also refuses a key written twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise UserError(f"key {key!r} on line {key_node.start_mark.line + 1} is not a name")
+        if key in seen:
+            raise UserError(f"key {key!r} is written twice; remove one of them")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping; raise UserError where it is not one."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes: that is no recipe")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no mapping; a recipe is lines of `key: value`")
+    return tree
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: makes plain values only
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from None
+
+
+def _inherit(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise UserError(f"`base:` goes round in a circle: {chain}; remove one of them")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base is {base!r}; it must be one recipe's name or path")
+    beside = path.parent / base
+    parent = beside if beside.suffix and beside.is_file() else find_recipe(base)
+    inherited = _inherit(parent, (*seen, path.resolve()))
+    inherited.pop("name", None)  # a run is named after its own recipe
+    return _merge(inherited, tree)
+
+
+def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, key by key. A part with another `name` replaces the base's part."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            other_kind = "name" in value and value["name"] != below.get("name", value["name"])
+            merged[key] = value if other_kind else _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"override {text!r} is not of the form key=value, such as optimizer.lr=2")
+    # Built as a tree of one leaf, so that an override merges by the same rule as `base:`.
+    leaf: Any = _parse(value, f"override {text!r}")
+    for part in reversed(path):
+        leaf = {part: leaf}
+    merged = _merge(tree, leaf)
+    tree.clear()
+    tree.update(merged)
+
+
+def _explain(error: Any, tree: Mapping[str, Any]) -> str:
+    """One line for one pydantic error: place, value, rule, remedy."""
+    # Pydantic puts the tag of a union's branch into the place; a reader never wrote it.
+    place = _written(error["loc"], tree)
+    where = ".".join(map(str, place)) or "recipe"
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        valid = _valid_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(place[-1]), valid, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{where}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if kind == "missing":
+        return f"{where}: missing; it has no default, so write it"
+    if kind == "value_error":
+        return message if where == "recipe" else f"{where}: {message}"
+    value = repr(error["input"])
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return f"{where} = {shown}: {message}"
+
+
+def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
+    """The parts of a pydantic location that stand in the recipe as written."""
+    place: list[Any] = []
+    for depth, part in enumerate(loc):
+        last = depth == len(loc) - 1
+        if isinstance(tree, Mapping) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, Mapping) and not last and part == tree.get("name"):
+            continue
+        elif isinstance(tree, str) and part == tree:
+            continue
+        place.append(part)
+    return place
+
+
+def _valid_keys(loc: Sequence[Any]) -> list[str]:
+    """The keys that the part at a pydantic location may hold."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        inner: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                field = model.model_fields[part]
+                inner += _models_in(field.annotation) + _models_in(tuple(field.metadata))
+            elif "name" in model.model_fields and part in _names(model):
+                inner.append(model)
+        models = inner or models
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = annotation if isinstance(annotation, tuple) else getattr(annotation, "__args__", ())
+    return [m for a in arguments for m in _models_in(a)]
+
+
+def _names(model: type[BaseModel]) -> tuple[Any, ...]:
+    return getattr(model.model_fields["name"].annotation, "__args__", ())

@@ -1,0 +1,151 @@
+"""The run directory: its layout, its creation, and what can be read from it."""
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml, recipe_hash
+from bigbatch.configs.schema import Recipe
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_VERSIONS = ("bigbatch", "torch", "timm", "accelerate", "deepspeed", "kornia", "numpy", "wandb")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside ``runs/<name>/``. `metrics.jsonl` is the truth; the rest are views of it."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
+
+    @property
+    def ensemble(self) -> Path:
+        return self.path / "ensemble"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that this run was created with."""
+        if not self.recipe_file.is_file():
+            raise UserError(
+                f"{self.path} is no run directory (it holds no recipe.yaml); "
+                "`bigbatch runs` lists the runs there are"
+            )
+        return parse_recipe(read_yaml(self.recipe_file), str(self.recipe_file))
+
+
+def create_run(path: Path, recipe: Recipe) -> RunDir:
+    """Make a new run directory with the resolved recipe, its hash and the versions.
+
+    Raises UserError where a run is there already: nothing is ever overwritten.
+    """
+    if not NAME.fullmatch(path.name):
+        raise UserError(
+            f"run name {path.name!r} is not allowed: use up to 100 letters, digits, '.', '_' "
+            "and '-', starting with a letter or digit"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        raise UserError(
+            f"{path} exists already; go on with it by `bigbatch resume {path}`, "
+            "or choose another name with --run"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot create the run directory {path}: {error}") from None
+    run = RunDir(path)
+    manifest = {
+        "name": path.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "recipe_hash": recipe_hash(recipe),
+        "git": _git_revision(),
+        "versions": {name: _version(name) for name in _VERSIONS},
+    }
+    write_atomically(run.manifest, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(run.recipe_file, dump_recipe(recipe))
+    return run
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file, so that a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a JSON-lines file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a power cut; the next attempt writes that step again
+    return records
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the code that the user stands in, with + where it has changes."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,157 @@
+"""The recipe: everything that decides what a training run computes."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from bigbatch.configs.durations import Duration, Length
+from bigbatch.configs.optimizers import Optimizer
+from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
+from bigbatch.configs.sampling import Sampling, Uniform
+from bigbatch.configs.schedules import Cosine, Schedule
+
+Range = tuple[Positive, Positive]
+
+
+class Data(Part):
+    """Shards as `bigbatch shard` and `bigbatch index` leave them: PATH/SPLIT/*.tar + index/."""
+
+    path: str = Field(description="folder that holds one folder of shards for each split")
+    train: str = Field("train", description="split to train on")
+    val: str = Field("val", description="split that gates snapshots and picks the soup")
+    test: str | None = Field("test", description="split reported at the end, used for no choice")
+    sampling: Sampling = Uniform()
+    image_size: Annotated[int, Field(ge=8, le=4096)] = 224
+    channels: Literal[1, 3] = 3
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="decoding processes per rank")
+    threads: Count = Field(2, description="decoding threads in each worker")
+    bad_samples: Annotated[int, Field(ge=0)] = Field(
+        100, description="how many unreadable samples are substituted before the run stops"
+    )
+
+
+class Model(Part):
+    """A timm model."""
+
+    name: str
+    pretrained: bool = False
+    checkpoint: str | None = Field(None, description="local weights to start from")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="keyword arguments of timm.create_model"
+    )
+
+
+class Loss(Part):
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Crop(Part):
+    """Random resized crop: area as a fraction of the image, aspect ratio log-uniform."""
+
+    scale: tuple[Fraction, Fraction] = (0.35, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
+
+
+class Affine(Part):
+    """Small random affine map: each value is drawn uniformly from [-x, x]."""
+
+    degrees: NonNegative = 0.0
+    translate: Fraction = Field(0.0, description="fraction of the image size")
+    scale: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="zoom in [1-x, 1+x]")
+    shear: NonNegative = Field(0.0, description="degrees")
+
+
+class Jitter(Part):
+    """Colour jitter: factors in [1-x, 1+x]; hue as a fraction of the colour circle."""
+
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+
+class Augment(Part):
+    """Device-side augmentation. A part that is null is off."""
+
+    crop: Crop | None = None
+    affine: Affine | None = None
+    flip: Fraction = Field(0.0, description="probability of a horizontal flip")
+    jitter: Jitter | None = None
+    mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0,1]")
+    std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel")
+
+
+class Evaluate(Part):
+    every: Duration = Length(1, "epochs")
+    batch: Count = Field(256, description="images per evaluation batch, on each rank")
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the image's short side in the centre crop"
+    )
+
+
+class Checkpoint(Part):
+    every: Duration = Length(1, "epochs")
+    keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
+
+
+class Ensemble(Part):
+    """Snapshots at the ends of cosine cycles, and what is made of them."""
+
+    gate: Fraction = Field(
+        0.02, description="a snapshot is a member if its val accuracy is this near the best one"
+    )
+    soup: bool = Field(True, description="also build a greedy weight soup")
+
+
+class Log(Part):
+    every: Count = Field(1, description="steps between records in metrics.jsonl")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online where logged in, otherwise offline"
+    )
+    project: str = Field("bigbatch", description="wandb project")
+    trace: bool = Field(False, description="write every micro-batch's samples to trace/")
+
+
+class Recipe(Part):
+    """One training run. A step is a pure function of this recipe and the step number."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    duration: Duration
+    global_batch: Count = Field(256, description="samples in one optimizer step")
+    micro_batch: Count = Field(64, description="samples in one forward/backward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip_norm: Positive | None = Field(None, description="gradient clipping by global norm")
+    data: Data
+    model: Model
+    loss: Loss = Loss()
+    optimizer: Optimizer
+    schedule: Schedule = Cosine(name="cosine")
+    augment: Augment = Augment()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    ensemble: Ensemble = Ensemble()
+    log: Log = Log()
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one step: also the largest world size that can run the recipe."""
+        return self.global_batch // self.micro_batch
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch "
+                f"{self.micro_batch}; choose a micro_batch that divides it"
+            )
+        for name in ("mean", "std"):
+            values: list[Any] = getattr(self.augment, name)
+            if len(values) != self.data.channels:
+                raise ValueError(
+                    f"augment.{name} has {len(values)} values for data.channels = "
+                    f"{self.data.channels}; give one value per channel"
+                )
+        return self
