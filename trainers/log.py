@@ -1,0 +1,222 @@
+"""What a run says about itself: metrics.jsonl, events.jsonl, and the views of them.
+
+`metrics.jsonl` is the truth, keyed by step; the progress line, wandb and the report are
+views of it. Only rank 0 writes. Free of torch.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.progress import Progress
+from bigbatch.trainers.wandb_view import WandbView, open_wandb
+
+
+class Log:
+    """Rank 0's records and views of one attempt of a run; on other ranks it does nothing.
+
+    As a context manager it closes itself: with state "failed" where an exception passes
+    through, otherwise with "stopped" unless `close` was called with a better word before.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        epoch_samples: int,
+        metrics: IO[str] | None,
+        events: IO[str] | None,
+        progress: Progress | None,
+        wandb: WandbView | None,
+    ) -> None:
+        self._run = run
+        self._every = recipe.log.every
+        self._total_steps = total_steps
+        self._epochs_per_step = recipe.global_batch / epoch_samples
+        self._metrics = metrics
+        self._events = events
+        self._progress = progress
+        self._wandb = wandb
+        self._step = 0
+        self._closed = False
+
+    @property
+    def wandb_path(self) -> Path | None:
+        """The folder of this attempt's wandb run; None where wandb is off or failed."""
+        return self._wandb.path if self._wandb else None
+
+    def due(self, step: int) -> bool:
+        """Whether the recipe asks for a train record after this many finished steps."""
+        return step % self._every == 0 or step == self._total_steps
+
+    def train(self, step: int, **values: float) -> None:
+        """Record one finished step: loss, lr, grad_norm, images_per_s, data_s, step_s.
+
+        `step` is the number of finished steps. Steps that are not due move the progress
+        line and leave no record.
+        """
+        self._step = step
+        if self._progress:
+            self._progress.train(step, values)
+        if self.due(step):
+            self._record("train", step, values)
+
+    def evaluation(self, step: int, split: str, **values: float) -> None:
+        """Record an evaluation after `step` finished steps: accuracy, nll, ece.
+
+        Call it before the checkpoint of the same step is written: a resume keeps the
+        records up to its step and evaluates no step a second time.
+        """
+        if self._progress:
+            self._progress.evaluation(split, values)
+        self._record("eval", step, values, split=split)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append to events.jsonl: when, what, after how many steps, and any plain values."""
+        if self._events:
+            now = time.time()
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
+            record = {"time": round(now, 3), "date": stamp, "kind": kind, "step": self._step}
+            _append(self._events, _plain(record | fields))
+
+    def phase(self, text: str) -> None:
+        """Say what the run is doing between steps: "evaluating", "saving", ..."""
+        if self._progress:
+            self._progress.phase(text)
+
+    def close(self, state: str) -> None:
+        """Flush and close every view; `state` ("finished", "preempted", ...) ends events.jsonl."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._progress:
+            self._progress.close()
+        if self._wandb:
+            self._wandb.close(state, self._run.summary)
+            self._report_wandb()
+        self.event("end", state=state)
+        for file in (self._metrics, self._events):
+            if file:
+                file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and not self._closed:
+            self.event("error", error=f"{kind.__name__}: {error}")
+        self.close("failed" if kind is not None else "stopped")
+
+    def _record(self, kind: str, step: int, values: dict[str, float], **keys: Any) -> None:
+        if self._metrics is None:
+            return
+        epoch = round(step * self._epochs_per_step, 6)
+        record = _plain({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
+        _append(self._metrics, record)
+        if self._wandb:
+            self._wandb.send(record)
+            self._report_wandb()
+
+    def _report_wandb(self) -> None:
+        """Turn what went wrong inside wandb into events and warnings; training goes on."""
+        assert self._wandb is not None
+        for message in self._wandb.problems():
+            self.event("wandb", error=message)
+            if self._progress:
+                self._progress.warn(f"wandb: {message}")
+
+
+def open_log(
+    run: RunDir,
+    recipe: Recipe,
+    *,
+    rank: int,
+    total_steps: int,
+    start_step: int,
+    epoch_samples: int,
+) -> Log:
+    """Open the log of one attempt, which starts after `start_step` finished steps.
+
+    Records beyond `start_step` are cut off first, so that each step stands in metrics.jsonl
+    exactly once however often the run was killed. `epoch_samples` is the number of samples
+    in one epoch of the order policy. Writes the event "start", or "resume" from step n.
+    """
+    if rank != 0:
+        return Log(
+            run,
+            recipe,
+            total_steps=total_steps,
+            epoch_samples=epoch_samples,
+            metrics=None,
+            events=None,
+            progress=None,
+            wandb=None,
+        )
+    cut_records(run.metrics, start_step)
+    log = Log(
+        run,
+        recipe,
+        total_steps=total_steps,
+        epoch_samples=epoch_samples,
+        metrics=run.metrics.open("a", encoding="utf-8"),
+        events=_open_whole_lines(run.events),
+        progress=Progress(run.name, total_steps, start_step),
+        wandb=open_wandb(run, recipe, recipe.log.wandb, start_step),
+    )
+    log._step = start_step
+    log.event("resume" if start_step else "start", total_steps=total_steps, pid=os.getpid())
+    return log
+
+
+def cut_records(metrics: Path, step: int) -> None:
+    """Drop the records beyond `step`, and a torn line, atomically; the rest stays byte for byte."""
+    if not metrics.exists():
+        return
+    text = metrics.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _stands(line, step))
+    if kept != text:
+        write_atomically(metrics, kept)
+
+
+def _stands(line: str, step: int) -> bool:
+    """Whether a line is a whole record of at most `step` finished steps."""
+    try:
+        record = json.loads(line)
+        return line.endswith("\n") and int(record["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _open_whole_lines(path: Path) -> IO[str]:
+    """Open for appending; a last line torn by a kill is ended first, so it stands alone."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    file = path.open("a", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: JSON has neither, and every parser shall read the file."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+
+
+def _append(file: IO[str], record: dict[str, Any]) -> None:
+    # One write and one flush a line: no fsync, which would cost a disk round trip a step.
+    file.write(json.dumps(record) + "\n")
+    file.flush()
