@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def find_recipe(name: str | Path) -> Path:
     near = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
-        f"no recipe {str(name)!r}: {hint}give a path that ends in .yaml, or one of {', '.join(known)}"
+        f"no recipe {str(name)!r}: {hint}give a path that ends in .yaml, or one of "
+        f"{', '.join(known)}"
     )
 
 
@@ -80,7 +82,23 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load that also refuses a key written twice."""
+    """safe_load with YAML 1.2's booleans and floats, which refuses a key written twice.
+
+    PyYAML follows YAML 1.1, where `wandb: off` is False and `lr: 1e-4` is text.
+    """
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|false)$", re.I), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:\d+\.\d*|\.?\d+(?=[eE])|\.\d+|\.inf|\.nan)(?:[eE][-+]?\d+)?$", re.I),
+    list("-+.0123456789"),
+)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -191,11 +209,11 @@ def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
         last = depth == len(loc) - 1
         if isinstance(tree, Mapping) and part in tree:
             tree = tree[part]
-        elif isinstance(tree, Mapping) and not last and part == tree.get("name"):
+            place.append(part)
             continue
-        elif isinstance(tree, str) and part == tree:
-            continue
-        place.append(part)
+        tag = tree if isinstance(tree, str) else tree.get("name") if not last else None
+        if part != tag:
+            place.append(part)
     return place
 
 

@@ -17,7 +17,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def key64(*parts: int | str) -> int:
     """A 64-bit key from any integers and strings; (1, 0), (0, 1) and ("1", 0) all differ."""
-    text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
+    text = "".join(f"s{len(p)}:{p}" if isinstance(p, str) else f"i{int(p)};" for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

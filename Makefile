@@ -1,0 +1,44 @@
+# Everything a new machine needs is set up by the targets themselves, in ./.venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup train test test-slow test-slurm check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+# The main job: handwritten digits, two processes, about a minute.
+train: setup
+	test -e shards/digits || $(BIN)/bigbatch shard digits shards/digits
+	$(BIN)/bigbatch train digits --nproc 2
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Minutes long: more seeds, more kills, more world sizes.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+# On a real SLURM of four nodes on this machine; skipped with a reason where it cannot be.
+test-slurm: setup
+	sh tests/install_slurm.sh
+	$(BIN)/python -m pytest -m slurm --timeout 1200
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p bigbatch
+	$(BIN)/lint-imports
+	$(BIN)/python tests/check_wheel.py
+
+bench: setup
+	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,140 @@
+"""Device-side augmentation: one warp, colour, mixup and normalisation for a micro-batch.
+
+Every parameter is drawn on the host from (seed, step, micro-batch), so the same images
+come out on any rank and any device. Geometry is one resampling, however many maps are
+composed: it uses torch's grid_sample rather than kornia's warp_affine, which inverts each
+matrix on the device and waits for the result. Colour and normalisation are kornia's.
+"""
+
+from collections.abc import Sequence
+
+import kornia.enhance as enhance
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigbatch.configs.schema import Augment, Jitter
+from bigbatch.data import geometry
+from bigbatch.data.loader import MicroBatch
+from bigbatch.data.rng import key64, uniforms
+
+# Above this many source pixels per output pixel, bilinear sampling skips pixels.
+_MAX_SHRINK = 1.3
+
+
+class Augmenter:
+    """Turns canvases of uint8 into normalised float images [B, C, out, out] on a device."""
+
+    def __init__(
+        self,
+        augment: Augment,
+        *,
+        image_size: int,
+        crop_fraction: float,
+        classes: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.augment = augment
+        self.image_size = image_size
+        self.crop_fraction = crop_fraction
+        self.classes = classes
+        self.seed = seed
+        self.device = device
+        self.mean = torch.tensor(augment.mean, device=device)
+        self.std = torch.tensor(augment.std, device=device)
+
+    def train(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Augmented images [B, C, out, out] and soft targets [B, classes]."""
+        images, key = self.images(batch), (self.seed, batch.step, batch.index)
+        targets = F.one_hot(self._put(batch.labels), self.classes).float()
+        if self.augment.mixup > 0:
+            images, targets = _mixup(images, targets, self.augment.mixup, *key)
+        return self.normalise(images), targets
+
+    def images(self, batch: MicroBatch) -> Tensor:
+        """Augmented images in [0, 1], before mixup and normalisation."""
+        key = (self.seed, batch.step, batch.index)
+        sizes, out = batch.sizes.numpy(), self.image_size
+        if self.augment.crop is not None:
+            boxes = geometry.random_boxes(self.augment.crop, sizes, *key)
+        else:
+            boxes = geometry.centre_boxes(sizes, self.crop_fraction)
+        affine = geometry.affine_matrices(
+            self.augment.affine, self.augment.flip, len(sizes), out, *key
+        )
+        images = self._warp(batch, geometry.box_matrices(boxes, out) @ affine)
+        if self.augment.jitter is not None:
+            images = _jitter(images, self.augment.jitter, *key)
+        return images
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Centre crops, normalised: nothing random."""
+        boxes = geometry.centre_boxes(batch.sizes.numpy(), self.crop_fraction)
+        return self.normalise(self._warp(batch, geometry.box_matrices(boxes, self.image_size)))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return enhance.normalize(images, self.mean, self.std)
+
+    def _warp(self, batch: MicroBatch, matrices: geometry.Matrices) -> Tensor:
+        height, width = batch.images.shape[1:3]
+        theta, shrink = geometry.to_theta(matrices, self.image_size, (height, width))
+        # Antialiasing: sample a finer grid, then average. 1 in almost every training batch.
+        finer = max(1, round(shrink)) if shrink > _MAX_SHRINK else 1
+        out = self.image_size * finer
+        canvas = self._put(batch.images).permute(0, 3, 1, 2).float().div_(255)
+        grid = F.affine_grid(
+            self._put(torch.from_numpy(theta)),
+            [len(canvas), canvas.shape[1], out, out],
+            align_corners=False,
+        )
+        # Beyond an image's own edge (which lies inside the canvas) its edge is repeated.
+        extent = np.array([width, height])
+        last = torch.from_numpy((2 * batch.sizes.numpy()[:, ::-1] - 1) / extent - 1).float()
+        first = torch.tensor([1 / width - 1, 1 / height - 1])
+        grid = torch.maximum(grid, self._put(first))
+        grid = torch.minimum(grid, self._put(last)[:, None, None])
+        images = F.grid_sample(canvas, grid, mode="bilinear", align_corners=False)
+        return F.avg_pool2d(images, finer) if finer > 1 else images
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _jitter(images: Tensor, jitter: Jitter, *key: int | str) -> Tensor:
+    """Brightness, contrast, saturation and hue, each with its own factor per image."""
+    spread = np.array([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue])
+    signed = uniforms((4, len(images)), *key, "jitter") * 2 - 1
+    shift = torch.from_numpy((signed * spread[:, None]).astype(np.float32))
+    shift = shift.to(images.device, non_blocking=True)
+    if jitter.brightness:
+        images = enhance.adjust_brightness_accumulative(images, 1 + shift[0])
+    if jitter.contrast:
+        images = enhance.adjust_contrast_with_mean_subtraction(images, 1 + shift[1])
+    if jitter.saturation:
+        images = enhance.adjust_saturation_with_gray_subtraction(images, 1 + shift[2])
+    if jitter.hue:
+        images = enhance.adjust_hue(images, shift[3] * (2 * torch.pi))
+    return images
+
+
+def _mixup(images: Tensor, targets: Tensor, alpha: float, *key: int | str) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018) within the micro-batch, with one weight per image."""
+    count = len(images)
+    partner = torch.from_numpy(np.argsort(uniforms((count,), *key, "partner")))
+    generator = np.random.Generator(np.random.Philox(key=key64(*key, "mixup")))
+    weight = torch.from_numpy(generator.beta(alpha, alpha, count).astype(np.float32))
+    partner = partner.to(images.device, non_blocking=True)
+    weight = weight.to(images.device, non_blocking=True)[:, None]
+    mixed_targets = weight * targets + (1 - weight) * targets[partner]
+    weight = weight[:, :, None, None]
+    return weight * images + (1 - weight) * images[partner], mixed_targets
+
+
+def contact_sheet(images: Tensor, columns: int = 8) -> np.ndarray:
+    """Images [B, C, H, W] in [0, 1] as one uint8 picture [rows * H, columns * W, C]."""
+    rows: Sequence[Tensor] = images.split(columns)
+    full = [r for r in rows if len(r) == columns] or list(rows[:1])
+    sheet = torch.cat([torch.cat(list(r), dim=2) for r in full], dim=1)
+    return (sheet.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

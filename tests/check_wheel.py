@@ -1,0 +1,60 @@
+"""Build the wheel, install it into a fresh environment, and import every module of it.
+
+The import name is mapped onto top-level folders, so an editable install can hide a module
+that the wheel lacks. The fresh environment sees this one's dependencies through a .pth
+file, which saves installing gigabytes again, but not this checkout.
+"""
+
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("configs", "data", "launcher", "slurm", "trainers")
+
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    assert "site-packages" in (module.__file__ or ""), f"{name} came from {module.__file__}"
+print(f"{len(sys.argv) - 1} modules imported from the wheel")
+"""
+
+
+def modules() -> list[str]:
+    """Every module of the checkout under its import name."""
+    names = []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            names.append(".".join(("bigbatch", *parts)).removesuffix(".__init__"))
+    return names
+
+
+def run(*command: str | Path, cwd: Path) -> None:
+    subprocess.run([str(c) for c in command], cwd=cwd, check=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+        run(*pip, "wheel", "--no-deps", "--wheel-dir", scratch, ROOT, cwd=scratch)
+        (wheel,) = scratch.glob("*.whl")
+        venv.create(scratch / "env", with_pip=False)
+        python = scratch / "env/bin/python"
+        (site,) = (scratch / "env/lib").glob("python*/site-packages")
+        run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=scratch)
+        # After the wheel on the path, so the wheel's modules win; and without this
+        # environment's own editable install, which is a .pth file that addsitedir would run.
+        (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        run(python, "-c", IMPORT_ALL, *modules(), cwd=scratch)
+        command = "from bigbatch.launcher.cli import main; main(['recipes'])"
+        run(python, "-c", command, cwd=scratch)
+
+
+if __name__ == "__main__":
+    main()

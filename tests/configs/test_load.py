@@ -1,0 +1,173 @@
+"""Recipes: inheritance, overrides, hashes, and what bad ones are told."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigbatch.configs.durations import Length, parse
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import (
+    builtin_recipes,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    read_yaml,
+    recipe_hash,
+)
+
+FIVE_LINES = """\
+data: {path: shards/mine}
+model: {name: resnet18}
+optimizer: {name: sgd, lr: 0.1}
+duration: 5 epochs
+global_batch: 64
+"""
+
+
+def test_every_built_in_recipe_loads_and_survives_a_round_trip(tmp_path):
+    assert "digits" in builtin_recipes()
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+        again = parse_recipe(read_yaml(tmp_path / "again.yaml"), "again")
+        assert again == recipe
+        assert recipe_hash(again) == recipe_hash(recipe)
+
+
+def test_five_lines_are_a_recipe_named_after_its_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(FIVE_LINES)
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.name == "mine"
+    assert recipe.micro_batches == 1
+
+
+def test_base_is_merged_key_by_key_and_overrides_come_last(tmp_path):
+    (tmp_path / "base.yaml").write_text(FIVE_LINES)
+    child = "base: base.yaml\nmodel: {options: {drop_rate: 0.5}}\noptimizer: {lr: 0.2}\n"
+    (tmp_path / "child.yaml").write_text(child)
+    recipe = load_recipe(tmp_path / "child.yaml", ["optimizer.momentum=0.8", "seed=3"])
+    assert (recipe.name, recipe.model.name, recipe.seed) == ("child", "resnet18", 3)
+    assert recipe.model.options == {"drop_rate": 0.5}
+    assert (recipe.optimizer.lr, recipe.optimizer.momentum) == (0.2, 0.8)
+
+
+def test_a_part_of_another_kind_replaces_the_base_part():
+    recipe = load_recipe("digits", ["optimizer={name: adamw, lr: 0.001}"])
+    assert recipe.optimizer.name == "adamw"
+    assert recipe.optimizer.weight_decay == 0  # not LARS's
+
+
+def test_the_hash_sees_what_reaches_a_weight_and_nothing_else():
+    digits = recipe_hash(load_recipe("digits"))
+    for same in ("log.wandb=off", "checkpoint.keep=9", "data.workers=7", "name=x"):
+        assert recipe_hash(load_recipe("digits", [same])) == digits
+    for other in ("seed=1", "optimizer.lr=1", "micro_batch=32", "data.image_size=28"):
+        assert recipe_hash(load_recipe("digits", [other])) != digits
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("off", "off"), ("yes", "yes"), ("true", True), ("False", False)),
+        *(("1e-4", 1e-4), ("1.5", 1.5), (".5e3", 500.0), ("2.", 2.0), ("-1E6", -1e6)),
+        *(("12", 12), ("1.2.3", "1.2.3"), ("e5", "e5"), ("12 epochs", "12 epochs")),
+    ],
+)
+def test_plain_values_are_read_as_yaml_1_2_reads_them(tmp_path, text, value):
+    (tmp_path / "x.yaml").write_text(f"x: {text}\n")
+    read = read_yaml(tmp_path / "x.yaml")["x"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lrr=2", ["optimizer.lrr", "did you mean lr?", "momentum"]),
+        ("schedul.cycles=2", ["did you mean schedule?"]),
+        ("optimizer.lr=-1", ["optimizer.lr = -1", "greater than 0"]),
+        ("optimizer.lr=.nan", ["optimizer.lr", "finite"]),
+        ("optimizer.lr=1e999", ["optimizer.lr", "finite"]),
+        ("micro_batch=60", ["256", "60", "divides"]),
+        ("duration=90", ["90", "one number and one unit", "'90 epochs'"]),
+        ("duration=9 weeks", ["9 weeks", "one unit"]),
+        ("data.sampling=fair", ["fair", "'balanced'"]),
+        ("data.sampling={name: balanced, x: 1}", ["data.sampling.x", "unknown key"]),
+        ("schedule.name=cosin", ["cosin", "'cosine'"]),
+        ("augment.mean=[0.1, 0.2]", ["augment.mean", "data.channels = 1"]),
+        ("name=../../etc", ["name", "../../etc"]),
+        ("seed=" + "9" * 5000, ["seed"]),
+        ("optimizer", ["key=value"]),
+        ("optimizer..lr=1", ["key=value"]),
+        ("model.options=!!python/object/apply:os.system ['true']", ["not valid YAML"]),
+        ("model=[1, 2", ["not valid YAML"]),
+    ],
+)
+def test_bad_values_name_the_place_the_rule_and_the_remedy(override, words):
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b\n", "no mapping"),
+        ("seed: 1\nseed: 2\n", "written twice"),
+        ("1: 2\n", "not a name"),
+        ("base: loop.yaml\n", "circle"),
+        ("base: [digits]\n", "base is"),
+        ("base: nowhere\n", "no recipe 'nowhere'"),
+        ("a: &a [*a]\n", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+        ("x: " + "[" * 3000, "not valid YAML"),
+        ("seed: 1\n" * 200_000, "larger than"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, words):
+    path = tmp_path / "loop.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_lists_the_near_one():
+    with pytest.raises(UserError, match="did you mean digits"):
+        load_recipe("digit")
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_error_or_a_recipe(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("fuzz") / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError):
+        load_recipe(path)
+
+
+@given(st.text(max_size=60))
+def test_any_override_is_a_user_error_or_a_recipe(text):
+    with contextlib.suppress(UserError):  # anything else is a defect
+        assert load_recipe("digits", [text]).global_batch > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("90 epochs", Length(90, "epochs")),
+        ("1 epoch", Length(1, "epochs")),
+        ("2000 steps", Length(2000, "steps")),
+        ("1.2M samples", Length(1.2e6, "samples")),
+        ("0.5 epochs", Length(0.5, "epochs")),
+    ],
+)
+def test_durations(text, length):
+    assert parse(text) == length
+    assert parse(str(length)) == length
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 200))
+def test_whole_epochs_cover_every_sample(samples, batch, epochs):
+    steps = Length(epochs, "epochs").steps(batch, samples)
+    assert (steps - 1) * batch < epochs * samples <= steps * batch

@@ -1,0 +1,113 @@
+"""The engine: processes, devices, precision and collectives, through Accelerate.
+
+The only module that imports accelerate. The loop sees this class alone, so that another
+backend is another engine and not another loop.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Engine:
+    """Data parallelism (DDP over gloo or NCCL) for one model and its optimizer."""
+
+    def __init__(self, precision: str, timeout_s: float = 600) -> None:
+        # Running statistics are ours to average (norm.py): DDP must not broadcast rank 0's.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
+        self.accelerator = Accelerator(
+            mixed_precision=_PRECISION[precision],
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[ddp, group],
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the model on the device and make its backward pass average over ranks."""
+        self.module = model.to(self.device)
+        self.optimizer = optimizer
+        self.model, self._stepper = self.accelerator.prepare(self.module, optimizer)
+
+    @property
+    def scaler(self) -> Any | None:
+        """The loss scaler of fp16; None in the other precisions."""
+        return self.accelerator.scaler
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """One forward and backward pass; gradients cross ranks only in the step's last one."""
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def gradient_norm(self) -> Tensor:
+        """The global L2 norm of the averaged gradient, on the device, loss scale removed."""
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, norm)
+
+    def step(self) -> None:
+        """The optimizer's update. fp16 with a non-finite gradient: no update, a lower scale."""
+        self._stepper.step()
+
+    def zero_grad(self) -> None:
+        self._stepper.zero_grad(set_to_none=False)
+
+    # Collectives. With one process each is a copy of its argument.
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value (None, a number, text, or lists and dicts of those) on every rank."""
+        if self.world > 1:
+            box = [value]
+            dist.broadcast_object_list(box, src=0, device=self.device)
+            value = box[0]
+        return value
+
+    def gather_rows(self, rows: Tensor, capacity: int) -> list[np.ndarray] | None:
+        """Every rank's rows [n, K] on rank 0, in rank order; None on the other ranks.
+
+        `capacity` is at least the largest n of any rank: collectives need equal shapes.
+        """
+        if self.world == 1:
+            return [rows.cpu().numpy()]
+        padded = rows.new_zeros((capacity + 1, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        padded[-1] = len(rows)  # the count travels as one more row; exact below 2^24
+        parts = [torch.empty_like(padded) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(padded, parts)
+        if parts is None:
+            return None
+        arrays = [part.cpu().numpy() for part in parts]
+        return [a[: int(a[-1].flat[0])] for a in arrays]
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()

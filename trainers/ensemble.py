@@ -1,0 +1,176 @@
+"""Snapshots, and what is made of them: a mean of probabilities, and a greedy weight soup."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.schema import Ensemble
+from bigbatch.data.index import Index
+from bigbatch.trainers.checkpoint import MODEL, load_weights, save_weights
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.evaluate import Evaluator
+from bigbatch.trainers.metrics import confusion, score, softmax
+from bigbatch.trainers.norm import recompute_statistics
+
+SOUP = "soup.safetensors"
+
+
+def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores: Any) -> Path:
+    """Keep the weights of a cycle's end as ``folder/cycle-NN``, all or nothing."""
+    final = folder / f"cycle-{number:02d}"
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    save_weights(model, temporary / MODEL)
+    write_atomically(temporary / "metrics.json", json.dumps({"step": step, **scores}))
+    if final.exists():  # an attempt that was killed before its next checkpoint
+        shutil.rmtree(final)
+    temporary.rename(final)
+    return final
+
+
+def list_snapshots(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("cycle-*") if ".tmp-" not in p.name)
+
+
+@dataclass
+class Combined:
+    """Scores by split, on rank 0: members, their ensemble, and the soup."""
+
+    splits: dict[str, dict[str, Any]]
+    confusion: dict[str, Any]
+
+
+def combine(
+    run: RunDir,
+    config: Ensemble,
+    engine: Engine,
+    evaluator: Evaluator,
+    splits: dict[str, Index],
+    *,
+    recompute_images: Callable[[], Iterator[Tensor]],
+    recompute_batches: int,
+) -> Combined | None:
+    """Score every snapshot, gate them, and build the ensemble and the soup.
+
+    `splits` holds the validation split first: it alone decides on members and soup; the
+    other splits are only reported. Collective; the result is rank 0's, None elsewhere.
+    """
+    model = engine.module
+    val, *others = splits
+    paths = list_snapshots(run.snapshots)
+    labels = {name: np.asarray(index.label, np.int64) for name, index in splits.items()}
+    probabilities: dict[str, list[np.ndarray]] = {name: [] for name in splits}
+    for path in paths:
+        load_weights(model, path / MODEL)
+        for name, index in splits.items():
+            logits = evaluator.logits(model, index)
+            if logits is not None:
+                probabilities[name].append(softmax(logits))
+
+    members: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
+    kept: list[int] = []
+    if engine.rank == 0:
+        for name in splits:
+            for path, p in zip(paths, probabilities[name], strict=True):
+                members[name].append({"name": path.name, **score(p, labels[name])})
+        accuracies = [m["accuracy"] for m in members[val]]
+        kept = gate(accuracies, config.gate)
+        for name in splits:
+            for number, member in enumerate(members[name]):
+                member["kept"] = number in kept
+        # Best first, the order in which a greedy soup tries its ingredients.
+        kept.sort(key=lambda i: (-accuracies[i], i))
+    kept = engine.from_main(kept)
+
+    soup_names: list[str] = []
+    soup_scores: dict[str, dict[str, float]] = {}
+    if config.soup and len(kept) > 1:
+        soup_names = greedy_soup(
+            [paths[i] for i in kept],
+            engine,
+            lambda: _score(evaluator.logits(model, splits[val]), labels[val]),
+            lambda: recompute_statistics(model, recompute_images(), recompute_batches, engine.sum),
+        )
+        for name, index in splits.items():
+            scores = _score(evaluator.logits(model, index), labels[name])
+            if scores is not None:
+                soup_scores[name] = scores
+    if engine.rank != 0:
+        return None
+
+    run.ensemble.mkdir(exist_ok=True)
+    if soup_scores:
+        save_weights(model, run.ensemble / SOUP)
+    content = {"kept": [paths[i].name for i in sorted(kept)], "soup": soup_names}
+    write_atomically(run.ensemble / "members.json", json.dumps(content, indent=1))
+    means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}
+    result: dict[str, dict[str, Any]] = {}
+    for name in splits:
+        result[name] = {"members": members[name], "ensemble": score(means[name], labels[name])}
+        if soup_scores:
+            result[name]["soup"] = soup_scores[name]
+    last = others[-1] if others else val
+    matrix = confusion(means[last], labels[last]).tolist()
+    table = {"split": last, "classes": list(splits[last].classes), "matrix": matrix}
+    write_atomically(run.ensemble / "confusion.json", json.dumps(table))
+    return Combined(result, table)
+
+
+def gate(accuracies: list[float], margin: float) -> list[int]:
+    """Members whose validation accuracy is within `margin` of the best one's."""
+    best = max(accuracies)
+    return [i for i, accuracy in enumerate(accuracies) if accuracy >= best - margin]
+
+
+def greedy_soup(
+    paths: list[Path],
+    engine: Engine,
+    evaluate: Callable[[], dict[str, float] | None],
+    recompute: Callable[[], None],
+) -> list[str]:
+    """Greedy soup (Wortsman et al. 2022, recipe 1); `paths` come best first.
+
+    A snapshot joins the average if validation accuracy does not fall. BatchNorm statistics
+    are recomputed for every candidate: those of averaged weights are not the average of
+    the statistics. Leaves the soup in the model; returns the names of its ingredients.
+    """
+    model = engine.module
+    total = {k: v.double() for k, v in load_weights(model, paths[0] / MODEL).items()}
+    best = engine.from_main(_accuracy(evaluate()))
+    names, kept_state = [paths[0].name], _copy(model)
+    for path in paths[1:]:
+        candidate = {k: total[k] + v for k, v in load_weights(model, path / MODEL).items()}
+        average(model, candidate, len(names) + 1)
+        recompute()
+        accuracy = engine.from_main(_accuracy(evaluate()))
+        if accuracy >= best:
+            best, total = accuracy, candidate
+            names, kept_state = [*names, path.name], _copy(model)
+    model.load_state_dict(kept_state)
+    return names
+
+
+def average(model: nn.Module, total: dict[str, Tensor], count: int) -> None:
+    """Load ``total / count`` into the model; integer buffers are rounded down."""
+    own = model.state_dict()
+    model.load_state_dict({k: (v / count).to(own[k].dtype) for k, v in total.items()})
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _score(logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float] | None:
+    return None if logits is None else score(softmax(logits), labels)
+
+
+def _accuracy(scores: dict[str, float] | None) -> float | None:
+    return None if scores is None else scores["accuracy"]

@@ -1,0 +1,150 @@
+"""The training loop, in the order in which it happens."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment import Augmenter
+from bigbatch.data.loader import MicroBatch
+from bigbatch.data.rng import key64
+from bigbatch.trainers.checkpoint import TrainState, save_checkpoint
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.log import Log
+from bigbatch.trainers.losses import LossFunction
+from bigbatch.trainers.norm import StepStatistics
+from bigbatch.trainers.optim import set_lr
+from bigbatch.trainers.plan import Plan
+from bigbatch.trainers.signals import StopFlag
+
+# fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
+_MAX_SKIPPED = 50
+
+
+def train(
+    recipe: Recipe,
+    run: RunDir,
+    engine: Engine,
+    state: TrainState,
+    log: Log,
+    *,
+    plan: Plan,
+    schedule: Callable[[int], float],
+    loss_function: LossFunction,
+    batches: Iterator[MicroBatch],
+    augmenter: Augmenter,
+    evaluate: Callable[[], dict[str, float]],
+    snapshot: Callable[[dict[str, float]], None],
+    stop: StopFlag,
+) -> bool:
+    """Train from `state.step` to `plan.stop`. False where a signal cut it short.
+
+    `evaluate` scores the validation split and `snapshot` keeps the weights; both are
+    collective: every rank calls them in the same step.
+    """
+    model, optimizer = engine.model, engine.optimizer
+    statistics = StepStatistics(engine.module)
+    mine = len(range(engine.rank, plan.micro_batches, engine.world))
+    # The mean over ranks that data parallelism takes becomes the mean over all samples.
+    loss_scale = engine.world / plan.micro_batches
+    skipped = 0
+    model.train()
+    engine.zero_grad()
+
+    for step in range(state.step, plan.stop):
+        started = time.perf_counter()
+        factor = schedule(step)
+        set_lr(optimizer, factor)
+
+        # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
+        waited = 0.0
+        loss_sum = torch.zeros((), device=engine.device)
+        statistics.begin()
+        for number in range(mine):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            assert batch.step == step
+            torch.manual_seed(key64(recipe.seed, step, batch.index, "model"))
+            images, targets = augmenter.train(batch)
+            with engine.micro_batch(last=number == mine - 1):
+                loss = loss_function(model(images), targets)
+                engine.backward(loss * loss_scale)
+            statistics.add()
+            loss_sum += loss.detach()
+
+        # 2. What all ranks must agree on, in one small all-reduce.
+        agreed = torch.stack([loss_sum, loss_sum.new_full((), float(bool(stop)))])
+        totals = engine.sum(torch.cat([agreed, statistics.local().to(agreed)]))
+        norm = engine.gradient_norm()
+        loss_total, stops, norm_value = torch.cat([totals[:2], norm.view(1)]).tolist()
+        mean_loss = loss_total / plan.micro_batches
+
+        # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
+        finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
+        if finite:
+            statistics.finish(totals[2:], plan.micro_batches)
+            if recipe.clip_norm is not None:
+                engine.clip(norm, recipe.clip_norm)
+            engine.step()
+            skipped = 0
+        else:
+            statistics.discard()
+            skipped += 1
+            log.event("non_finite", step=step, loss=mean_loss, grad_norm=norm_value)
+            if engine.scaler is None or skipped > _MAX_SKIPPED:
+                raise UserError(
+                    f"step {step}: loss {mean_loss}, gradient norm {norm_value}; the weights "
+                    "were not touched. Lower optimizer.lr, lengthen schedule.warmup, or set "
+                    "clip_norm, then start a new run"
+                )
+            engine.step()  # fp16: the scaler makes no update and lowers its scale
+        engine.zero_grad()
+        state.step = step + 1
+
+        # 4. Say what happened.
+        seconds = time.perf_counter() - started
+        log.train(
+            state.step,
+            loss=mean_loss,
+            lr=recipe.optimizer.lr * factor,
+            grad_norm=norm_value,
+            images_per_s=recipe.global_batch / seconds,
+            data_s=waited,
+            step_s=seconds,
+        )
+
+        # 5. Evaluate, keep a snapshot, save. The order matters: a checkpoint of a step
+        #    means that all the rest of that step is on disk.
+        cycle_end = state.step in plan.snapshots
+        if plan.evaluates(state.step) or cycle_end:
+            log.phase("evaluating")
+            scores = evaluate()
+            log.evaluation(state.step, "val", **scores)
+            if cycle_end:
+                snapshot(scores)
+        leaving = stops > 0
+        if plan.saves(state.step) or leaving:
+            log.phase("saving")
+            save(run, engine, state, recipe.checkpoint.keep)
+        if leaving:
+            log.event("signal", step=state.step, signal=stop.signal)
+            return False
+    return True
+
+
+def save(run: RunDir, engine: Engine, state: TrainState, keep: int) -> None:
+    """Rank 0 writes, then every rank learns whether it went well."""
+    problem = None
+    if engine.rank == 0:
+        try:
+            save_checkpoint(run.checkpoints, state, keep)
+        except OSError as error:
+            problem = f"cannot save step {state.step} in {run.checkpoints}: {error}"
+    problem = engine.from_main(problem)
+    if problem:
+        raise UserError(f"{problem}; free some space or fix the permissions, then resume")

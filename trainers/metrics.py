@@ -1,0 +1,53 @@
+"""What a set of predicted probabilities is worth. NumPy only."""
+
+import numpy as np
+import numpy.typing as npt
+
+Probabilities = npt.NDArray[np.float64]  # [N, C], rows sum to 1
+Labels = npt.NDArray[np.int64]  # [N]
+ECE_BINS = 15
+
+
+def softmax(logits: npt.NDArray[np.floating]) -> Probabilities:
+    """Row-wise softmax in float64; logits [N, C]."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def score(probabilities: Probabilities, labels: Labels) -> dict[str, float]:
+    """Accuracy in [0, 1], mean negative log-likelihood in nats, Brier score and ECE."""
+    return {
+        "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+        "nll": nll(probabilities, labels),
+        "brier": brier(probabilities, labels),
+        "ece": calibration_error(probabilities, labels),
+    }
+
+
+def nll(probabilities: Probabilities, labels: Labels) -> float:
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
+
+
+def brier(probabilities: Probabilities, labels: Labels) -> float:
+    """Mean squared distance to the one-hot label, summed over classes (Brier 1950)."""
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return float(((probabilities**2).sum(axis=1) - 2 * chosen + 1).mean())
+
+
+def calibration_error(probabilities: Probabilities, labels: Labels, bins: int = ECE_BINS) -> float:
+    """Expected calibration error with equal-width bins (Guo et al. 2017, eq. 3)."""
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    # Bin k is ((k) / bins, (k + 1) / bins], as in the paper.
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(which, correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def confusion(probabilities: Probabilities, labels: Labels) -> npt.NDArray[np.int64]:
+    """Counts [C, C]: row = true class, column = predicted class."""
+    classes = probabilities.shape[1]
+    pairs = labels * classes + probabilities.argmax(axis=1)
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)

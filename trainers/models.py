@@ -1,0 +1,40 @@
+"""Models by timm name."""
+
+import difflib
+
+import timm
+import torch
+from torch import nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Model
+from bigbatch.data.rng import key64
+
+
+def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.Module:
+    """A timm model with fresh, pretrained or given weights; the same ones on every rank.
+
+    Raises UserError for an unknown name or option, and for weights that cannot be loaded.
+    """
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), 3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(
+            f"model.name = {config.name!r} is no timm model; {hint}"
+            "timm.list_models() lists all of them"
+        )
+    torch.manual_seed(key64(seed, "init"))
+    try:
+        return timm.create_model(
+            config.name,
+            pretrained=config.pretrained,
+            pretrained_cfg_overlay={"file": config.checkpoint} if config.checkpoint else None,
+            num_classes=classes,
+            in_chans=channels,
+            **config.options,
+        )
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        source = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
+        raise UserError(
+            f"timm cannot build {config.name} ({source} weights, options {config.options}): {error}"
+        ) from error

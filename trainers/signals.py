@@ -1,0 +1,22 @@
+"""Signals set a flag; the loop acts on it (saves, then exits with SAVED)."""
+
+import signal
+from types import FrameType
+
+SAVED = 75  # EX_TEMPFAIL: saved after a signal, wants to be started again
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class StopFlag:
+    """True once a stop signal came. Nothing else happens in the handler."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in CAUGHT:
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
