@@ -1,0 +1,65 @@
+"""Checking images on their way into shards, and making large ones smaller."""
+
+import io
+
+from PIL import Image, ImageOps
+
+# Pillow's name of each format that is read, and the extension that it gets in a shard.
+_EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # a JPEG with further pictures behind it, as some cameras write
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "PPM": "ppm",
+    "TIFF": "tif",
+}
+_FORMATS = [name for name in _EXTENSIONS if name != "MPO"]  # which opens as a JPEG first
+# Before Lanczos, a JPEG may be decoded at a fraction of its size as long as this many times
+# the target is left; Pillow's documentation calls the result almost indistinguishable at 3.
+_DRAFT_GAP = 3
+
+
+def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, str]:
+    """An encoded image as it goes into a shard, and its extension.
+
+    Its bytes stay as they are, unless its short side is above `short_side` pixels; then it
+    is turned upright as its EXIF data say, reduced by Lanczos, and written as JPEG at
+    `quality` where JPEG can hold it (8-bit gray or colour, no transparency), else as PNG.
+    Every image is decoded once, so that one which is damaged is found here. Raises OSError
+    for what cannot be decoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        assert image.format is not None
+        if short_side is None or min(image.size) <= short_side:
+            # At an eighth of its size, all entropy-coded data of a JPEG are still read.
+            image.draft("L", (1, 1))
+            image.load()
+            return data, _EXTENSIONS[image.format]
+        scale = short_side / min(image.size)
+        width, height = (max(short_side, round(side * scale)) for side in image.size)
+        image.draft(None, (width * _DRAFT_GAP, height * _DRAFT_GAP))
+        image.load()
+        return _reduce(image, (width, height), quality)
+    except Image.UnidentifiedImageError:
+        what = f"not an image (it starts with {data[:8]!r})" if data else "the file is empty"
+        raise OSError(what) from None
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from None  # Pillow has several errors for damage
+
+
+def _reduce(image: Image.Image, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
+    if image.mode == "1":  # Lanczos makes values in between, which these modes cannot hold
+        image = image.convert("L")
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode == "CMYK":
+        image = image.convert("RGB")
+    image = ImageOps.exif_transpose(image.resize(size, Image.Resampling.LANCZOS))
+    file = io.BytesIO()
+    if image.mode in ("L", "RGB"):
+        image.save(file, "JPEG", quality=quality)
+        return file.getvalue(), "jpg"
+    image.save(file, "PNG")
+    return file.getvalue(), "png"

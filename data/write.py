@@ -1,0 +1,150 @@
+"""Writing planned shards, here or in several processes."""
+
+import errno
+import multiprocessing as mp
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.plan import Shard
+from bigbatch.data.recode import prepare
+from bigbatch.data.sources import Source
+from bigbatch.data.tar import write_end, write_member
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What each process needs to write any of the shards."""
+
+    source: Source
+    folder: str
+    short_side: int | None
+    quality: int
+
+
+def _write_shard(work: Work, shard: Shard, tick: Callable[[int], None]) -> dict[str, Any]:
+    """Write one archive through a temporary file; return its record for the journal."""
+    path = Path(work.folder) / shard.name
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    skipped: list[tuple[str, str]] = []
+    with temporary.open("wb", buffering=1 << 20) as file:
+        for i in shard.items.tolist():
+            key = work.source.keys[i]
+            try:
+                data, extension = prepare(work.source.read(i), work.short_side, work.quality)
+            except OSError as error:
+                if error.errno not in _SKIPPED_ERRORS:
+                    raise
+                skipped.append((key, error.strerror or str(error)))
+                continue
+            finally:
+                tick(1)
+            write_member(file, f"{key}.{extension}", data)
+            write_member(file, f"{key}.cls", str(work.source.labels[i]).encode())
+        write_end(file)
+        size = file.tell()
+    temporary.rename(path)
+    samples = len(shard.items) - len(skipped)
+    return {"shard": shard.name, "samples": samples, "bytes": size, "skipped": skipped}
+
+
+# Bad bytes (no errno), and files that are gone or forbidden, are skipped. Anything else, such
+# as EIO or ESTALE, would be true of the next file as well: the run stops and can be repeated.
+_SKIPPED_ERRORS = (None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP)
+
+
+def write_all(
+    work: Work,
+    tasks: Sequence[list[Shard]],
+    workers: int,
+    progress: bool,
+) -> Iterator[dict[str, Any]]:
+    """Write shards, here or in `workers` processes; yield the records as they come."""
+    total = sum(len(s.items) for task in tasks for s in task)
+    with _progress_bar(total, progress) as advance:
+        if workers == 1 or len(tasks) <= 1:
+            for task in tasks:
+                for planned in task:
+                    yield _write_shard(work, planned, advance)
+            return
+        # spawn: a process that has started threads (pyarrow, torch) must not be forked.
+        context = mp.get_context("spawn")
+        counter = context.Value("q", 0)
+        pool = ProcessPoolExecutor(
+            min(workers, len(tasks)), context, initializer=_start_worker, initargs=(work, counter)
+        )
+        with pool:
+            waiting = {pool.submit(_work_on, task) for task in tasks}
+            shown = 0
+            try:
+                while waiting:
+                    finished, waiting = wait(waiting, 0.2, FIRST_COMPLETED)
+                    advance(counter.value - shown)
+                    shown = counter.value
+                    for future in finished:
+                        yield from future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process was killed, perhaps for want of memory; repeat the command "
+                    "with fewer workers: it goes on where it was"
+                ) from None
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+# Set once in each worker process: a source can be large, and should not travel with each task.
+_worker: tuple[Work, Callable[[int], None]]
+
+
+def _start_worker(work: Work, counter: "Synchronized[int]") -> None:
+    global _worker
+
+    def tick(samples: int) -> None:
+        with counter.get_lock():
+            counter.value += samples
+
+    _worker = work, tick
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A parent killed by SIGKILL cannot stop its workers, so they watch it."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work_on(task: list[Shard]) -> list[dict[str, Any]]:
+    work, tick = _worker
+    return [_write_shard(work, planned, tick) for planned in task]
+
+
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with images per second and the time left."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("sharding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.speed:,.0f} images/s", "progress.data.speed"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task("sharding", total=total)
+        yield lambda samples: bar.update(task, advance=samples)
