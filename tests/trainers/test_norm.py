@@ -42,7 +42,7 @@ def run_step(models, batches):
 def test_running_statistics_move_once_a_step_towards_the_mean_over_all_micro_batches(model, world):
     batches = micro_batches(4)
     means, variances = zip(*(features(model, b) for b in batches), strict=True)
-    models = [model] + [nn.Sequential(*(type(m)(**k) for m, k in LAYERS)) for _ in range(world - 1)]
+    models = [model] + [nn.Sequential(*(m(**k) for m, k in LAYERS)) for _ in range(world - 1)]
     for other in models[1:]:
         other.load_state_dict(model.state_dict())
     run_step(models, batches)
