@@ -6,7 +6,6 @@ views of it. Only rank 0 writes. Free of torch.
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -93,7 +92,7 @@ class Log:
             self._progress.phase(text)
 
     def close(self, state: str) -> None:
-        """Flush and close every view; `state` ("finished", "preempted", ...) ends events.jsonl."""
+        """Close every view; `state` (finished, stopped or failed) is the last event."""
         if self._closed:
             return
         self._closed = True
@@ -152,7 +151,7 @@ def open_log(
 
     Records beyond `start_step` are cut off first, so that each step stands in metrics.jsonl
     exactly once however often the run was killed. `epoch_samples` is the number of samples
-    in one epoch of the order policy. Writes the event "start", or "resume" from step n.
+    in one epoch of the order policy.
     """
     if rank != 0:
         return Log(
@@ -177,7 +176,6 @@ def open_log(
         wandb=open_wandb(run, recipe, recipe.log.wandb, start_step),
     )
     log._step = start_step
-    log.event("resume" if start_step else "start", total_steps=total_steps, pid=os.getpid())
     return log
 
 

@@ -1,13 +1,11 @@
-"""The progress of a run on the terminal, and the table at its end. Free of torch."""
+"""The progress of a run on the terminal. Free of torch."""
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 _SMOOTHING = 0.9  # weight of the past in the images/s shown: about ten steps
 
@@ -118,51 +116,3 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // smaller} {below}"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
-
-
-def final_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy, NLL and ECE of each member, the ensemble and the soup, on val and test.
-
-    `summary` is the content of summary.json. Members that the gate left out are dimmed.
-    """
-    splits = [split for split in ("val", "test") if split in summary]
-    table = Table(title="members, ensemble and soup", title_justify="left")
-    table.add_column("model")
-    for split in splits:
-        for measure in ("accuracy", "NLL", "ECE"):
-            table.add_column(f"{split} {measure}", justify="right")
-    for name, by_split, kept in final_rows(summary):
-        cells = [_cell(by_split.get(split), measure) for split in splits for measure in MEASURES]
-        style = "bold" if name in ("ensemble", "soup") else ("" if kept else "dim")
-        table.add_row(name if kept else f"{name} (left out)", *cells, style=style)
-    return table
-
-
-MEASURES = ("accuracy", "nll", "ece")
-
-
-def final_rows(
-    summary: Mapping[str, Any],
-) -> list[tuple[str, dict[str, Mapping[str, Any]], bool]]:
-    """(name, figures by split, kept) of each member, then the ensemble, then the soup."""
-    rows: dict[str, tuple[dict[str, Mapping[str, Any]], bool]] = {}
-    for split in ("val", "test"):
-        figures = summary.get(split) or {}
-        entries = [(str(m["name"]), m) for m in figures.get("members") or []]
-        entries += [(n, figures[n]) for n in ("ensemble", "soup") if figures.get(n)]
-        for name, entry in entries:
-            rows.setdefault(name, ({}, bool(entry.get("kept", True))))[0][split] = entry
-    ordered = sorted(
-        rows,
-        key=lambda name: (
-            ("ensemble", "soup").index(name) + 1 if name in ("ensemble", "soup") else 0
-        ),
-    )
-    return [(name, *rows[name]) for name in ordered]
-
-
-def _cell(entry: Mapping[str, Any] | None, measure: str) -> str:
-    value = entry.get(measure) if entry else None
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if measure == "accuracy" else f"{value:.4f}"

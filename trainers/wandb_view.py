@@ -27,9 +27,9 @@ from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe
 
-# Seconds that the end of an attempt waits for uploads. A preempted one has little time, and
-# loses nothing: the next attempt, or `wandb sync`, sends the rest.
-CLOSE_TIMEOUT = {"finished": 60.0, "preempted": 10.0}
+# Seconds that the end of an attempt waits for uploads. One stopped by a signal has little
+# time, and loses nothing: the next attempt, or `wandb sync`, sends the rest.
+CLOSE_TIMEOUT = {"finished": 60.0, "stopped": 10.0, "failed": 10.0}
 
 _HEADER = b":W&B"
 _BLOCK = 32768  # bytes; the .wandb file is a LevelDB log (wandb, core/internal/leveldb)
@@ -68,7 +68,7 @@ class WandbView:
         """Send what is left and finish the run, with the figures of summary.json if there are."""
         self._end = (state, summary)
         self._rows.put(None)
-        patience = CLOSE_TIMEOUT.get(state, 10.0)
+        patience = CLOSE_TIMEOUT[state]
         self._thread.join(patience)
         if self._thread.is_alive():
             self._problems.put(f"not done within {patience:.0f} s; `wandb sync` sends the rest")
@@ -102,7 +102,7 @@ class WandbView:
         state, summary = self._end
         if summary.is_file():
             wandb_run.summary.update(_flat(json.loads(summary.read_text(encoding="utf-8"))))
-        if state == "preempted":
+        if state == "stopped":
             wandb_run.mark_preempting()  # the server then shows "preempted", not "failed"
         wandb_run.finish(exit_code=0 if state == "finished" else 1)
 

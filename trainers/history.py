@@ -1,0 +1,111 @@
+"""A run directory read back, whole or unfinished: what the views of a run are made of.
+
+Free of torch.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.schema import Recipe
+
+Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
+
+
+@dataclass(frozen=True)
+class History:
+    """All that a run directory holds of a run; what is not there yet is None or empty."""
+
+    name: str
+    recipe: Recipe
+    manifest: Mapping[str, Any]
+    train: Columns
+    evals: Mapping[str, Columns]  # by split
+    events: list[dict[str, Any]]
+    summary: Mapping[str, Any] | None
+    confusion: Mapping[str, Any] | None
+    snapshots: list[int]  # steps
+
+    @property
+    def last_step(self) -> int:
+        return int(self.train["step"][-1]) if self.train else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps that the recipe asks for; None where no start recorded them."""
+        known = [e["total_steps"] for e in self.events if "total_steps" in e]
+        return int(known[-1]) if known else (self.summary or {}).get("steps")
+
+    @property
+    def state(self) -> str:
+        """finished, stopped or failed, as the last attempt ended; otherwise "running".
+
+        "running" is also what a killed run looks like from its files alone.
+        """
+        last = [e for e in self.events if e["kind"] in ("start", "end")]
+        if not last:
+            return "not started"
+        return str(last[-1].get("state", "running"))
+
+
+def read_history(run: RunDir) -> History:
+    """Read a run directory. Raises UserError where it is none."""
+    recipe = run.recipe()
+    records = read_jsonl(run.metrics)
+    splits = dict.fromkeys(str(r["split"]) for r in records if r["kind"] == "eval")
+    snapshots = [read_json(path) for path in run.snapshots.glob("cycle-*/metrics.json")]
+    return History(
+        name=run.name,
+        recipe=recipe,
+        manifest=read_json(run.manifest) or {},
+        train=columns(r for r in records if r["kind"] == "train"),
+        evals={s: columns(r for r in records if r.get("split") == s) for s in splits},
+        events=[e for e in read_jsonl(run.events) if "kind" in e],
+        summary=read_json(run.summary),
+        confusion=read_json(run.ensemble / "confusion.json"),
+        snapshots=sorted(int(s["step"]) for s in snapshots if s),
+    )
+
+
+def columns(records: Iterable[Mapping[str, Any]]) -> Columns:
+    """Records as float64 columns; a value that is null or missing becomes NaN."""
+    rows = list(records)
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, str))
+    return {
+        name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names
+    }
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def read_json(path: Any) -> dict[str, Any] | None:
+    """A JSON object; None where the file is missing, or is no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def smooth(values: NDArray[np.float64], weight: float = 0.9) -> NDArray[np.float64]:
+    """Exponential moving average over the finite values, without the bias to the first one.
+
+    The weight of the past is at most `weight`; NaN is stepped over (Kingma and Ba 2015, 3,
+    for the correction).
+    """
+    result = np.full(len(values), np.nan)
+    total, norm = 0.0, 0.0
+    for i, value in enumerate(values.tolist()):
+        if value == value:
+            total = weight * total + (1 - weight) * value
+            norm = weight * norm + (1 - weight)
+        if norm:
+            result[i] = total / norm
+    return result

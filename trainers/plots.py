@@ -1,0 +1,290 @@
+"""The report's plots: matplotlib figures as SVG that takes its colours from the page.
+
+Figures are drawn in stand-in colours, which become CSS variables in the SVG text, and with
+text as text; so one picture serves light and dark mode, in the page's own font. Free of torch.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from bigbatch.trainers.history import Columns, History, smooth
+
+# Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
+INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))
+_VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    BLUE: "blue",
+    ORANGE: "orange",
+    GREEN: "green",
+}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be called $x$
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+    "legend.labelcolor": MUTED,
+}
+_POINTS = 500  # more than a plot this wide can show
+
+
+def curves(history: History) -> list[str]:
+    """SVG of each learning curve that the run has figures for."""
+    train = history.train
+    plots: list[tuple[str, Callable[[Axes, History], None]]] = []
+    if "loss" in train:
+        plots.append(("loss", _loss))
+    if any("accuracy" in columns for columns in history.evals.values()):
+        plots.append(("accuracy", _accuracy))
+    if "lr" in train:
+        plots.append(("lr", _lr))
+    if "grad_norm" in train:
+        plots.append(("grad-norm", _grad_norm))
+    if "images_per_s" in train:
+        plots.append(("throughput", _throughput))
+    if "data_s" in train and "step_s" in train:
+        plots.append(("waiting", _waiting))
+    drawn = []
+    for name, draw in plots:
+        with _figure(4.6, 2.9) as (figure, axes):
+            draw(axes, history)
+            _mark_snapshots(axes, history.snapshots)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+            drawn.append(_svg(figure, name, axes.get_title(loc="left")))
+    return drawn
+
+
+def _loss(axes: Axes, history: History) -> None:
+    axes.set_title("Loss")
+    _noisy(axes, history.train, "loss", BLUE, "train")
+    for split, columns in history.evals.items():
+        _evaluated(axes, columns, "nll", split)
+    axes.legend(loc="upper right")
+
+
+def _accuracy(axes: Axes, history: History) -> None:
+    axes.set_title("Accuracy")
+    for split, columns in history.evals.items():
+        _evaluated(axes, columns, "accuracy", split)
+        best = int(np.nanargmax(columns["accuracy"]))
+        value = columns["accuracy"][best]
+        axes.annotate(
+            f"best {value:.2%}",
+            (columns["step"][best], value),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="right" if columns["step"][best] > columns["step"][-1] / 2 else "left",
+            color=ORANGE,
+            fontsize=10.5,
+        )
+    # Early evaluations may be near chance: the interesting part is the upper one.
+    lows = [np.nanpercentile(c["accuracy"], 20) for c in history.evals.values()]
+    top = max(np.nanmax(c["accuracy"]) for c in history.evals.values())
+    margin = max(0.02, (top - min(lows)) * 0.6)
+    axes.set_ylim(max(0.0, min(lows) - margin), min(1.0, top) + margin * 0.35)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.legend(loc="lower right")
+
+
+def _lr(axes: Axes, history: History) -> None:
+    axes.set_title("Learning rate")
+    axes.plot(*_thin(history.train["step"], history.train["lr"]), color=BLUE)
+    axes.set_ylim(bottom=0)
+
+
+def _grad_norm(axes: Axes, history: History) -> None:
+    axes.set_title("Gradient norm")
+    _noisy(axes, history.train, "grad_norm", BLUE, None)
+    axes.set_yscale("log")
+
+
+def _throughput(axes: Axes, history: History) -> None:
+    axes.set_title("Images per second")
+    _noisy(axes, history.train, "images_per_s", BLUE, None)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+
+
+def _waiting(axes: Axes, history: History) -> None:
+    axes.set_title("Share of the step spent waiting for data")
+    train = history.train
+    share = train["data_s"] / np.maximum(train["step_s"], 1e-9)
+    _noisy(axes, {"step": train["step"], "share": share}, "share", BLUE, None)
+    axes.set_ylim(0, max(0.1, min(1.0, float(np.nanpercentile(share, 99)) * 1.2)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> str:
+    """SVG of the accuracies of members, ensemble and soup, one row each, by split."""
+    rows = list(reversed(rows))
+    with _figure(6.4, 0.9 + 0.36 * len(rows)) as (figure, axes):
+        axes.set_title("Accuracy")
+        for split, colour, marker in (("val", ORANGE, "D"), ("test", BLUE, "o")):
+            for y, (name, figures, kept) in enumerate(rows):
+                accuracy = (figures.get(split) or {}).get("accuracy")
+                if accuracy is None:
+                    continue
+                combined = name in ("ensemble", "soup")
+                axes.plot(
+                    accuracy,
+                    y,
+                    marker,
+                    color=colour,
+                    markersize=9 if combined else 6.5,
+                    alpha=1.0 if kept else 0.35,
+                    markeredgewidth=0,
+                )
+            if any(split in figures for _, figures, _ in rows):
+                axes.plot([], [], marker, color=colour, markeredgewidth=0, label=split)
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+        return _svg(figure, "members", "Accuracy of members, ensemble and soup")
+
+
+def confusion(classes: Sequence[str], matrix: NDArray[np.int64]) -> str:
+    """SVG of a confusion matrix, rows are true classes; counts are written up to 20 classes.
+
+    Right answers are blue and wrong ones orange, each darker with its share of the true
+    class: an error of one per cent must not vanish beside a diagonal of ninety-nine.
+    """
+    count = len(classes)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = min(6.4, 2.2 + 0.36 * count)
+    with _figure(side, side) as (figure, axes):
+        axes.grid(visible=False)
+        axes.set_aspect("equal")
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.set_ylim(count - 0.5, -0.5)
+        for i, j in zip(*(n.tolist() for n in np.nonzero(matrix)), strict=True):
+            alpha = 0.12 + 0.6 * share[i, j] if i == j else 0.15 + 0.85 * share[i, j] ** 0.5
+            cell = Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, linewidth=0, alpha=alpha)
+            cell.set_facecolor(BLUE if i == j else ORANGE)
+            axes.add_patch(cell)
+            if count <= 20:
+                axes.text(j, i, f"{matrix[i, j]}", ha="center", va="center", fontsize=9.5)
+        every = max(1, -(-count // 25))
+        ticks = list(range(0, count, every))
+        names = [_short(classes[i]) for i in ticks]
+        long = max(map(len, names)) > 3
+        axes.set_xticks(ticks, names, rotation=90 if long else 0, color=INK)
+        axes.set_yticks(ticks, names, color=INK)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return _svg(figure, "confusion", "Confusion matrix")
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of its own, without pyplot's global state; sizes in inches."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _noisy(axes: Axes, columns: Columns, key: str, colour: str, label: str | None) -> None:
+    """The values faintly, and their moving average on top."""
+    step, values = columns["step"], columns[key]
+    axes.plot(*_thin(step, values), color=colour, alpha=0.28, linewidth=1)
+    axes.plot(*_thin(step, smooth(values, 0.95)), color=colour, label=label)
+
+
+def _evaluated(axes: Axes, columns: Columns, key: str, split: str) -> None:
+    if key not in columns:
+        return
+    marker = "o" if len(columns["step"]) <= 60 else None
+    colour = ORANGE if split == "val" else GREEN
+    axes.plot(columns["step"], columns[key], color=colour, marker=marker, markersize=3, label=split)
+
+
+def _mark_snapshots(axes: Axes, steps: Sequence[int]) -> None:
+    for step in steps if len(steps) > 1 else ():
+        axes.axvline(step, color=GREEN, linewidth=1.1, linestyle=(0, (2, 3)), zorder=0.5)
+
+
+def _thin(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most about `_POINTS` points with the same extremes: each bucket's lowest and highest."""
+    if len(x) <= _POINTS:
+        return x, y
+    picked = []
+    for bucket in np.array_split(np.arange(len(x)), _POINTS // 2):
+        finite = bucket[np.isfinite(y[bucket])]
+        if len(finite):
+            picked += sorted({finite[np.argmin(y[finite])], finite[np.argmax(y[finite])]})
+    return x[picked], y[picked]
+
+
+def _thousands(value: float, _: object = None) -> str:
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k"
+    return f"{value:,.0f}" if value == round(value) else f"{value:g}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "\u2026"
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an SVG element for inlining: no prolog, own ids, the page's colours."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
+    for stand_in, variable in _VARIABLES.items():
+        text = text.replace(stand_in, f"var(--{variable})")
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return re.sub(
+        r'<svg\b(.*?)width="[^"]+"(.*?)>',
+        rf'<svg role="img" aria-label="{label}"\1\2>',
+        re.sub(r'(<svg\b[^>]*?)\sheight="[^"]+"', r"\1", text, count=1),
+        count=1,
+        flags=re.DOTALL,
+    )
