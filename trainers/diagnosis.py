@@ -93,8 +93,8 @@ def _fit(train: Columns, val: Columns) -> Iterator[Finding]:
             "good",
             "Converged",
             f"Validation accuracy reached {accuracy[best]:.2%} at step {step[best]:,.0f} and the "
-            f"last fifth of the run changed its best by {gain:+.1f} points; validation loss ended "
-            f"{rise:.0%} above its lowest.",
+            f"last fifth of the run changed the best by {gain:+.1f} points; validation loss ended "
+            f"{f'{rise:.0%} above' if rise >= 0.005 else 'at'} its lowest.",
         )
 
 

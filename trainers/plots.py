@@ -15,10 +15,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 from numpy.typing import NDArray
 
-from bigbatch.trainers.history import Columns, History, smooth
+from bigbatch.trainers.history import Columns, History
 
 # Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
 INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))
@@ -98,7 +104,8 @@ def _loss(axes: Axes, history: History) -> None:
 
 
 def _accuracy(axes: Axes, history: History) -> None:
-    axes.set_title("Accuracy")
+    (only, *more) = history.evals
+    axes.set_title("Accuracy" if more else f"Accuracy, {only}")
     for split, columns in history.evals.items():
         _evaluated(axes, columns, "accuracy", split)
         best = int(np.nanargmax(columns["accuracy"]))
@@ -118,7 +125,8 @@ def _accuracy(axes: Axes, history: History) -> None:
     margin = max(0.02, (top - min(lows)) * 0.6)
     axes.set_ylim(max(0.0, min(lows) - margin), min(1.0, top) + margin * 0.35)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.legend(loc="lower right")
+    if more:
+        axes.legend(loc="lower right")
 
 
 def _lr(axes: Axes, history: History) -> None:
@@ -131,6 +139,9 @@ def _grad_norm(axes: Axes, history: History) -> None:
     axes.set_title("Gradient norm")
     _noisy(axes, history.train, "grad_norm", BLUE, None)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _throughput(axes: Axes, history: History) -> None:
@@ -152,7 +163,7 @@ def _waiting(axes: Axes, history: History) -> None:
 def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> str:
     """SVG of the accuracies of members, ensemble and soup, one row each, by split."""
     rows = list(reversed(rows))
-    with _figure(6.4, 0.9 + 0.36 * len(rows)) as (figure, axes):
+    with _figure(5.2, 0.9 + 0.36 * len(rows)) as (figure, axes):
         axes.set_title("Accuracy")
         for split, colour, marker in (("val", ORANGE, "D"), ("test", BLUE, "o")):
             for y, (name, figures, kept) in enumerate(rows):
@@ -177,7 +188,7 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.12)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
         return _svg(figure, "members", "Accuracy of members, ensemble and soup")
@@ -226,10 +237,21 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _noisy(axes: Axes, columns: Columns, key: str, colour: str, label: str | None) -> None:
-    """The values faintly, and their moving average on top."""
+    """The values faintly, and their moving average over a 40th of them on top."""
     step, values = columns["step"], columns[key]
     axes.plot(*_thin(step, values), color=colour, alpha=0.28, linewidth=1)
-    axes.plot(*_thin(step, smooth(values, 0.95)), color=colour, label=label)
+    axes.plot(*_thin(step, _centred_mean(values, len(step) // 80)), color=colour, label=label)
+
+
+def _centred_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Mean of the finite values at most `reach` places away: it does not lag as an EMA does."""
+    reach = min(25, max(2, reach))
+    finite = np.isfinite(values)
+    sums, counts = (
+        np.convolve(np.pad(x.astype(np.float64), reach), np.ones(2 * reach + 1), mode="valid")
+        for x in (np.where(finite, values, 0.0), finite)
+    )
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _evaluated(axes: Axes, columns: Columns, key: str, split: str) -> None:

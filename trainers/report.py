@@ -130,7 +130,7 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
         rate = history.recipe.global_batch / float(np.nanmean(seconds))
         tiles.append(("images per second", f"{rate:,.0f}", f"{np.nanmean(seconds):.3g} s a step"))
         whole = float(np.nanmean(seconds)) * history.last_step
-        tiles.append(("time in steps", duration(whole), f"world size {_world_sizes(history)}"))
+        tiles.append(("training time", duration(whole), f"ranks: {_world_sizes(history)}"))
     return tiles
 
 
