@@ -6,6 +6,7 @@ views of it. Only rank 0 writes. Free of torch.
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +91,11 @@ class Log:
         """Say what the run is doing between steps: "evaluating", "saving", ..."""
         if self._progress:
             self._progress.phase(text)
+
+    def sync(self) -> None:
+        """Put the records on the disk: called before a checkpoint, which must not outlive them."""
+        if self._metrics:
+            os.fsync(self._metrics.fileno())
 
     def close(self, state: str) -> None:
         """Close every view; `state` (finished, stopped or failed) is the last event."""

@@ -130,6 +130,7 @@ def train(
         leaving = stops > 0
         if plan.saves(state.step) or leaving:
             log.phase("saving")
+            log.sync()
             save(run, engine, state, recipe.checkpoint.keep)
         if leaving:
             log.event("signal", step=state.step, signal=stop.signal)

@@ -99,7 +99,13 @@ def work(run: RunDir, recipe: Recipe, engine: Engine, stop: StopFlag, stop_at: i
     ) as log:
         for problem in problems:
             log.event("damaged_checkpoint", problem=problem)
-        log.event("start", step=state.step, world_size=engine.world, device=str(engine.device))
+        log.event(
+            "start",
+            step=state.step,
+            total_steps=plan.total,
+            world_size=engine.world,
+            device=str(engine.device),
+        )
         batches = stream(run, recipe, engine, index, order, state.step, plan.stop)
         if engine.rank == 0 and not (run.path / "augmented.png").exists():
             save_contact_sheet(run.path / "augmented.png", recipe, index, order, augmenter)
