@@ -33,4 +33,4 @@ def uniforms(shape: tuple[int, ...], *key: int | str) -> npt.NDArray[np.float64]
     with np.errstate(over="ignore"):
         counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
         bits = mix64(counter + np.uint64(key64(*key)))
-    return ((bits >> np.uint64(11)) * 2.0**-53).reshape(shape)
+    return np.ldexp((bits >> np.uint64(11)).astype(np.float64), -53).reshape(shape)

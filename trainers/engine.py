@@ -4,6 +4,7 @@ The only module that imports accelerate. The loop sees this class alone, so that
 backend is another engine and not another loop.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -39,7 +40,10 @@ class Engine:
         """Put the model on the device and make its backward pass average over ranks."""
         self.module = model.to(self.device)
         self.optimizer = optimizer
-        self.model, self._stepper = self.accelerator.prepare(self.module, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.15 renames broadcast_buffers; accelerate and older torch know no other.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            self.model, self._stepper = self.accelerator.prepare(self.module, optimizer)
 
     @property
     def scaler(self) -> Any | None:

@@ -1,6 +1,7 @@
 """Models by timm name."""
 
 import difflib
+from typing import Any
 
 import timm
 import torch
@@ -23,6 +24,7 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
             f"model.name = {config.name!r} is no timm model; {hint}"
             "timm.list_models() lists all of them"
         )
+    options: dict[str, Any] = dict(config.options)
     torch.manual_seed(key64(seed, "init"))
     try:
         return timm.create_model(
@@ -31,10 +33,10 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
             pretrained_cfg_overlay={"file": config.checkpoint} if config.checkpoint else None,
             num_classes=classes,
             in_chans=channels,
-            **config.options,
+            **options,
         )
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         source = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
         raise UserError(
-            f"timm cannot build {config.name} ({source} weights, options {config.options}): {error}"
+            f"timm cannot build {config.name} ({source} weights, options {options}): {error}"
         ) from error
