@@ -17,12 +17,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.tar import Scan, scan_shard
@@ -41,6 +41,7 @@ _COLUMNS = {
 # quarter of a second); `bigbatch inspect` checks larger ones.
 _HASH_AT_OPEN = 128 << 20
 _SHOWN_PROBLEMS = 20
+_REMAKE = "make it again with `bigbatch index"
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def open_index(root: Path) -> Index:
     root = Path(root)
     manifest = _read_manifest(root)
     remedy = f"restore it, or run `bigbatch index {root}`"
-    check_bytes = 28 * manifest["samples"] <= _HASH_AT_OPEN
-    columns = {name: _open_column(root, manifest, name, check_bytes) for name in _COLUMNS}
+    columns = {name: _open_column(root, manifest, name) for name in _COLUMNS}
+    if sum(column.nbytes for column in columns.values()) <= _HASH_AT_OPEN:
+        verify_columns(root)
     shards = tuple(ShardFile(**s) for s in manifest["shards"])
     for file in shards:
         try:
@@ -142,7 +144,7 @@ def check_sample(index: Index, sample: int) -> bool:
     path = index.root / index.shards[index.shard[sample]].name
     with path.open("rb") as file:
         data = os.pread(file.fileno(), int(index.size[sample]), int(index.offset[sample]))
-    return len(data) == index.size[sample] and google_crc32c.value(data) == index.crc[sample]
+    return len(data) == index.size[sample] and crc32c(data) == index.crc[sample]
 
 
 def build_index(
@@ -195,7 +197,7 @@ def build_index(
         shown = "\n".join(f"  {p}" for p in problems[:_SHOWN_PROBLEMS])
         more = len(problems) - _SHOWN_PROBLEMS
         raise UserError(
-            f"{root} has {len(problems):,} problems, and nothing was indexed:\n{shown}\n"
+            f"{root} was not indexed; {len(problems):,} found wrong:\n{shown}\n"
             + (f"  and {more:,} more\n" if more > 0 else "")
             + "mend the shards, or leave these samples out with --skip-bad"
         )
@@ -322,35 +324,38 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {manifest['format']!r}; this version reads {FORMAT}; "
-                f"make it again with `bigbatch index {root}`"
+                f"{_REMAKE} {root}`"
             )
         if _hash(manifest) != manifest["hash"]:
             raise ValueError("its hash is not that of its contents")
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path} is damaged ({error}); make it again with `bigbatch index {root}`"
-        ) from None
+        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
     return manifest
 
 
-def _open_column(
-    root: Path, manifest: dict[str, Any], name: str, check_bytes: bool
-) -> npt.NDArray[Any]:
+def _open_column(root: Path, manifest: dict[str, Any], name: str) -> npt.NDArray[Any]:
     path = root / "index" / f"{name}.npy"
     length = len(manifest["classes"]) + 1 if name == "class_starts" else manifest["samples"]
     try:
         column: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         if column.dtype != _COLUMNS[name] or column.shape != (length,):
             raise ValueError(f"it holds {column.dtype} {column.shape}")
-        if check_bytes and _digest(path) != manifest["columns"][name]:
-            raise ValueError("its hash is not the one in the manifest")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); make it again with `bigbatch index {root}`"
-        ) from None
+        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
     return column
+
+
+def verify_columns(root: Path) -> None:
+    """Read all columns and compare their hashes with the manifest's; UserError where not."""
+    digests = _read_manifest(root)["columns"]
+    for name in _COLUMNS:
+        path = root / "index" / f"{name}.npy"
+        if _digest(path) != digests[name]:
+            raise UserError(
+                f"{path} is damaged (its hash is not the one in the manifest); {_REMAKE} {root}`"
+            )
 
 
 def _digest(path: Path) -> str:

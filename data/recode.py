@@ -29,24 +29,31 @@ def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, s
     Every image is decoded once, so that one which is damaged is found here. Raises OSError
     for what cannot be decoded.
     """
+    image = open_image(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        assert image.format is not None
         if short_side is None or min(image.size) <= short_side:
             # At an eighth of its size, all entropy-coded data of a JPEG are still read.
             image.draft("L", (1, 1))
             image.load()
-            return data, _EXTENSIONS[image.format]
+            return data, _EXTENSIONS[str(image.format)]
         scale = short_side / min(image.size)
         width, height = (max(short_side, round(side * scale)) for side in image.size)
         image.draft(None, (width * _DRAFT_GAP, height * _DRAFT_GAP))
         image.load()
         return _reduce(image, (width, height), quality)
+    except (SyntaxError, ValueError) as error:
+        raise OSError(str(error)) from None  # Pillow has several errors for damage
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Read an image's header; OSError where it is none of the formats, or too many pixels."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         what = f"not an image (it starts with {data[:8]!r})" if data else "the file is empty"
         raise OSError(what) from None
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from None  # Pillow has several errors for damage
+        raise OSError(str(error)) from None
 
 
 def _reduce(image: Image.Image, size: tuple[int, int], quality: int) -> tuple[bytes, str]:

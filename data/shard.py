@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import read_jsonl, write_atomically
 from bigbatch.data.index import build_index
 from bigbatch.data.plan import SPLITS, assign_splits, parse_fractions, plan_shards
-from bigbatch.data.sources import Source, open_source
+from bigbatch.data.recode import prepare
+from bigbatch.data.sources import Source, digits, image_folder, tars
+from bigbatch.data.tables import parquet, saved_dataset
+from bigbatch.data.tar import BLOCK, IMAGE_EXTENSIONS
 from bigbatch.data.write import Work, write_all
 
 SAMPLES_PER_SHARD = 10_000
@@ -52,40 +57,135 @@ def shard(
     dest: Path,
     *,
     split: str | None = None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
+    samples_per_shard: int | None = None,
+    shard_size: str | None = None,
     short_side: int | None = None,
     quality: int = 90,
+    image_column: str | None = None,
+    label_column: str | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> ShardReport:
-    """Write `source` (a name or path, see sources.open_source) as shards with an index.
+    """Write `source` (`digits`, or a path, see open_source) as shards with an index.
 
-    `split` gives the fractions of train, val and test, such as "0.8,0.1,0.1". Images whose
-    short side is above `short_side` pixels are reduced to it, JPEGs at `quality` (see
-    recode.prepare). Raises UserError for a source that cannot be used, and where `dest`
-    exists already. A call that was killed goes on when it is repeated.
+    `split` gives the fractions of train, val and test, such as "0.8,0.1,0.1". A shard holds
+    `samples_per_shard` samples (default 10,000), or about `shard_size`, such as "256MB".
+    Images whose short side is above `short_side` pixels are reduced to it, as JPEG of
+    `quality` (see recode.prepare). `image_column` and `label_column` are for Parquet and
+    saved datasets. `workers` is the number of processes.
+
+    Unreadable images are left out and reported. Raises UserError for a source or an option
+    that cannot be used, and where `dest` exists already. A call that was killed goes on
+    where it was when it is repeated.
     """
     for name, value, low, high in (
-        ("samples per shard", samples_per_shard, 1, None),
-        ("workers", workers, 1, None),
-        ("short side", short_side, 8, None),
+        ("samples per shard", samples_per_shard, 1, 1 << 31),
+        ("workers", workers, 1, 1024),
+        ("short side", short_side, 8, 1 << 16),
         ("quality", quality, 1, 100),
     ):
-        if value is not None and (value < low or (high is not None and value > high)):
-            rule = f"{low} or more" if high is None else f"from {low} to {high}"
-            raise UserError(f"{name} {value} must be {rule}")
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name} {value} must be from {low} to {high:,}")
+    if shard_size is not None and samples_per_shard is not None:
+        raise UserError("a shard is limited by samples or by size; give one of the two")
     fractions = None if split is None else parse_fractions(split)
-    opened = open_source(source)
+    target_bytes = None if shard_size is None else parse_bytes(shard_size)
+    dest = Path(dest)
+    opened = open_source(source, image_column, label_column, workers)
+    splits = assign_splits(opened, fractions)
+    if target_bytes is not None:
+        samples_per_shard = _samples_in(target_bytes, opened, splits, short_side, quality)
     return write_shards(
         opened,
-        Path(dest),
-        splits=assign_splits(opened, fractions),
-        samples_per_shard=samples_per_shard,
+        dest,
+        splits=splits,
+        samples_per_shard=samples_per_shard or SAMPLES_PER_SHARD,
         short_side=short_side,
         quality=quality,
         workers=workers,
         progress=progress,
     )
+
+
+def open_source(
+    name: str, image_column: str | None = None, label_column: str | None = None, workers: int = 1
+) -> Source:
+    """`digits`, or a path: an image folder, Parquet, a saved dataset, or tars.
+
+    Raises UserError where it is none of these, or cannot be read.
+    """
+    path = Path(name)
+    if name == "digits" and not path.exists():
+        return digits()
+    if not path.exists():
+        raise UserError(
+            f"no source {name!r}; give `digits`, or the path of an image folder, of Parquet files, "
+            "of a saved Hugging Face dataset, or of tars"
+        )
+    try:
+        kind = _kind(path)
+        if kind == "saved dataset":
+            return saved_dataset(path, image_column, label_column)
+        if kind == ".parquet":
+            return parquet(path, image_column, label_column)
+        if image_column or label_column:
+            raise UserError(f"{path} has no columns; leave out --image-column and --label-column")
+        return tars(path, workers) if kind == ".tar" else image_folder(path)
+    except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a source that can be read") from None
+
+
+def _kind(path: Path) -> str:
+    """What a source is, by the first folder in it, from the top, that tells."""
+    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        return "saved dataset"
+    if path.is_file():
+        if path.suffix not in (".parquet", ".tar"):
+            raise UserError(f"{path} is neither a .parquet nor a .tar file nor a folder")
+        return path.suffix
+    for folder, below, files in os.walk(path):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        suffixes = {os.path.splitext(name)[1].lower() for name in files}
+        for kind in (".parquet", ".tar"):
+            if kind in suffixes:
+                return kind
+        if Path(folder) != path and suffixes & {f".{e}" for e in IMAGE_EXTENSIONS}:
+            break
+    return "image folder"
+
+
+def parse_bytes(text: str) -> int:
+    """Read "256MB" or "1.5 GB" (decimal units)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", text)
+    size = (
+        int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]]) if match else 0
+    )
+    if size < 1:
+        raise UserError(f"size {text!r} is not a number and a unit, such as 256MB or 1GB")
+    return size
+
+
+def _samples_in(
+    target: int,
+    source: Source,
+    splits: npt.NDArray[np.str_],
+    short_side: int | None,
+    quality: int,
+) -> int:
+    """How many samples make a shard of about `target` bytes, by the first 256 that go into one.
+
+    Not counted while writing, because then a shard could begin only when the one before it
+    is done.
+    """
+    first = plan_shards(source, splits, 256)[0][0]
+    sizes = []
+    for i in first.items.tolist():
+        try:
+            data, _ = prepare(source.read(i), short_side, quality)
+        except OSError:
+            continue
+        sizes.append(3 * BLOCK + -(-len(data) // BLOCK) * BLOCK)  # two headers and the label
+    return max(1, round(target * len(sizes) / sum(sizes))) if sizes else SAMPLES_PER_SHARD
 
 
 def write_shards(
@@ -117,8 +217,8 @@ def write_shards(
                     journal.flush()
                     os.fsync(journal.fileno())
             records = [done[s.name] for task in tasks for s in task]
-            if not dest.exists() or not any(dest.iterdir()):
-                _finish(partial / "data", dest, source.classes, records, workers)
+            if (partial / "data").exists():
+                _finish(partial / "data", dest, source, records, workers)
             shutil.rmtree(partial)
     except OSError as error:
         raise UserError(
@@ -131,7 +231,7 @@ def write_shards(
         samples={n: sum(r["samples"] for r in records if r["shard"].startswith(n)) for n in names},
         shards={n: sum(r["shard"].startswith(n) for r in records) for n in names},
         bytes=sum(r["bytes"] for r in records),
-        skipped=[(key, reason) for r in records for key, reason in r["skipped"]],
+        skipped=source.skipped + [(k, why) for r in records for k, why in r["skipped"]],
         seconds=time.monotonic() - started,
     )
 
@@ -140,7 +240,9 @@ def write_shards(
 def _claim(dest: Path, partial: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
     """Make or take over the folder of unfinished work; give the journal's records by shard."""
     plan, data = partial / "plan.json", partial / "data"
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())) and not plan.exists():
+    # The last act is the rename of data/ to dest: without data/, all shards are in place.
+    finished = plan.exists() and not data.exists()
+    if dest.exists() and not finished and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; remove it, or choose another destination")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("w") as lock:
@@ -158,8 +260,7 @@ def _claim(dest: Path, partial: Path, fingerprint: str) -> Iterator[dict[str, di
             write_atomically(plan, json.dumps({"fingerprint": fingerprint}))
         for left_over in data.glob("*/*.tmp-*"):
             left_over.unlink()
-        # The last act is the rename of data/ to dest: without data/, all shards are in place.
-        place = data if data.exists() else dest
+        place = dest if finished else data
         journal = partial / "journal.jsonl"
         done = {
             r["shard"]: r
@@ -173,17 +274,18 @@ def _claim(dest: Path, partial: Path, fingerprint: str) -> Iterator[dict[str, di
 def _finish(
     data: Path,
     dest: Path,
-    classes: Sequence[str],
+    source: Source,
     records: Sequence[Mapping[str, Any]],
     workers: int,
 ) -> None:
     """Index each split, write classes.txt, and rename the whole to its final name."""
-    skipped = [(key, reason) for r in records for key, reason in r["skipped"]]
+    skipped = [f"{k}\t{why}\n" for r in records for k, why in r["skipped"]]
     if not any(r["samples"] for r in records):
-        raise UserError(f"no image of the source could be read; the first: {': '.join(skipped[0])}")
+        raise UserError(f"no image of the source could be read; the first: {skipped[0].strip()}")
     for folder in sorted({Path(r["shard"]).parent for r in records}):
-        build_index(data / folder, classes=classes, workers=workers)
-    write_atomically(data / "classes.txt", "".join(f"{name}\n" for name in classes))
+        build_index(data / folder, classes=source.classes, workers=workers)
+    write_atomically(data / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+    skipped = [f"{k}\t{why}\n" for k, why in source.skipped] + skipped
     if skipped:
-        write_atomically(data / "skipped.txt", "".join(f"{k}\t{reason}\n" for k, reason in skipped))
+        write_atomically(data / "skipped.txt", "".join(skipped))
     data.rename(dest)

@@ -4,13 +4,14 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.index import find_shards, read_classes, scan_shards
 from bigbatch.data.tar import IMAGE_EXTENSIONS
 
 # What people call the three splits, and what we call them.
@@ -35,6 +36,8 @@ class Source:
     each sample's split ("" for none). `groups`, where reading has a grain, numbers the
     blocks (such as Parquet row groups) that are cheap to read as a whole; `window` of them
     fit into memory at a time. read(i) returns the encoded image, or raises OSError.
+    `fractions` is how train, val and test are divided where nobody says otherwise;
+    `skipped` lists (what, why) of samples that were found unusable while listing.
     """
 
     keys: list[str]
@@ -45,18 +48,7 @@ class Source:
     groups: npt.NDArray[np.int64] | None = None
     window: int = 1
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-
-
-def open_source(name: str) -> Source:
-    """`digits`, or a path: an image folder. UserError where it is none of these."""
-    path = Path(name)
-    if name == "digits" and not path.exists():
-        return digits()
-    if not path.exists():
-        raise UserError(f"no source {name!r}: give `digits` or the path of an image folder")
-    if path.is_dir():
-        return image_folder(path)
-    raise UserError(f"{path} is no source: give `digits` or the path of an image folder")
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +131,69 @@ def image_folder(root: Path) -> Source:
     return Source(
         keys=unique_keys(paths),
         labels=np.array([number[name] for _, _, name in found], np.int32),
-        classes=tuple(map(_printable, classes)),
+        classes=tuple(map(printable, classes)),
         read=_Files(str(root), paths),
         splits=np.array([split for _, split, _ in found]) if own_splits else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranges:
+    """Reads byte ranges of archives."""
+
+    paths: list[str]
+    shards: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    def __call__(self, i: int) -> bytes:
+        with open(self.paths[self.shards[i]], "rb") as file:
+            data = os.pread(file.fileno(), int(self.sizes[i]), int(self.offsets[i]))
+        if len(data) < self.sizes[i]:
+            raise OSError("the archive has become shorter")
+        return data
+
+
+def tars(path: Path, workers: int) -> Source:
+    """WebDataset archives: one, a folder of *.tar, or SPLIT/*.tar; keys stay as they are.
+
+    Class names come from a classes.txt beside or above the archives. Samples without a
+    label, second ones of the same key, and what lies behind damage are skipped.
+    """
+    if path.is_file():
+        files, splits = [path], [""]
+    else:
+        places = {p: SPLIT_NAMES.get(p.name.lower(), "") for p in path.iterdir() if p.is_dir()}
+        folders = sorted(p for p, split in places.items() if split) or [path]
+        files = [file for folder in folders for file in find_shards(folder)]
+        splits = [places.get(file.parent, "") for file in files]
+    scans = scan_shards(files, workers)
+    taken: set[str] = set()
+    rows, skipped = [], [(f"{problem}", "left out") for s in scans for problem in s.problems]
+    for shard, scan in enumerate(scans):
+        for i, key in enumerate(scan.keys):
+            if key in taken:
+                skipped.append((key, f"{files[shard].name}: has the key of an earlier sample"))
+                continue
+            taken.add(key)
+            rows.append((key, shard, scan.offsets[i], scan.sizes[i], scan.labels[i]))
+    if not rows:
+        first = f"; the first problem: {skipped[0][0]}" if skipped else ""
+        raise UserError(f"{path} holds no image with a label (.cls){first}")
+    columns = np.array([row[1:] for row in rows], np.int64).T
+    classes = read_classes(files[0].parent) or tuple(map(str, range(int(columns[3].max()) + 1)))
+    if columns[3].max() >= len(classes):
+        raise UserError(
+            f"{path} has label {columns[3].max()}, but classes.txt names {len(classes)} classes; "
+            "give each class a line"
+        )
+    return Source(
+        keys=[row[0] for row in rows],
+        labels=columns[3].astype(np.int32),
+        classes=classes,
+        read=_Ranges([str(f) for f in files], *columns[:3]),
+        splits=np.array(splits)[columns[0]] if splits[0] else None,
+        skipped=skipped,
     )
 
 
@@ -172,7 +224,7 @@ def unique_keys(names: Iterable[str]) -> list[str]:
     """
     keys, taken = [], set()
     for name in names:
-        folder, slash, base = _printable(name).replace(os.sep, "/").rpartition("/")
+        folder, slash, base = printable(name).replace(os.sep, "/").rpartition("/")
         stem = base.rpartition(".")[0] or base
         key = first = folder + slash + stem.replace(".", "_")
         number = 1
@@ -184,7 +236,7 @@ def unique_keys(names: Iterable[str]) -> list[str]:
     return keys
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Valid UTF-8 on one line: a file name may be any bytes, a key or class name may not."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return re.sub(r"[\x00-\x1f\x7f]", "_", text)

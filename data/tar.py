@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import google_crc32c
+from google_crc32c import value as crc32c
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -206,7 +206,7 @@ class _Sample:
             elif member.size >= 1 << 32:
                 self.problem = f"has an image of {member.size:,} bytes"
             else:
-                self.image, self.crc = member, google_crc32c.value(file.read(member.size))
+                self.image, self.crc = member, crc32c(file.read(member.size))
         elif extension in ("cls", "json") and member.size <= _MAX_LABEL_BYTES:
             text = file.read(member.size)
             try:
@@ -226,7 +226,8 @@ def _close(scan: Scan, sample: _Sample, shard: str) -> None:
     if not problem and sample.label is None:
         problem = "has no label (.cls, or .json with `label`)"
     if problem:
-        scan.problems.append(f"{shard} at byte {sample.header:,}: sample {sample.key!r} {problem}")
+        offset = sample.image.offset if sample.image else sample.header
+        scan.problems.append(f"{shard} at byte {offset:,}: sample {sample.key!r} {problem}")
         return
     assert sample.image is not None
     assert sample.label is not None
