@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import secrets
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe
 
+INIT_TIMEOUT = 60.0  # seconds without an answer after which the attempt goes on offline
 # Seconds that the end of an attempt waits for uploads. One stopped by a signal has little
 # time, and loses nothing: the next attempt, or `wandb sync`, sends the rest.
 CLOSE_TIMEOUT = {"finished": 60.0, "stopped": 10.0, "failed": 10.0}
@@ -80,11 +82,14 @@ class WandbView:
             self._problems.put(f"{type(error).__name__}: {error}")
 
     def _follow(self) -> None:
+        folder = self._run.path / "wandb"
+        mend(folder)
+        kept = _last_step(folder)
         wandb_run = self._start()
         self.path = Path(wandb_run.settings.sync_dir)
         wandb_run.define_metric("train/step")
         wandb_run.define_metric("*", step_metric="train/step")
-        sent = wandb_run.step - 1 if self._mode == "online" else _last_step(self._folder())
+        sent = wandb_run.starting_step - 1 if self._mode == "online" else kept
 
         row: dict[str, float] = {}
         past = [r for r in read_jsonl(self._run.metrics) if r["step"] <= self._start_step]
@@ -109,12 +114,14 @@ class WandbView:
     def _start(self) -> Any:
         import wandb
 
+        wandb.setup(settings=wandb.Settings(silent=True))  # logging in is not silent otherwise
         if self._mode == "online":
             try:
                 return self._init(wandb)
             except Exception as error:  # no network, no permission: keep the data, say so
                 self._problems.put(f"{error}; going on offline")
                 self._mode = "offline"
+                wandb.teardown()  # its service still holds the run id of the failed start
         return self._init(wandb)
 
     def _init(self, wandb: Any) -> Any:
@@ -127,11 +134,8 @@ class WandbView:
             mode=self._mode,
             dir=str(self._run.path),
             config=config,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
         )
-
-    def _folder(self) -> Path:
-        return self._run.path / "wandb"
 
 
 def open_wandb(run: RunDir, recipe: Recipe, mode: str, start_step: int = 0) -> WandbView | None:
@@ -174,46 +178,64 @@ def logged_in() -> bool:
 
 
 def history_steps(file: Path) -> Iterator[int]:
-    """train/step of each history row in a .wandb file, in file order.
-
-    wandb's Python package reads these files no more (since 0.2x only its Go core does), so
-    the framing is read here: a 7-byte file header, then blocks of 32 KiB with records of
-    (crc u32, length u16, type u8, payload), a record in one piece or several.
-    """
+    """train/step of each history row in a .wandb file, in file order."""
     from wandb.proto import wandb_internal_pb2
 
     protocol: Any = wandb_internal_pb2  # generated code without types
-    for payload in _payloads(file.read_bytes()):
+    for _, payload in _payloads(file.read_bytes()):
         record = protocol.Record.FromString(payload)
         for item in record.history.item:
             if "/".join(item.nested_key) == "train/step" or item.key == "train/step":
                 yield int(float(item.value_json))
 
 
-def _payloads(data: bytes) -> Iterator[bytes]:
+def mend(folder: Path) -> None:
+    """Make what killed attempts left in a wandb folder fit for `wandb sync`.
+
+    `wandb sync` stops at a file that ends in half a record, or holds none, and then leaves
+    out the later attempts of the run too (seen with 0.31). So half a record is cut off, and
+    a file without any row is removed with its folder: its rows will be replayed.
+    """
+    for file in folder.glob("*run-*/*.wandb"):
+        if not any(True for _ in history_steps(file)):
+            shutil.rmtree(file.parent)
+            continue
+        data = file.read_bytes()
+        end = max(end for end, _ in _payloads(data))
+        if end < len(data):
+            with file.open("r+b") as opened:
+                opened.truncate(end)
+
+
+def _payloads(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(end, payload) of each whole record in a .wandb file.
+
+    wandb's Python package reads these files no more (only its Go core does), so the framing
+    is read here: a 7-byte file header, then blocks of 32 KiB with pieces of
+    (crc u32, length u16, type u8, payload); a record is one full piece, or several.
+    """
     if not data.startswith(_HEADER):
         return
     at, whole = 7, b""
     while at + 7 <= len(data):
         left = _BLOCK - at % _BLOCK
-        if left < 7:  # a record's header never crosses into the next block
+        if left < 7:  # the header of a piece never crosses into the next block
             at += left
             continue
         _, size, kind = struct.unpack_from("<IHB", data, at)
         piece = data[at + 7 : at + 7 + size]
-        if len(piece) < size or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+        at += 7 + size
+        if at > len(data) or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
             return  # cut short by a kill
         whole = piece if kind in (_FULL, _FIRST) else whole + piece
-        at += 7 + size
         if kind in (_FULL, _LAST):
-            yield whole
+            yield at, whole
 
 
 def _last_step(folder: Path) -> int:
     """The last step that the former attempts' .wandb files hold; -1 where there is none."""
-    return max(
-        (s for file in folder.glob("*run-*/*.wandb") for s in history_steps(file)), default=-1
-    )
+    files = folder.glob("*run-*/*.wandb")
+    return max((step for file in files for step in history_steps(file)), default=-1)
 
 
 def _run_id(run: RunDir) -> str:

@@ -1,0 +1,158 @@
+"""The live view of a run in the terminal, read from its directory. Free of torch.
+
+It needs no process of the run: it works over a network file system, for a run of another
+user, and after the end.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import plotext
+from numpy.typing import NDArray
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.history import History, read_history, smooth
+from bigbatch.trainers.progress import duration
+
+STALE = 120.0  # seconds without a record after which a run is called silent
+_EVENTS = 6  # as many of the newest are shown
+_STYLES = {"finished": "green", "failed": "red", "stopped": "yellow", "running": "cyan"}
+
+
+def watch(run: RunDir, *, interval: float = 2.0, console: Console | None = None) -> None:
+    """Show a run until it ends or Ctrl-C; one picture of it where there is no terminal.
+
+    `interval` is in seconds. Raises UserError where `run` is no run directory.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        console.print(picture(run, read_history(run), console.width, 40))
+        return
+    history = read_history(run)
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while history.state not in ("finished", "failed"):
+            live.update(picture(run, history, console.width, console.height), refresh=True)
+            try:
+                time.sleep(interval)
+            except KeyboardInterrupt:
+                break
+            started = time.monotonic()
+            history = read_history(run)
+            # A run of a million steps takes seconds to read: do not do only that.
+            interval = max(interval, 4 * (time.monotonic() - started))
+    console.print(picture(run, history, console.width, console.height))  # stays on the terminal
+
+
+def picture(run: RunDir, history: History, width: int, height: int) -> RenderableType:
+    """The run as it stands, for a terminal of `width` x `height` characters."""
+    age = time.time() - run.metrics.stat().st_mtime if run.metrics.exists() else None
+    columns = 2 if width >= 90 else 1
+    rows = 2 if columns == 2 else 3
+    plots = _plots(history, width // columns - 2, max(8, min(16, (height - 12) // rows)))
+    grid = Table.grid(expand=True)
+    for row in range(0, len(plots), columns):
+        grid.add_row(*plots[row : row + columns])
+    return Group(_header(history, age), grid, _events(history))
+
+
+def _header(history: History, age: float | None) -> RenderableType:
+    """Name, state, how far, how fast, how long yet."""
+    train, total = history.train, history.total_steps
+    state = history.state
+    title = Text.assemble((history.name, "bold"), "  ", (state, _STYLES.get(state, "")))
+    if state == "running" and age is not None and age > STALE:
+        title.append(f"  no record for {duration(age)}: stalled, or killed", style="red")
+    cells: list[RenderableType] = []
+    if total:
+        cells += [ProgressBar(total, history.last_step, width=20), f"{history.last_step}/{total}"]
+    cells += [f"{key} {train[key][-1]:.4g}" for key in ("loss", "lr") if key in train]
+    cells += [Text(f"{split} {c['accuracy'][-1]:.2%}") for split, c in history.evals.items()]
+    if "images_per_s" in train:
+        recent = train["images_per_s"][-20:]
+        # The mean time of an image, not of the rate: see Progress.
+        cells.append(f"{len(recent) / np.nansum(1 / recent):,.0f} img/s")
+    left = seconds_left(history, age)
+    if left is not None:
+        cells.append(f"{duration(left)} left")
+    line = Table.grid(padding=(0, 2))
+    line.add_row(*cells)
+    return Group(title, line)
+
+
+def seconds_left(history: History, age: float | None) -> float | None:
+    """From the pace since the newest start, evaluations included; None where unknown."""
+    starts = [e for e in history.events if e["kind"] == "start"]
+    total = history.total_steps
+    if history.state != "running" or not starts or not total or age is None:
+        return None
+    done = history.last_step - int(starts[-1].get("step", 0))
+    if done <= 0:
+        return None
+    elapsed = time.time() - age - float(starts[-1]["time"])
+    return elapsed / done * (total - history.last_step)
+
+
+def _plots(history: History, width: int, height: int) -> Sequence[RenderableType]:
+    train = history.train
+    if not train:
+        return [Panel("no training step yet")]
+    loss = [("train", train["step"], train["loss"])]
+    loss += [(s, c["step"], c["nll"]) for s, c in history.evals.items() if "nll" in c]
+    drawn = [_plot("loss", loss, width, height)]
+    if history.evals:
+        accuracy = [(s, c["step"], c["accuracy"]) for s, c in history.evals.items()]
+        drawn.append(_plot("accuracy", accuracy, width, height))
+    for key, title in (("lr", "learning rate"), ("images_per_s", "images per second")):
+        if key in train:
+            values = smooth(train[key]) if key == "images_per_s" else train[key]
+            drawn.append(_plot(title, [("", train["step"], values)], width, height, bottom=0.0))
+    return drawn
+
+
+def _plot(
+    title: str,
+    lines: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]],
+    width: int,
+    height: int,
+    bottom: float | None = None,
+) -> Text:
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(width, height)
+    plotext.title(title)
+    for (label, x, y), colour in zip(lines, ("blue+", "orange+", "green+"), strict=False):
+        finite = np.flatnonzero(np.isfinite(y))
+        # A character of braille holds two columns of points: more cannot be told apart.
+        shown = finite[:: max(1, len(finite) // (2 * width))]
+        name = label if len(lines) > 1 else None
+        plotext.plot(
+            x[shown].tolist(), y[shown].tolist(), marker="braille", color=colour, label=name
+        )
+    last = int(max(x[-1] for _, x, _ in lines))
+    ticks = [round(last * i / 4) for i in range(5)]
+    plotext.xlim(0, max(1, last))
+    plotext.xticks(ticks, [f"{tick:,}" for tick in ticks])
+    if bottom is not None:
+        top = float(np.nanmax(np.concatenate([y for *_, y in lines])))
+        plotext.ylim(bottom, top * 1.05 if top > bottom else bottom + 1)
+    return Text.from_ansi(plotext.build())
+
+
+def _events(history: History) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for event in history.events[-_EVENTS:]:
+        known = ("time", "date", "kind", "step", "pid")
+        details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
+        clock = str(event.get("date", ""))[11:19]
+        table.add_row(
+            Text(clock, style="dim"), Text(f"step {event.get('step', '')}"), Text(str(event["kind"])),
+            Text(details, style="dim"),
+        )  # fmt: skip
+    return table
