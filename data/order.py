@@ -16,39 +16,31 @@ from bigbatch.data.index import Index
 from bigbatch.data.rng import key64, mix64
 
 Positions = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
 _ROUNDS = 8
 _ROUND_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def permute(
-    values: npt.NDArray[np.uint64],
-    size: npt.NDArray[np.uint64] | np.uint64,
-    key: npt.NDArray[np.uint64] | np.uint64,
-) -> npt.NDArray[np.uint64]:
-    """A keyed permutation of range(size) at `values`; size and key may differ by element.
+def permute(values: Words, size: Words, key: Words) -> Words:
+    """A keyed permutation of range(size) at `values`, uint64 [n].
 
-    An alternating Feistel network over just enough bits, walked until it lands inside the
-    range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    `size` and `key` are one number each (0-d arrays) or one for each value. An alternating
+    Feistel network over just enough bits, walked until it lands inside the range (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    bits = _bit_length(np.asarray(size, np.uint64) - np.uint64(1))
+    bits = _bit_length(size - np.uint64(1))
     high, low = (bits + np.uint64(1)) >> np.uint64(1), bits >> np.uint64(1)
     result = _feistel(values, high, low, key)
     walking = np.flatnonzero(result >= size)
     while walking.size:
-        # Scalars stay scalars: with one size and one key the whole walk broadcasts.
-        n, h, w, k = (a if np.ndim(a) == 0 else a[walking] for a in (size, high, low, key))
+        n, h, w, k = (a if a.ndim == 0 else a[walking] for a in (size, high, low, key))
         x = _feistel(result[walking], h, w, k)
         result[walking] = x
         walking = walking[x >= n]
     return result
 
 
-def _feistel(
-    x: npt.NDArray[np.uint64],
-    high: npt.NDArray[np.uint64],
-    low: npt.NDArray[np.uint64],
-    key: npt.NDArray[np.uint64],
-) -> npt.NDArray[np.uint64]:
+def _feistel(x: Words, high: Words, low: Words, key: Words) -> Words:
     """A bijection of numbers of high + low bits; the halves swap their widths each round."""
     one = np.uint64(1)
     widths = high, low
@@ -62,9 +54,13 @@ def _feistel(
     return (left << low) | right
 
 
-def _bit_length(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _word(value: int) -> Words:
+    return np.asarray(value, np.uint64)
+
+
+def _bit_length(x: Words) -> Words:
     """Bits needed to write x; exact for all 64-bit integers below 2^53."""
-    return np.frexp(x.astype(np.float64))[1].astype(np.uint64)
+    return np.asarray(np.frexp(x.astype(np.float64))[1], np.uint64)
 
 
 def largest_remainder(weights: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
@@ -110,8 +106,8 @@ class Order:
         shuffled = np.empty_like(places)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            key = np.uint64(key64(self.seed, int(epoch), "epoch"))
-            drawn = permute(places[inside].astype(np.uint64), np.uint64(size), key)
+            key = _word(key64(self.seed, int(epoch), "epoch"))
+            drawn = permute(places[inside].astype(np.uint64), _word(size), key)
             shuffled[inside] = drawn.astype(np.int64)
         return shuffled if self.quotas is None else self._in_classes(epochs, shuffled)
 
@@ -140,14 +136,14 @@ class Order:
         """
         index, label = self.index, int(self.index.label[sample])
         start, end = index.class_starts[label : label + 2]
-        members = index.class_members[start:end]
+        members: npt.NDArray[np.integer] = index.class_members[start:end]
         if len(members) == 1:
             members = np.arange(len(index))
         # Steps from the bad one in a keyed order of the others, none of them twice.
-        others = len(members) - 1
-        place = np.array([attempt % max(others, 1)], np.uint64)
-        key = np.uint64(key64(self.seed, position, "substitute"))
-        step = 1 + int(permute(place, np.uint64(max(others, 1)), key)[0])
+        others = max(len(members) - 1, 1)
+        place = np.array([attempt % others], np.uint64)
+        key = _word(key64(self.seed, position, "substitute"))
+        step = 1 + int(permute(place, _word(others), key)[0])
         return int(members[(int(np.searchsorted(members, sample)) + step) % len(members)])
 
 

@@ -1,5 +1,7 @@
 """Device-side augmentation: what it must keep, and what it must not depend on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_flips_happen_as_often_as_asked():
 def test_jitter_stays_in_range_and_grayscale_works():
     augment = Augment(jitter=Jitter(brightness=0.9, contrast=0.9), mean=[0.5], std=[0.2])
     batch = batch_of([(8, 8)] * 4, (8, 8))
-    batch.images = batch.images[..., :1].contiguous()
+    batch = replace(batch, images=batch.images[..., :1].contiguous())
     images = augmenter(augment, out=8).images(batch)
     assert images.shape == (4, 1, 8, 8)
     assert images.min() >= 0
