@@ -146,10 +146,10 @@ def open_wandb(run: RunDir, recipe: Recipe, mode: str, start_step: int = 0) -> W
     kept in the run directory, serves every attempt.
     """
     switch = os.environ.get("WANDB_MODE", "")
-    if mode == "off" or switch in ("disabled", "dryrun-disabled"):
+    if mode == "off" or switch == "disabled":
         return None
     problem = ""
-    if switch in ("offline", "dryrun"):
+    if switch == "offline":
         mode = "offline"
     elif not logged_in():
         if mode == "online":

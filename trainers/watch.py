@@ -151,8 +151,6 @@ def _events(history: History) -> RenderableType:
         known = ("time", "date", "kind", "step", "pid")
         details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
         clock = str(event.get("date", ""))[11:19]
-        table.add_row(
-            Text(clock, style="dim"), Text(f"step {event.get('step', '')}"), Text(str(event["kind"])),
-            Text(details, style="dim"),
-        )  # fmt: skip
+        step, kind = f"step {event.get('step', '')}", str(event["kind"])
+        table.add_row(Text(clock, style="dim"), Text(step), Text(kind), Text(details, style="dim"))
     return table
