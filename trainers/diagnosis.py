@@ -24,10 +24,10 @@ class Finding:
 
 def diagnose(history: History) -> list[Finding]:
     """Findings from the curves, problems first; says so where there is too little to judge."""
-    train, val = history.train, history.evals.get("val", {})
+    train = history.train
     if len(train.get("loss", ())) < 20:
         return [Finding("note", "Too early to tell", "Fewer than 20 training steps are recorded.")]
-    found = [*_stability(history), *_fit(train, val), *_speed(train), *_combination(history)]
+    found = [*_stability(history), *_fit(history), *_speed(train), *_combination(history)]
     order = ("problem", "note", "good")
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -53,7 +53,14 @@ def _stability(history: History) -> Iterator[Finding]:
         )
 
 
-def _fit(train: Columns, val: Columns) -> Iterator[Finding]:
+def _fit(history: History) -> Iterator[Finding]:
+    train, val = history.train, history.evals.get("val", {})
+    total = history.total_steps
+    if total and history.last_step < total:
+        # Before the learning rate has come down, and just after a restart, curves mislead.
+        text = f"{history.last_step:,} of {total:,} steps are done; the fit is judged at the end."
+        yield Finding("note", "Not at the end yet", text)
+        return
     if len(val.get("accuracy", ())) < 4:
         yield Finding("note", "No verdict on the fit", "Fewer than 4 evaluations are recorded.")
         return

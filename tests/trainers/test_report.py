@@ -165,6 +165,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, steps: int) -> N
     assert Page(text).open == []
     assert "running" in text
     assert "summary.json is not there" in text
+    assert ("Not at the end yet" in text) == (steps >= 20)
     assert "ensemble/confusion.json is not there" in text
     assert ("metrics.jsonl holds no training step" in text) == (steps == 0)
 
