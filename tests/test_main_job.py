@@ -1,0 +1,148 @@
+"""The main job from outside, as a user runs it: commands in, files and numbers out."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
+
+from bigbatch.data.index import open_index
+from bigbatch.trainers.metrics import score, softmax
+
+BIGBATCH = Path(sys.executable).parent / "bigbatch"
+
+
+def bigbatch(*arguments, cwd, status=0):
+    """Run the command line; returns what it wrote to both streams."""
+    done = subprocess.run(
+        [BIGBATCH, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=280
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == status, said
+    assert status or "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the digits as shards and one short finished run on two ranks."""
+    folder = tmp_path_factory.mktemp("place")
+    bigbatch("shard", "digits", "shards/digits", cwd=folder)
+    said = bigbatch(
+        *("train", "digits", "duration=12 epochs", "schedule.warmup=1 epochs", "--nproc", "2"),
+        cwd=folder,
+    )
+    (folder / "said.txt").write_text(said)
+    return folder
+
+
+def test_a_run_ends_with_its_table_and_its_paths(place):
+    said = (place / "said.txt").read_text()
+    for word in ("ensemble", "soup", "cycle-03", "summary.json", "report.html", "wandb"):
+        assert word in said
+    run = place / "runs/digits"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["steps"] * 256 == summary["samples"]
+    for split in ("val", "test"):
+        for member in [*summary[split]["members"], summary[split]["ensemble"]]:
+            assert 0 <= member["accuracy"] <= 1
+            assert member["nll"] > 0
+    assert (run / "report.html").stat().st_size > 50_000
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_every_step_stands_once_in_the_metrics(place):
+    lines = (place / "runs/digits/metrics.jsonl").read_text().splitlines()
+    steps = [r["step"] for r in map(json.loads, lines) if r["kind"] == "train"]
+    summary = json.loads((place / "runs/digits/summary.json").read_text())
+    assert steps == list(range(1, summary["steps"] + 1))
+
+
+def test_timm_loads_our_weights_and_gives_the_logits_behind_our_score(place):
+    run, index = place / "runs/digits", open_index(place / "shards/digits/test")
+    weights = run / "snapshots/cycle-03/model.safetensors"
+    model = timm.create_model(
+        "test_resnet", num_classes=10, in_chans=1, checkpoint_path=str(weights)
+    ).eval()
+    ours = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
+    ours.load_state_dict(load_file(weights))
+
+    # The evaluation's own geometry, by independent means: resize, normalise.
+    images = []
+    for sample in range(len(index)):
+        shard = index.root / index.shards[index.shard[sample]].name
+        with shard.open("rb") as file:
+            file.seek(int(index.offset[sample]))
+            images.append(np.array(Image.open(io.BytesIO(file.read(int(index.size[sample]))))))
+    x = torch.from_numpy(np.stack(images)).float()[:, None] / 255
+    x = torch.nn.functional.interpolate(x, size=32, mode="bilinear", align_corners=False)
+    with torch.inference_mode():
+        logits = model((x - 0.305) / 0.376)
+        torch.testing.assert_close(ours((x - 0.305) / 0.376), logits, rtol=0, atol=0)
+    found = score(softmax(logits.numpy()), np.asarray(index.label, np.int64))
+    summary = json.loads((run / "summary.json").read_text())
+    said = next(m for m in summary["test"]["members"] if m["name"] == "cycle-03")
+    assert found["accuracy"] == said["accuracy"]
+    assert found["nll"] == pytest.approx(said["nll"], rel=1e-4)
+
+
+def test_a_finished_run_is_never_overwritten(place):
+    before = (place / "runs/digits/metrics.jsonl").read_bytes()
+    said = bigbatch("train", "digits", "--run", "digits", cwd=place, status=2)
+    assert "exists already" in said
+    assert (place / "runs/digits/metrics.jsonl").read_bytes() == before
+
+
+def test_prove_digits(place):
+    said = bigbatch("prove", "digits", "--json", cwd=place)
+    proof = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert proof["proven"] is True
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """Crops of two real photos: JPEG and PNG, gray and RGB, many sizes, two classes."""
+    generator = np.random.default_rng(0)
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        target = tmp_path / "images" / name
+        target.mkdir(parents=True)
+        for number in range(90):
+            height, width = generator.integers(90, 240, 2)
+            top = generator.integers(0, photo.shape[0] - height)
+            left = generator.integers(0, photo.shape[1] - width)
+            crop = Image.fromarray(photo[top : top + height, left : left + width])
+            if number % 3 == 0:
+                crop = crop.convert("L")
+            crop.save(target / f"{number:03d}.{'png' if number % 2 else 'jpg'}")
+    return tmp_path
+
+
+def test_an_image_folder_of_your_own(folder_of_images):
+    cwd = folder_of_images
+    (cwd / "images/flower/notes.jpg").write_text("this is no image")
+    said = bigbatch("shard", "images", "shards/mine", cwd=cwd)
+    assert "notes" in said  # reported at the end, and gone on without it
+    (cwd / "mine.yaml").write_text(
+        "data: {path: shards/mine, image_size: 48}\n"
+        "model: {name: test_resnet}\n"
+        "optimizer: {name: adamw, lr: 0.003}\n"
+        "duration: 40 steps\n"
+        "augment: {flip: 0.5}\n"
+    )
+    bigbatch("train", "mine.yaml", "--nproc", "2", cwd=cwd)
+    summary = json.loads((cwd / "runs/mine/summary.json").read_text())
+    assert summary["test"]["ensemble"]["accuracy"] >= 0.9
+    (cwd / "runs/mine/report.html").unlink()
+    bigbatch("report", "mine", cwd=cwd)
+    report = (cwd / "runs/mine/report.html").read_text()
+    assert "china" in report
+    assert "flower" in report
