@@ -1,0 +1,67 @@
+"""What each micro-batch reads, computed from the recipe alone: for looking and for checks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.index import open_index
+from bigbatch.data.order import build_order
+from bigbatch.trainers.plan import check_world
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: for each of its samples the number, key, label and epoch."""
+
+    step: int
+    micro: int
+    rank: int
+    samples: list[int]
+    keys: list[str]
+    labels: list[int]
+    epochs: list[int]
+
+
+def parse_steps(text: str) -> range:
+    """Read A:B, the steps from A up to but not including B, or A alone."""
+    first, colon, last = text.partition(":")
+    if not first.isdecimal() or (colon and not last.isdecimal()):
+        raise UserError(f"--steps {text!r} is not A:B, such as 0:10 for the first ten steps")
+    start = int(first)
+    stop = int(last) if colon else start + 1
+    if stop <= start:
+        raise UserError(f"--steps {text!r} holds no step; A must be below B")
+    return range(start, stop)
+
+
+def batches(
+    recipe: Recipe, steps: range, world: int = 1, rank: int | None = None
+) -> Iterator[Batch]:
+    """The micro-batches of `steps` in order; with `rank`, those of one of `world` ranks."""
+    check_world(recipe, world)
+    if rank is not None and not 0 <= rank < world:
+        raise UserError(f"--rank {rank} must be from 0 to {world - 1} at --world-size {world}")
+    index = open_index(Path(recipe.data.path) / recipe.data.train)
+    order = build_order(recipe.data.sampling, index, recipe.seed)
+    keys = index.keys()
+
+    def batch(step: int, micro: int) -> Batch:
+        start = step * recipe.global_batch + micro * recipe.micro_batch
+        positions = np.arange(start, start + recipe.micro_batch)
+        samples = order.samples(positions)
+        return Batch(
+            step=step,
+            micro=micro,
+            rank=micro % world,
+            samples=samples.tolist(),
+            keys=[keys[i] for i in samples],
+            labels=index.label[samples].tolist(),
+            epochs=order.epochs(positions).tolist(),
+        )
+
+    mine = range(recipe.micro_batches) if rank is None else range(rank, recipe.micro_batches, world)
+    return (batch(step, micro) for step in steps for micro in mine)

@@ -1,0 +1,152 @@
+"""Commands about data: shards, their index, and the order in which training reads them."""
+
+from pathlib import Path
+
+import click
+
+from bigbatch.launcher import options
+
+
+@click.command(short_help="Write images as shards with an index.")
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--split", help="Fractions of train, val and test, such as 0.8,0.1,0.1.")
+@click.option("--samples-per-shard", type=int, default=10_000, show_default=True)
+@click.option("--short-side", type=int, help="Reduce images to this short side, in pixels.")
+@click.option("--quality", type=int, default=90, show_default=True, help="Of JPEGs reduced.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@options.as_json
+def shard(
+    source: str,
+    dest: Path,
+    split: str | None,
+    samples_per_shard: int,
+    short_side: int | None,
+    quality: int,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Write SOURCE as WebDataset shards with an index: DEST/SPLIT/000000.tar, DEST/SPLIT/index.
+
+    \b
+    SOURCE is  digits                 scikit-learn's handwritten digits
+               a folder               one folder of images per class, or SPLIT/CLASS/image
+               Parquet, saved Hugging Face data sets, WebDataset tars
+
+    Killed, it goes on where it was when the command is repeated.
+    """
+    from dataclasses import asdict
+
+    from bigbatch.data.shard import shard as write
+
+    written = write(
+        source,
+        dest,
+        split=split,
+        samples_per_shard=samples_per_shard,
+        short_side=short_side,
+        quality=quality,
+        workers=workers,
+        progress=not as_json,
+    )
+    if as_json:
+        options.print_json(asdict(written))
+        return
+    for name, count in written.samples.items():
+        click.echo(f"{dest / name}  {count:,} samples in {written.shards[name]:,} shards")
+    click.echo(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
+    for key, reason in written.skipped[:20]:
+        click.echo(f"left out: {key}: {reason}", err=True)
+    if len(written.skipped) > 20:
+        click.echo(f"and {len(written.skipped) - 20} more; see {dest / 'skipped.txt'}", err=True)
+
+
+@click.command(short_help="Index WebDataset tars that exist.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--skip-bad", is_flag=True, help="Leave out samples with a problem.")
+@options.as_json
+def index(shards: Path, workers: int, skip_bad: bool, as_json: bool) -> None:
+    """Index the tars in the folder SHARDS, one split of a data set, checking each."""
+    from bigbatch.data.index import build_index
+
+    made = build_index(shards, workers=workers, skip_bad=skip_bad)
+    if as_json:
+        options.print_json(
+            {
+                "path": str(made.root),
+                "samples": len(made),
+                "shards": len(made.shards),
+                "classes": list(made.classes),
+                "hash": made.hash,
+                "problems": list(made.problems),
+            }
+        )
+        return
+    click.echo(
+        f"{made.root}  {len(made):,} samples of {len(made.classes):,} classes in "
+        f"{len(made.shards):,} shards"
+    )
+    for problem in made.problems:
+        click.echo(f"left out: {problem}", err=True)
+
+
+@click.command(short_help="Describe shards: counts, labels, sizes, problems.")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Read and decode every image.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the distributions: .png ...")
+@options.as_json
+def inspect(shards: Path, verify: bool, picture: Path | None, as_json: bool) -> None:
+    """Describe SHARDS, a data set or one split of it. Exit status 1 where it has problems."""
+    import sys
+
+    from bigbatch.data.inspect import inspect as look
+
+    found = look(shards, verify=verify, picture=picture)
+    if as_json:
+        options.print_json(found)
+    else:
+        from bigbatch.launcher.tables import inspect_tables, show
+
+        show(*inspect_tables(found))
+        for problem in found["problems"]:
+            click.echo(f"problem: {problem}", err=True)
+    sys.exit(1 if found["problems"] else 0)
+
+
+@click.command(short_help="Show the samples of each micro-batch, without training.")
+@options.recipe
+@click.option("--steps", required=True, help="A:B, from step A up to but not including B.")
+@click.option("--world-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rank", type=int, help="Only this rank's micro-batches.")
+@options.as_json
+def batches(
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: str,
+    world_size: int,
+    rank: int | None,
+    as_json: bool,
+) -> None:
+    """Show keys, labels and epochs of each micro-batch that training on RECIPE reads.
+
+    With --json one object a line: step, micro, rank, samples, keys, labels, epochs.
+    """
+    import json
+    from dataclasses import asdict
+
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher.batches import batches as compute
+    from bigbatch.launcher.batches import parse_steps
+    from bigbatch.launcher.start import check_data
+
+    loaded = load_recipe(recipe, overrides)
+    wanted = parse_steps(steps)
+    check_data(loaded)
+    for batch in compute(loaded, wanted, world_size, rank):
+        if as_json:
+            click.echo(json.dumps(asdict(batch)))
+            continue
+        click.echo(f"step {batch.step}, micro-batch {batch.micro}, rank {batch.rank}")
+        for key, label, epoch in zip(batch.keys, batch.labels, batch.epochs, strict=True):
+            click.echo(f"  {key}  label {label}  epoch {epoch}")

@@ -1,0 +1,143 @@
+"""Commands about recipes: nothing is started."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bigbatch.launcher import options
+
+
+@click.command(short_help="List the built-in recipes.")
+@options.as_json
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes; `bigbatch train NAME` takes one by its name."""
+    from bigbatch.configs.load import builtin_recipes, find_recipe
+
+    found = {name: _headline(find_recipe(name)) for name in builtin_recipes()}
+    if as_json:
+        options.print_json(found)
+        return
+    width = max(map(len, found))
+    for name, headline in found.items():
+        click.echo(f"{name:{width}}  {headline}")
+
+
+def _headline(path: Path) -> str:
+    """The comment on the first line of a recipe."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline().strip()
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+@click.command(short_help="Check a recipe and its data; start nothing.")
+@options.recipe
+@click.option("--nproc", type=click.IntRange(1), help="Also check that this many ranks can run.")
+@options.as_json
+def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: bool) -> None:
+    """Open everything that RECIPE names and say what a run of it will do."""
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import preflight
+    from bigbatch.launcher.start import check_data
+
+    loaded = load_recipe(recipe, overrides)
+    check_data(loaded)
+    found = preflight.check(loaded, nproc)
+    if as_json:
+        options.print_json(found)
+        return
+    from bigbatch.launcher.tables import show, two_columns
+
+    show(two_columns(_rows(found)))
+
+
+def _rows(found: dict[str, Any]) -> dict[str, str]:
+    splits = [f"{n} {s['samples']:,} in {s['shards']} shards" for n, s in found["splits"].items()]
+    rates = [f"{rate:.4g} at {step}" for step, rate in found["lr"].items()]
+    return {
+        "recipe": f"{found['recipe']}, hash {found['hash']}",
+        "samples": ", ".join(splits),
+        "classes": f"{found['classes']}, with {found['smallest_class']:,} to "
+        f"{found['largest_class']:,} training samples",
+        "step": f"{found['global_batch']:,} samples in {found['micro_batches']} micro-batches of "
+        f"{found['micro_batch']:,}: 1 to {found['micro_batches']} ranks",
+        "length": f"{found['steps']:,} steps, {found['epochs']:g} epochs of "
+        f"{found['epoch_samples']:,} samples",
+        "evaluations": f"{found['evaluations']:,}",
+        "checkpoints": f"{found['checkpoints']:,}",
+        "snapshots": "after step " + ", ".join(map(str, found["snapshots"])),
+        "learning rate": ", ".join(rates),
+    }
+
+
+@click.command(short_help="Show, or draw, a recipe's learning rate.")
+@options.recipe
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg, .pdf")
+@click.option(
+    "--epoch-samples", type=click.IntRange(1), help="Samples in an epoch, where shards are not."
+)
+@options.as_json
+def schedule(
+    recipe: str,
+    overrides: tuple[str, ...],
+    plot: Path | None,
+    epoch_samples: int | None,
+    as_json: bool,
+) -> None:
+    """Show the learning rate of RECIPE at its key steps; with --json at every step.
+
+    Step s is the one after s finished steps, so the first is step 0.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import preflight
+    from bigbatch.launcher.start import check_data
+    from bigbatch.trainers.plan import make_plan
+
+    loaded = load_recipe(recipe, overrides)
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    if epoch_samples is None:
+        check_data(loaded)
+        epoch_samples = preflight.epoch_samples(loaded)
+    plan = make_plan(loaded, epoch_samples)
+    rate = preflight.learning_rate(loaded, plan, epoch_samples)
+    if plot is not None:
+        try:
+            preflight.draw(loaded, plan, rate, plot)
+        except OSError as error:
+            raise UserError(f"cannot write {plot}: {error}") from None
+    if as_json:
+        options.print_json({"steps": plan.total, "lr": [rate(s) for s in range(plan.total)]})
+        return
+    for step, value in preflight.key_rates(loaded, plan, rate).items():
+        click.echo(f"step {step:>8,}  {value:.6g}")
+    if plot is not None:
+        click.echo(plot)
+
+
+@click.command(short_help="Write the JSON schema of recipes, for editors.")
+@click.option("--output", type=click.Path(path_type=Path), help="File; default: the terminal.")
+def schema(output: Path | None) -> None:
+    """Write the JSON schema of recipes, so that an editor completes and checks them.
+
+    \b
+    bigbatch schema --output recipe.schema.json
+    # then, as the first line of a recipe, for editors with the YAML language server:
+    # yaml-language-server: $schema=recipe.schema.json
+    """
+    import json
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.rundir import write_atomically
+    from bigbatch.launcher.editor import editor_schema
+
+    text = json.dumps(editor_schema(), indent=1) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}") from None
+    click.echo(output)

@@ -1,0 +1,272 @@
+"""Commands that start runs, and that look at them."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from bigbatch.launcher import options
+
+
+@click.command(short_help="Train here, or take part where a launcher started this.")
+@options.recipe
+@click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@click.option("--nnodes", type=click.IntRange(1), default=1, help="Machines that start alike.")
+@click.option("--rdzv-endpoint", help="With --nnodes: HOST:PORT of one of the machines.")
+@options.new_run
+@options.runs_folder
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    nnodes: int,
+    rdzv_endpoint: str | None,
+    run: str | None,
+    run_dir: Path | None,
+    runs_folder: Path,
+) -> None:
+    """Train RECIPE, a built-in name or a YAML file, with KEY=VALUE changes to it.
+
+    \b
+    bigbatch train digits --nproc 2
+    bigbatch train digits --nproc 2 optimizer.lr=4 schedule.cycles=2
+
+    Started once, it starts its processes itself. Started by torchrun, accelerate launch,
+    deepspeed or srun, each process takes part as the rank it was given.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.configs.rundir import create_run
+    from bigbatch.launcher import start
+    from bigbatch.launcher.env import find_peers
+
+    peers = find_peers(os.environ)
+    with start.one_voice(peers):
+        loaded = load_recipe(recipe, overrides)
+        if nnodes > 1 and (rdzv_endpoint is None or (run is None and run_dir is None)):
+            raise UserError(
+                f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT and --run NAME, the same on "
+                "each machine"
+            )
+        count = start.ranks_here(loaded, peers, nproc, nnodes, os.environ)
+        start.check_data(loaded)
+        path = start.run_path(loaded, run, run_dir, peers, runs_folder)
+        if peers is None and nnodes == 1:
+            create_run(path, loaded)
+        else:
+            start.join_run(path, loaded)
+    start.begin(path, peers, count, nnodes=nnodes, rdzv_endpoint=rdzv_endpoint)
+
+
+@click.command(short_help="Go on with a run from its newest checkpoint.")
+@click.argument("run")
+@click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@options.runs_folder
+def resume(run: str, nproc: int | None, runs_folder: Path) -> None:
+    """Go on with RUN, a name or a directory, with any number of processes.
+
+    The batches are the same whatever that number is; weights differ by the order of
+    floating-point sums alone, and not at all at the number that the run had before.
+    """
+    from bigbatch.launcher import start
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.registry import find_run
+
+    peers = find_peers(os.environ)
+    with start.one_voice(peers):
+        found = find_run(run, runs_folder)
+        if found.summary.exists():
+            if peers is None or peers.rank == 0:
+                click.echo(f"{found.path} is finished; see {found.report}")
+            return
+        recipe = found.recipe()
+        count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
+        start.check_data(recipe)
+    start.begin(found.path, peers, count)
+
+
+@click.command(short_help="Train on SLURM.")
+@options.recipe
+@click.option("--nodes", default="1", show_default=True, help="Nodes, or a range such as 2-8.")
+@click.option("--gpus-per-node", type=click.IntRange(0), default=0, help="GPUs of each node.")
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Default: one per GPU, or one.")
+@click.option(
+    "--cpus-per-rank", type=click.IntRange(1), help="Default: for decoding threads and trainer."
+)
+@click.option("--time", help="Time limit, as SLURM writes it: 90, 12:00:00, 2-00:00:00.")
+@click.option("--partition")
+@click.option("--account")
+@click.option("--qos")
+@click.option("--constraint")
+@click.option("--sbatch-arg", multiple=True, help="Any other option of sbatch; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
+@options.new_run
+@options.runs_folder
+@options.as_json
+def submit(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nodes: str,
+    gpus_per_node: int,
+    ranks_per_node: int | None,
+    cpus_per_rank: int | None,
+    time: str | None,
+    partition: str | None,
+    account: str | None,
+    qos: str | None,
+    constraint: str | None,
+    sbatch_arg: tuple[str, ...],
+    dry_run: bool,
+    run: str | None,
+    run_dir: Path | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Create a run of RECIPE and submit it; prints the job id.
+
+    The job is requeued when it is preempted or its time ends, and goes on from where it was.
+
+    \b
+    bigbatch submit imagenet.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00
+    """
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import slurm, start
+    from bigbatch.trainers.plan import check_world
+
+    loaded = load_recipe(recipe, overrides)
+    job = slurm.Job(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node or max(1, gpus_per_node),
+        gpus_per_node=gpus_per_node,
+        # Decoding threads, and one core that feeds the GPU.
+        cpus_per_rank=cpus_per_rank or loaded.data.workers * loaded.data.threads + 1,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        options=sbatch_arg,
+    )
+    check_world(loaded, job.most_ranks)
+    path = start.run_path(loaded, run, run_dir, None, runs_folder).absolute()
+    if dry_run:
+        click.echo(slurm.render(job, path, Path.cwd()), nl=False)
+        return
+    start.check_data(loaded)
+    number = slurm.submit(loaded, job, path)
+    if as_json:
+        options.print_json({"job": number, "run": str(path)})
+    else:
+        click.echo(number)
+        click.echo(f"run {path}; `bigbatch status {path}` follows it", err=True)
+
+
+@click.command(short_help="Prove that batches and weights depend on the recipe alone.")
+@options.recipe
+@click.option("--steps", type=int, default=10, show_default=True, help="Steps of each run.")
+@click.option("--ranks", help="World sizes to compare.  [default: 1,2,3,4, as far as possible]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the step to kill at.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the runs in this new folder.")
+@options.as_json
+def prove(
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: int,
+    ranks: str | None,
+    seed: int,
+    keep: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the first steps of RECIPE with 1, 2, 3 and 4 processes, and killed and resumed.
+
+    Proven: every step reads the same samples, weights agree within 1e-5 across numbers of
+    processes, and bit for bit after kill -9 and resume. Exit status 0 proven, 1 not.
+    """
+    import tempfile
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import prove as proof
+    from bigbatch.launcher.start import check_data
+
+    loaded = load_recipe(recipe, overrides)
+    counts = [n for n in (1, 2, 3, 4) if n <= loaded.micro_batches]
+    if ranks is not None:
+        try:
+            counts = [int(n) for n in ranks.split(",")]
+        except ValueError:
+            raise UserError(f"--ranks {ranks!r} is not a list such as 1,2,4") from None
+    check_data(loaded)
+    if keep is not None and keep.exists():
+        raise UserError(f"--keep {keep} exists already; name a new folder")
+    with tempfile.TemporaryDirectory(prefix="bigbatch-prove-") as temporary:
+        folder = keep or Path(temporary)
+        results = proof.prove(
+            loaded,
+            folder,
+            steps=steps,
+            ranks=counts,
+            seed=seed,
+            say=lambda text: click.echo(text, err=True),
+        )
+    if as_json:
+        click.echo(proof.as_json(results, steps))
+    else:
+        from bigbatch.launcher.tables import proof_table, show
+
+        show(proof_table(results, loaded.name, steps))
+    sys.exit(0 if all(r.passed for r in results) else 1)
+
+
+@click.command(short_help="List runs.")
+@options.runs_folder
+@options.as_json
+def runs(runs_folder: Path, as_json: bool) -> None:
+    """List the runs: state, steps, best validation accuracy, age of the last record."""
+    from dataclasses import asdict
+
+    from bigbatch.launcher.registry import list_runs
+
+    found = list_runs(runs_folder)
+    if as_json:
+        options.print_json([asdict(info) for info in found])
+    elif not found:
+        click.echo(f"no runs in {runs_folder}")
+    else:
+        from bigbatch.launcher.tables import runs_table, show
+
+        show(runs_table(found))
+
+
+@click.command(short_help="Show one run.")
+@click.argument("run")
+@options.runs_folder
+@options.as_json
+def status(run: str, runs_folder: Path, as_json: bool) -> None:
+    """Show where RUN, a name or a directory, stands."""
+    from bigbatch.launcher import registry
+
+    values = registry.status(registry.find_run(run, runs_folder))
+    if as_json:
+        options.print_json(values)
+    else:
+        from bigbatch.launcher.tables import show, status_table
+
+        show(status_table(values))
+
+
+@click.command(short_help="Write a run's report.html.")
+@click.argument("run")
+@options.runs_folder
+@options.as_json
+def report(run: str, runs_folder: Path, as_json: bool) -> None:
+    """Write report.html of RUN, finished or not: one self-contained page."""
+    from bigbatch.launcher.registry import find_run
+    from bigbatch.trainers.report import write_report
+
+    path = write_report(find_run(run, runs_folder))
+    if as_json:
+        options.print_json({"report": str(path)})
+    else:
+        click.echo(path)

@@ -1,0 +1,63 @@
+"""A login node has no torch: launcher/ and configs/ must not need it, not even indirectly."""
+
+import subprocess
+import sys
+
+import pytest
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import bigbatch.configs, bigbatch.launcher
+sys.modules["torch"] = None  # any import of it fails
+names = [
+    f"bigbatch.{folder}.{m.name}"
+    for folder in ("configs", "launcher")
+    for m in pkgutil.iter_modules(getattr(bigbatch, folder).__path__)
+]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_no_module_of_launcher_or_configs_imports_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 18
+
+
+NO_TORCH = "import sys; sys.modules['torch'] = None; from bigbatch.launcher.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["recipes"],
+        ["schema"],
+        ["check", "digits"],
+        ["schedule", "digits"],
+        ["batches", "digits", "--steps", "0:1"],
+        ["submit", "digits", "--dry-run"],
+        ["runs"],
+    ],
+    ids=lambda a: a[0],
+)
+def test_commands_of_a_login_node_run_without_torch(arguments: list[str], shards: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *arguments],
+        cwd=shards,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("numpy", "pydantic", "yaml", "rich", "pyarrow", "matplotlib", "psutil", "torch")
+    code = f"import sys, bigbatch.launcher.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,110 @@
+"""Runs as their directories describe them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.registry import describe, find_run, list_runs, status
+
+
+def make(runs: Path, name: str, events: list[dict[str, object]], metrics: str = "") -> RunDir:
+    run = create_run(runs / name, load_recipe("digits"))
+    run.events.write_text("".join(json.dumps(e) + "\n" for e in events))
+    run.metrics.write_text(metrics)
+    return run
+
+
+START = {"kind": "start", "step": 0, "total_steps": 20, "world_size": 2, "device": "cpu"}
+METRICS = (
+    '{"kind": "train", "step": 1, "loss": 2.3, "step_s": 0.5}\n'
+    '{"kind": "eval", "step": 1, "split": "val", "accuracy": 0.5}\n'
+    '{"kind": "train", "step": 2, "loss": 2.0, "lr": 0.1, "images_per_s": 512, "step_s": 0.5}\n'
+    '{"kind": "eval", "step": 2, "split": "val", "accuracy": 0.25}\n'
+    '{"kind": "eval", "step": 2, "split": "test", "accuracy": 0.9}\n'
+)
+
+
+def test_what_one_run_says(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [START], METRICS)
+    info = describe(run)
+    assert (info.name, info.step, info.total_steps, info.best_accuracy) == ("a", 2, 20, 0.5)
+    values = status(run)
+    assert (values["loss"], values["world_size"], values["starts"]) == (2.0, 2, 1)
+    assert values["seconds_left"] == pytest.approx(18 * 0.5)
+    json.dumps(values, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        (None, "new"),
+        ({"kind": "end", "state": "finished"}, "finished"),
+        ({"kind": "end", "state": "failed"}, "failed"),
+        ({"kind": "signal", "step": 1}, "running"),
+    ],
+)
+def test_states(tmp_path: Path, last: dict[str, object] | None, state: str) -> None:
+    assert describe(make(tmp_path, "a", [START, last] if last else [])).state == state
+
+
+def test_a_process_on_this_machine_is_asked_whether_it_lives(tmp_path: Path) -> None:
+    sleep = "import sys, time; time.sleep(60)"
+    command = [sys.executable, "-c", sleep, "bigbatch.trainers.worker"]
+    with subprocess.Popen(command) as process:
+        here = {**START, "host": socket.gethostname(), "pid": process.pid}
+        run = make(tmp_path, "a", [here])
+        _until_started(process.pid)
+        assert describe(run).state == "running"
+        process.kill()
+        process.wait()
+        assert describe(run).state == "killed"
+        # The number may belong to another program by now.
+        recycled = {**START, "host": socket.gethostname(), "pid": os.getpid()}
+        assert describe(make(tmp_path, "b", [recycled])).state == "killed"
+
+
+def _until_started(pid: int) -> None:
+    while b"worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        time.sleep(0.01)
+
+
+def test_a_silent_run_on_another_machine_counts_as_killed(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [{**START, "host": "elsewhere", "pid": 1}])
+    assert describe(run).state == "running"
+    assert describe(run, now=time.time() + 3600).state == "killed"
+
+
+def test_the_newest_run_comes_first_and_damage_is_listed(tmp_path: Path) -> None:
+    for age, name in enumerate(["new", "old", "older"]):
+        run = make(tmp_path, name, [START])
+        for path in (run.recipe_file, run.events, run.metrics):
+            os.utime(path, (time.time() - 100 * age,) * 2)
+    (tmp_path / "old" / "events.jsonl").write_text("[1]\n")
+    (tmp_path / "no-run").mkdir()
+    found = list_runs(tmp_path)
+    assert {i.name: i.state for i in found}["old"] == "unreadable"
+    assert [i.name for i in found if i.name != "old"] == ["new", "older"]
+    assert list_runs(tmp_path / "nothing") == []
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [START], METRICS + '{"kind": "eval", "split": "val", "acc\n')
+    info = describe(run)
+    assert (info.step, info.best_accuracy, info.state) == (2, 0.5, "running")
+
+
+def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [])
+    assert find_run("a", tmp_path).path == run.path
+    assert find_run(str(run.path), tmp_path / "other").path == run.path
+    with pytest.raises(UserError, match="bigbatch runs"):
+        find_run("b", tmp_path)
