@@ -1,0 +1,145 @@
+"""Which launcher started this process: the only module that reads launchers' variables.
+
+`bigbatch train` may be started once (it then starts the ranks itself), or once per rank by
+torchrun, `accelerate launch`, `deepspeed` or srun. The first three set torchrun's variables;
+srun has its own, which are translated. Sources: pytorch.org/docs, "torchrun (Elastic
+Launch)"; slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES".
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError
+
+# srun's step for the shell of `salloc` (SLURM_INTERACTIVE_STEP): a prompt, not a rank.
+_INTERACTIVE_STEP = 0xFFFFFFFA
+# Rendezvous ports: below Linux's ephemeral ports (32768 and up), which come and go.
+_FIRST_PORT, _PORTS = 10_000, 20_000
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks that another launcher has started, of which this process is one."""
+
+    launcher: str
+    rank: int
+    local_rank: int
+    size: int
+    job: str | None  # the same text on every rank and at every restart; None: there is none
+    variables: Mapping[str, str] = field(default_factory=dict)  # what torch reads
+
+
+def find_peers(env: Mapping[str, str]) -> Peers | None:
+    """The launcher that started this process as a rank; None: a person did, at a prompt.
+
+    Raises UserError where the variables contradict each other.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _torchrun(env)
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        prompt = "SLURM_PTY_PORT" in env or _number(env, "SLURM_STEP_ID") == _INTERACTIVE_STEP
+        return None if prompt else _srun(env)
+    return None
+
+
+def default_nproc(env: Mapping[str, str]) -> int:
+    """One process per GPU that this process may use; one where there is no GPU."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+    return max(1, sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _torchrun(env: Mapping[str, str]) -> Peers:
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in env]
+    if size > 1 and missing:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set but not {' and '.join(missing)}: start through a "
+            "launcher that sets all four, or unset RANK and WORLD_SIZE to start by hand"
+        )
+    _check(rank, size, "RANK", "WORLD_SIZE")
+    # `deepspeed` sets CROSS_RANK; torchrun's run id is the word none unless it was given.
+    job = env.get("TORCHELASTIC_RUN_ID", "none")
+    launcher = "deepspeed" if "CROSS_RANK" in env else "torchrun"
+    # Without LOCAL_RANK (a container each, say), the process has its machine to itself.
+    local = _number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0
+    variables = {"LOCAL_RANK": str(local)}
+    return Peers(launcher, rank, local, size, None if job == "none" else job, variables)
+
+
+def _srun(env: Mapping[str, str]) -> Peers:
+    rank, size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
+    _check(rank, size, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID")
+    per_node = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    node = _number(env, "SLURM_NODEID")
+    local = _number(env, "SLURM_LOCALID")
+    local_size = per_node[node] if node < len(per_node) else 1
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST", "")),
+        "MASTER_PORT": str(_FIRST_PORT + (16 * job + step) % _PORTS),
+    }
+    if "OMP_NUM_THREADS" not in env:
+        # Without this every rank would take all the cores of the node.
+        cores = len(os.sched_getaffinity(0)) // local_size
+        if "SLURM_CPUS_PER_TASK" in env:
+            cores = _number(env, "SLURM_CPUS_PER_TASK")
+        variables["OMP_NUM_THREADS"] = str(max(1, cores))
+    return Peers("srun", rank, local, size, str(job), variables)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's compressed list: ``gpu[07-09,12],cpu1`` gives ``gpu07``."""
+    host, depth = "", 0
+    for character in nodes:
+        if character == "," and depth == 0:
+            break
+        depth += (character == "[") - (character == "]")
+        host += character
+    host = re.sub(r"\[(\d+)[-,\d]*\]", r"\1", host)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodes!r} names no host; start through srun, or unset "
+            "SLURM_PROCID to start by hand"
+        )
+    return host
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Tasks on each node from SLURM's compressed form: ``4(x2),1`` gives [4, 4, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part)
+        if match is None:
+            raise UserError(
+                f"SLURM_STEP_TASKS_PER_NODE={text!r} is not a list such as 4(x2),1; start "
+                "through srun, or unset SLURM_PROCID to start by hand"
+            )
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "")
+    if not re.fullmatch(r"[0-9]{1,18}", value):
+        found = f"{name}={value!r}" if name in env else f"{name} is not set; it"
+        raise UserError(
+            f"{found} must be a whole number; start through the launcher that sets it, or unset "
+            "RANK, WORLD_SIZE and SLURM_PROCID to start by hand"
+        )
+    return int(value)
+
+
+def _check(rank: int, size: int, rank_name: str, size_name: str) -> None:
+    if rank >= size:
+        raise UserError(
+            f"{rank_name}={rank} must be below {size_name}={size}; unset both to start by hand"
+        )

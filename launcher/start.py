@@ -1,0 +1,182 @@
+"""Starting a run here: refuse what cannot work, make the run directory, become the worker."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.env import Peers, default_nproc
+from bigbatch.trainers.plan import check_world
+
+RUNS = Path("runs")
+# How long a rank waits for another one to make the run directory. Their starts are apart by
+# what imports take on a busy file system.
+_WAIT_S = 120.0
+
+
+def agent_command(
+    run: Path,
+    nproc: int,
+    *,
+    nnodes: int = 1,
+    rdzv_endpoint: str | None = None,
+    stop_at: int | None = None,
+) -> list[str]:
+    """The argument list that runs `nproc` ranks on this machine, of `nnodes` alike."""
+    if nproc == 1 and nnodes == 1:
+        return worker_command(run, stop_at)  # nothing to coordinate: start sooner
+    command = [*_python("bigbatch.trainers.agent"), "--nproc", str(nproc)]
+    if nnodes > 1:
+        command += ["--nnodes", str(nnodes), "--rdzv-endpoint", str(rdzv_endpoint)]
+    if stop_at is not None:
+        command += ["--stop-at", str(stop_at)]
+    return [*command, str(run)]
+
+
+def worker_command(run: Path, stop_at: int | None = None) -> list[str]:
+    """The argument list that runs one rank."""
+    limit = [] if stop_at is None else ["--stop-at", str(stop_at)]
+    return [*_python("bigbatch.trainers.worker"), *limit, str(run)]
+
+
+def _python(module: str) -> list[str]:
+    # -P: the current folder is not searched for modules, as with the `bigbatch` script.
+    return [sys.executable, "-P", "-m", module]
+
+
+def ranks_here(
+    recipe: Recipe, peers: Peers | None, nproc: int | None, nnodes: int, env: Mapping[str, str]
+) -> int | None:
+    """How many ranks to start on this machine; None: this process is one, of `peers`.
+
+    Without `nproc`: one rank per GPU, as many as the recipe can use. Raises UserError where
+    more ranks would run than a step has micro-batches.
+    """
+    if peers is not None and nproc is None and nnodes == 1:
+        check_world(recipe, peers.size)
+        return None
+    if peers is not None and peers.size > 1 and nnodes == 1:
+        raise UserError(
+            f"--nproc {nproc}, but {peers.launcher} has started {peers.size} processes already, "
+            "and each would start a run of its own: drop --nproc to use those"
+        )
+    if nproc is None:
+        nproc = min(default_nproc(env), max(1, recipe.micro_batches // nnodes))
+    check_world(recipe, nproc * nnodes)
+    return nproc
+
+
+@contextmanager
+def one_voice(peers: Peers | None) -> Iterator[None]:
+    """Let one rank of each machine say a UserError; what is missing differs by machine."""
+    try:
+        yield
+    except UserError as error:
+        if peers is None or peers.rank == 0:
+            raise
+        if peers.local_rank == 0:
+            print(f"bigbatch: {socket.gethostname()}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise UserError, with the remedy, where the shards that the recipe names are missing."""
+    from bigbatch.data.index import open_index  # pyarrow takes a while: not before it is needed
+
+    root = Path(recipe.data.path)
+    if not root.is_dir():
+        source = "digits" if root.name == "digits" else "SOURCE"
+        raise UserError(
+            f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
+            f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
+        )
+    for split in filter(None, (recipe.data.train, recipe.data.val, recipe.data.test)):
+        open_index(root / split)
+
+
+def run_path(
+    recipe: Recipe, name: str | None, path: Path | None, peers: Peers | None, runs: Path = RUNS
+) -> Path:
+    """Where the run goes: `path`, or `runs`/`name`, or a name made from the recipe's.
+
+    A name that is made up is a new one: NAME, NAME-2, ... Ranks that another launcher
+    started cannot look for a free one without a race; theirs is NAME-JOB.
+    """
+    if path is not None:
+        return path
+    if name is not None:
+        return runs / name
+    if peers is not None:
+        if peers.job is None:
+            raise UserError(
+                f"started by {peers.launcher}, which gives its processes no common id to name "
+                "a new run by: add --run NAME, the same on every rank"
+            )
+        return runs / f"{recipe.name}-{peers.job[:24]}"
+    number, path = 1, runs / recipe.name
+    while path.exists():
+        number += 1
+        path = runs / f"{recipe.name}-{number}"
+    return path
+
+
+def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
+    """Create the run or go on with it: what each of several ranks does, in any order.
+
+    Making a directory is atomic, so one rank creates the run and the others wait for its
+    recipe. Launchers repeat the same command at a restart or a requeue, so a run that is
+    there is gone on with. Raises UserError where it has another recipe.
+    """
+    try:
+        return create_run(path, recipe)
+    except UserError:
+        if not path.is_dir():
+            raise
+    run = RunDir(path)
+    deadline = time.monotonic() + wait_s
+    while not run.recipe_file.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path} exists but got no recipe.yaml within {wait_s:.0f} s; remove it, or "
+                "choose another name with --run"
+            )
+        time.sleep(0.1)
+    stored = recipe_hash(run.recipe())
+    if stored != recipe_hash(recipe):
+        raise UserError(
+            f"{path} was created with another recipe (hash {stored}, this one has "
+            f"{recipe_hash(recipe)}); go on with it by `bigbatch resume {path}`, or choose "
+            "another name with --run"
+        )
+    return run
+
+
+def begin(
+    run: Path,
+    peers: Peers | None,
+    nproc: int | None,
+    *,
+    nnodes: int = 1,
+    rdzv_endpoint: str | None = None,
+) -> NoReturn:
+    """Become the worker, or the agent of `nproc` of them.
+
+    This process is replaced, so that signals and the exit status need no relay.
+    """
+    if nproc is None:
+        assert peers is not None
+        command, variables = worker_command(run), peers.variables
+    else:
+        command = agent_command(run, nproc, nnodes=nnodes, rdzv_endpoint=rdzv_endpoint)
+        variables = {}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, {**os.environ, **variables})

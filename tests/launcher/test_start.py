@@ -1,0 +1,144 @@
+"""Argument lists, where runs go, and how several ranks agree on one run."""
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import create_run
+from bigbatch.launcher.env import Peers
+from bigbatch.launcher.start import (
+    agent_command,
+    check_data,
+    join_run,
+    one_voice,
+    ranks_here,
+    run_path,
+    worker_command,
+)
+
+DIGITS = load_recipe("digits")
+TWO = Peers("torchrun", 0, 0, 2, "a1b2")
+PYTHON = [sys.executable, "-P", "-m"]
+
+
+def test_argument_lists() -> None:
+    run = Path("runs/digits")
+    assert worker_command(run) == [*PYTHON, "bigbatch.trainers.worker", "runs/digits"]
+    # One rank needs no agent.
+    assert agent_command(run, 1, stop_at=10) == [
+        *(*PYTHON, "bigbatch.trainers.worker", "--stop-at", "10", "runs/digits")
+    ]
+    assert agent_command(run, 4, stop_at=10) == [
+        *(*PYTHON, "bigbatch.trainers.agent", "--nproc", "4", "--stop-at", "10", "runs/digits")
+    ]
+    assert agent_command(run, 1, nnodes=2, rdzv_endpoint="a:29400") == [
+        *(*PYTHON, "bigbatch.trainers.agent", "--nproc", "1"),
+        *("--nnodes", "2", "--rdzv-endpoint", "a:29400", "runs/digits"),
+    ]
+
+
+def test_ranks_here() -> None:
+    assert ranks_here(DIGITS, None, 3, 1, {}) == 3
+    assert ranks_here(DIGITS, None, None, 1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == 2
+    # More GPUs than micro-batches: use as many as have work.
+    eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    assert ranks_here(DIGITS, None, None, 1, eight) == 4
+    assert ranks_here(DIGITS, None, None, 2, eight) == 2
+    assert ranks_here(DIGITS, TWO, None, 1, {}) is None
+    # torchrun or srun with one process may start an agent of its own.
+    assert ranks_here(DIGITS, Peers("srun", 0, 0, 1, "7"), 4, 1, {}) == 4
+
+
+@pytest.mark.parametrize("nproc", [5, 256])
+def test_more_ranks_than_micro_batches(nproc: int) -> None:
+    with pytest.raises(UserError) as caught:
+        ranks_here(DIGITS, None, nproc, 1, {})
+    for number in (nproc, 256, 64, 4):
+        assert str(number) in str(caught.value)
+    with pytest.raises(UserError, match="6 ranks"):
+        ranks_here(DIGITS, None, 3, 2, {})
+    with pytest.raises(UserError, match="8 ranks"):
+        ranks_here(DIGITS, Peers("srun", 0, 0, 8, "7"), None, 1, {})
+
+
+def test_nproc_under_a_launcher_that_started_several() -> None:
+    with pytest.raises(UserError, match="torchrun has started 2 processes already"):
+        ranks_here(DIGITS, TWO, 2, 1, {})
+
+
+def test_run_paths(tmp_path: Path) -> None:
+    assert run_path(DIGITS, None, Path("/x/y"), None, tmp_path) == Path("/x/y")
+    assert run_path(DIGITS, "mine", None, None, tmp_path) == tmp_path / "mine"
+    for name in ("digits", "digits-2", "digits-3"):
+        assert run_path(DIGITS, None, None, None, tmp_path) == tmp_path / name
+        create_run(tmp_path / name, DIGITS)
+    # Every rank, at every restart, comes to the same name.
+    assert run_path(DIGITS, None, None, TWO, tmp_path) == tmp_path / "digits-a1b2"
+
+
+def test_a_launcher_without_an_id_needs_a_name(tmp_path: Path) -> None:
+    nameless = Peers("deepspeed", 0, 0, 2, None)
+    with pytest.raises(UserError, match="add --run NAME"):
+        run_path(DIGITS, None, None, nameless, tmp_path)
+    assert run_path(DIGITS, "a", None, nameless, tmp_path) == tmp_path / "a"
+
+
+def test_ranks_that_start_together_share_one_run(tmp_path: Path) -> None:
+    joined: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: joined.append(join_run(tmp_path / "a", DIGITS).path))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert joined == [tmp_path / "a"] * 8
+    # The same command again, as at a requeue, goes on with the run.
+    assert join_run(tmp_path / "a", DIGITS).recipe() == DIGITS
+
+
+def test_a_run_of_another_recipe_is_not_joined(tmp_path: Path) -> None:
+    join_run(tmp_path / "a", DIGITS)
+    with pytest.raises(UserError, match="created with another recipe"):
+        join_run(tmp_path / "a", load_recipe("digits", ["seed=1"]))
+    # How much is logged reaches no weight.
+    join_run(tmp_path / "a", load_recipe("digits", ["log.every=5"]))
+
+
+def test_a_run_that_nobody_finishes_creating(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"got no recipe\.yaml"):
+        join_run(tmp_path / "a", DIGITS, wait_s=0.2)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_names_outside_the_allow_list_are_refused_at_once(tmp_path: Path) -> None:
+    for name in ("..", "a b", "$(id)", "a\nb", "-x"):
+        with pytest.raises(UserError, match="is not allowed"):
+            join_run(tmp_path / name, DIGITS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_shards_name_the_command_that_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="`bigbatch shard digits shards/digits`"):
+        check_data(DIGITS)
+    with pytest.raises(UserError, match="`bigbatch shard SOURCE photos`"):
+        check_data(load_recipe("digits", ["data.path=photos"]))
+
+
+def test_one_rank_of_each_machine_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError), one_voice(Peers("srun", 0, 0, 4, "7")):
+        raise UserError("no")
+    for rank, local_rank, says in ((1, 1, False), (2, 0, True)):
+        with pytest.raises(SystemExit) as caught, one_voice(Peers("srun", rank, local_rank, 4, "")):
+            raise UserError("no shards")
+        assert caught.value.code == 2
+        assert ("no shards" in capsys.readouterr().err) is says
