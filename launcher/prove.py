@@ -1,0 +1,267 @@
+"""The proof of the one idea: a step is a pure function of (recipe, step number).
+
+Runs the first steps of a recipe at several world sizes, then once more at one of them, shot
+dead by SIGKILL at a random moment and started again. Compares what each step read (the
+trace that workers write) and the weights that came out. Runs are real ones, in processes.
+"""
+
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from safetensors.numpy import load_file
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import parse_recipe
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.plan import check_world
+
+# float32 sums in another order differ by some of its 6e-8 spacing a step; ten steps of a
+# network with BatchNorm amplify that to about 1e-6.
+TOLERANCE = 1e-5
+_SAVE_EVERY = 2
+
+Trace = dict[tuple[int, int], tuple[int, ...]]  # (step, micro-batch) -> samples, in order
+
+
+@dataclass(frozen=True)
+class Result:
+    """One compared run. `difference` is relative to the run that it is compared with."""
+
+    ranks: int
+    compared_with: str
+    killed_at: int | None  # finished steps when it was killed
+    resumed_from: int | None
+    batches: int
+    same_samples: bool
+    difference: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.same_samples and self.difference <= self.limit
+
+
+def prove(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    steps: int = 10,
+    ranks: Sequence[int] = (1, 2, 3, 4),
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> list[Result]:
+    """Run the first `steps` steps at each world size in `folder`; compare with ranks[0].
+
+    Raises UserError for world sizes that the recipe cannot have, and where a run fails.
+    """
+    if steps < 2:
+        raise UserError(f"--steps {steps}: a run that is killed half-way needs at least 2")
+    if not ranks or min(ranks) < 1 or len(set(ranks)) < len(ranks):
+        raise UserError(f"--ranks {','.join(map(str, ranks))}: give different counts, 1 or more")
+    check_world(recipe, max(ranks))
+    recipe = proof_recipe(recipe)
+
+    finished: dict[int, RunDir] = {}
+    for count in ranks:
+        say(f"{steps} steps with {_ranks(count)}")
+        finished[count] = create_run(folder / f"ranks-{count}", recipe)
+        run_to_end(finished[count], count, steps)
+    reference = finished[ranks[0]]
+    results = [
+        compare(finished[count], reference, ranks=count, with_=_ranks(ranks[0]), limit=TOLERANCE)
+        for count in ranks[1:]
+    ]
+
+    count = next((c for c in ranks if c > 1), ranks[0])
+    aim = random.Random(seed).randint(1, steps - 1)
+    say(f"{steps} steps with {_ranks(count)}, killed by SIGKILL after step {aim} and resumed")
+    run = create_run(folder / "killed", recipe)
+    killed_at = run_and_kill(run, count, steps, aim)
+    resumed_from = _newest(run)
+    run_to_end(run, count, steps)
+    undisturbed = f"{_ranks(count)}, undisturbed"
+    results.append(
+        compare(
+            run,
+            finished[count],
+            ranks=count,
+            with_=undisturbed,
+            limit=0.0,
+            killed_at=killed_at,
+            resumed_from=resumed_from,
+        )
+    )
+    return results
+
+
+def proof_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with what a proof needs beside it; nothing that reaches a weight changes."""
+    tree = recipe.model_dump(mode="json")
+    tree["log"] |= {"trace": True, "wandb": "off", "every": 1}
+    tree["checkpoint"] |= {"every": f"{_SAVE_EVERY} steps"}
+    return parse_recipe(tree, "of the proof")
+
+
+def run_to_end(run: RunDir, ranks: int, steps: int) -> None:
+    """Train up to `steps`; raise UserError with the end of what was said where it fails."""
+    log = run.path / "output.txt"
+    with log.open("ab") as output:
+        command = agent_command(run.path.absolute(), ranks, stop_at=steps)
+        done = subprocess.run(
+            command, env=_environment(), stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise UserError(
+            f"training with {_ranks(ranks)} ended with status {done.returncode}:\n{tail}"
+        )
+
+
+def run_and_kill(run: RunDir, ranks: int, steps: int, aim: int, limit_s: float = 3600) -> int:
+    """Start training, and SIGKILL all its processes once `aim` steps are finished.
+
+    Returns the number of steps that were finished at that moment. The agent goes first, so
+    that nobody is left who could tidy up.
+    """
+    with (run.path / "output.txt").open("ab") as output:
+        command = agent_command(run.path.absolute(), ranks, stop_at=steps)
+        process = subprocess.Popen(
+            command, env=_environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    deadline = time.monotonic() + limit_s
+    while _finished_steps(run) < aim and process.poll() is None:
+        if time.monotonic() > deadline:
+            kill_tree(process.pid)
+            raise UserError(f"no step {aim} within {limit_s:.0f} s; see {run.path}/output.txt")
+        time.sleep(0.005)
+    at = _finished_steps(run)
+    kill_tree(process.pid)
+    process.wait()
+    return at
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and everything that it started, and wait until all are gone."""
+    try:
+        parent = psutil.Process(pid)
+        processes = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes[1:], timeout=60)
+
+
+def compare(
+    run: RunDir,
+    reference: RunDir,
+    *,
+    ranks: int,
+    with_: str,
+    limit: float,
+    killed_at: int | None = None,
+    resumed_from: int | None = None,
+) -> Result:
+    trace = read_trace(run.trace)
+    files = ("model.safetensors", "optimizer.safetensors") if limit == 0 else ("model.safetensors",)
+    pairs = [(_last(run) / name, _last(reference) / name) for name in files]
+    return Result(
+        ranks=ranks,
+        compared_with=with_,
+        killed_at=killed_at,
+        resumed_from=resumed_from,
+        batches=len(trace),
+        same_samples=trace == read_trace(reference.trace),
+        difference=max(relative_difference(a, b) for a, b in pairs),
+        limit=limit,
+    )
+
+
+def read_trace(folder: Path) -> Trace:
+    """What every micro-batch read, from the traces of all ranks.
+
+    A resumed run reads the steps after its checkpoint twice. Raises UserError where it then
+    read something else.
+    """
+    trace: Trace = {}
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        for record in read_jsonl(path):
+            place, samples = (record["step"], record["micro"]), tuple(record["samples"])
+            if trace.setdefault(place, samples) != samples:
+                raise UserError(
+                    f"step {place[0]}, micro-batch {place[1]} was read twice, with different "
+                    f"samples; see {folder}"
+                )
+    return trace
+
+
+def relative_difference(path: Path, reference: Path) -> float:
+    """The largest |a - b| of any tensor, relative to that tensor's largest |b|.
+
+    0 is bit for bit: tensors are first compared by their bytes, so that NaN equals itself
+    and -0 differs from 0. Infinity where names or shapes differ, or a value is not finite.
+    """
+    ours, theirs = load_file(path), load_file(reference)
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        return float("inf")
+    return max((_tensor_difference(a, theirs[name]) for name, a in ours.items()), default=0.0)
+
+
+def _tensor_difference(a: Any, b: Any) -> float:
+    if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+        return 0.0
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    # The smallest positive number: not bit for bit, but no relative distance either (-0, 0).
+    smallest = float(np.nextafter(0.0, 1.0))
+    largest = float(np.abs(b).max())
+    gap = float(np.abs(a - b).max())
+    if gap == 0.0:
+        return smallest
+    return gap / largest if largest else float("inf")
+
+
+def as_json(results: Sequence[Result], steps: int) -> str:
+    rows = [asdict(r) | {"passed": r.passed} for r in results]
+    proven = all(r.passed for r in results)
+    return json.dumps({"proven": proven, "steps": steps, "results": rows}, indent=1)
+
+
+def _environment() -> dict[str, str]:
+    # One thread per rank: the order of the sums inside a rank is then the same on any machine.
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _finished_steps(run: RunDir) -> int:
+    return max((r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"), default=0)
+
+
+def _checkpoints(run: RunDir) -> Iterator[Path]:
+    return run.checkpoints.glob("step-????????")
+
+
+def _newest(run: RunDir) -> int:
+    return max((int(p.name[5:]) for p in _checkpoints(run)), default=0)
+
+
+def _last(run: RunDir) -> Path:
+    return max(_checkpoints(run))
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
