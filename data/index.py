@@ -11,9 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import pyarrow.parquet as pq
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.pool import process_pool
 from bigbatch.data.tar import Scan, scan_shard
 
 FORMAT = 1
@@ -236,8 +235,7 @@ def scan_shards(paths: Sequence[Path], workers: int) -> list[Scan]:
     """Scan archives, with several processes where `workers` > 1; in the order given."""
     if workers <= 1 or len(paths) == 1:
         return [scan_shard(path) for path in paths]
-    # spawn: a process that has started threads (pyarrow, torch) must not be forked.
-    with ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
+    with process_pool(min(workers, len(paths))) as pool:
         return list(pool.map(scan_shard, paths))
 
 

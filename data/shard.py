@@ -258,7 +258,7 @@ def _claim(dest: Path, partial: Path, fingerprint: str) -> Iterator[dict[str, di
         if not plan.exists():
             data.mkdir(exist_ok=True)
             write_atomically(plan, json.dumps({"fingerprint": fingerprint}))
-        for left_over in data.glob("*/*.tmp-*"):
+        for left_over in data.glob("*/*.tar.tmp-*"):
             left_over.unlink()
         place = dest if finished else data
         journal = partial / "journal.jsonl"

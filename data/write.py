@@ -1,12 +1,9 @@
 """Writing planned shards, here or in several processes."""
 
 import errno
-import multiprocessing as mp
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.plan import Shard
+from bigbatch.data.pool import CONTEXT, process_pool
 from bigbatch.data.recode import prepare
 from bigbatch.data.sources import Source
 from bigbatch.data.tar import write_end, write_member
@@ -80,12 +87,8 @@ def write_all(
                 for planned in task:
                     yield _write_shard(work, planned, advance)
             return
-        # spawn: a process that has started threads (pyarrow, torch) must not be forked.
-        context = mp.get_context("spawn")
-        counter = context.Value("q", 0)
-        pool = ProcessPoolExecutor(
-            min(workers, len(tasks)), context, initializer=_start_worker, initargs=(work, counter)
-        )
+        counter = CONTEXT.Value("q", 0)
+        pool = process_pool(min(workers, len(tasks)), _start_worker, work, counter)
         with pool:
             waiting = {pool.submit(_work_on, task) for task in tasks}
             shown = 0
@@ -117,21 +120,16 @@ def _start_worker(work: Work, counter: "Synchronized[int]") -> None:
             counter.value += samples
 
     _worker = work, tick
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A parent killed by SIGKILL cannot stop its workers, so they watch it."""
-    parent = mp.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work_on(task: list[Shard]) -> list[dict[str, Any]]:
     work, tick = _worker
     return [_write_shard(work, planned, tick) for planned in task]
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} images/s")
 
 
 @contextmanager
@@ -142,7 +140,7 @@ def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
         TextColumn("sharding"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.speed:,.0f} images/s", "progress.data.speed"),
+        _Speed(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
