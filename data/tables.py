@@ -275,8 +275,11 @@ class _RowGroups:
         file, number = self.groups[group]
         try:
             table = pq.ParquetFile(self.paths[file]).read_row_group(number, columns=[self.column])
-        except pa.ArrowException as error:
-            raise OSError(f"{self.paths[file]}, row group {number}: {error}") from None
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's fault, not the file's
+            text = str(error).strip()
+            raise OSError(f"{self.paths[file]}, row group {number}: {text}") from None
         return table[self.column].combine_chunks()
 
 
