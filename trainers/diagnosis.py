@@ -136,12 +136,18 @@ def _combination(history: History) -> Iterator[Finding]:
         f"{gain:+.2f} points against the best single member; NLL {ensemble['nll']:.4f} against "
         f"{min(m['nll'] for m in members):.4f}."
     )
-    helped = gain >= 0
-    yield Finding(
-        "good" if helped else "note",
-        "The ensemble helps" if helped else "The ensemble does not help",
-        text,
-    )
+    # The binomial standard error: on a few hundred images one image more or less is noise.
+    table = history.confusion or {}
+    count = int(np.sum(table.get("matrix", 0))) if table.get("split") == split else 0
+    error = 100 * float(np.sqrt(best * (1 - best) / count)) if count else 0.0
+    if error:
+        text += f" On {count:,} images one standard error is {error:.2f} points."
+    if abs(gain) < 2 * error:
+        yield Finding("note", "The ensemble makes no clear difference", text)
+    elif gain > 0:
+        yield Finding("good", "The ensemble helps", text)
+    else:
+        yield Finding("note", "The ensemble does not help", text)
 
 
 def _at(train: Columns, path: NDArray[np.float64], step: float) -> float:

@@ -100,6 +100,10 @@ def _loss(axes: Axes, history: History) -> None:
     _noisy(axes, history.train, "loss", BLUE, "train")
     for split, columns in history.evals.items():
         _evaluated(axes, columns, "nll", split)
+    # One bad evaluation at a high learning rate must not flatten all the rest of the plot.
+    losses = [np.nanpercentile(history.train["loss"], 99)]
+    losses += [np.nanpercentile(c["nll"], 75) for c in history.evals.values() if "nll" in c]
+    axes.set_ylim(0, 1.15 * max(losses))
     axes.legend(loc="upper right")
 
 
@@ -165,7 +169,11 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
     rows = list(reversed(rows))
     with _figure(5.2, 0.9 + 0.36 * len(rows)) as (figure, axes):
         axes.set_title("Accuracy")
-        for split, colour, marker in (("val", ORANGE, "D"), ("test", BLUE, "o")):
+        # A little apart, so that equal accuracies do not hide one another.
+        for split, colour, marker, shift in (
+            ("val", ORANGE, "D", 0.13),
+            ("test", BLUE, "o", -0.13),
+        ):
             for y, (name, figures, kept) in enumerate(rows):
                 accuracy = (figures.get(split) or {}).get("accuracy")
                 if accuracy is None:
@@ -173,7 +181,7 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
                 combined = name in ("ensemble", "soup")
                 axes.plot(
                     accuracy,
-                    y,
+                    y + shift,
                     marker,
                     color=colour,
                     markersize=9 if combined else 6.5,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from bigbatch.configs.load import dump_recipe
@@ -51,18 +52,19 @@ def write_report(run: RunDir) -> Path:
 def final_table(summary: Mapping[str, Any]) -> Table:
     """Accuracy, NLL and ECE of each member, the ensemble and the soup, on val and test.
 
-    `summary` is the content of summary.json. Members that the gate left out are dimmed.
+    `summary` is the content of summary.json. Members that the gate left out are dimmed
+    and marked.
     """
     splits = [split for split in ("val", "test") if split in summary]
-    table = Table(title="members, ensemble and soup", title_justify="left")
-    table.add_column("model")
+    table = Table(box=box.SIMPLE_HEAD)  # fits 80 columns
+    table.add_column("\nmodel", no_wrap=True)
     for split in splits:
         for measure in MEASURES.values():
-            table.add_column(f"{split} {measure}", justify="right")
+            table.add_column(f"{split}\n{measure}", justify="right", no_wrap=True)
     for name, figures, kept in result_rows(summary):
         cells = [figure(figures.get(split), key) for split in splits for key in MEASURES]
         style = "bold" if name in COMBINED else ("" if kept else "dim")
-        table.add_row(name if kept else f"{name} (left out)", *cells, style=style)
+        table.add_row(name if kept else f"{name} (out)", *cells, style=style)
     return table
 
 
