@@ -85,8 +85,11 @@ class Index:
 
     def keys(self) -> list[str]:
         """The sample keys, in index order. Read from disk on every call."""
-        table = pq.read_table(self.root / "index" / "keys.parquet", columns=["key"])
-        keys: list[str] = table["key"].to_pylist()
+        path = self.root / "index" / "keys.parquet"
+        try:
+            keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} is damaged ({error}); {_REMAKE} {self.root}`") from None
         return keys
 
     def __reduce__(self) -> tuple[Callable[[Path], "Index"], tuple[Path]]:
@@ -221,7 +224,7 @@ def build_index(
 
 def find_shards(root: Path) -> list[Path]:
     """The archives of a folder, sorted by name; UserError where there are none."""
-    paths = sorted(p for p in root.glob("*.tar") if p.is_file())
+    paths = sorted(p for p in root.glob("[!.]*.tar") if p.is_file())
     if paths:
         return paths
     if not root.is_dir():
@@ -243,7 +246,7 @@ def read_classes(root: Path) -> tuple[str, ...] | None:
     """Class names, one a line, from classes.txt in `root` or the folder above it."""
     for path in (root / "classes.txt", root.resolve().parent / "classes.txt"):
         if path.is_file():
-            return tuple(path.read_text(encoding="utf-8").splitlines())
+            return tuple(path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
     return None
 
 

@@ -1,8 +1,11 @@
 """Checking images on their way into shards, and making large ones smaller."""
 
 import io
+import warnings
 
 from PIL import Image, ImageOps
+
+from bigbatch.data.decode import MAX_PIXELS
 
 # Pillow's name of each format that is read, and the extension that it gets in a shard.
 _EXTENSIONS = {
@@ -46,14 +49,19 @@ def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, s
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read an image's header; OSError where it is none of the formats, or too many pixels."""
+    """Read an image's header; OSError where it is none of the formats, or too large."""
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about large images: we have our own limit
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         what = f"not an image (it starts with {data[:8]!r})" if data else "the file is empty"
         raise OSError(what) from None
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}")
+    return image
 
 
 def _reduce(image: Image.Image, size: tuple[int, int], quality: int) -> tuple[bytes, str]:

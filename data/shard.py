@@ -91,6 +91,7 @@ def shard(
     fractions = None if split is None else parse_fractions(split)
     target_bytes = None if shard_size is None else parse_bytes(shard_size)
     dest = Path(dest)
+    _refuse_to_overwrite(dest)  # before a long listing
     opened = open_source(source, image_column, label_column, workers)
     splits = assign_splits(opened, fractions)
     if target_bytes is not None:
@@ -157,12 +158,9 @@ def _kind(path: Path) -> str:
 def parse_bytes(text: str) -> int:
     """Read "256MB" or "1.5 GB" (decimal units)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", text)
-    size = (
-        int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]]) if match else 0
-    )
-    if size < 1:
+    if match is None:
         raise UserError(f"size {text!r} is not a number and a unit, such as 256MB or 1GB")
-    return size
+    return int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 
 def _samples_in(
@@ -201,12 +199,12 @@ def write_shards(
 ) -> ShardReport:
     """Write the samples of a source, each into its split, and index them; see `shard`."""
     started = time.monotonic()
-    partial = dest.with_name(dest.name + ".partial")
+    partial = _partial(dest)
     options = [_FORMAT, samples_per_shard, short_side, quality]
     listing = [source.classes, source.keys, source.labels.tolist(), splits.tolist()]
     fingerprint = hashlib.sha256(json.dumps([options, listing]).encode()).hexdigest()
     try:
-        with _claim(dest, partial, fingerprint) as done:
+        with _claim(dest, fingerprint) as done:
             tasks = plan_shards(source, splits, samples_per_shard)
             todo = [[s for s in task if s.name not in done] for task in tasks]
             work = Work(source, str(partial / "data"), short_side, quality)
@@ -236,14 +234,28 @@ def write_shards(
     )
 
 
-@contextmanager
-def _claim(dest: Path, partial: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
-    """Make or take over the folder of unfinished work; give the journal's records by shard."""
-    plan, data = partial / "plan.json", partial / "data"
-    # The last act is the rename of data/ to dest: without data/, all shards are in place.
-    finished = plan.exists() and not data.exists()
+def _partial(dest: Path) -> Path:
+    return dest.with_name(dest.name + ".partial")
+
+
+def _refuse_to_overwrite(dest: Path) -> bool:
+    """UserError where `dest` is in use; True where it is what a killed run had just finished."""
+    # The last act is the rename of data/ to dest, and then only DEST.partial is to be removed.
+    partial = _partial(dest)
+    finished = (
+        dest.is_dir() and (partial / "plan.json").exists() and not (partial / "data").exists()
+    )
     if dest.exists() and not finished and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; remove it, or choose another destination")
+    return finished
+
+
+@contextmanager
+def _claim(dest: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
+    """Make or take over the folder of unfinished work; give the journal's records by shard."""
+    finished = _refuse_to_overwrite(dest)
+    partial = _partial(dest)
+    plan, data = partial / "plan.json", partial / "data"
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("w") as lock:
         try:
@@ -255,8 +267,9 @@ def _claim(dest: Path, partial: Path, fingerprint: str) -> Iterator[dict[str, di
                 f"{partial} was begun from another source or with other options; repeat those "
                 "to go on, or remove it to begin anew"
             )
-        if not plan.exists():
+        if not finished:
             data.mkdir(exist_ok=True)
+        if not plan.exists():
             write_atomically(plan, json.dumps({"fingerprint": fingerprint}))
         for left_over in data.glob("*/*.tar.tmp-*"):
             left_over.unlink()

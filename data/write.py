@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def _write_shard(work: Work, shard: Shard, tick: Callable[[int], None]) -> dict[
     skipped: list[tuple[str, str]] = []
     with temporary.open("wb", buffering=1 << 20) as file:
         for i in shard.items.tolist():
+            tick(1)
             key = work.source.keys[i]
             try:
                 data, extension = prepare(work.source.read(i), work.short_side, work.quality)
@@ -57,8 +59,6 @@ def _write_shard(work: Work, shard: Shard, tick: Callable[[int], None]) -> dict[
                     raise
                 skipped.append((key, error.strerror or str(error)))
                 continue
-            finally:
-                tick(1)
             write_member(file, f"{key}.{extension}", data)
             write_member(file, f"{key}.cls", str(work.source.labels[i]).encode())
         write_end(file)
@@ -87,9 +87,8 @@ def write_all(
                 for planned in task:
                     yield _write_shard(work, planned, advance)
             return
-        counter = CONTEXT.Value("q", 0)
-        pool = process_pool(min(workers, len(tasks)), _start_worker, work, counter)
-        with pool:
+        counter, stop = CONTEXT.Value("q", 0), CONTEXT.Event()
+        with process_pool(min(workers, len(tasks)), _start_worker, work, counter, stop) as pool:
             waiting = {pool.submit(_work_on, task) for task in tasks}
             shown = 0
             try:
@@ -105,17 +104,24 @@ def write_all(
                     "with fewer workers: it goes on where it was"
                 ) from None
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                stop.set()  # an error or Ctrl-C should not wait for the end of large shards
+                pool.shutdown(cancel_futures=True)
 
 
 # Set once in each worker process: a source can be large, and should not travel with each task.
 _worker: tuple[Work, Callable[[int], None]]
 
 
-def _start_worker(work: Work, counter: "Synchronized[int]") -> None:
+class _Stopped(Exception):
+    """The parent gave up; nobody waits for this process's result."""
+
+
+def _start_worker(work: Work, counter: "Synchronized[int]", stop: Event) -> None:
     global _worker
 
     def tick(samples: int) -> None:
+        if stop.is_set():
+            raise _Stopped
         with counter.get_lock():
             counter.value += samples
 

@@ -99,12 +99,21 @@ def test_unreadable_files_are_left_out_and_reported(photo_folder: Path, tmp_path
     (folder / "dog" / "text.jpg").write_text("I am a text")
     (folder / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
     Image.new("1", (20_000, 20_000)).save(folder / "dog" / "bomb.png")
+    Image.new("1", (11_000, 10_000)).save(folder / "dog" / "huge.png")
     Image.new("L", (1, 1)).save(folder / "dog" / "one-pixel.png")
 
     report = shard(str(folder), tmp_path / "d", split="1")
     assert report.samples == {"train": 37}
     reasons = dict(report.skipped)
-    assert reasons.keys() == {"cat/cut", "cat/empty", "dog/text", "dog/gone", "dog/bomb"}
+    assert reasons.keys() == {
+        "cat/cut",
+        "cat/empty",
+        "dog/text",
+        "dog/gone",
+        "dog/bomb",
+        "dog/huge",
+    }
+    assert reasons["dog/huge"] == "11000 x 10000 pixels; the limit is 100,000,000"
     assert "truncated" in reasons["cat/cut"]
     assert reasons["cat/empty"] == "the file is empty"
     assert "not an image (it starts with b'I am a t')" in reasons["dog/text"]
@@ -315,6 +324,20 @@ def test_two_at_once_are_refused(
 
     monkeypatch.setattr("bigbatch.data.write._write_shard", write_and_start_another)
     assert shard(str(photo_folder), tmp_path / "d").samples["train"] == 30
+
+
+def test_progress(
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stream for a terminal
+    shard(str(photo_folder), tmp_path / "d", progress=True)
+    shown = capsys.readouterr()
+    assert "36/36" in shown.err
+    assert "images/s" in shown.err
+    assert shown.out == ""
 
 
 def test_no_room_on_the_disk(photo_folder: Path, tmp_path: Path) -> None:
