@@ -11,18 +11,24 @@ from bigbatch.launcher import options
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--split", help="Fractions of train, val and test, such as 0.8,0.1,0.1.")
-@click.option("--samples-per-shard", type=int, default=10_000, show_default=True)
+@click.option("--samples-per-shard", type=int, help="Samples in a shard.  [default: 10000]")
+@click.option("--shard-size", help="Instead, about this many bytes in a shard, such as 256MB.")
 @click.option("--short-side", type=int, help="Reduce images to this short side, in pixels.")
 @click.option("--quality", type=int, default=90, show_default=True, help="Of JPEGs reduced.")
+@click.option("--image-column", help="Of Parquet and saved data sets, where it is unclear.")
+@click.option("--label-column", help="The same for labels, such as coarse_label.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
 @options.as_json
 def shard(
     source: str,
     dest: Path,
     split: str | None,
-    samples_per_shard: int,
+    samples_per_shard: int | None,
+    shard_size: str | None,
     short_side: int | None,
     quality: int,
+    image_column: str | None,
+    label_column: str | None,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -44,8 +50,11 @@ def shard(
         dest,
         split=split,
         samples_per_shard=samples_per_shard,
+        shard_size=shard_size,
         short_side=short_side,
         quality=quality,
+        image_column=image_column,
+        label_column=label_column,
         workers=workers,
         progress=not as_json,
     )
