@@ -123,6 +123,11 @@ class Recipe(Part):
     global_batch: Count = Field(256, description="samples in one optimizer step")
     micro_batch: Count = Field(64, description="samples in one forward/backward pass")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    reduction: Literal["overlapped", "exact"] = Field(
+        "overlapped",
+        description="overlapped: gradients cross ranks during the backward pass; exact: summed "
+        "in float64 after it, so that weights do not depend on the world size, bit for bit",
+    )
     clip_norm: Positive | None = Field(None, description="gradient clipping by global norm")
     data: Data
     model: Model

@@ -17,13 +17,30 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from bigbatch.configs.errors import UserError
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Engine:
-    """Data parallelism (DDP over gloo or NCCL) for one model and its optimizer."""
+    """Data parallelism over gloo or NCCL for one model and its optimizer.
 
-    def __init__(self, precision: str, timeout_s: float = 600) -> None:
+    A step is: `zero_grad`; `backward` inside `micro_batch` for each of this rank's
+    micro-batches; `reduce`, after which every rank holds the mean gradient over all
+    samples; `step`. There are two ways to the mean:
+
+    overlapped: DDP. Ranks exchange gradients while the last micro-batch's backward pass
+    still runs. float32 sums are taken in an order that depends on the world size.
+
+    exact: gradients of micro-batches are added up in float64 and exchanged after the last
+    one. Those sums are exact but for about one rounding in 2^28, so the float32 mean is the
+    same, bit for bit, at any world size. Twice the traffic, and none of it hidden.
+    """
+
+    def __init__(self, precision: str, reduction: str, timeout_s: float = 600) -> None:
+        if precision == "fp16" and not torch.cuda.is_available():
+            raise UserError("precision = fp16 needs a GPU; on CPU use fp32 or bf16")
+        self.exact = reduction == "exact"
         # Running statistics are ours to average (norm.py): DDP must not broadcast rank 0's.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
@@ -36,28 +53,60 @@ class Engine:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the model on the device and make its backward pass average over ranks."""
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int
+    ) -> None:
+        """Put the model on the device; a step is made of `micro_batches`, over all ranks."""
         self.module = model.to(self.device)
         self.optimizer = optimizer
+        self.micro_batches = micro_batches
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers; accelerate and older torch know no other.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            self.model, self._stepper = self.accelerator.prepare(self.module, optimizer)
+            self.model = self.accelerator.prepare_model(self.module, evaluation_mode=self.exact)
+        self._stepper = self.accelerator.prepare_optimizer(optimizer)
+        self._trained = [p for p in self.module.parameters() if p.requires_grad]
+        if self.exact:
+            sizes = [p.numel() for p in self._trained]
+            self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+            parts = zip(self._sum.split(sizes), self._trained, strict=True)
+            self._sums = [part.view_as(p) for part, p in parts]
 
     @property
     def scaler(self) -> Any | None:
         """The loss scaler of fp16; None in the other precisions."""
         return self.accelerator.scaler
 
+    def zero_grad(self) -> None:
+        self._stepper.zero_grad(set_to_none=False)
+        if self.exact:
+            self._sum.zero_()
+
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """One forward and backward pass; gradients cross ranks only in the step's last one."""
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
+        """One forward and backward pass; `last` says that it is this rank's last in the step."""
+        with nullcontext() if last or self.exact else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        """Add the gradient of a micro-batch's mean loss."""
+        if self.exact:
+            self.accelerator.backward(loss)
+            for part, parameter in zip(self._sums, self._trained, strict=True):
+                if parameter.grad is not None:
+                    part.add_(parameter.grad)
+            self._stepper.zero_grad(set_to_none=False)
+        else:
+            # The mean over ranks, which DDP takes, becomes the mean over all samples.
+            self.accelerator.backward(loss * (self.world / self.micro_batches))
+
+    def reduce(self) -> None:
+        """Leave the mean gradient over all samples in each parameter's grad."""
+        if self.exact:
+            self.sum(self._sum).div_(self.micro_batches)
+            for part, parameter in zip(self._sums, self._trained, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(part)
 
     def gradient_norm(self) -> Tensor:
         """The global L2 norm of the averaged gradient, on the device, loss scale removed."""
@@ -71,9 +120,6 @@ class Engine:
     def step(self) -> None:
         """The optimizer's update. fp16 with a non-finite gradient: no update, a lower scale."""
         self._stepper.step()
-
-    def zero_grad(self) -> None:
-        self._stepper.zero_grad(set_to_none=False)
 
     # Collectives. With one process each is a copy of its argument.
 

@@ -85,6 +85,16 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
+def loss_ceiling(history: History) -> float:
+    """Where a plot of the losses may end at the top.
+
+    One bad evaluation at a high learning rate must not flatten all the rest.
+    """
+    losses = [np.nanpercentile(history.train["loss"], 99)]
+    losses += [np.nanpercentile(c["nll"], 75) for c in history.evals.values() if "nll" in c]
+    return 1.15 * float(np.nanmax(losses))
+
+
 def read_json(path: Any) -> dict[str, Any] | None:
     """A JSON object; None where the file is missing, or is no object."""
     try:

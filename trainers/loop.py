@@ -49,11 +49,8 @@ def train(
     model, optimizer = engine.model, engine.optimizer
     statistics = StepStatistics(engine.module)
     mine = len(range(engine.rank, plan.micro_batches, engine.world))
-    # The mean over ranks that data parallelism takes becomes the mean over all samples.
-    loss_scale = engine.world / plan.micro_batches
     skipped = 0
     model.train()
-    engine.zero_grad()
 
     for step in range(state.step, plan.stop):
         started = time.perf_counter()
@@ -62,7 +59,8 @@ def train(
 
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
         waited = 0.0
-        loss_sum = torch.zeros((), device=engine.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+        engine.zero_grad()
         statistics.begin()
         for number in range(mine):
             before = time.perf_counter()
@@ -73,11 +71,13 @@ def train(
             images, targets = augmenter.train(batch)
             with engine.micro_batch(last=number == mine - 1):
                 loss = loss_function(model(images), targets)
-                engine.backward(loss * loss_scale)
+                engine.backward(loss)
             statistics.add()
             loss_sum += loss.detach()
 
-        # 2. What all ranks must agree on, in one small all-reduce.
+        # 2. What all ranks must agree on: the mean gradient, and the rest in one small
+        #    all-reduce. Sums are float64, so that they do not depend on the world size.
+        engine.reduce()
         agreed = torch.stack([loss_sum, loss_sum.new_full((), float(bool(stop)))])
         totals = engine.sum(torch.cat([agreed, statistics.local().to(agreed)]))
         norm = engine.gradient_norm()
@@ -103,7 +103,6 @@ def train(
                     "clip_norm, then start a new run"
                 )
             engine.step()  # fp16: the scaler makes no update and lowers its scale
-        engine.zero_grad()
         state.step = step + 1
 
         # 4. Say what happened.

@@ -34,7 +34,8 @@ class StepStatistics:
         self.weights = [w for m in self.momentum for w in (m, m)]
         self.kept = [b.clone() for b in self.buffers]
         self.kept_counters = [c.clone() for c in self.counters]
-        self.sums = [torch.zeros_like(b) for b in self.buffers]
+        # float64: the sum is then the same in whatever order ranks and micro-batches come.
+        self.sums = [torch.zeros_like(b, dtype=torch.float64) for b in self.buffers]
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -62,7 +63,7 @@ class StepStatistics:
             # Counted in steps: counted in forward passes it would depend on the world size.
             torch._foreach_add_(self.counters, 1)
             parts = total.div(micro_batches).split([s.numel() for s in self.sums])
-            means = [p.view_as(s) for p, s in zip(parts, self.sums, strict=True)]
+            means = [p.view_as(b).to(b) for p, b in zip(parts, self.buffers, strict=True)]
             torch._foreach_lerp_(self.buffers, means, self.weights)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from bigbatch.trainers.history import Columns, History
+from bigbatch.trainers.history import Columns, History, loss_ceiling
 
 # Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
 INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))
@@ -100,10 +100,7 @@ def _loss(axes: Axes, history: History) -> None:
     _noisy(axes, history.train, "loss", BLUE, "train")
     for split, columns in history.evals.items():
         _evaluated(axes, columns, "nll", split)
-    # One bad evaluation at a high learning rate must not flatten all the rest of the plot.
-    losses = [np.nanpercentile(history.train["loss"], 99)]
-    losses += [np.nanpercentile(c["nll"], 75) for c in history.evals.values() if "nll" in c]
-    axes.set_ylim(0, 1.15 * max(losses))
+    axes.set_ylim(0, loss_ceiling(history))
     axes.legend(loc="upper right")
 
 

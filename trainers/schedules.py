@@ -1,67 +1,82 @@
-"""Learning-rate schedules as pure functions of the step. Free of torch.
-
-Each gives the factor that multiplies optimizer.lr for the step about to be taken, counted
-from 0 in optimizer steps of the global batch: never per process, never per micro-batch.
-"""
+"""Learning-rate schedules as pure functions of the step. Free of torch."""
 
 import math
 from collections.abc import Callable
 
+from bigbatch.configs import schedules as c
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schedules import Schedule
+
+Factor = Callable[[int], float]
 
 
 def build_schedule(
-    config: Schedule, *, total_steps: int, global_batch: int, epoch_samples: int
-) -> Callable[[int], float]:
-    """The schedule of a run of `total_steps` steps. Raises UserError where warmup fills it."""
+    config: c.Schedule, total_steps: int, global_batch: int, epoch_samples: int
+) -> Factor:
+    """The function step -> factor that multiplies the learning rate of that step.
+
+    `step` is the number of finished steps, so 0 for the first one; it counts optimizer
+    steps, whatever the number of processes. `total_steps` is the length of the run.
+    Raises UserError where the schedule does not fit into the run.
+    """
     warmup = config.warmup.steps(global_batch, epoch_samples)
-    _check_warmup("schedule.warmup", warmup, total_steps)
-    if config.name == "constant":
-        return lambda step: _ramp(step, warmup, config.warmup_start)
-    if config.name == "cosine":
-        return lambda step: (
-            _ramp(step, warmup, config.warmup_start)
-            if step < warmup
-            else _cosine(step - warmup, total_steps - warmup, config.final)
-        )
-    rewarmup = config.rewarmup.steps(global_batch, epoch_samples)
-    length = math.ceil(total_steps / config.cycles)
-    _check_warmup("schedule.warmup", warmup, length)
-    _check_warmup("schedule.rewarmup", rewarmup, length)
+    match config:
+        case c.Constant():
+            _fits("warmup", warmup, "the run", total_steps)
+            return lambda t: _warmup(t, warmup, config.warmup_start) if t < warmup else 1.0
+        case c.Cosine():
+            _fits("warmup", warmup, "the run", total_steps)
+            return lambda t: _warm_cosine(t, total_steps, warmup, config.warmup_start, config.final)
+        case c.Cycles():
+            rewarmup = config.rewarmup.steps(global_batch, epoch_samples)
+            ends = cycle_ends(config, total_steps)
+            starts = [0, *ends[:-1]]
+            for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                name, steps = ("warmup", warmup) if i == 0 else ("rewarmup", rewarmup)
+                _fits(name, steps, f"cycle {i + 1}", end - start)
 
-    def cycles(step: int) -> float:
-        number, place = divmod(step, length)
-        ramp = rewarmup if number else warmup
-        if place < ramp:
-            return _ramp(place, ramp, 0.0 if number else config.warmup_start)
-        size = min(length, total_steps - number * length)
-        return _cosine(place - ramp, size - ramp, config.final)
+            def cycles(t: int) -> float:
+                i = sum(end <= min(t, total_steps - 1) for end in ends)
+                w = rewarmup if i else warmup
+                length = ends[i] - starts[i]
+                return _warm_cosine(t - starts[i], length, w, config.warmup_start, config.final)
 
-    return cycles
+            return cycles
 
 
-def cycle_ends(config: Schedule, total_steps: int) -> list[int]:
-    """Counts of finished steps at which a cycle ends; none for a schedule without cycles."""
-    if config.name != "cycles":
+def cycle_ends(config: c.Schedule, total_steps: int) -> list[int]:
+    """Numbers of finished steps at which a snapshot is due; [] for schedules without cycles.
+
+    Cycle i of M ends after ceil(i T / M) steps. Where M divides T these are the cycles of
+    Huang et al. 2017; where it does not, their ceil(T / M) for each would leave the last
+    cycle cut off, or missing.
+    """
+    if not isinstance(config, c.Cycles):
         return []
-    length = math.ceil(total_steps / config.cycles)
-    return sorted({min(n * length, total_steps) for n in range(1, config.cycles + 1)})
-
-
-def _ramp(step: int, warmup: int, start: float) -> float:
-    """Linear from `start` to 1, which is reached in the last step of the warmup."""
-    return start + (1 - start) * min(1.0, (step + 1) / warmup) if warmup else 1.0
-
-
-def _cosine(step: int, steps: int, final: float) -> float:
-    """Half a cosine from 1 at step 0 towards `final` after `steps` steps."""
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
-
-
-def _check_warmup(name: str, warmup: int, steps: int) -> None:
-    if warmup >= steps:
+    if config.cycles > total_steps:
         raise UserError(
-            f"{name} takes {warmup} steps, but only {steps} steps are there to hold it; "
-            "shorten it or lengthen duration"
+            f"schedule.cycles = {config.cycles} for a run of {total_steps} steps: a cycle needs "
+            "at least one step; use fewer cycles or a longer duration"
+        )
+    return [-(-i * total_steps // config.cycles) for i in range(1, config.cycles + 1)]
+
+
+def _warmup(t: int, steps: int, start: float) -> float:
+    """Linear from `start` at step 0 to 1 at step `steps`."""
+    return start + (1.0 - start) * t / steps
+
+
+def _warm_cosine(t: int, steps: int, warmup: int, start: float, final: float) -> float:
+    """Linear warmup, then half a cosine that reaches `final` at step `steps` (SGDR, eq. 5)."""
+    if t < warmup:
+        return _warmup(t, warmup, start)
+    if t >= steps:
+        return final
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * (t - warmup) / (steps - warmup)))
+
+
+def _fits(name: str, steps: int, where: str, length: int) -> None:
+    if steps >= length and steps > 0:
+        raise UserError(
+            f"schedule.{name} takes {steps} steps, but {where} has {length}: "
+            "shorten it or train longer"
         )

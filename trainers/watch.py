@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.history import History, read_history, smooth
+from bigbatch.trainers.history import History, loss_ceiling, read_history, smooth
 from bigbatch.trainers.progress import duration
 
 STALE = 120.0  # seconds without a record after which a run is called silent
@@ -105,14 +105,15 @@ def _plots(history: History, width: int, height: int) -> Sequence[RenderableType
         return [Panel("no training step yet")]
     loss = [("train", train["step"], train["loss"])]
     loss += [(s, c["step"], c["nll"]) for s, c in history.evals.items() if "nll" in c]
-    drawn = [_plot("loss", loss, width, height)]
+    drawn = [_plot("loss", loss, width, height, (0.0, loss_ceiling(history)))]
     if history.evals:
         accuracy = [(s, c["step"], c["accuracy"]) for s, c in history.evals.items()]
         drawn.append(_plot("accuracy", accuracy, width, height))
     for key, title in (("lr", "learning rate"), ("images_per_s", "images per second")):
         if key in train:
             values = smooth(train[key]) if key == "images_per_s" else train[key]
-            drawn.append(_plot(title, [("", train["step"], values)], width, height, bottom=0.0))
+            limits = (0.0, 1.05 * float(np.nanmax(values)))
+            drawn.append(_plot(title, [("", train["step"], values)], width, height, limits))
     return drawn
 
 
@@ -121,7 +122,7 @@ def _plot(
     lines: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]],
     width: int,
     height: int,
-    bottom: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Text:
     plotext.clear_figure()
     plotext.theme("clear")
@@ -139,9 +140,8 @@ def _plot(
     ticks = [round(last * i / 4) for i in range(5)]
     plotext.xlim(0, max(1, last))
     plotext.xticks(ticks, [f"{tick:,}" for tick in ticks])
-    if bottom is not None:
-        top = float(np.nanmax(np.concatenate([y for *_, y in lines])))
-        plotext.ylim(bottom, top * 1.05 if top > bottom else bottom + 1)
+    if limits and limits[1] > limits[0]:  # false for NaN, too
+        plotext.ylim(*limits)
     return Text.from_ansi(plotext.build())
 
 

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         stop = StopFlag()
         run = RunDir(options.run)
         recipe = run.recipe()
-        engine = Engine(recipe.precision)
+        engine = Engine(recipe.precision, recipe.reduction)
         return work(run, recipe, engine, stop, options.stop_at)
     except UserError as error:
         # Every rank meets the same error, or learns of it; one of them says it.
@@ -75,7 +75,7 @@ def work(run: RunDir, recipe: Recipe, engine: Engine, stop: StopFlag, stop_at: i
     model = build_model(
         recipe.model, classes=classes, channels=recipe.data.channels, seed=recipe.seed
     )
-    engine.prepare(model, build_optimizer(model, recipe.optimizer))
+    engine.prepare(model, build_optimizer(model, recipe.optimizer), plan.micro_batches)
     augmenter = Augmenter(
         recipe.augment,
         image_size=recipe.data.image_size,

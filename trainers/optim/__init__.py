@@ -1,6 +1,6 @@
-"""Optimizers: LARS and LAMB of our own, all others from torch.optim."""
+"""Optimizers: our LARS and LAMB, the rest by name, and their state by parameter name."""
 
-from bigbatch.trainers.optim.build import build_optimizer, parameter_groups, set_lr
+from bigbatch.trainers.optim.build import build_optimizer, set_lr, trust_ratios
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 from bigbatch.trainers.optim.state import load_optimizer_state, optimizer_state_by_name
@@ -11,6 +11,6 @@ __all__ = [
     "build_optimizer",
     "load_optimizer_state",
     "optimizer_state_by_name",
-    "parameter_groups",
     "set_lr",
+    "trust_ratios",
 ]

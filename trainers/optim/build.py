@@ -1,75 +1,66 @@
-"""From a recipe's optimizer to a torch.optim.Optimizer over the right parameter groups."""
+"""From a recipe's optimizer to a torch optimizer, and the learning rate of each step."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bigbatch.configs.optimizers import Optimizer
+from bigbatch.configs import optimizers as c
+from bigbatch.trainers.optim.groups import parameter_groups
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
+def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names, over the trainable parameters of `model`.
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights; and norm layers and biases, which take neither decay nor trust.
-
-    Told apart by the type of the module that owns a parameter: names and dimensions mislead
-    (`downsample.1` is a BatchNorm; a depthwise kernel has as few dimensions as any).
+    Norm layers and biases take neither weight decay nor a layer-wise rate. Each group keeps
+    its rate from the recipe as `base_lr`; `set_lr` multiplies it by the schedule's factor.
     """
-    exempt = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, _NORMS) or name == "bias":
-                exempt.add(parameter)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in trained if p not in exempt]
-    others = [p for p in trained if p in exempt]
-    groups = [
-        {"params": weights, "weight_decay": weight_decay, "adapt": True},
-        {"params": others, "weight_decay": 0.0, "adapt": False},
-    ]
-    return [g for g in groups if g["params"]]
-
-
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the model's trained parameters."""
+    options: dict[str, Any] = config.model_dump(exclude={"name", "weight_decay"})
     groups = parameter_groups(model, config.weight_decay)
+    # One pass over memory on CPU and GPU, instead of one kernel for each operation.
+    fused = {"fused": all(_can_fuse(p) for g in groups for p in g["params"])}
     optimizer: torch.optim.Optimizer
-    if config.name == "sgd":
-        nesterov = config.nesterov and config.momentum > 0
-        optimizer = torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov
-        )
-    elif config.name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-    elif config.name == "lars":
-        optimizer = LARS(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            trust_coefficient=config.trust_coefficient,
-            eps=config.eps,
-            momentum_form=config.momentum_form,
-            trust_clip=config.trust_clip,
-        )
-    else:
-        optimizer = LAMB(
-            groups,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            bias_correction=config.bias_correction,
-            trust_bounds=config.trust_bounds,
-        )
+    match config:
+        case c.SGD():
+            optimizer = torch.optim.SGD(groups, **options, **fused)
+        case c.AdamW():
+            optimizer = torch.optim.AdamW(groups, **options, **fused)
+        case c.LARS():
+            optimizer = LARS(groups, **options)
+        case c.LAMB():
+            optimizer = LAMB(groups, **options)
     for group in optimizer.param_groups:
         group["base_lr"] = config.lr
     return optimizer
 
 
+def _can_fuse(p: Tensor) -> bool:
+    return p.device.type in ("cpu", "cuda") and p.dtype.is_floating_point
+
+
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times its base rate."""
+    """Set each group's rate to `base_lr` times the schedule's factor for the coming step.
+
+    A rate held as a tensor is written in place, so that a captured graph sees it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        lr = group["base_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def trust_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
+    """The last step's trust ratio of each adapted parameter, by name; {} for other optimizers.
+
+    Reads the device once for each bucket, so call it when logging, not every step.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    ratios = {}
+    for params, values in getattr(optimizer, "last_ratios", []):
+        for p, value in zip(params, values.tolist(), strict=True):
+            ratios[names[p]] = value
+    return ratios

@@ -1,36 +1,46 @@
-"""LAMB: layer-wise adaptive moments (You et al. 2020, algorithm 2)."""
+"""LAMB: layer-wise adaptive moments (You et al. 2020, arXiv:1904.00962)."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch import Tensor
 
-from bigbatch.trainers.optim.layerwise import as_state, by_kind, norms, ratio_or_one, state_of
+from bigbatch.trainers.optim.layerwise import (
+    LayerwiseOptimizer,
+    buckets,
+    gradients,
+    new_state,
+    norms,
+    upcast,
+    where_positive,
+)
 
 
-class LAMB(Optimizer):
-    """Adam's step, decoupled decay added, rescaled in each layer to the size of its weights.
+class LAMB(LayerwiseOptimizer):
+    r"""AdamW whose step for each layer has the length of the layer's weights.
 
-        m = beta1 m + (1 - beta1) g;   s = beta2 s + (1 - beta2) g^2
-        u = m' / (sqrt(s') + eps) + b w          m', s' bias-corrected where asked for
-        w -= lr |w| / |u| u                      ratio 1 where |w| or |u| is 0
+    With weights w, gradient g, decay b (algorithm 2):
 
-    `trust_bounds` clips the ratio |w| / |u|. Groups with adapt=False take ratio 1. State:
-    exp_avg, exp_avg_sq (fp32 for half-precision parameters) and step.
+        m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
+        u = m' / (sqrt(v') + eps) + b w
+        r = |w| / |u|, clamped to trust_bounds;   r = 1 where |w| = 0 or |u| = 0
+        w = w - lr r u
+
+    m' = m / (1 - b1^t) and v' = v / (1 - b2^t) with `bias_correction`, else m and v.
+    Groups with `adapt=False` take r = 1. State: `exp_avg`, `exp_avg_sq`, float32 at least,
+    and `step`. `lr` may be a float or a 0-dim tensor; nothing is read back from a GPU, so
+    that a step can be captured in a graph.
     """
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Any,
         lr: float,
-        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
         trust_bounds: tuple[float, float] | None = None,
-        adapt: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -39,57 +49,58 @@ class LAMB(Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "trust_bounds": trust_bounds,
-            "adapt": adapt,
+            "adapt": True,
+            "capturable": True,  # torch's sign that `step` lives on the parameter's device
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameters in by_kind(group):
-                self._update(group, parameters)
-        return loss
+    def init_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": new_state(p),
+            "exp_avg_sq": new_state(p),
+        }
 
-    def _update(self, group: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
-        weights = as_state([p.data for p in parameters])
-        gradients = as_state([p.grad for p in parameters if p.grad is not None])
-        mean, _ = state_of(self, parameters, "exp_avg")
-        square, _ = state_of(self, parameters, "exp_avg_sq")
-        for p in parameters:
-            if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        counts = [self.state[p]["step"] for p in parameters]
-        torch._foreach_add_(counts, 1)
-        beta1, beta2 = group["betas"]
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for bucket in buckets(params):
+            direction = self._direction(bucket, group)
+            if group["adapt"]:
+                w, u = norms(bucket), norms(direction)
+                ratios = w / u
+                if group["trust_bounds"] is not None:
+                    ratios = ratios.clamp(*group["trust_bounds"])
+                ratios = where_positive(ratios, w, u)
+                self.last_ratios.append((bucket, ratios))
+                torch._foreach_mul_(direction, list((ratios * group["lr"]).unbind()))
+            else:
+                torch._foreach_mul_(direction, group["lr"])
+            torch._foreach_sub_(bucket, direction)
 
-        torch._foreach_lerp_(mean, gradients, 1 - beta1)
-        torch._foreach_mul_(square, beta2)
-        torch._foreach_addcmul_(square, gradients, gradients, 1 - beta2)
+    def _direction(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """u of each parameter, in new buffers; advances the moments by one step.
 
-        bottom = torch._foreach_sqrt(square)
-        if group["bias_correction"]:
-            # All parameters of a group have taken the same number of steps.
-            steps = counts[0].double()
-            torch._foreach_mul_(bottom, (1 / (1 - beta2**steps).sqrt()).to(bottom[0].dtype))
-            scale = (1 / (1 - beta1**steps)).to(bottom[0].dtype)
-        else:
-            scale = torch.ones((), dtype=bottom[0].dtype, device=bottom[0].device)
-        torch._foreach_add_(bottom, group["eps"])
-        update = torch._foreach_div(mean, bottom)
-        torch._foreach_mul_(update, scale)
-        if group["weight_decay"]:
-            torch._foreach_add_(update, weights, alpha=group["weight_decay"])
-        if group["adapt"]:
-            w, u = norms(weights), norms(update)
-            ratio = ratio_or_one(w, u, (w > 0) & (u > 0))
-            if group["trust_bounds"] is not None:
-                ratio = ratio.clamp(*group["trust_bounds"])
-            torch._foreach_mul_(update, list(ratio.unbind()))
-        torch._foreach_mul_(update, group["lr"])
-        torch._foreach_sub_(weights, update)
-        if weights[0].dtype != parameters[0].dtype:
-            torch._foreach_copy_([p.data for p in parameters], weights)
+        torch's fused AdamW kernel does the work: started from b w instead of the weights,
+        with rate -1 and no decay of its own, it leaves exactly u.
+        """
+        states = [self.state[p] for p in params]
+        direction = torch._foreach_mul(upcast(params), group["weight_decay"])
+        steps = [s["step"] for s in states]
+        torch._foreach_add_(steps, 1)
+        if not group["bias_correction"]:
+            steps = [torch.full_like(t, torch.inf) for t in steps]  # 1 - beta^inf = 1
+        torch._fused_adamw_(
+            direction,
+            upcast(gradients(params)),
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            steps,
+            lr=-1.0,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        return direction

@@ -1,44 +1,89 @@
-"""Optimizer state by parameter name, the form in which checkpoints hold it."""
+"""Optimizer state by parameter name: the form that checkpoints store."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+# A group's own entries that say where it stands, not how it was configured. Some optimizers
+# of pytorch_optimizer count their steps there.
+_NOT_STATE = {"params", "lr", "base_lr", "lr_scale", "adapt"}
 
 
 def optimizer_state_by_name(
-    optimizer: Optimizer, model: nn.Module
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under "STATE/PARAMETER.NAME", and plain values under the same kind of key."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
+    """All optimizer state, as (tensors, scalars) keyed ``STATE/PARAM.NAME``.
+
+    Tensors are detached and contiguous, ready for safetensors, and keep dtype and device;
+    those that alias the optimizer's own are not copied. Scalars hold the rest as JSON,
+    including the counters that an optimizer keeps per group (``STATE/group.N``). Settings
+    such as weight decay are not state: the recipe holds them.
+    """
+    names = _names(optimizer, model)
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
+    scalars: dict[str, JsonValue] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            place = f"{key}/{names[parameter]}"
+            full = f"{key}/{names[parameter]}"
             if isinstance(value, Tensor):
-                tensors[place] = value.detach().contiguous()
-            elif value is not None:
-                scalars[place] = value
+                tensors[full] = value.detach().contiguous()
+            else:
+                scalars[full] = _plain(full, value)
+    for index, group in enumerate(optimizer.param_groups):
+        for key in group.keys() - optimizer.defaults.keys() - _NOT_STATE:
+            scalars[f"{key}/group.{index}"] = _plain(key, group[key])
     return tensors, scalars
 
 
 def load_optimizer_state(
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    scalars: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    scalars: dict[str, JsonValue],
 ) -> None:
-    """Put a saved state back, bit for bit, on the devices of the parameters."""
-    parameters = dict(model.named_parameters())
+    """Put back what `optimizer_state_by_name` returned, bit for bit, replacing all state.
+
+    Tensors go to their parameter's device (step counters where the optimizer wants them)
+    and take its memory layout; the dtype stays as stored. Raises ValueError where a name or
+    a shape does not belong to the model.
+    """
+    parameters = {name: p for p, name in _names(optimizer, model).items()}
+    groups = {p: g for g in optimizer.param_groups for p in g["params"]}
     optimizer.state.clear()
-    for place, value in {**tensors, **scalars}.items():
-        key, _, name = place.partition("/")
-        parameter = parameters[name]
+    for full, value in (tensors | scalars).items():
+        key, _, name = full.partition("/")
+        if not isinstance(value, Tensor) and name.startswith("group."):
+            optimizer.param_groups[int(name.removeprefix("group."))][key] = value
+            continue
+        if name not in parameters:
+            raise ValueError(f"optimizer state {full!r} belongs to no parameter of the model")
+        p = parameters[name]
         if isinstance(value, Tensor):
-            # torch keeps step counters on the host, except for capturable optimizers.
-            value = value.clone() if key == "step" else value.to(parameter.device, copy=True)
-        optimizer.state[parameter][key] = value
-    assert all(isinstance(p, torch.nn.Parameter) for p in optimizer.state)
+            value = _place(value, p, key, groups[p])
+        optimizer.state[p][key] = value
+
+
+def _place(value: Tensor, p: Tensor, key: str, group: dict[str, Any]) -> Tensor:
+    if key == "step" and not (group.get("capturable") or group.get("fused")):
+        return value.to("cpu", copy=True)  # torch reads such a counter on the host each step
+    if value.shape == p.shape:
+        new = torch.empty_like(p, dtype=value.dtype, memory_format=torch.preserve_format)
+        return new.copy_(value)
+    return value.to(p.device, copy=True)
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert all(p in names for p in group["params"]), "optimizer and model do not match"
+    return names
+
+
+def _plain(key: str, value: Any) -> JsonValue:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(key, v) for v in value]
+    raise TypeError(f"optimizer state {key!r} is a {type(value).__name__}: neither tensor nor JSON")
