@@ -28,7 +28,7 @@ class Cosine(Warmup):
     """Half a cosine from 1 to `final` over the steps after the warmup (SGDR, eq. 5)."""
 
     name: Literal["cosine"]
-    final: Fraction = Field(0.0, description="factor at the last step")
+    final: Fraction = Field(0.0, description="factor that the run ends on")
 
 
 class Cycles(Warmup):
@@ -37,7 +37,7 @@ class Cycles(Warmup):
     name: Literal["cycles"]
     cycles: Count = 3
     rewarmup: Duration = Field(_NONE, description="linear warmup of each cycle after the first")
-    final: Fraction = Field(0.0, description="factor at the end of each cycle")
+    final: Fraction = Field(0.0, description="factor that each cycle ends on")
 
 
 Schedule = Annotated[Constant | Cosine | Cycles, Field(discriminator="name")]

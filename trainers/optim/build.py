@@ -20,13 +20,13 @@ def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimi
     options: dict[str, Any] = config.model_dump(exclude={"name", "weight_decay"})
     groups = parameter_groups(model, config.weight_decay)
     # One pass over memory on CPU and GPU, instead of one kernel for each operation.
-    fused = {"fused": all(_can_fuse(p) for g in groups for p in g["params"])}
+    fused = all(_can_fuse(p) for g in groups for p in g["params"])
     optimizer: torch.optim.Optimizer
     match config:
         case c.SGD():
-            optimizer = torch.optim.SGD(groups, **options, **fused)
+            optimizer = torch.optim.SGD(groups, **options, fused=fused)
         case c.AdamW():
-            optimizer = torch.optim.AdamW(groups, **options, **fused)
+            optimizer = torch.optim.AdamW(groups, **options, fused=fused)
         case c.LARS():
             optimizer = LARS(groups, **options)
         case c.LAMB():

@@ -1,29 +1,34 @@
 """Which parameters decay and adapt: by the type of the module that owns them."""
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
-import timm.layers as tl
 import torch
+from timm.layers import evo_norm, filter_response_norm, grn, layer_scale, norm, norm_act
 from torch import nn
+
+
+def _layers_of(*modules: ModuleType) -> tuple[type[nn.Module], ...]:
+    """The nn.Module classes that Python modules define."""
+    return tuple(
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and value.__module__ == module.__name__
+    )
+
 
 # Layers whose parameters are scales and shifts of normalised activations. Decaying them has
 # no regularising meaning, and a layer-wise rate computed from their norm is noise.
-# Subclasses count: timm's LayerNorm2d, BatchNormAct2d, GroupNormAct and the like.
-NORM_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,
+NORM_LAYERS = (
+    nn.modules.batchnorm._NormBase,  # batch and instance norms of every dimension
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
-    tl.RmsNorm,
-    tl.RmsNorm2d,
-    tl.RmsNormAct2d,
-    tl.GlobalResponseNorm,
-    tl.EvoNorm2dB0,
-    tl.EvoNorm2dS0,
-    tl.FilterResponseNormAct2d,
-    tl.LayerScale,
-    tl.LayerScale2d,
+    *_layers_of(evo_norm, filter_response_norm, grn, layer_scale, norm, norm_act),
 )
 
 

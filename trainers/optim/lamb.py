@@ -83,7 +83,7 @@ class LAMB(LayerwiseOptimizer):
         with rate -1 and no decay of its own, it leaves exactly u.
         """
         states = [self.state[p] for p in params]
-        direction = torch._foreach_mul(upcast(params), group["weight_decay"])
+        direction = list(torch._foreach_mul(upcast(params), group["weight_decay"]))
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         if not group["bias_correction"]:

@@ -89,7 +89,9 @@ class LARS(LayerwiseOptimizer):
 
 def _fused(p: Tensor, group: dict[str, Any]) -> bool:
     """Whether torch's fused CPU kernel computes this group's update."""
-    return p.device.type == "cpu" and p.dtype == state_dtype(p) and not group["nesterov"]
+    # The kernel applies dampening neither to Nesterov's gradient term nor without momentum.
+    plain = group["momentum"] != 0 and not group["nesterov"]
+    return p.device.type == "cpu" and p.dtype == state_dtype(p) and plain
 
 
 def _fused_update(
@@ -141,7 +143,7 @@ def _foreach_update(
     # In float32 before anything is added: bf16 would round the decay away.
     delta = upcast(grads)
     if group["weight_decay"]:
-        delta = torch._foreach_add(delta, upcast(params), alpha=group["weight_decay"])
+        delta = list(torch._foreach_add(delta, upcast(params), alpha=group["weight_decay"]))
     elif delta[0] is grads[0]:
         delta = [g.clone() for g in grads]
     if ratios is not None:
