@@ -25,7 +25,7 @@ class Finding:
 def diagnose(history: History) -> list[Finding]:
     """Findings from the curves, problems first; says so where there is too little to judge."""
     train = history.train
-    if len(train.get("loss", ())) < 20:
+    if len(train.get("step", ())) < 20:
         return [Finding("note", "Too early to tell", "Fewer than 20 training steps are recorded.")]
     found = [*_stability(history), *_fit(history), *_speed(train), *_combination(history)]
     order = ("problem", "note", "good")
@@ -33,7 +33,7 @@ def diagnose(history: History) -> list[Finding]:
 
 
 def _stability(history: History) -> Iterator[Finding]:
-    loss = history.train["loss"]
+    loss = history.train.get("loss", np.full(len(history.train["step"]), np.nan))
     skipped = sum(e["kind"] == "non_finite" for e in history.events) or int(np.isnan(loss).sum())
     if skipped:
         yield Finding(
@@ -42,6 +42,8 @@ def _stability(history: History) -> Iterator[Finding]:
             f"{skipped} steps had a loss or gradient that was not finite; their updates were not "
             "applied. Lower optimizer.lr, lengthen the warmup or set clip_norm.",
         )
+    if np.isnan(loss).all():
+        return
     path = smooth(loss)
     start, lowest, end = path[min(4, len(path) - 1)], float(np.nanmin(path)), path[-1]
     if lowest < 0.7 * start and end > 0.95 * start:
@@ -61,7 +63,7 @@ def _fit(history: History) -> Iterator[Finding]:
         text = f"{history.last_step:,} of {total:,} steps are done; the fit is judged at the end."
         yield Finding("note", "Not at the end yet", text)
         return
-    if len(val.get("accuracy", ())) < 4:
+    if len(val.get("step", ())) < 4 or not {"accuracy", "nll"} <= val.keys() or "loss" not in train:
         yield Finding("note", "No verdict on the fit", "Fewer than 4 evaluations are recorded.")
         return
     accuracy, nll, step = val["accuracy"], val["nll"], val["step"]

@@ -73,12 +73,14 @@ def read_history(run: RunDir) -> History:
 
 
 def columns(records: Iterable[Mapping[str, Any]]) -> Columns:
-    """Records as float64 columns; a value that is null or missing becomes NaN."""
+    """Records as float64 columns: a value that is null or missing is NaN.
+
+    A column without one number is left out, as are texts.
+    """
     rows = list(records)
-    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, str))
-    return {
-        name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names
-    }
+    names = dict.fromkeys(name for row in rows for name in row)
+    arrays = {n: np.array([_number(row.get(n)) for row in rows], dtype=np.float64) for n in names}
+    return {name: array for name, array in arrays.items() if np.isfinite(array).any()}
 
 
 def _number(value: Any) -> float:

@@ -105,9 +105,10 @@ def _loss(axes: Axes, history: History) -> None:
 
 
 def _accuracy(axes: Axes, history: History) -> None:
-    (only, *more) = history.evals
+    evals = {split: c for split, c in history.evals.items() if "accuracy" in c}
+    (only, *more) = evals
     axes.set_title("Accuracy" if more else f"Accuracy, {only}")
-    for split, columns in history.evals.items():
+    for split, columns in evals.items():
         _evaluated(axes, columns, "accuracy", split)
         best = int(np.nanargmax(columns["accuracy"]))
         value = columns["accuracy"][best]
@@ -121,8 +122,8 @@ def _accuracy(axes: Axes, history: History) -> None:
             fontsize=10.5,
         )
     # Early evaluations may be near chance: the interesting part is the upper one.
-    lows = [np.nanpercentile(c["accuracy"], 20) for c in history.evals.values()]
-    top = max(np.nanmax(c["accuracy"]) for c in history.evals.values())
+    lows = [np.nanpercentile(c["accuracy"], 20) for c in evals.values()]
+    top = max(np.nanmax(c["accuracy"]) for c in evals.values())
     margin = max(0.02, (top - min(lows)) * 0.6)
     axes.set_ylim(max(0.0, min(lows) - margin), min(1.0, top) + margin * 0.35)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

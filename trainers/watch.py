@@ -73,7 +73,8 @@ def _header(history: History, age: float | None) -> RenderableType:
     if total:
         cells += [ProgressBar(total, history.last_step, width=20), f"{history.last_step}/{total}"]
     cells += [f"{key} {train[key][-1]:.4g}" for key in ("loss", "lr") if key in train]
-    cells += [Text(f"{split} {c['accuracy'][-1]:.2%}") for split, c in history.evals.items()]
+    scored = [(split, c["accuracy"]) for split, c in history.evals.items() if "accuracy" in c]
+    cells += [Text(f"{split} {accuracy[-1]:.2%}") for split, accuracy in scored]
     if "images_per_s" in train:
         recent = train["images_per_s"][-20:]
         # The mean time of an image, not of the rate: see Progress.
@@ -103,11 +104,13 @@ def _plots(history: History, width: int, height: int) -> Sequence[RenderableType
     train = history.train
     if not train:
         return [Panel("no training step yet")]
-    loss = [("train", train["step"], train["loss"])]
-    loss += [(s, c["step"], c["nll"]) for s, c in history.evals.items() if "nll" in c]
-    drawn = [_plot("loss", loss, width, height, (0.0, loss_ceiling(history)))]
-    if history.evals:
-        accuracy = [(s, c["step"], c["accuracy"]) for s, c in history.evals.items()]
+    drawn = []
+    if "loss" in train:
+        loss = [("train", train["step"], train["loss"])]
+        loss += [(s, c["step"], c["nll"]) for s, c in history.evals.items() if "nll" in c]
+        drawn.append(_plot("loss", loss, width, height, (0.0, loss_ceiling(history))))
+    accuracy = [(s, c["step"], c["accuracy"]) for s, c in history.evals.items() if "accuracy" in c]
+    if accuracy:
         drawn.append(_plot("accuracy", accuracy, width, height))
     for key, title in (("lr", "learning rate"), ("images_per_s", "images per second")):
         if key in train:
@@ -140,7 +143,7 @@ def _plot(
     ticks = [round(last * i / 4) for i in range(5)]
     plotext.xlim(0, max(1, last))
     plotext.xticks(ticks, [f"{tick:,}" for tick in ticks])
-    if limits and limits[1] > limits[0]:  # false for NaN, too
+    if limits and limits[1] > limits[0]:
         plotext.ylim(*limits)
     return Text.from_ansi(plotext.build())
 

@@ -19,6 +19,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers.diagnosis import diagnose
 from bigbatch.trainers.history import read_history, smooth
 from bigbatch.trainers.report import final_table, result_rows, write_report
+from bigbatch.trainers.watch import watch
 
 STEPS, CYCLES = 300, 3
 
@@ -217,6 +218,22 @@ def test_diverged_run_with_nan_losses(tmp_path: Path) -> None:
     assert titles["Diverged"] == "problem"
     assert titles["Non-finite loss or gradient"] == "problem"
     assert "Diverged" in write_report(run).read_text()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_run_without_one_finite_value(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "nan", load_recipe("digits"))
+    with run.metrics.open("w") as file:
+        for step in range(1, 41):
+            values = dict.fromkeys(("loss", "lr", "grad_norm", "images_per_s", "data_s", "step_s"))
+            print(json.dumps({"kind": "train", "step": step, **values}), file=file)
+            if step % 8 == 0:
+                scores = {"accuracy": None, "nll": None}
+                print(
+                    json.dumps({"kind": "eval", "split": "val", "step": step, **scores}), file=file
+                )
+    assert "Non-finite loss or gradient" in write_report(run).read_text()
+    watch(run, console=Console(file=io.StringIO(), width=100))
 
 
 Curve = Callable[[float], float]  # of the share of the run that is done
