@@ -15,7 +15,7 @@ SECTIONS = {
     "Data": (cli_data.shard, cli_data.index, cli_data.inspect, cli_data.batches),
     "Recipes": (cli_recipe.recipes, cli_recipe.check, cli_recipe.schedule, cli_recipe.schema),
     "Training": (cli_run.train, cli_run.resume, cli_run.submit, cli_run.prove),
-    "Runs": (cli_run.runs, cli_run.status, cli_run.report),
+    "Runs": (cli_run.runs, cli_run.status, cli_run.watch, cli_run.report),
 }
 
 

@@ -256,6 +256,17 @@ def status(run: str, runs_folder: Path, as_json: bool) -> None:
         show(status_table(values))
 
 
+@click.command(short_help="Follow a run in the terminal.")
+@click.argument("run")
+@options.runs_folder
+def watch(run: str, runs_folder: Path) -> None:
+    """Follow RUN, a name or a directory, with plots, until it ends or Ctrl-C."""
+    from bigbatch.launcher.registry import find_run
+    from bigbatch.trainers.watch import watch
+
+    watch(find_run(run, runs_folder))
+
+
 @click.command(short_help="Write a run's report.html.")
 @click.argument("run")
 @options.runs_folder
