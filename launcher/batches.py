@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
-from bigbatch.data.index import open_index
-from bigbatch.data.order import build_order
+from bigbatch.launcher.preflight import open_inputs
 from bigbatch.trainers.plan import check_world
 
 
@@ -45,8 +43,8 @@ def batches(
     check_world(recipe, world)
     if rank is not None and not 0 <= rank < world:
         raise UserError(f"--rank {rank} must be from 0 to {world - 1} at --world-size {world}")
-    index = open_index(Path(recipe.data.path) / recipe.data.train)
-    order = build_order(recipe.data.sampling, index, recipe.seed)
+    inputs = open_inputs(recipe)
+    order, index = inputs.order, inputs.order.index
     keys = index.keys()
 
     def batch(step: int, micro: int) -> Batch:

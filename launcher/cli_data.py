@@ -147,12 +147,9 @@ def batches(
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher.batches import batches as compute
     from bigbatch.launcher.batches import parse_steps
-    from bigbatch.launcher.start import check_data
 
     loaded = load_recipe(recipe, overrides)
-    wanted = parse_steps(steps)
-    check_data(loaded)
-    for batch in compute(loaded, wanted, world_size, rank):
+    for batch in compute(loaded, parse_steps(steps), world_size, rank):
         if as_json:
             click.echo(json.dumps(asdict(batch)))
             continue

@@ -38,11 +38,8 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: b
     """Open everything that RECIPE names and say what a run of it will do."""
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import preflight
-    from bigbatch.launcher.start import check_data
 
-    loaded = load_recipe(recipe, overrides)
-    check_data(loaded)
-    found = preflight.check(loaded, nproc)
+    found = preflight.check(load_recipe(recipe, overrides), nproc)
     if as_json:
         options.print_json(found)
         return
@@ -91,26 +88,22 @@ def schedule(
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import preflight
-    from bigbatch.launcher.start import check_data
-    from bigbatch.trainers.plan import make_plan
 
     loaded = load_recipe(recipe, overrides)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
     if epoch_samples is None:
-        check_data(loaded)
-        epoch_samples = preflight.epoch_samples(loaded)
-    plan = make_plan(loaded, epoch_samples)
-    rate = preflight.learning_rate(loaded, plan, epoch_samples)
+        epoch_samples = preflight.open_inputs(loaded).order.epoch_samples
+    plan, rate = preflight.fit(loaded, epoch_samples)
     if plot is not None:
         try:
-            preflight.draw(loaded, plan, rate, plot)
+            preflight.draw(loaded.name, plan, rate, plot)
         except OSError as error:
             raise UserError(f"cannot write {plot}: {error}") from None
     if as_json:
         options.print_json({"steps": plan.total, "lr": [rate(s) for s in range(plan.total)]})
         return
-    for step, value in preflight.key_rates(loaded, plan, rate).items():
+    for step, value in preflight.key_rates(plan, rate).items():
         click.echo(f"step {step:>8,}  {value:.6g}")
     if plot is not None:
         click.echo(plot)

@@ -50,7 +50,7 @@ def train(
                 "each machine"
             )
         count = start.ranks_here(loaded, peers, nproc, nnodes, os.environ)
-        start.check_data(loaded)
+        start.check_start(loaded)
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         if peers is None and nnodes == 1:
             create_run(path, loaded)
@@ -82,7 +82,7 @@ def resume(run: str, nproc: int | None, runs_folder: Path) -> None:
             return
         recipe = found.recipe()
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
-        start.check_data(recipe)
+        start.check_start(recipe)
     start.begin(found.path, peers, count)
 
 
@@ -153,7 +153,7 @@ def submit(
     if dry_run:
         click.echo(slurm.render(job, path, Path.cwd()), nl=False)
         return
-    start.check_data(loaded)
+    start.check_start(loaded)
     number = slurm.submit(loaded, job, path)
     if as_json:
         options.print_json({"job": number, "run": str(path)})
@@ -188,7 +188,7 @@ def prove(
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import prove as proof
-    from bigbatch.launcher.start import check_data
+    from bigbatch.launcher.start import check_start
 
     loaded = load_recipe(recipe, overrides)
     counts = [n for n in (1, 2, 3, 4) if n <= loaded.micro_batches]
@@ -197,19 +197,21 @@ def prove(
             counts = [int(n) for n in ranks.split(",")]
         except ValueError:
             raise UserError(f"--ranks {ranks!r} is not a list such as 1,2,4") from None
-    check_data(loaded)
+    check_start(loaded)
     if keep is not None and keep.exists():
         raise UserError(f"--keep {keep} exists already; name a new folder")
     with tempfile.TemporaryDirectory(prefix="bigbatch-prove-") as temporary:
-        folder = keep or Path(temporary)
-        results = proof.prove(
-            loaded,
-            folder,
-            steps=steps,
-            ranks=counts,
-            seed=seed,
-            say=lambda text: click.echo(text, err=True),
-        )
+        try:
+            results = proof.prove(
+                loaded,
+                keep or Path(temporary),
+                steps=steps,
+                ranks=counts,
+                seed=seed,
+                say=lambda text: click.echo(text, err=True),
+            )
+        except proof.RunFailed as error:
+            raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(proof.as_json(results, steps))
     else:

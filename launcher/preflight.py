@@ -1,42 +1,82 @@
 """What can be known of a run before it starts, on a machine without torch or GPU."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.schema import Recipe
-from bigbatch.data.index import open_index
-from bigbatch.data.order import build_order
+from bigbatch.data.index import Index, open_index
+from bigbatch.data.order import Order, build_order
 from bigbatch.trainers.plan import Plan, check_world, make_plan
 from bigbatch.trainers.schedules import build_schedule
+
+Rate = Callable[[int], float]  # the learning rate of the step after s finished ones
 
 _DRAWN_POINTS = 2000
 
 
-def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
-    """Open everything that the recipe names; returns what a run of it will do.
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's names and durations come to."""
 
-    `world` is the number of ranks to check the recipe against. Raises UserError with the
-    remedy for the first thing that would stop the run.
+    indexes: dict[str, Index]  # by split, train first
+    order: Order
+    plan: Plan
+    rate: Rate
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open the indexes that a recipe names and fit its durations to them.
+
+    Raises UserError with the remedy for whatever would stop a run at its start.
+    """
+    data, root = recipe.data, Path(recipe.data.path)
+    if not root.is_dir():
+        source = "digits" if root.name == "digits" else "SOURCE"
+        raise UserError(
+            f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
+            f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
+        )
+    names = [name for name in (data.train, data.val, data.test) if name is not None]
+    indexes = {name: open_index(root / name) for name in names}
+    order = build_order(data.sampling, indexes[data.train], recipe.seed)
+    plan, rate = fit(recipe, order.epoch_samples)
+    return Inputs(indexes, order, plan, rate)
+
+
+def fit(recipe: Recipe, epoch_samples: int) -> tuple[Plan, Rate]:
+    """The plan of a run, and its learning rate, for an epoch of this many samples."""
+    plan = make_plan(recipe, epoch_samples)
+    factor = build_schedule(
+        recipe.schedule,
+        total_steps=plan.total,
+        global_batch=recipe.global_batch,
+        epoch_samples=epoch_samples,
+    )
+    return plan, lambda step: recipe.optimizer.lr * factor(step)
+
+
+def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
+    """What a run of a recipe will do, in plain values, after opening all it names.
+
+    `world` is a number of ranks to check the recipe against.
     """
     if world is not None:
         check_world(recipe, world)
-    data = recipe.data
-    names = [name for name in (data.train, data.val, data.test) if name is not None]
-    indexes = {name: open_index(Path(data.path) / name) for name in names}
-    train = indexes[data.train]
-    order = build_order(data.sampling, train, recipe.seed)
-    plan = make_plan(recipe, order.epoch_samples)
-    counts = train.class_counts
+    inputs = open_inputs(recipe)
+    plan, order = inputs.plan, inputs.order
+    counts = inputs.indexes[recipe.data.train].class_counts
     return {
         "recipe": recipe.name,
         "hash": recipe_hash(recipe),
         "splits": {
             name: {"samples": len(index), "shards": len(index.shards), "hash": index.hash}
-            for name, index in indexes.items()
+            for name, index in inputs.indexes.items()
         },
-        "classes": len(train.classes),
+        "classes": len(counts),
         "smallest_class": int(counts.min()),
         "largest_class": int(counts.max()),
         "global_batch": recipe.global_batch,
@@ -49,28 +89,11 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "evaluations": sum(plan.evaluates(step) for step in range(1, plan.total + 1)),
         "checkpoints": sum(plan.saves(step) for step in range(1, plan.total + 1)),
         "snapshots": sorted(plan.snapshots),
-        "lr": key_rates(recipe, plan, learning_rate(recipe, plan, order.epoch_samples)),
+        "lr": key_rates(plan, inputs.rate),
     }
 
 
-def epoch_samples(recipe: Recipe) -> int:
-    """Samples that the recipe's order puts into one epoch; opens the training index."""
-    index = open_index(Path(recipe.data.path) / recipe.data.train)
-    return int(build_order(recipe.data.sampling, index, recipe.seed).epoch_samples)
-
-
-def learning_rate(recipe: Recipe, plan: Plan, samples: int) -> Callable[[int], float]:
-    """The learning rate that step s (from 0) is taken with."""
-    factor = build_schedule(
-        recipe.schedule,
-        total_steps=plan.total,
-        global_batch=recipe.global_batch,
-        epoch_samples=samples,
-    )
-    return lambda step: recipe.optimizer.lr * factor(step)
-
-
-def key_rates(recipe: Recipe, plan: Plan, rate: Callable[[int], float]) -> dict[int, float]:
+def key_rates(plan: Plan, rate: Rate) -> dict[int, float]:
     """The learning rate where it says most: first, last, highest, and around cycle ends."""
     rates = [rate(step) for step in range(plan.total)]
     steps = {0, plan.total - 1, plan.total // 2, rates.index(max(rates))}
@@ -79,7 +102,7 @@ def key_rates(recipe: Recipe, plan: Plan, rate: Callable[[int], float]) -> dict[
     return {step: rates[step] for step in sorted(steps) if 0 <= step < plan.total}
 
 
-def draw(recipe: Recipe, plan: Plan, rate: Callable[[int], float], path: Path) -> None:
+def draw(name: str, plan: Plan, rate: Rate, path: Path) -> None:
     """Draw the learning rate over the steps into a picture (.png, .svg, .pdf)."""
     from matplotlib.figure import Figure
 
@@ -90,7 +113,7 @@ def draw(recipe: Recipe, plan: Plan, rate: Callable[[int], float], path: Path) -
     axes.plot(steps, [rate(step) for step in steps])
     for end in sorted(plan.snapshots):
         axes.axvline(end, color="0.7", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, plan.total), title=recipe.name)
+    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, plan.total), title=name)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -34,6 +34,10 @@ _SAVE_EVERY = 2
 Trace = dict[tuple[int, int], tuple[int, ...]]  # (step, micro-batch) -> samples, in order
 
 
+class RunFailed(Exception):
+    """A run that should have gone through ended otherwise; the message says what it said."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One compared run. `difference` is relative to the run that it is compared with."""
@@ -63,7 +67,7 @@ def prove(
 ) -> list[Result]:
     """Run the first `steps` steps at each world size in `folder`; compare with ranks[0].
 
-    Raises UserError for world sizes that the recipe cannot have, and where a run fails.
+    Raises UserError for world sizes that the recipe cannot have, RunFailed where a run fails.
     """
     if steps < 2:
         raise UserError(f"--steps {steps}: a run that is killed half-way needs at least 2")
@@ -114,7 +118,7 @@ def proof_recipe(recipe: Recipe) -> Recipe:
 
 
 def run_to_end(run: RunDir, ranks: int, steps: int) -> None:
-    """Train up to `steps`; raise UserError with the end of what was said where it fails."""
+    """Train up to `steps`; raise RunFailed with the end of what was said where it fails."""
     log = run.path / "output.txt"
     with log.open("ab") as output:
         command = agent_command(run.path.absolute(), ranks, stop_at=steps)
@@ -123,7 +127,7 @@ def run_to_end(run: RunDir, ranks: int, steps: int) -> None:
         )
     if done.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise UserError(
+        raise RunFailed(
             f"training with {_ranks(ranks)} ended with status {done.returncode}:\n{tail}"
         )
 
@@ -143,7 +147,7 @@ def run_and_kill(run: RunDir, ranks: int, steps: int, aim: int, limit_s: float =
     while _finished_steps(run) < aim and process.poll() is None:
         if time.monotonic() > deadline:
             kill_tree(process.pid)
-            raise UserError(f"no step {aim} within {limit_s:.0f} s; see {run.path}/output.txt")
+            raise RunFailed(f"no step {aim} within {limit_s:.0f} s; see {run.path}/output.txt")
         time.sleep(0.005)
     at = _finished_steps(run)
     kill_tree(process.pid)
@@ -194,7 +198,7 @@ def compare(
 def read_trace(folder: Path) -> Trace:
     """What every micro-batch read, from the traces of all ranks.
 
-    A resumed run reads the steps after its checkpoint twice. Raises UserError where it then
+    A resumed run reads the steps after its checkpoint twice. Raises RunFailed where it then
     read something else.
     """
     trace: Trace = {}
@@ -202,7 +206,7 @@ def read_trace(folder: Path) -> Trace:
         for record in read_jsonl(path):
             place, samples = (record["step"], record["micro"]), tuple(record["samples"])
             if trace.setdefault(place, samples) != samples:
-                raise UserError(
+                raise RunFailed(
                     f"step {place[0]}, micro-batch {place[1]} was read twice, with different "
                     f"samples; see {folder}"
                 )

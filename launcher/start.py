@@ -1,6 +1,7 @@
 """Starting a run here: refuse what cannot work, make the run directory, become the worker."""
 
 import os
+import re
 import socket
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import recipe_hash
-from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.configs.rundir import NAME, RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import Peers, default_nproc
 from bigbatch.trainers.plan import check_world
@@ -20,6 +21,7 @@ RUNS = Path("runs")
 # How long a rank waits for another one to make the run directory. Their starts are apart by
 # what imports take on a busy file system.
 _WAIT_S = 120.0
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def agent_command(
@@ -87,19 +89,14 @@ def one_voice(peers: Peers | None) -> Iterator[None]:
         sys.exit(2)
 
 
-def check_data(recipe: Recipe) -> None:
-    """Raise UserError, with the remedy, where the shards that the recipe names are missing."""
-    from bigbatch.data.index import open_index  # pyarrow takes a while: not before it is needed
+def check_start(recipe: Recipe) -> None:
+    """Raise UserError, with the remedy, for what would stop a run of `recipe` at its start.
 
-    root = Path(recipe.data.path)
-    if not root.is_dir():
-        source = "digits" if root.name == "digits" else "SOURCE"
-        raise UserError(
-            f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
-            f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
-        )
-    for split in filter(None, (recipe.data.train, recipe.data.val, recipe.data.test)):
-        open_index(root / split)
+    Shards and indexes that are missing or damaged, and a schedule that does not fit.
+    """
+    from bigbatch.launcher.preflight import open_inputs  # pyarrow takes a while to import
+
+    open_inputs(recipe)
 
 
 def run_path(
@@ -120,7 +117,9 @@ def run_path(
                 f"started by {peers.launcher}, which gives its processes no common id to name "
                 "a new run by: add --run NAME, the same on every rank"
             )
-        return runs / f"{recipe.name}-{peers.job[:24]}"
+        # torchrun --standalone makes up a UUID; its start is enough to tell runs apart.
+        job = peers.job[:8] if _UUID.fullmatch(peers.job) else peers.job
+        return runs / f"{recipe.name}-{job}"
     number, path = 1, runs / recipe.name
     while path.exists():
         number += 1
@@ -138,7 +137,7 @@ def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
     try:
         return create_run(path, recipe)
     except UserError:
-        if not path.is_dir():
+        if not path.is_dir() or not NAME.fullmatch(path.name):
             raise
     run = RunDir(path)
     deadline = time.monotonic() + wait_s

@@ -12,7 +12,7 @@ from bigbatch.configs.rundir import create_run
 from bigbatch.launcher.env import Peers
 from bigbatch.launcher.start import (
     agent_command,
-    check_data,
+    check_start,
     join_run,
     one_voice,
     ranks_here,
@@ -78,6 +78,8 @@ def test_run_paths(tmp_path: Path) -> None:
         create_run(tmp_path / name, DIGITS)
     # Every rank, at every restart, comes to the same name.
     assert run_path(DIGITS, None, None, TWO, tmp_path) == tmp_path / "digits-a1b2"
+    made_up = Peers("torchrun", 0, 0, 2, "e58d19d7-e269-41c2-99da-0123456789ab")
+    assert run_path(DIGITS, None, None, made_up, tmp_path) == tmp_path / "digits-e58d19d7"
 
 
 def test_a_launcher_without_an_id_needs_a_name(tmp_path: Path) -> None:
@@ -129,9 +131,9 @@ def test_missing_shards_name_the_command_that_makes_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="`bigbatch shard digits shards/digits`"):
-        check_data(DIGITS)
+        check_start(DIGITS)
     with pytest.raises(UserError, match="`bigbatch shard SOURCE photos`"):
-        check_data(load_recipe("digits", ["data.path=photos"]))
+        check_start(load_recipe("digits", ["data.path=photos"]))
 
 
 def test_one_rank_of_each_machine_speaks(capsys: pytest.CaptureFixture[str]) -> None:
