@@ -6,7 +6,7 @@ backend is another engine and not another loop.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -120,6 +120,10 @@ class Engine:
     def step(self) -> None:
         """The optimizer's update. fp16 with a non-finite gradient: no update, a lower scale."""
         self._stepper.step()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the recipe, for passes outside the prepared model."""
+        return self.accelerator.autocast()
 
     # Collectives. With one process each is a copy of its argument.
 

@@ -43,7 +43,7 @@ class Evaluator:
         model.eval()
         outputs, numbers = [], []
         for batch in batches:
-            with engine.accelerator.autocast():
+            with engine.autocast():
                 outputs.append(model(self.augmenter.evaluate(batch)).float())
             numbers.append(batch.samples)
         model.train(was_training)
