@@ -78,12 +78,13 @@ class Augmenter:
         return enhance.normalize(images, self.mean, self.std)
 
     def _warp(self, batch: MicroBatch, matrices: geometry.Matrices) -> Tensor:
-        height, width = batch.images.shape[1:3]
+        canvas = batch.canvas(self.device)
+        height, width = canvas.shape[1:3]
         theta, shrink = geometry.to_theta(matrices, self.image_size, (height, width))
         # Antialiasing: sample a finer grid, then average. 1 in almost every training batch.
         finer = max(1, round(shrink)) if shrink > _MAX_SHRINK else 1
         out = self.image_size * finer
-        canvas = self._put(batch.images).permute(0, 3, 1, 2).float().div_(255)
+        canvas = canvas.permute(0, 3, 1, 2).float().div_(255)
         grid = F.affine_grid(
             self._put(torch.from_numpy(theta)),
             [len(canvas), canvas.shape[1], out, out],

@@ -1,50 +1,69 @@
 """From positions to micro-batches of decoded images.
 
-Worker processes read and decode; nothing else. What a micro-batch holds follows from its
-step and number alone, so any worker of any rank makes the same one.
+What a micro-batch holds follows from its step and number alone, so any worker of any rank
+makes the same one. The trainer's process computes which samples those are; decoding is the
+work of other processes (data/workers.py), or of this one where there are none.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.decode import Pixels, decode
+from bigbatch.data.decode import Pixels
+from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Source
 from bigbatch.data.index import Index
-from bigbatch.data.order import Order
-from bigbatch.data.read import BadSample, ShardReader
+from bigbatch.data.order import Order, Positions
+from bigbatch.data.read import BadSample
+from bigbatch.data.workers import WorkerPool
 
 _SUBSTITUTES = 20
-_PREFETCH = 3  # micro-batches that each worker keeps ready
+_AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Decoded samples of one micro-batch, on the host.
+    """Decoded samples of one micro-batch.
 
-    Each image lies in the top left corner of its canvas, [sizes[i, 0], sizes[i, 1]] pixels
-    high and wide; the canvas is 0 beyond it.
+    Images are packed, one after another in rows of pixels, and `canvas` lays them out: so
+    each byte crosses to the device once, and no padding does.
     """
 
     step: int
     index: int  # of the micro-batch in its step
-    samples: np.ndarray  # int64 [B]
+    samples: Positions  # int64 [B]
     labels: Tensor  # int64 [B]
-    images: Tensor  # uint8 [B, H, W, C]
+    pixels: Tensor  # uint8 [sum of height * width * channels]
     sizes: Tensor  # int32 [B, 2]: height, width
+    channels: int
     bad: tuple[dict[str, Any], ...] = ()  # journal entries: what was substituted, and why
 
+    def canvas(self, device: torch.device | None = None) -> Tensor:
+        """Images on `device`, each in the top left corner of a canvas: uint8 [B, H, W, C].
+
+        H and W are the largest height and width; the canvas is 0 beyond each image.
+        """
+        pixels = self.pixels.to(device or self.pixels.device, non_blocking=True)
+        count, largest = len(self.sizes), self.sizes.amax(0)
+        shape = (count, *largest.tolist(), self.channels)
+        if bool((self.sizes == largest).all()):
+            return pixels.view(shape)
+        canvas = torch.zeros(shape, dtype=torch.uint8, device=pixels.device)
+        images = pixels.split((self.sizes.prod(1) * self.channels).tolist())
+        for place, image, (height, width) in zip(canvas, images, self.sizes.tolist(), strict=True):
+            place[:height, :width] = image.view(height, width, self.channels)
+        return canvas
+
     def pin_memory(self) -> "MicroBatch":
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
 def train_batches(
@@ -67,26 +86,42 @@ def train_batches(
 ) -> Iterator[MicroBatch]:
     """Micro-batches rank, rank + world, ... of steps start_step to stop_step, in order.
 
-    Unreadable samples are substituted by others of their class at the same position and
-    noted in `journal`; more than `bad_samples` of them raise UserError.
+    `workers` processes decode, each with `threads` threads; 0 is this process. Unreadable
+    samples are substituted by others of their class at the same position and noted in
+    `journal`; more than `bad_samples` of them raise UserError, as do a lost shard and a
+    worker that dies.
     """
-    source = _Training(
-        _Decoder(index, image_size, channels, threads), order, global_batch, micro_batch
-    )
-    tasks = _Tasks(range(start_step, stop_step), range(rank, global_batch // micro_batch, world))
-    found = 0
-    for batch in _load(source, tasks, workers, pin_memory):
-        if batch.bad:
-            found += len(batch.bad)
-            _note(batch, journal)
+    source = _source(index, image_size, channels, threads)
+    mender = _Mender(index, order, BatchDecoder(replace(source, threads=1)))
+    numbers = range(rank, global_batch // micro_batch, world)
+    tasks = ((step, number) for step in range(start_step, stop_step) for number in numbers)
+
+    def work() -> Iterator[_Work]:
+        for step, number in tasks:
+            start = step * global_batch + number * micro_batch
+            positions = np.arange(start, start + micro_batch, dtype=np.int64)
+            yield _Work(step, number, order.samples(positions), positions)
+
+    def batches() -> Iterator[MicroBatch]:
+        found = 0
+        for todo, decoded in _decode(index, source, work(), workers):
+            if not decoded.bad:
+                yield _batch(index, channels, todo, todo.samples, decoded)
+                continue
+            samples, mended, entries = mender.mend(todo, decoded)
+            found += len(entries)
+            if journal is not None:
+                with journal.open("a") as file:
+                    file.writelines(json.dumps(entry) + "\n" for entry in entries)
             if found > bad_samples:
                 raise UserError(
-                    f"{found} samples could not be read, the last one "
-                    f"{batch.bad[-1]['shard']} at byte {batch.bad[-1]['offset']}: "
-                    f"{batch.bad[-1]['reason']}; data.bad_samples allows {bad_samples}. "
-                    f"Repair the shards under {index.root}, or raise the limit"
+                    f"{found} samples could not be read, the last one {_where(entries[-1])}; "
+                    f"data.bad_samples allows {bad_samples}. Repair the shards under "
+                    f"{index.root}, or raise the limit"
                 )
-        yield batch
+            yield _batch(index, channels, todo, samples, mended, entries)
+
+    return _pinned(batches()) if pin_memory else batches()
 
 
 def eval_batches(
@@ -105,200 +140,187 @@ def eval_batches(
 
     An unreadable sample raises UserError: an evaluation over other images is another one.
     """
-    source = _Evaluation(_Decoder(index, image_size, channels, threads), batch)
-    tasks = _Tasks(range(1), range(rank, -(-len(index) // batch), world))
-    for loaded in _load(source, tasks, workers, pin_memory):
-        if loaded.bad:
-            first = loaded.bad[0]
-            raise UserError(
-                f"{first['shard']} at byte {first['offset']}: {first['reason']}; evaluation "
-                "substitutes nothing, so repair the shard or write it again"
-            )
-        yield loaded
+    source = _source(index, image_size, channels, threads)
+
+    def work() -> Iterator[_Work]:
+        for number in range(rank, -(-len(index) // batch), world):
+            samples = np.arange(number * batch, min((number + 1) * batch, len(index)))
+            yield _Work(0, number, samples, samples)
+
+    def batches() -> Iterator[MicroBatch]:
+        for todo, decoded in _decode(index, source, work(), workers):
+            for place, reason in decoded.bad.items():
+                entry = _entry(index, int(todo.samples[place]), reason)
+                raise UserError(
+                    f"{_where(entry)}; evaluation substitutes nothing, so repair the shard or "
+                    "write it again"
+                )
+            yield _batch(index, channels, todo, todo.samples, decoded)
+
+    return _pinned(batches()) if pin_memory else batches()
 
 
-Task = tuple[int, int]  # step, micro-batch
+@dataclass(frozen=True)
+class _Work:
+    """What a micro-batch is to hold."""
+
+    step: int
+    index: int
+    samples: Positions
+    positions: Positions
 
 
-class _Tasks(Sampler[Task]):
-    """Steps times micro-batches, without ever listing them."""
-
-    def __init__(self, steps: range, numbers: range) -> None:
-        self.steps, self.numbers = steps, numbers
-
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.numbers)
-
-    def __iter__(self) -> Iterator[Task]:
-        return ((step, number) for step in self.steps for number in self.numbers)
-
-
-class _Decoder:
-    """Reads and decodes samples with a few threads: simplejpeg lets the others run."""
-
-    def __init__(self, index: Index, image_size: int, channels: int, threads: int) -> None:
-        self.index, self.image_size, self.channels = index, image_size, channels
-        self.threads = threads
-        self.reader = ShardReader(index)
-        self._pool: ThreadPoolExecutor | None = None
-
-    def one(self, sample: int) -> Pixels | str:
-        """Pixels, or the reason why there are none."""
-        try:
-            return decode(
-                self.reader.read(sample), image_size=self.image_size, channels=self.channels
-            )
-        except BadSample as error:
-            return str(error)
-
-    def all(self, samples: Sequence[int]) -> list[Pixels | str]:
-        if self.threads == 1:
-            return [self.one(s) for s in samples]
-        if self._pool is None:  # in the worker, not before the fork
-            self._pool = ThreadPoolExecutor(self.threads)
-        return list(self._pool.map(self.one, samples))
-
-    def entry(self, sample: int, reason: str) -> dict[str, Any]:
-        """What the journal says of a bad sample."""
-        return {
-            "sample": sample,
-            "shard": self.index.shards[int(self.index.shard[sample])].name,
-            "offset": int(self.index.offset[sample]),
-            "reason": reason,
-        }
-
-    def batch(
-        self, task: Task, samples: np.ndarray, pixels: list[Pixels], bad: list[dict[str, Any]]
-    ) -> MicroBatch:
-        labels = torch.from_numpy(self.index.label[samples].astype(np.int64))
-        images, sizes = _canvas(pixels, self.channels)
-        return MicroBatch(*task, samples, labels, images, sizes, tuple(bad))
+def _batch(
+    index: Index,
+    channels: int,
+    work: _Work,
+    samples: Positions,
+    decoded: Decoded,
+    bad: Iterable[dict[str, Any]] = (),
+) -> MicroBatch:
+    return MicroBatch(
+        step=work.step,
+        index=work.index,
+        samples=samples,
+        labels=torch.from_numpy(index.label[samples].astype(np.int64)),
+        pixels=torch.from_numpy(decoded.pixels),
+        sizes=torch.from_numpy(decoded.sizes),
+        channels=channels,
+        bad=tuple(bad),
+    )
 
 
-class _Source(Dataset["MicroBatch | str"]):
-    """Micro-batches by task; the message where a UserError stops one.
-
-    An exception would cross from the worker with its traceback in the text.
-    """
-
-    def __getitem__(self, task: Task) -> MicroBatch | str:
-        try:
-            return self.make(task)
-        except UserError as error:
-            return str(error)
-
-    def make(self, task: Task) -> MicroBatch:
-        raise NotImplementedError
+def _source(index: Index, image_size: int, channels: int, threads: int) -> Source:
+    names = [file.name for file in index.shards]
+    return Source(index.root, names, image_size, channels, threads)
 
 
-@dataclass
-class _Training(_Source):
-    decoder: _Decoder
-    order: Order
-    global_batch: int
-    micro_batch: int
+def _extents(index: Index, samples: Positions) -> Extents:
+    extents = np.empty(len(samples), EXTENT)
+    for name in EXTENT.names or ():
+        extents[name] = getattr(index, name)[samples]
+    return extents
 
-    def make(self, task: Task) -> MicroBatch:
-        step, number = task
-        start = step * self.global_batch + number * self.micro_batch
-        positions = np.arange(start, start + self.micro_batch, dtype=np.int64)
-        samples = self.order.samples(positions)
-        decoded = self.decoder.all(samples.tolist())
-        bad: list[dict[str, Any]] = []
-        for i, pixels in enumerate(decoded):
-            if isinstance(pixels, str):
-                entries = self._substitute(samples, decoded, i, int(positions[i]), pixels)
-                bad += [{"step": step, "position": int(positions[i]), **e} for e in entries]
-        good = [p for p in decoded if not isinstance(p, str)]
-        return self.decoder.batch(task, samples, good, bad)
+
+class _Decoder(Protocol):
+    def submit(self, extents: Extents) -> None: ...
+    def receive(self) -> Decoded: ...
+    def close(self) -> None: ...
+
+
+class _InProcess:
+    """Stands in for a WorkerPool where there are no workers."""
+
+    def __init__(self, source: Source) -> None:
+        self._decoder = BatchDecoder(source)
+        self._waiting: deque[Extents] = deque()
+
+    def submit(self, extents: Extents) -> None:
+        self._waiting.append(extents)
+
+    def receive(self) -> Decoded:
+        return self._decoder.decode(self._waiting.popleft(), lambda n: np.empty(n, np.uint8))
+
+    def close(self) -> None:
+        self._decoder.close()
+
+
+def _decode(
+    index: Index, source: Source, works: Iterator[_Work], workers: int
+) -> Iterator[tuple[_Work, Decoded]]:
+    """Each work with its decoded samples, in order; the next ones are decoded meanwhile."""
+    pool: _Decoder = WorkerPool(source, workers) if workers else _InProcess(source)
+    coming: deque[_Work] = deque()
+    try:
+        for work in works:
+            coming.append(work)
+            pool.submit(_extents(index, work.samples))
+            if len(coming) > _AHEAD * workers:
+                yield coming.popleft(), pool.receive()
+        while coming:
+            yield coming.popleft(), pool.receive()
+    finally:
+        pool.close()
+
+
+class _Mender:
+    """Puts other samples of the same classes where samples could not be read."""
+
+    def __init__(self, index: Index, order: Order, decoder: BatchDecoder) -> None:
+        self.index, self.order, self.decoder = index, order, decoder
+
+    def mend(
+        self, work: _Work, decoded: Decoded
+    ) -> tuple[Positions, Decoded, list[dict[str, Any]]]:
+        """Samples and pixels without bad ones, and the journal entries of all that were."""
+        channels = self.decoder.source.channels
+        samples, sizes = work.samples.copy(), decoded.sizes.copy()
+        ends = np.cumsum(sizes.prod(axis=1, dtype=np.int64)) * channels
+        pieces = np.split(decoded.pixels, ends[:-1])
+        entries: list[dict[str, Any]] = []
+        for place, reason in sorted(decoded.bad.items()):
+            position = int(work.positions[place])
+            other, image, found = self._substitute(int(samples[place]), position, reason)
+            samples[place], sizes[place], pieces[place] = other, image.shape[:2], image.ravel()
+            entries += [{"step": work.step, "position": position, **entry} for entry in found]
+        return samples, Decoded(np.concatenate(pieces), sizes, {}), entries
 
     def _substitute(
-        self, samples: np.ndarray, decoded: list[Pixels | str], i: int, position: int, reason: str
-    ) -> list[dict[str, Any]]:
-        """Replace sample i in place; the journal entries of all that turned out bad."""
-        original = int(samples[i])
-        entries = [self.decoder.entry(original, reason)]
+        self, sample: int, position: int, reason: str
+    ) -> tuple[int, Pixels, list[dict[str, Any]]]:
+        entries = [_entry(self.index, sample, reason)]
         for attempt in range(_SUBSTITUTES):
-            other = self.order.substitute(original, position, attempt)
-            pixels = self.decoder.one(other)
-            if not isinstance(pixels, str):
-                samples[i], decoded[i] = other, pixels
-                return entries
-            entries.append(self.decoder.entry(other, pixels))
+            other = self.order.substitute(sample, position, attempt)
+            try:
+                image = self.decoder.one(_extents(self.index, np.array([other])).tolist()[0])
+            except BadSample as error:
+                entries.append(_entry(self.index, other, str(error)))
+            else:
+                return other, image, entries
         raise UserError(
             f"{_SUBSTITUTES} samples of one class in a row cannot be read, the last one "
-            f"{entries[-1]['shard']} at byte {entries[-1]['offset']}: {entries[-1]['reason']}"
+            f"{_where(entries[-1])}; repair the shards under {self.index.root}"
         )
 
 
-@dataclass
-class _Evaluation(_Source):
-    decoder: _Decoder
-    size: int
-
-    def make(self, task: Task) -> MicroBatch:
-        start = task[1] * self.size
-        samples = np.arange(start, min(start + self.size, len(self.decoder.index)))
-        decoded = self.decoder.all(samples.tolist())
-        pairs = zip(samples.tolist(), decoded, strict=True)
-        bad = [self.decoder.entry(s, p) for s, p in pairs if isinstance(p, str)]
-        good = [p for p in decoded if not isinstance(p, str)]
-        return self.decoder.batch(task, samples, good, bad)
+def _entry(index: Index, sample: int, reason: str) -> dict[str, Any]:
+    """What the journal says of a bad sample."""
+    return {
+        "sample": sample,
+        "shard": index.shards[int(index.shard[sample])].name,
+        "offset": int(index.offset[sample]),
+        "reason": reason,
+    }
 
 
-def _canvas(pixels: list[Pixels], channels: int) -> tuple[Tensor, Tensor]:
-    """One uint8 tensor that holds every image in its top left corner, and their sizes."""
-    sizes = np.array([p.shape[:2] for p in pixels], np.int32).reshape(-1, 2)
-    height, width = sizes.max(axis=0).tolist() if len(pixels) else (1, 1)
-    shape = (len(pixels), height, width, channels)
-    if torch.utils.data.get_worker_info() is None:
-        images = torch.zeros(shape, dtype=torch.uint8)
-    else:
-        # Allocated where the trainer will map it: nothing is copied on the way there. The
-        # system hands out shared memory filled with zeros.
-        storage = torch.UntypedStorage._new_shared(prod(shape))
-        images = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-    for canvas, image in zip(images.numpy(), pixels, strict=True):
-        canvas[: image.shape[0], : image.shape[1]] = image
-    return images, torch.from_numpy(sizes)
+def _where(entry: dict[str, Any]) -> str:
+    return f"{entry['shard']} at byte {entry['offset']:,}: {entry['reason']}"
 
 
-def _load(source: _Source, tasks: _Tasks, workers: int, pin_memory: bool) -> Iterator[MicroBatch]:
-    """torch's DataLoader over tasks: it keeps their order, whoever is done first.
-
-    Workers are forked: they start in milliseconds, where spawned ones would import torch
-    again, for seconds. They touch neither CUDA nor OpenMP, whose threads do not survive a
-    fork.
-    """
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=tasks,
-        num_workers=min(workers, len(tasks)),
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        prefetch_factor=_PREFETCH if workers and len(tasks) else None,
-        multiprocessing_context="fork" if workers and len(tasks) else None,
-    )
-    try:
-        for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a decoding worker died ({error}); where memory ran out, lower data.workers or "
-            "micro_batch, then resume the run"
-        ) from error
+def _pinned(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Batches in page-locked memory, copied one ahead by a thread of their own."""
+    # A new thread would lock memory through device 0, whichever device this rank has.
+    device = torch.cuda.current_device()
+    return _ahead(batches, MicroBatch.pin_memory, lambda: torch.cuda.set_device(device))
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _ahead(
+    batches: Iterator[MicroBatch],
+    prepare: Callable[[MicroBatch], MicroBatch],
+    initialise: Callable[[], None],
+) -> Iterator[MicroBatch]:
+    """prepare(batch) of each batch; a thread makes the next one in the meantime."""
 
+    def make() -> MicroBatch | None:
+        batch = next(batches, None)
+        return None if batch is None else prepare(batch)
 
-def _note(batch: MicroBatch, journal: Path | None) -> None:
-    if journal is not None:
-        with journal.open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in batch.bad)
+    with ThreadPoolExecutor(1, initializer=initialise) as thread:
+        try:
+            coming = thread.submit(make)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(make)
+                yield batch
+        finally:
+            thread.shutdown(wait=True)
+            batches.close()  # type: ignore[attr-defined]  # a generator

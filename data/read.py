@@ -5,11 +5,12 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index
 
 _OPEN_FILES = 256
 _ATTEMPTS = 5
@@ -23,54 +24,53 @@ class BadSample(Exception):
 
 
 class ShardReader:
-    """Reads samples of an index by any thread of one process.
+    """Reads byte ranges of shards, from any number of threads."""
 
-    Files are opened when first needed and by each process for itself: a forked child must
-    not close its parent's descriptors.
-    """
-
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self._files: OrderedDict[int, int] = OrderedDict()
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
-        self._process = os.getpid()
 
-    def read(self, sample: int) -> bytes:
-        """The encoded image of `sample`. Raises BadSample, and UserError for a lost shard.
+    def read(self, shard: int, offset: int, size: int, crc: int) -> bytes:
+        """Bytes [offset, offset + size) of paths[shard], whose CRC-32C must be `crc`.
 
-        I/O errors are retried with a doubling pause; the wrong bytes are wrong for good.
+        Raises BadSample where it is not, and UserError for a shard that cannot be read. I/O
+        errors are retried with a doubling pause; the wrong bytes are wrong for good.
         """
-        shard, size = int(self.index.shard[sample]), int(self.index.size[sample])
-        offset = int(self.index.offset[sample])
         for attempt in range(_ATTEMPTS):
             try:
-                data = os.pread(self._file(shard), size, offset)
+                data = os.pread(self._file(shard).handle, size, offset)
                 break
             except OSError as error:
                 if error.errno in _FINAL or attempt == _ATTEMPTS - 1:
-                    path = self.index.root / self.index.shards[shard].name
-                    raise UserError(f"cannot read {path}: {error}") from None
-                self._forget(shard)
+                    raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
+                with self._lock:
+                    self._files.pop(shard, None)  # a stale network handle must be opened anew
                 time.sleep(_FIRST_PAUSE_S * 2**attempt)
-        if len(data) != size or crc32c(data) != int(self.index.crc[sample]):
+        if len(data) != size:
+            raise BadSample(f"the shard ends after {len(data):,} of {size:,} bytes")
+        if crc32c(data) != crc:
             raise BadSample("the bytes differ from the index (CRC-32C)")
         return data
 
-    def _file(self, shard: int) -> int:
+    def _file(self, shard: int) -> "_File":
         with self._lock:
-            if self._process != os.getpid():
-                self._files, self._process = OrderedDict(), os.getpid()
-            if shard not in self._files:
-                if len(self._files) >= _OPEN_FILES:
-                    os.close(self._files.popitem(last=False)[1])
-                path = self.index.root / self.index.shards[shard].name
-                self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = self._files.get(shard)
+            if file is None:
+                file = self._files[shard] = _File(self.paths[shard])
+                if len(self._files) > _OPEN_FILES:
+                    self._files.popitem(last=False)
             self._files.move_to_end(shard)
-            return self._files[shard]
+            return file
 
-    def _forget(self, shard: int) -> None:
-        """Open the file anew next time, as a stale network handle needs."""
-        with self._lock:
-            handle = self._files.pop(shard, None)
-        if handle is not None:
-            os.close(handle)
+
+class _File:
+    """A descriptor that is closed with its last user, who may still read when it is evicted."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)

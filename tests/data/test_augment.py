@@ -32,62 +32,61 @@ def augmenter(augment, out=16, crop_fraction=1.0, seed=0):
     )
 
 
-def batch_of(shapes, canvas, step=0, index=0, seed=0):
-    """Random images of the given (height, width), padded with 255 to the canvas."""
+def batch_of(shapes, step=0, index=0, seed=0):
+    """Random images of the given (height, width), none of whose pixels are dark."""
     generator = np.random.default_rng(seed)
-    images = np.full((len(shapes), *canvas, 3), 255, np.uint8)
-    for image, (h, w) in zip(images, shapes, strict=True):
-        image[:h, :w] = generator.integers(0, 200, (h, w, 3))
+    images = [generator.integers(50, 256, (h, w, 3), np.uint8) for h, w in shapes]
     return MicroBatch(
         step=step,
         index=index,
         samples=np.arange(len(shapes)),
         labels=torch.arange(len(shapes)) % 4,
-        images=torch.from_numpy(images),
+        pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
         sizes=torch.tensor(shapes, dtype=torch.int32),
+        channels=3,
     )
 
 
 def test_without_augmentation_an_image_of_the_right_size_passes_unchanged():
-    batch = batch_of([(16, 16)] * 3, (20, 24))
+    batch = batch_of([(16, 16)] * 3)
     images, targets = augmenter(Augment(**PLAIN)).train(batch)
-    expected = batch.images[:, :16, :16].permute(0, 3, 1, 2) / 255
+    expected = batch.canvas()[:, :16, :16].permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
     assert torch.equal(targets, F.one_hot(batch.labels, 4).float())
 
 
 def test_padding_never_shows():
-    # The canvas is 255 outside the images, whose pixels are below 200.
-    batch = batch_of([(9, 30), (40, 11), (1, 1), (40, 40)], (40, 40))
+    # The canvas is 0 outside the images, whose pixels are 50 or more.
+    batch = batch_of([(9, 30), (40, 11), (1, 1), (40, 40)])
     images = augmenter(ALL.model_copy(update={"jitter": None})).images(batch)
-    assert images.max() < 200 / 255
+    assert images.min() > 49 / 255
 
 
 def test_resizing_matches_torch_interpolate():
-    batch = batch_of([(10, 10)] * 2, (10, 10))
+    batch = batch_of([(10, 10)] * 2)
     images = augmenter(Augment(**PLAIN), out=25).evaluate(batch)
-    source = batch.images.permute(0, 3, 1, 2) / 255
+    source = batch.canvas().permute(0, 3, 1, 2) / 255
     expected = F.interpolate(source, size=25, mode="bilinear", align_corners=False)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
 
 def test_shrinking_averages_rather_than_skips_pixels():
-    batch = batch_of([(32, 32)] * 2, (32, 32))
+    batch = batch_of([(32, 32)] * 2)
     images = augmenter(Augment(**PLAIN), out=16).evaluate(batch)
-    source = batch.images.permute(0, 3, 1, 2) / 255
+    source = batch.canvas().permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(images, F.avg_pool2d(source, 2), atol=1e-5, rtol=0)
 
 
 def test_centre_crop():
-    batch = batch_of([(20, 32)], (20, 32))
+    batch = batch_of([(20, 32)])
     images = augmenter(Augment(**PLAIN), out=10, crop_fraction=0.5).evaluate(batch)
-    expected = batch.images[:, 5:15, 11:21].permute(0, 3, 1, 2) / 255
+    expected = batch.canvas()[:, 5:15, 11:21].permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
 
 def test_the_result_depends_on_seed_step_and_micro_batch_alone():
     def result(seed=0, **place):
-        return augmenter(ALL, seed=seed).train(batch_of([(20, 20)] * 6, (20, 20), **place))
+        return augmenter(ALL, seed=seed).train(batch_of([(20, 20)] * 6, **place))
 
     first = result(step=5, index=2)
     torch.rand(7)  # no global generator is involved
@@ -101,8 +100,8 @@ def test_the_result_depends_on_seed_step_and_micro_batch_alone():
 def test_mixup_targets_are_the_weights_of_the_images():
     # Constant images whose value is their label, so a pixel shows its own mixture.
     count = 8
-    batch = batch_of([(4, 4)] * count, (4, 4))
-    batch.images[:] = (batch.labels * 60).to(torch.uint8)[:, None, None, None]
+    batch = batch_of([(4, 4)] * count)
+    batch.canvas()[:] = (batch.labels * 60).to(torch.uint8)[:, None, None, None]
     images, targets = augmenter(Augment(mixup=0.5, **PLAIN), out=4).train(batch)
     torch.testing.assert_close(targets.sum(1), torch.ones(count))
     expected = (targets * torch.arange(4)).sum(1) * 60 / 255
@@ -111,9 +110,9 @@ def test_mixup_targets_are_the_weights_of_the_images():
 
 
 def test_flips_happen_as_often_as_asked():
-    batch = batch_of([(4, 4)] * 400, (4, 4))
+    batch = batch_of([(4, 4)] * 400)
     images = augmenter(Augment(flip=0.3, **PLAIN), out=4).images(batch)
-    source = batch.images.permute(0, 3, 1, 2) / 255
+    source = batch.canvas().permute(0, 3, 1, 2) / 255
     flipped = (images - source.flip(3)).abs().amax((1, 2, 3)) < 1e-5
     kept = (images - source).abs().amax((1, 2, 3)) < 1e-5
     assert (flipped ^ kept).all()
@@ -122,8 +121,8 @@ def test_flips_happen_as_often_as_asked():
 
 def test_jitter_stays_in_range_and_grayscale_works():
     augment = Augment(jitter=Jitter(brightness=0.9, contrast=0.9), mean=[0.5], std=[0.2])
-    batch = batch_of([(8, 8)] * 4, (8, 8))
-    batch = replace(batch, images=batch.images[..., :1].contiguous())
+    batch = batch_of([(8, 8)] * 4)
+    batch = replace(batch, pixels=batch.pixels[: 4 * 8 * 8], channels=1)
     images = augmenter(augment, out=8).images(batch)
     assert images.shape == (4, 1, 8, 8)
     assert images.min() >= 0

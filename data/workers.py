@@ -1,0 +1,212 @@
+"""Decoding processes: byte ranges go in, pixels come back through shared memory. No torch.
+
+A worker is a fresh Python process that imports NumPy and the decoders only. It starts in a
+few tenths of a second and takes few megabytes, where a spawned or forked copy of the trainer
+would import torch again, or inherit its threads and its CUDA context. It keeps no state: it
+is ended by closing its socket, and one that is killed takes nothing with it but its batch.
+
+Each batch travels in a `Slab`, a stretch of anonymous shared memory (memfd, so no limit of
+/dev/shm applies). Slabs are used again: fresh pages cost the system as much time as a small
+JPEG's decoding. A slab is free again when the last view of its pixels is gone.
+"""
+
+import itertools
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import weakref
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Source
+
+_TASK = struct.Struct("<II")  # slab, samples
+_REPLY = struct.Struct("<QQ")  # bytes of pixels, bytes of JSON behind them
+# A terminal and a batch system signal every process; what to do about it is the trainer's.
+_NOT_OURS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_FIRST_SIZE = 1 << 20  # of a slab, in bytes
+
+
+class Slab:
+    """Shared memory of one batch: extents, sizes [B, 2], pixels, and a JSON text."""
+
+    def __init__(self, handle: int, size: int = 0) -> None:
+        self.handle = handle
+        if size:
+            os.ftruncate(handle, size)
+        self._memory = mmap.mmap(handle, 0)
+
+    def __del__(self) -> None:
+        os.close(self.handle)
+
+    def view(self, start: int, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array of memory [start, ...), which grows as needed; other views stay valid."""
+        end = start + count * np.dtype(dtype).itemsize
+        if end > len(self._memory):
+            if end > os.fstat(self.handle).st_size:
+                os.ftruncate(self.handle, end + end // 4)
+            self._memory = mmap.mmap(self.handle, 0)
+        return np.frombuffer(self._memory, dtype, count, start)
+
+    def extents(self, samples: int) -> Extents:
+        return self.view(0, samples, EXTENT)
+
+    def sizes(self, samples: int) -> npt.NDArray[np.int32]:
+        return self.view(_aligned(samples * EXTENT.itemsize), 2 * samples, np.int32).reshape(-1, 2)
+
+    def pixels(self, samples: int, count: int) -> npt.NDArray[np.uint8]:
+        return self.view(_pixels_at(samples), count, np.uint8)
+
+    def text(self, samples: int, pixels: int, count: int) -> npt.NDArray[np.uint8]:
+        return self.view(_pixels_at(samples) + pixels, count, np.uint8)
+
+
+def _pixels_at(samples: int) -> int:
+    return _aligned(samples * EXTENT.itemsize) + _aligned(samples * 8)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+class WorkerPool:
+    """Decoding processes that take batches in turn, and hand them back in that order."""
+
+    def __init__(self, source: Source, workers: int) -> None:
+        settings = {**vars(source), "root": str(source.root), "shards": list(source.shards)}
+        handle = os.memfd_create("bigbatch-settings")
+        try:
+            with open(handle, "wb", closefd=False) as file:
+                file.write(json.dumps(settings).encode())
+            self._workers = [_Worker(handle) for _ in range(workers)]
+        finally:
+            os.close(handle)
+        self._turn = itertools.cycle(self._workers)
+        self._busy: deque[_Worker] = deque()
+
+    def submit(self, extents: Extents) -> None:
+        """Give a batch to the next worker. Does not wait."""
+        worker = next(self._turn)
+        worker.submit(extents)
+        self._busy.append(worker)
+
+    def receive(self) -> Decoded:
+        """The batch that was submitted first. Raises UserError where its worker cannot."""
+        return self._busy.popleft().receive()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """The trainer's end of one decoding process."""
+
+    def __init__(self, settings: int) -> None:
+        self.slabs: list[Slab] = []
+        self.free: deque[int] = deque()  # numbers of slabs
+        self.busy: deque[tuple[int, int]] = deque()  # slab, samples
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The child inherits the mask, from its first instruction on.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bigbatch.data.workers", str(theirs.fileno())],
+                stdin=settings,
+                pass_fds=[theirs.fileno()],
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+
+    def submit(self, extents: Extents) -> None:
+        handles = []
+        try:
+            number = self.free.pop()  # the one used last: its pages are the likeliest in a cache
+        except IndexError:
+            number = len(self.slabs)
+            self.slabs.append(Slab(os.memfd_create("bigbatch-slab"), _FIRST_SIZE))
+            handles = [self.slabs[number].handle]
+        self.slabs[number].extents(len(extents))[:] = extents
+        self.busy.append((number, len(extents)))
+        with suppress(ConnectionError):  # it is dead, and `receive` will say so
+            socket.send_fds(self.socket, [_TASK.pack(number, len(extents))], handles)
+
+    def receive(self) -> Decoded:
+        number, samples = self.busy.popleft()
+        try:
+            reply = self.socket.recv(_REPLY.size)
+        except ConnectionError:
+            reply = b""
+        if not reply:
+            raise UserError(self._epitaph())
+        size, length = _REPLY.unpack(reply)
+        slab = self.slabs[number]
+        said = json.loads(slab.text(samples, size, length).tobytes())
+        if "error" in said:
+            raise UserError(said["error"])
+        pixels = slab.pixels(samples, size)
+        # All views of these pixels, NumPy's and torch's, keep this one buffer alive.
+        weakref.finalize(pixels.base, self.free.append, number).atexit = False
+        bad = {int(i): reason for i, reason in said["bad"].items()}
+        return Decoded(pixels, slab.sizes(samples).copy(), bad)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.kill()
+        self.process.wait()
+
+    def _epitaph(self) -> str:
+        status = self.process.wait()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "failed"
+        return (
+            f"a decoding worker {how} (process {self.process.pid}, status {status}); where memory "
+            "ran out, lower data.workers or micro_batch; then start the run again to resume it"
+        )
+
+
+def main() -> None:
+    """A worker's life: the settings from stdin, then one batch after another, until EOF."""
+    settings = json.loads(os.pread(0, os.fstat(0).st_size, 0))
+    decoder = BatchDecoder(Source(**{**settings, "root": Path(settings["root"])}))
+    slabs: list[Slab] = []
+    with socket.socket(fileno=int(sys.argv[1])) as trainer:
+        while True:
+            try:
+                message, handles, *_ = socket.recv_fds(trainer, _TASK.size, 1)
+                if not message:
+                    return
+                slabs += [Slab(handle) for handle in handles]
+                number, samples = _TASK.unpack(message)
+                trainer.send(_make(decoder, slabs[number], samples))
+            except ConnectionError:
+                return
+
+
+def _make(decoder: BatchDecoder, slab: Slab, samples: int) -> bytes:
+    """Decode one batch into its slab; the reply that says how much lies there."""
+    try:
+        done = decoder.decode(slab.extents(samples), lambda size: slab.pixels(samples, size))
+    except UserError as error:
+        size, text = 0, json.dumps({"error": str(error)})
+    else:
+        slab.sizes(samples)[:] = done.sizes
+        size, text = len(done.pixels), json.dumps({"bad": done.bad})
+    data = text.encode()
+    slab.text(samples, size, len(data))[:] = np.frombuffer(data, np.uint8)
+    return _REPLY.pack(size, len(data))
+
+
+if __name__ == "__main__":
+    main()
