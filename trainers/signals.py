@@ -1,9 +1,12 @@
 """Signals set a flag; the loop acts on it (saves, then exits with SAVED)."""
 
+import ctypes
+import os
 import signal
 from types import FrameType
 
 SAVED = 75  # EX_TEMPFAIL: saved after a signal, wants to be started again
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -20,3 +23,12 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+def die_with_agent() -> None:
+    """Let the kernel kill this rank when the agent that started it dies, even by SIGKILL.
+
+    A rank that went on alone would write into a run directory that the resumed run owns.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,6 +7,8 @@ Started once per rank, with torchrun's environment variables where there are sev
 
 import argparse
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ from bigbatch.trainers.models import build_model
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.plan import Plan, check_world, make_plan
 from bigbatch.trainers.schedules import build_schedule
-from bigbatch.trainers.signals import SAVED, StopFlag
+from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
 
 # Enough images to settle the BatchNorm statistics of a soup.
 _RECOMPUTE_IMAGES = 16_384
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stop-at", type=int, help="end after this many steps, unfinished")
     options = parser.parse_args(arguments)
     engine: Engine | None = None
+    die_with_agent()
     try:
         stop = StopFlag()
         run = RunDir(options.run)
@@ -105,6 +108,8 @@ def work(run: RunDir, recipe: Recipe, engine: Engine, stop: StopFlag, stop_at: i
             total_steps=plan.total,
             world_size=engine.world,
             device=str(engine.device),
+            host=socket.gethostname(),
+            pid=os.getpid(),
         )
         batches = stream(run, recipe, engine, index, order, state.step, plan.stop)
         if engine.rank == 0 and not (run.path / "augmented.png").exists():
@@ -144,6 +149,9 @@ def work(run: RunDir, recipe: Recipe, engine: Engine, stop: StopFlag, stop_at: i
         )
         if not finished:
             log.close("stopped")
+            # Leave together: a launcher that sees one rank gone ends the others, and rank 0
+            # may still be closing its log.
+            engine.barrier()
             return SAVED
         if state.step < plan.total:
             log.close("stopped")
