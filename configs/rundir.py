@@ -65,6 +65,10 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def contact_sheet(self) -> Path:
+        return self.path / "augmented.png"
+
+    @property
     def trace(self) -> Path:
         return self.path / "trace"
 

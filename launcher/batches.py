@@ -7,7 +7,7 @@ import numpy as np
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.preflight import open_inputs
+from bigbatch.trainers.inputs import open_inputs
 from bigbatch.trainers.plan import check_world
 
 

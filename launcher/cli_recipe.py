@@ -88,13 +88,14 @@ def schedule(
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import preflight
+    from bigbatch.trainers.inputs import open_inputs
 
     loaded = load_recipe(recipe, overrides)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
     if epoch_samples is None:
-        epoch_samples = preflight.open_inputs(loaded).order.epoch_samples
-    plan, rate = preflight.fit(loaded, epoch_samples)
+        epoch_samples = open_inputs(loaded).order.epoch_samples
+    plan, rate = preflight.fit_rate(loaded, epoch_samples)
     if plot is not None:
         try:
             preflight.draw(loaded.name, plan, rate, plot)

@@ -1,61 +1,22 @@
 """What can be known of a run before it starts, on a machine without torch or GPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.schema import Recipe
-from bigbatch.data.index import Index, open_index
-from bigbatch.data.order import Order, build_order
-from bigbatch.trainers.plan import Plan, check_world, make_plan
-from bigbatch.trainers.schedules import build_schedule
+from bigbatch.trainers.inputs import fit, open_inputs
+from bigbatch.trainers.plan import Plan, check_world
 
 Rate = Callable[[int], float]  # the learning rate of the step after s finished ones
 
 _DRAWN_POINTS = 2000
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a recipe's names and durations come to."""
-
-    indexes: dict[str, Index]  # by split, train first
-    order: Order
-    plan: Plan
-    rate: Rate
-
-
-def open_inputs(recipe: Recipe) -> Inputs:
-    """Open the indexes that a recipe names and fit its durations to them.
-
-    Raises UserError with the remedy for whatever would stop a run at its start.
-    """
-    data, root = recipe.data, Path(recipe.data.path)
-    if not root.is_dir():
-        source = "digits" if root.name == "digits" else "SOURCE"
-        raise UserError(
-            f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
-            f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
-        )
-    names = [name for name in (data.train, data.val, data.test) if name is not None]
-    indexes = {name: open_index(root / name) for name in names}
-    order = build_order(data.sampling, indexes[data.train], recipe.seed)
-    plan, rate = fit(recipe, order.epoch_samples)
-    return Inputs(indexes, order, plan, rate)
-
-
-def fit(recipe: Recipe, epoch_samples: int) -> tuple[Plan, Rate]:
+def fit_rate(recipe: Recipe, epoch_samples: int) -> tuple[Plan, Rate]:
     """The plan of a run, and its learning rate, for an epoch of this many samples."""
-    plan = make_plan(recipe, epoch_samples)
-    factor = build_schedule(
-        recipe.schedule,
-        total_steps=plan.total,
-        global_batch=recipe.global_batch,
-        epoch_samples=epoch_samples,
-    )
+    plan, factor = fit(recipe, epoch_samples)
     return plan, lambda step: recipe.optimizer.lr * factor(step)
 
 
@@ -67,14 +28,15 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
     if world is not None:
         check_world(recipe, world)
     inputs = open_inputs(recipe)
-    plan, order = inputs.plan, inputs.order
-    counts = inputs.indexes[recipe.data.train].class_counts
+    order = inputs.order
+    plan, rate = fit_rate(recipe, order.epoch_samples)
+    counts = inputs.splits["train"].class_counts
     return {
         "recipe": recipe.name,
         "hash": recipe_hash(recipe),
         "splits": {
             name: {"samples": len(index), "shards": len(index.shards), "hash": index.hash}
-            for name, index in inputs.indexes.items()
+            for name, index in inputs.splits.items()
         },
         "classes": len(counts),
         "smallest_class": int(counts.min()),
@@ -89,7 +51,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "evaluations": sum(plan.evaluates(step) for step in range(1, plan.total + 1)),
         "checkpoints": sum(plan.saves(step) for step in range(1, plan.total + 1)),
         "snapshots": sorted(plan.snapshots),
-        "lr": key_rates(plan, inputs.rate),
+        "lr": key_rates(plan, rate),
     }
 
 

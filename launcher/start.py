@@ -94,7 +94,7 @@ def check_start(recipe: Recipe) -> None:
 
     Shards and indexes that are missing or damaged, and a schedule that does not fit.
     """
-    from bigbatch.launcher.preflight import open_inputs  # pyarrow takes a while to import
+    from bigbatch.trainers.inputs import open_inputs  # pyarrow takes a while to import
 
     open_inputs(recipe)
 

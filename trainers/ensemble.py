@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,6 @@ def list_snapshots(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("cycle-*") if ".tmp-" not in p.name)
 
 
-@dataclass
-class Combined:
-    """Scores by split, on rank 0: members, their ensemble, and the soup."""
-
-    splits: dict[str, dict[str, Any]]
-    confusion: dict[str, Any]
-
-
 def combine(
     run: RunDir,
     config: Ensemble,
@@ -57,11 +48,12 @@ def combine(
     *,
     recompute_images: Callable[[], Iterator[Tensor]],
     recompute_batches: int,
-) -> Combined | None:
+) -> dict[str, dict[str, Any]] | None:
     """Score every snapshot, gate them, and build the ensemble and the soup.
 
     `splits` holds the validation split first: it alone decides on members and soup; the
-    other splits are only reported. Collective; the result is rank 0's, None elsewhere.
+    other splits are only reported. Collective; the result, scores by split of members,
+    ensemble and soup, is rank 0's, None elsewhere.
     """
     model = engine.module
     val, *others = splits
@@ -121,7 +113,7 @@ def combine(
     matrix = confusion(means[last], labels[last]).tolist()
     table = {"split": last, "classes": list(splits[last].classes), "matrix": matrix}
     write_atomically(run.ensemble / "confusion.json", json.dumps(table))
-    return Combined(result, table)
+    return result
 
 
 def gate(accuracies: list[float], margin: float) -> list[int]:

@@ -1,0 +1,62 @@
+"""What a recipe's names and durations come to once its data is open. Free of torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.index import Index, open_index
+from bigbatch.data.order import Order, build_order
+from bigbatch.trainers.plan import Plan, make_plan
+from bigbatch.trainers.schedules import build_schedule
+
+Schedule = Callable[[int], float]  # factor of the learning rate, after s finished steps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The open data of a recipe, the order of its samples, and which step does what."""
+
+    splits: dict[str, Index]  # by role: train, val, and test where the recipe names one
+    order: Order
+    plan: Plan
+    schedule: Schedule
+
+
+def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
+    """Open the indexes that a recipe names and fit its durations to them.
+
+    Raises UserError with the remedy for whatever would stop a run at its start.
+    """
+    data, root = recipe.data, Path(recipe.data.path)
+    if not root.is_dir():
+        source = "digits" if root.name == "digits" else "SOURCE"
+        raise UserError(
+            f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
+            f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
+        )
+    names = {"train": data.train, "val": data.val, "test": data.test}
+    splits = {role: open_index(root / name) for role, name in names.items() if name is not None}
+    classes = splits["train"].classes
+    for role, index in splits.items():
+        if index.classes != classes:
+            raise UserError(
+                f"split {names[role]} of {root} has classes {list(index.classes)[:8]}, split "
+                f"{data.train} has {list(classes)[:8]}: write both with one `bigbatch shard`"
+            )
+    order = build_order(data.sampling, splits["train"], recipe.seed)
+    plan, schedule = fit(recipe, order.epoch_samples, stop_at)
+    return Inputs(splits, order, plan, schedule)
+
+
+def fit(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> tuple[Plan, Schedule]:
+    """The plan of a run, and its schedule, for an epoch of this many samples."""
+    plan = make_plan(recipe, epoch_samples, stop_at)
+    schedule = build_schedule(
+        recipe.schedule,
+        total_steps=plan.total,
+        global_batch=recipe.global_batch,
+        epoch_samples=epoch_samples,
+    )
+    return plan, schedule

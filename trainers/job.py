@@ -1,0 +1,118 @@
+"""Everything that a run is built from, put together once from its recipe."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import nn
+
+from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment import Augmenter, contact_sheet
+from bigbatch.data.loader import MicroBatch, train_batches
+from bigbatch.trainers.checkpoint import TrainState
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.evaluate import Evaluator
+from bigbatch.trainers.inputs import Inputs, open_inputs
+from bigbatch.trainers.models import build_model
+from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.plan import check_world
+
+_SHOWN_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on this rank, ready to start or to go on."""
+
+    run: RunDir
+    recipe: Recipe
+    engine: Engine
+    inputs: Inputs
+    model: nn.Module
+    augmenter: Augmenter
+    evaluator: Evaluator
+    state: TrainState
+
+    def batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of steps `start` to `stop`."""
+        data, engine = self.recipe.data, self.engine
+        return train_batches(
+            self.inputs.splits["train"],
+            self.inputs.order,
+            global_batch=self.recipe.global_batch,
+            micro_batch=self.recipe.micro_batch,
+            rank=engine.rank,
+            world=engine.world,
+            start_step=start,
+            stop_step=stop,
+            image_size=data.image_size,
+            channels=data.channels,
+            workers=data.workers,
+            threads=data.threads,
+            bad_samples=data.bad_samples,
+            journal=self.run.path / f"bad-samples-{engine.rank:05d}.jsonl",
+            pin_memory=engine.device.type == "cuda",
+        )
+
+    def traced_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
+        """The same, each noted in trace/ where the recipe asks for it."""
+        if not self.recipe.log.trace:
+            yield from self.batches(start, stop)
+            return
+        self.run.trace.mkdir(exist_ok=True)
+        with (self.run.trace / f"rank-{self.engine.rank:05d}.jsonl").open("a") as file:
+            for batch in self.batches(start, stop):
+                record = {"step": batch.step, "micro": batch.index}
+                record["samples"] = batch.samples.tolist()
+                print(json.dumps(record), file=file, flush=True)
+                yield batch
+
+    def save_contact_sheet(self) -> None:
+        """A picture of step 0's first images as the model sees them, before mixup."""
+        data, recipe = self.recipe.data, self.recipe
+        first = train_batches(
+            self.inputs.splits["train"],
+            self.inputs.order,
+            global_batch=recipe.global_batch,
+            micro_batch=recipe.micro_batch,
+            rank=0,
+            world=recipe.micro_batches,
+            start_step=0,
+            stop_step=1,
+            image_size=data.image_size,
+            channels=data.channels,
+            workers=0,
+            threads=data.threads,
+            bad_samples=data.bad_samples,
+            journal=None,
+        )
+        sheet = contact_sheet(self.augmenter.images(next(first))[:_SHOWN_IMAGES])
+        picture = Image.fromarray(sheet[..., 0] if data.channels == 1 else sheet)
+        zoom = max(1, 96 // data.image_size)
+        size = picture.width * zoom, picture.height * zoom
+        picture.resize(size, Image.Resampling.NEAREST).save(self.run.contact_sheet)
+
+
+def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) -> Job:
+    """Open the data, and build order, plan, model and optimizer. Raises UserError."""
+    check_world(recipe, engine.world)
+    data = recipe.data
+    inputs = open_inputs(recipe, stop_at)
+    classes = len(inputs.splits["train"].classes)
+    model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
+    engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
+    augmenter = Augmenter(
+        recipe.augment,
+        image_size=data.image_size,
+        crop_fraction=recipe.evaluate.crop_fraction,
+        classes=classes,
+        seed=recipe.seed,
+        device=engine.device,
+    )
+    evaluator = Evaluator(engine, augmenter, recipe)
+    fingerprint = {"recipe_hash": recipe_hash(recipe), "order_hash": inputs.order.hash}
+    state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint)
+    return Job(run, recipe, engine, inputs, model, augmenter, evaluator, state)
