@@ -271,7 +271,7 @@ def _claim(dest: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
             data.mkdir(exist_ok=True)
         if not plan.exists():
             write_atomically(plan, json.dumps({"fingerprint": fingerprint}))
-        for left_over in data.glob("*/*.tar.tmp-*"):
+        for left_over in (*data.glob("*/*.tar.tmp-*"), *data.glob(".*.tmp-*")):
             left_over.unlink()
         place = dest if finished else data
         journal = partial / "journal.jsonl"
