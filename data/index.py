@@ -37,7 +37,7 @@ _COLUMNS = {
     "class_members": np.uint32,
 }
 # Opening hashes columns up to this many bytes together (about five million samples, a
-# quarter of a second); `bigbatch inspect` checks larger ones.
+# tenth of a second); `bigbatch inspect` checks larger ones.
 _HASH_AT_OPEN = 128 << 20
 _SHOWN_PROBLEMS = 20
 _REMAKE = "make it again with `bigbatch index"

@@ -5,7 +5,7 @@ import warnings
 
 from PIL import Image, ImageOps
 
-from bigbatch.data.decode import MAX_PIXELS
+from bigbatch.data.decode import FORMATS, MAX_BYTES, MAX_PIXELS
 
 # Pillow's name of each format that is read, and the extension that it gets in a shard.
 _EXTENSIONS = {
@@ -17,7 +17,6 @@ _EXTENSIONS = {
     "PPM": "ppm",
     "TIFF": "tif",
 }
-_FORMATS = [name for name in _EXTENSIONS if name != "MPO"]  # which opens as a JPEG first
 # Before Lanczos, a JPEG may be decoded at a fraction of its size as long as this many times
 # the target is left; Pillow's documentation calls the result almost indistinguishable at 3.
 _DRAFT_GAP = 3
@@ -44,21 +43,27 @@ def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, s
         image.draft(None, (width * _DRAFT_GAP, height * _DRAFT_GAP))
         image.load()
         return _reduce(image, (width, height), quality)
-    except (SyntaxError, ValueError) as error:
-        raise OSError(str(error)) from None  # Pillow has several errors for damage
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise what they like; the bytes are at fault
+        raise OSError(f"cannot be decoded: {error or type(error).__name__}") from None
 
 
 def open_image(data: bytes) -> Image.Image:
     """Read an image's header; OSError where it is none of the formats, or too large."""
+    if len(data) > MAX_BYTES:
+        raise OSError(f"{len(data):,} encoded bytes; the limit is {MAX_BYTES:,}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about large images: we have our own limit
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         what = f"not an image (it starts with {data[:8]!r})" if data else "the file is empty"
         raise OSError(what) from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"cannot be decoded: {error or type(error).__name__}") from None
     if image.width * image.height > MAX_PIXELS:
         raise OSError(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}")
     return image

@@ -1,7 +1,10 @@
+import contextlib
 import io
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from bigbatch.data.recode import prepare
@@ -109,6 +112,24 @@ def test_damage(style: str, short_side: int | None) -> None:
     for damaged in (data[: len(data) // 2], data[:20], b"", b"a text"):
         with pytest.raises(OSError, match=r"."):
             prepare(damaged, short_side, 90)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1),
+    st.sampled_from([None, 16]),
+)
+def test_any_damage_is_an_oserror_or_none(
+    style: str, flips: list[tuple[float, int]], short_side: int | None
+) -> None:
+    damaged = bytearray(encode(photo(40, 30), style))
+    for place, flip in flips:
+        damaged[int(place * len(damaged))] ^= flip
+    with contextlib.suppress(OSError):
+        data, extension = prepare(bytes(damaged), short_side, 90)
+        assert data
+        assert extension in ("jpg", "png", "webp", "bmp", "ppm", "tif")
 
 
 def test_formats_beyond_the_list_are_refused() -> None:
