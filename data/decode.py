@@ -25,9 +25,10 @@ _LONGEST = 8
 class Jpeg(NamedTuple):
     """A JPEG whose header was read: it will have [height, width] pixels."""
 
-    data: bytes
     height: int
     width: int
+    factor: int  # by which it is reduced: 1, 2, 4 or 8
+    data: bytes
 
 
 def open_pixels(data: bytes, *, image_size: int, channels: int) -> Jpeg | Pixels:
@@ -64,7 +65,7 @@ def fill(pixels: Pixels, jpeg: Jpeg, channels: int) -> None:
         # that breaks off. Pillow does, at the same size and nearly the same pixels.
         try:
             image = _open(jpeg.data)
-            image.draft(None, (jpeg.width, jpeg.height))
+            image.draft(None, (image.width // jpeg.factor, image.height // jpeg.factor))
             pixels[:] = _array(image, channels)
         except MemoryError:
             raise
@@ -93,7 +94,7 @@ def _open_jpeg(data: bytes, short_side: int) -> Jpeg | None:
     factor = 1
     while factor < 8 and min(height, width) >= 2 * factor * short_side:
         factor *= 2
-    return Jpeg(data, -(-height // factor), -(-width // factor))
+    return Jpeg(-(-height // factor), -(-width // factor), factor, data)
 
 
 def _orientation(data: bytes) -> int:

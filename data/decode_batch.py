@@ -66,7 +66,7 @@ class BatchDecoder:
             except BadSample as error:
                 bad[i] = str(error)
             else:
-                sizes[i] = image[1:] if isinstance(image, Jpeg) else image.shape[:2]
+                sizes[i] = image[:2] if isinstance(image, Jpeg) else image.shape[:2]
 
         self._each(len(places), read)
         channels = self.source.channels

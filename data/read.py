@@ -39,7 +39,8 @@ class ShardReader:
         """
         for attempt in range(_ATTEMPTS):
             try:
-                data = os.pread(self._file(shard).handle, size, offset)
+                file = self._file(shard)  # held while we read: it may be evicted
+                data = os.pread(file.handle, size, offset)
                 break
             except OSError as error:
                 if error.errno in _FINAL or attempt == _ATTEMPTS - 1:
