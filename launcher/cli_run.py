@@ -42,6 +42,7 @@ def train(
     from bigbatch.launcher.env import find_peers
 
     peers = find_peers(os.environ)
+    start.hold_signals(peers)
     with start.one_voice(peers):
         loaded = load_recipe(recipe, overrides)
         if nnodes > 1 and (rdzv_endpoint is None or (run is None and run_dir is None)):
@@ -74,6 +75,7 @@ def resume(run: str, nproc: int | None, runs_folder: Path) -> None:
     from bigbatch.launcher.registry import find_run
 
     peers = find_peers(os.environ)
+    start.hold_signals(peers)
     with start.one_voice(peers):
         found = find_run(run, runs_folder)
         if found.summary.exists():
@@ -211,7 +213,8 @@ def prove(
                 say=lambda text: click.echo(text, err=True),
             )
         except proof.RunFailed as error:
-            raise click.ClickException(str(error)) from None
+            click.echo(f"bigbatch: {error}", err=True)
+            sys.exit(1)
     if as_json:
         click.echo(proof.as_json(results, steps))
     else:

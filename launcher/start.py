@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -74,6 +75,16 @@ def ranks_here(
         nproc = min(default_nproc(env), max(1, recipe.micro_batches // nnodes))
     check_world(recipe, nproc * nnodes)
     return nproc
+
+
+def hold_signals(peers: Peers | None) -> None:
+    """Keep a launcher's signals for the worker: until it listens, it would die of them.
+
+    A blocked signal waits, also across exec; the worker lets it through. And a rank that
+    ends by itself keeps its own exit status when the launcher ends its peers.
+    """
+    if peers is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
 
 
 @contextmanager

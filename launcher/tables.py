@@ -45,7 +45,7 @@ def proof_table(results: "Sequence[Result]", name: str, steps: int) -> Table:
             run += f", killed after step {r.killed_at}, resumed from step {r.resumed_from}"
         samples = f"same in {r.batches} micro-batches" if r.same_samples else "DIFFERENT"
         difference = "nothing, bit for bit" if r.difference == 0 else f"{r.difference:.1e}"
-        limit = "" if r.limit == 0 and r.difference == 0 else f" (limit {r.limit:.0e})"
+        limit = f" (limit {r.limit:.0e})" if r.difference else ""
         verdict = Text("passed", "green") if r.passed else Text("FAILED", "bold red")
         table.add_row(run, r.compared_with, samples, difference + limit, verdict)
     return table

@@ -17,12 +17,19 @@ class StopFlag:
         self.signal: int | None = None
         for number in CAUGHT:
             signal.signal(number, self._set)
+        # The launcher holds signals back until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def close(self) -> None:
+        """Ignore signals from now on: the process ends, with a status that says why."""
+        for number in CAUGHT:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def die_with_agent() -> None:

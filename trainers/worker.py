@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     engine: Engine | None = None
     die_with_agent()
+    stop = StopFlag()
     try:
-        stop = StopFlag()
         run = RunDir(options.run)
         recipe = run.recipe()
         engine = Engine(recipe.precision, recipe.reduction)
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if engine is not None:
             engine.close()
+        stop.close()
 
 
 def work(job: Job, stop: StopFlag) -> int:
