@@ -1,0 +1,167 @@
+"""The agent with real ranks: exit statuses, signals, and nobody left behind."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.data.shard import shard
+from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.agent import FORWARD, explain
+from bigbatch.trainers.signals import CAUGHT, SAVED
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    shard("digits", folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def run(shards: Path, tmp_path: Path) -> RunDir:
+    changes = [f"data.path={shards}", "log.wandb=off", "checkpoint.every=1000 steps"]
+    return create_run(tmp_path / "a", load_recipe("digits", changes))
+
+
+@contextmanager
+def agent(run: RunDir, nproc: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """The agent, with what it and its ranks say in output.txt; killed at the end."""
+    with (run.path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            agent_command(run.path, nproc), stdout=output, stderr=output, text=True
+        )
+    family = [psutil.Process(process.pid)]
+    try:
+        yield process
+        family += _ranks(process)
+    finally:
+        process.kill()
+        process.wait()
+        for left_over in family[1:]:
+            left_over.kill()
+
+
+def said(run: RunDir) -> str:
+    return (run.path / "output.txt").read_text()
+
+
+def _ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for this signal: proc(5), SigCgt."""
+    fields = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def wait_for_step(run: RunDir, process: subprocess.Popen[str], step: int = 2) -> None:
+    while not any(r["step"] >= step for r in read_jsonl(run.metrics)):
+        assert process.poll() is None, said(run)
+        time.sleep(0.05)
+
+
+def test_a_users_error_is_one_message_and_status_2(run: RunDir, tmp_path: Path) -> None:
+    broken = create_run(tmp_path / "b", load_recipe("digits", ["data.path=/nowhere"]))
+    with agent(broken) as process:
+        assert process.wait(120) == 2
+    assert said(broken).count("bigbatch: /nowhere/train") == 1
+    assert "Traceback" not in said(broken)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in FORWARD if n != 15)],
+    ids=lambda n: n.name,
+)
+def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Signals) -> None:
+    with agent(run) as process:
+        wait_for_step(run, process)
+        process.send_signal(number)
+        assert process.wait(120) == SAVED
+    (checkpoint,) = run.checkpoints.iterdir()
+    last = max(r["step"] for r in read_jsonl(run.metrics))
+    assert checkpoint.name == f"step-{last:08d}"
+    assert "stopped and saved" in said(run)
+    assert "Traceback" not in said(run)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others(run: RunDir) -> None:
+    with agent(run) as process:
+        wait_for_step(run, process)
+        ranks = _ranks(process)
+        ranks[1].kill()
+        assert process.wait(120) == 128 + signal.SIGKILL
+        assert not psutil.wait_procs(ranks, timeout=30)[1]
+    assert "was killed by SIGKILL" in said(run)
+
+
+def test_no_rank_outlives_its_agent(run: RunDir) -> None:
+    with agent(run) as process:
+        wait_for_step(run, process)
+        ranks = _ranks(process)
+        process.kill()
+        assert len(ranks) == 2
+        assert not psutil.wait_procs(ranks, timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_does_not_wait(run: RunDir) -> None:
+    with agent(run) as process:
+        wait_for_step(run, process)
+        ranks = _ranks(process)
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)  # ranks that hang
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 128 + signal.SIGKILL
+        assert not psutil.wait_procs(ranks, timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_meet(run: RunDir) -> None:
+    command = agent_command(run.path, 1, nnodes=2, rdzv_endpoint="host.invalid:1")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "did not meet at host.invalid:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_before_all_machines_are_there(run: RunDir) -> None:
+    command = agent_command(run.path, 1, nnodes=2, rdzv_endpoint="localhost:0")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not _catches(process.pid, signal.SIGUSR2):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == SAVED
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path("runs/a")
+    assert explain(1, 0, set(), run) == 1
+    assert explain(SAVED, 0, {signal.SIGTERM}, run) == SAVED
+    # Sent while the ranks were still importing: nothing is lost.
+    assert explain(-signal.SIGTERM, 0, {signal.SIGTERM}, run) == SAVED
+    assert explain(-signal.SIGTERM, 0, set(), run) == 128 + signal.SIGTERM
+    assert explain(-signal.SIGKILL, 1, set(), run) == 128 + signal.SIGKILL
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_every_signal_that_a_rank_listens_to_is_passed_on() -> None:
+    assert set(CAUGHT) <= set(FORWARD)
+    assert set(FORWARD.values()) <= set(CAUGHT)
