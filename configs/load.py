@@ -23,7 +23,7 @@ _NO_EFFECT: dict[str, Any] = {
     "name": True,
     "log": True,
     "checkpoint": True,
-    "data": {"path", "workers", "threads"},
+    "data": {"path", "cache", "cache_gb", "workers", "threads"},
 }
 
 

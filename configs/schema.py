@@ -16,11 +16,24 @@ Range = tuple[Positive, Positive]
 class Data(Part):
     """Shards as `bigbatch shard` and `bigbatch index` leave them: PATH/SPLIT/*.tar + index/."""
 
-    path: str = Field(description="folder that holds one folder of shards for each split")
+    path: str = Field(
+        description="folder that holds one folder of shards for each split; or its URL, such as "
+        "s3://bucket/photos"
+    )
     train: str = Field("train", description="split to train on")
     val: str = Field("val", description="split that gates snapshots and picks the soup")
     test: str | None = Field("test", description="split reported at the end, used for no choice")
     sampling: Sampling = Uniform()
+    lanes: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="0: full random order. L: for network storage, L streams that each read few "
+        "shards at a time; divides the number of micro-batches in a step",
+    )
+    window: Count = Field(4, description="shards that are shuffled together in a lane")
+    cache: str | None = Field(
+        None, description="folder for copies of remote shards; by default ~/.cache/bigbatch"
+    )
+    cache_gb: Positive = Field(100.0, description="size of the cache on each node, in 1e9 bytes")
     image_size: Annotated[int, Field(ge=8, le=4096)] = 224
     channels: Literal[1, 3] = 3
     workers: Annotated[int, Field(ge=0)] = Field(2, description="decoding processes per rank")
@@ -151,6 +164,17 @@ class Recipe(Part):
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch "
                 f"{self.micro_batch}; choose a micro_batch that divides it"
+            )
+        lanes, sampling = self.data.lanes, self.data.sampling.name
+        if lanes and sampling != "uniform":
+            raise ValueError(
+                f"data.lanes = {lanes} works with data.sampling uniform, not {sampling}: a class "
+                "may lie in any shard; set data.lanes to 0, or data.sampling to uniform"
+            )
+        if lanes and self.micro_batches % lanes:
+            raise ValueError(
+                f"data.lanes = {lanes} does not divide the {self.micro_batches} micro-batches of "
+                "a step (global_batch / micro_batch); choose lanes that divide it"
             )
         for name in ("mean", "std"):
             values: list[Any] = getattr(self.augment, name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import Index, open_index
+from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, build_order
 from bigbatch.trainers.plan import Plan, make_plan
 from bigbatch.trainers.schedules import build_schedule
@@ -45,9 +46,19 @@ def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
                 f"split {names[role]} of {root} has classes {list(index.classes)[:8]}, split "
                 f"{data.train} has {list(classes)[:8]}: write both with one `bigbatch shard`"
             )
-    order = build_order(data.sampling, splits["train"], recipe.seed)
+    order = open_order(recipe, splits["train"])
     plan, schedule = fit(recipe, order.epoch_samples, stop_at)
     return Inputs(splits, order, plan, schedule)
+
+
+def open_order(recipe: Recipe, index: Index) -> Order:
+    """The order in which a recipe goes through an index."""
+    data = recipe.data
+    if not data.lanes:
+        return build_order(data.sampling, index, recipe.seed)
+    return LaneOrder(
+        index, recipe.seed, lanes=data.lanes, window=data.window, micro_batch=recipe.micro_batch
+    )
 
 
 def fit(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> tuple[Plan, Schedule]:
