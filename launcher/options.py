@@ -30,13 +30,13 @@ def runs_folder(function: F) -> F:
 
 
 def new_run(function: F) -> F:
-    """--run NAME or --run-dir PATH: where a new run goes."""
+    """--run NAME (or --run-name) or --run-dir PATH: where a new run goes."""
     function = click.option(
         "--run-dir", type=click.Path(path_type=Path), help="Directory of the run, given whole."
     )(function)
-    return click.option("--run", help="Name of the run; otherwise a new one from the recipe's.")(
-        function
-    )
+    # torchrun takes --run, even after its script, for an abbreviation of its --run-path.
+    names = ("--run", "--run-name", "run")
+    return click.option(*names, help="Name of the run; default: the recipe's, made new.")(function)
 
 
 def print_json(value: Any) -> None:

@@ -126,7 +126,7 @@ def run_path(
         if peers.job is None:
             raise UserError(
                 f"started by {peers.launcher}, which gives its processes no common id to name "
-                "a new run by: add --run NAME, the same on every rank"
+                "a new run by: add --run-name NAME, the same on every rank"
             )
         # torchrun --standalone makes up a UUID; its start is enough to tell runs apart.
         job = peers.job[:8] if _UUID.fullmatch(peers.job) else peers.job

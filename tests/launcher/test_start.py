@@ -84,7 +84,7 @@ def test_run_paths(tmp_path: Path) -> None:
 
 def test_a_launcher_without_an_id_needs_a_name(tmp_path: Path) -> None:
     nameless = Peers("deepspeed", 0, 0, 2, None)
-    with pytest.raises(UserError, match="add --run NAME"):
+    with pytest.raises(UserError, match="add --run-name NAME"):
         run_path(DIGITS, None, None, nameless, tmp_path)
     assert run_path(DIGITS, "a", None, nameless, tmp_path) == tmp_path / "a"
 

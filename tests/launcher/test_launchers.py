@@ -1,0 +1,70 @@
+"""`bigbatch train` started by the real launchers: each process takes part as its rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.launcher.prove import relative_difference
+
+BIN = Path(sys.executable).parent
+MODULE = "bigbatch.launcher.cli"
+CHANGES = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=0 steps"]
+COMMANDS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", MODULE],
+    "accelerate": [
+        *("accelerate", "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("-m", MODULE),
+    ],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", MODULE],
+}
+
+
+def call(folder: str, *command: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    words = [str(BIN / str(command[0])), *map(str, command[1:])]
+    return subprocess.run(
+        words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def local(shards: str) -> RunDir:
+    """The same training, started by `bigbatch train` alone."""
+    done = call(shards, "bigbatch", "train", "digits", *CHANGES, "--nproc", 2, "--run", "local")
+    assert done.returncode == 0, done.stderr
+    return RunDir(Path(shards) / "runs/local")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", COMMANDS)
+def test_a_launcher_gives_the_same_weights(launcher: str, shards: str, local: RunDir) -> None:
+    done = call(shards, *COMMANDS[launcher], "train", "digits", *CHANGES, "--run-name", launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(local.path.with_name(launcher))
+    assert json.loads(run.summary.read_text())["world_size"] == 2
+    (start,) = [e for e in read_jsonl(run.events) if e["kind"] == "start"]
+    assert (start["step"], start["world_size"]) == (0, 2)
+    weights = "checkpoints/step-00000006/model.safetensors"
+    assert relative_difference(run.path / weights, local.path / weights) == 0.0
+
+
+@pytest.mark.slow
+def test_more_ranks_than_micro_batches_under_torchrun(shards: str) -> None:
+    command = ["torchrun", "--standalone", "--nproc-per-node", "5", "-m", MODULE]
+    done = call(shards, *command, "train", "digits", "--run-name", "five")
+    assert done.returncode != 0
+    assert done.stderr.count("bigbatch: 5 ranks, but a step has only 4 micro-batches") == 1
+    assert not (Path(shards) / "runs/five").exists()
+
+
+@pytest.mark.slow
+def test_deepspeed_gives_no_name_to_a_run(shards: str) -> None:
+    done = call(shards, *COMMANDS["deepspeed"], "train", "digits")
+    assert done.returncode != 0
+    assert "add --run-name NAME" in done.stderr
