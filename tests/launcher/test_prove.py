@@ -1,0 +1,114 @@
+"""The proof's instruments: each must be able to find a difference.
+
+tests/test_main_job.py runs the whole proof.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe, recipe_hash
+from bigbatch.launcher.prove import (
+    Result,
+    RunFailed,
+    as_json,
+    proof_recipe,
+    prove,
+    read_trace,
+    relative_difference,
+)
+
+DIGITS = load_recipe("digits")
+
+
+def difference(tmp_path: Path, a: dict[str, object], b: dict[str, object]) -> float:
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path, tensors in zip(paths, (a, b), strict=True):
+        save_file({name: np.array(value) for name, value in tensors.items()}, path)
+    return relative_difference(*paths)
+
+
+def test_relative_difference(tmp_path: Path) -> None:
+    one = {"w": np.float32([1, -4]), "n": np.int64(3)}
+    assert difference(tmp_path, one, one) == 0.0
+    moved = {"w": np.float32([1, -4.004]), "n": np.int64(3)}
+    assert difference(tmp_path, moved, one) == pytest.approx(1e-3, rel=1e-4)
+    counted = {"w": np.float32([1, -4]), "n": np.int64(4)}
+    assert difference(tmp_path, counted, one) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"w": np.float32([1])}, {"v": np.float32([1])}),
+        ({"w": np.float32([1])}, {"w": np.float32([1]), "v": np.float32([1])}),
+        ({"w": np.float32([1])}, {"w": np.float32([1, 1])}),
+        ({"w": np.float32([np.nan])}, {"w": np.float32([1])}),
+        ({"w": np.float32([1])}, {"w": np.float32([np.inf])}),
+        ({"w": np.float32([1])}, {"w": np.float32([0])}),
+    ],
+    ids=["name", "missing", "shape", "nan", "infinity", "zero"],
+)
+def test_what_cannot_be_compared_differs_infinitely(
+    tmp_path: Path, a: dict[str, object], b: dict[str, object]
+) -> None:
+    assert difference(tmp_path, a, b) == float("inf")
+
+
+def test_bit_for_bit_is_stricter_than_equal(tmp_path: Path) -> None:
+    zero, minus_zero = {"w": np.float32([0.0])}, {"w": np.float32([-0.0])}
+    assert 0 < difference(tmp_path, zero, minus_zero) < 1e-300
+    last_bit = {"w": np.nextafter(np.float32([1]), np.float32(2))}
+    assert 0 < difference(tmp_path, last_bit, {"w": np.float32([1])}) < 2e-7
+
+
+def trace(folder: Path, name: str, *records: tuple[int, int, list[int]]) -> None:
+    lines = [json.dumps({"step": s, "micro": m, "samples": x}) + "\n" for s, m, x in records]
+    (folder / name).write_text("".join(lines))
+
+
+def test_a_trace_is_merged_over_ranks_and_restarts(tmp_path: Path) -> None:
+    trace(tmp_path, "rank-00000.jsonl", (0, 0, [1, 2]), (1, 0, [3, 4]), (1, 0, [3, 4]))
+    trace(tmp_path, "rank-00001.jsonl", (0, 1, [5, 6]))
+    assert read_trace(tmp_path) == {(0, 0): (1, 2), (1, 0): (3, 4), (0, 1): (5, 6)}
+    # The order of samples inside a micro-batch matters.
+    trace(tmp_path, "rank-00001.jsonl", (0, 0, [2, 1]))
+    with pytest.raises(RunFailed, match="read twice, with different samples"):
+        read_trace(tmp_path)
+
+
+def test_the_proofs_recipe_trains_the_same_weights() -> None:
+    recipe = proof_recipe(DIGITS)
+    assert recipe_hash(recipe) == recipe_hash(DIGITS)
+    assert (recipe.log.trace, str(recipe.checkpoint.every)) == (True, "2 steps")
+
+
+@pytest.mark.parametrize(
+    ("steps", "ranks", "says"),
+    [(1, (1, 2), "--steps 1"), (10, (1, 5), "5 ranks"), (10, (2, 2), "--ranks"), (10, (), "--ranks")],
+)
+def test_what_cannot_be_proved(
+    tmp_path: Path, steps: int, ranks: tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        prove(DIGITS, tmp_path, steps=steps, ranks=ranks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_is_no_proof(tmp_path: Path) -> None:
+    recipe = load_recipe("digits", [f"data.path={tmp_path}/nowhere"])
+    with pytest.raises(RunFailed, match=r"ended with status 2:\n(.*\n)*.*nowhere"):
+        prove(recipe, tmp_path, ranks=(1, 2), say=lambda text: None)
+
+
+def test_one_difference_is_enough() -> None:
+    same = Result(2, "1 rank", None, None, 40, True, 0.0, 1e-5)
+    other = Result(3, "1 rank", None, None, 40, True, 2e-5, 1e-5)
+    samples = Result(4, "1 rank", None, None, 40, False, 0.0, 1e-5)
+    assert [r.passed for r in (same, other, samples)] == [True, False, False]
+    assert json.loads(as_json([same], 10))["proven"] is True
+    assert json.loads(as_json([same, other], 10))["proven"] is False
