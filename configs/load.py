@@ -207,11 +207,13 @@ def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
     place: list[Any] = []
     for depth, part in enumerate(loc):
         last = depth == len(loc) - 1
-        if isinstance(tree, Mapping) and part in tree:
+        inside = isinstance(tree, Mapping) and part in tree
+        if inside or (isinstance(tree, list) and isinstance(part, int)):
             tree = tree[part]
             place.append(part)
             continue
-        tag = tree if isinstance(tree, str) else tree.get("name") if not last else None
+        named = isinstance(tree, Mapping) and not last
+        tag = tree if isinstance(tree, str) else tree.get("name") if named else None
         if part != tag:
             place.append(part)
     return place

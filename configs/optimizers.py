@@ -1,37 +1,52 @@
-"""Optimizers as a recipe writes them; trainers/optim builds them."""
+"""Optimizers as a recipe writes them; trainers/optim builds them. docs/optimizers.md explains."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bigbatch.configs.part import Fraction, NonNegative, Part, Positive
 
+Betas = tuple[Fraction, Fraction]
+
 
 class OptimizerBase(Part):
-    """Fields shared by all optimizers. Norm layers and biases never decay."""
+    """Fields of every optimizer."""
 
     lr: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="the rate falls by this factor from each layer to the one below (BEiT)"
+    )
+
+
+class Decaying(OptimizerBase):
+    """Norm layers and biases never decay."""
+
     weight_decay: NonNegative = 0.0
 
 
-class SGD(OptimizerBase):
-    name: Literal["sgd"]
+class _Momentum(Decaying):
     momentum: Fraction = 0.9
     nesterov: bool = False
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "nesterov: true with momentum 0 changes nothing; set momentum or drop it"
+            )
+        return self
 
-class AdamW(OptimizerBase):
-    name: Literal["adamw"]
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Positive = 1e-8
+
+class SGD(_Momentum):
+    """Stochastic gradient descent; decay is added to the gradient."""
+
+    name: Literal["sgd"]
 
 
-class LARS(OptimizerBase):
+class LARS(_Momentum):
     """You et al. 2017, algorithm 1."""
 
     name: Literal["lars"]
-    momentum: Fraction = 0.9
-    nesterov: bool = False
     trust_coefficient: Positive = 0.001
     eps: NonNegative = 0.0
     momentum_form: Literal["lr_inside", "lr_outside"] = Field(
@@ -42,16 +57,125 @@ class LARS(OptimizerBase):
     trust_clip: bool = Field(False, description="LARC clipping: effective rate at most lr")
 
 
-class LAMB(OptimizerBase):
+class LAMB(Decaying):
     """You et al. 2020, algorithm 2."""
 
     name: Literal["lamb"]
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-6
     bias_correction: bool = True
     trust_bounds: tuple[NonNegative, NonNegative] | None = Field(
         None, description="lower and upper bound of the trust ratio"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.trust_bounds is not None and self.trust_bounds[0] > self.trust_bounds[1]:
+            raise ValueError(f"trust_bounds {list(self.trust_bounds)}: put the lower bound first")
+        return self
 
-Optimizer = Annotated[SGD | AdamW | LARS | LAMB, Field(discriminator="name")]
+
+class Adam(Decaying):
+    """Kingma and Ba 2015; decay is added to the gradient (AdamW decays apart from it)."""
+
+    name: Literal["adam"]
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class AdamW(Decaying):
+    """Loshchilov and Hutter 2019."""
+
+    name: Literal["adamw"]
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class Adagrad(Decaying):
+    """Duchi et al. 2011."""
+
+    name: Literal["adagrad"]
+    initial_accumulator_value: NonNegative = 0.0
+    eps: Positive = 1e-10
+
+
+class Adadelta(Decaying):
+    """Zeiler 2012."""
+
+    name: Literal["adadelta"]
+    rho: Fraction = 0.9
+    eps: Positive = 1e-6
+
+
+class RMSprop(Decaying):
+    """Tieleman and Hinton 2012."""
+
+    name: Literal["rmsprop"]
+    alpha: Fraction = 0.99
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.0
+    centered: bool = False
+
+
+class NovoGrad(Decaying):
+    """Ginsburg et al. 2019: one second moment for each layer."""
+
+    name: Literal["novograd"]
+    betas: Betas = (0.95, 0.98)
+    eps: Positive = 1e-8
+    grad_averaging: bool = False
+
+
+class Adafactor(Decaying):
+    """Shazeer and Stern 2018: second moments by rows and columns; rates relative to weights."""
+
+    name: Literal["adafactor"]
+    beta2_decay: Annotated[float, Field(lt=0)] = -0.8
+    clip_threshold: Positive = Field(1.0, description="largest root mean square of an update")
+
+
+class SM3(OptimizerBase):
+    """Anil et al. 2019: Adagrad in the memory of rows and columns; has no weight decay."""
+
+    name: Literal["sm3"]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta: Fraction = 0.0
+
+
+class Lion(Decaying):
+    """Chen et al. 2023: the sign of an interpolated momentum; decay apart from it."""
+
+    name: Literal["lion"]
+    betas: Betas = (0.9, 0.99)
+
+
+class Muon(Decaying):
+    """Jordan et al. 2024: orthogonal steps for hidden matrices, AdamW for everything else."""
+
+    name: Literal["muon"]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    nesterov: bool = True
+    match_adamw: bool = Field(
+        False, description="scale steps to AdamW's size (Liu et al. 2025), so its rates carry over"
+    )
+    adamw_lr: Positive = Field(3e-4, description="rate of all but the hidden matrices")
+    adamw_betas: Betas = (0.9, 0.95)
+    adamw_eps: Positive = 1e-10
+
+
+Optimizer = Annotated[
+    SGD
+    | LARS
+    | LAMB
+    | Adam
+    | AdamW
+    | Adagrad
+    | Adadelta
+    | RMSprop
+    | NovoGrad
+    | Adafactor
+    | SM3
+    | Lion
+    | Muon,
+    Field(discriminator="name"),
+]

@@ -1,23 +1,33 @@
 """Learning-rate schedules as a recipe writes them; trainers/schedules.py computes them.
 
-Every schedule gives a factor that multiplies `optimizer.lr`.
+Every schedule gives a factor that multiplies `optimizer.lr`. docs/schedules.md draws them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bigbatch.configs.durations import Duration, Length
-from bigbatch.configs.part import Count, Fraction, Part
+from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 
 _NONE = Length(0, "steps")
 
 
 class Warmup(Part):
-    """Fields shared by all schedules: a linear warmup before the decay starts."""
+    """Fields shared by all single schedules: a warmup before the decay starts."""
 
-    warmup: Duration = Field(_NONE, description="linear warmup, counted before the decay starts")
+    warmup: Duration = Field(_NONE, description="length of the warmup; the decay follows it")
     warmup_start: Fraction = Field(0.0, description="factor at step 0 of the warmup")
+    warmup_shape: Literal["linear", "exponential"] = "linear"
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_shape == "exponential" and self.warmup_start == 0:
+            raise ValueError(
+                "warmup_shape: exponential multiplies warmup_start up to 1, and that is 0; "
+                "set warmup_start above 0, such as 0.01"
+            )
+        return self
 
 
 class Constant(Warmup):
@@ -32,12 +42,177 @@ class Cosine(Warmup):
 
 
 class Cycles(Warmup):
-    """Snapshot-ensemble cosine cycles, each warmed up again (Huang et al. 2017, eq. 2)."""
+    """Cosine cycles, each warmed up again, with a snapshot at the end of each (Huang et al.
+    2017, eq. 2); `mult` above 1 makes each cycle that many times longer (SGDR's T_mult)."""
 
     name: Literal["cycles"]
     cycles: Count = 3
-    rewarmup: Duration = Field(_NONE, description="linear warmup of each cycle after the first")
+    mult: Count = Field(1, description="length of a cycle relative to the one before")
+    rewarmup: Duration = Field(_NONE, description="warmup of each cycle after the first")
     final: Fraction = Field(0.0, description="factor that each cycle ends on")
 
 
-Schedule = Annotated[Constant | Cosine | Cycles, Field(discriminator="name")]
+class LinearCosine(Warmup):
+    """(alpha + linear decay) x cosine + beta (Bello et al. 2017, appendix); with `noise`,
+    normal noise of variance noise / (1 + t)^noise_decay is added to the linear decay."""
+
+    name: Literal["linear_cosine"]
+    periods: Positive = Field(0.5, description="cosine periods in the run")
+    alpha: NonNegative = 0.0
+    beta: NonNegative = 0.001
+    noise: NonNegative = Field(0.0, description="variance of the noise at step 0")
+    noise_decay: NonNegative = 0.55
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="key of the noise")
+
+
+class Polynomial(Warmup):
+    """(1 - final) (1 - t / T)^power + final. T is the rest of the run, or `length`."""
+
+    name: Literal["polynomial"]
+    power: Positive = 2.0
+    final: Fraction = 0.0
+    length: Duration | None = Field(None, description="steps that the decay takes")
+    cycle: bool = Field(
+        False, description="at the end of each `length`, go on towards the end of the next one"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cycle and self.length is None:
+            raise ValueError("cycle: true needs length, the steps from one restart to the next")
+        return self
+
+
+class Exponential(Warmup):
+    """rate^(t / every); with `staircase` in whole steps of `every`."""
+
+    name: Literal["exponential"]
+    rate: Fraction
+    every: Duration
+    staircase: bool = False
+
+
+class NaturalExponential(Warmup):
+    """exp(-rate t / every); with `staircase` in whole steps of `every`."""
+
+    name: Literal["natural_exponential"]
+    rate: NonNegative
+    every: Duration
+    staircase: bool = False
+
+
+class InverseTime(Warmup):
+    """1 / (1 + rate t / every); with `staircase` in whole steps of `every`."""
+
+    name: Literal["inverse_time"]
+    rate: NonNegative
+    every: Duration
+    staircase: bool = False
+
+
+class Step(Warmup):
+    """Times `gamma` after every `every`, counted from the start of the run."""
+
+    name: Literal["step"]
+    every: Duration
+    gamma: Fraction = 0.1
+
+
+class MultiStep(Warmup):
+    """Times `gamma` at each milestone, counted from the start of the run."""
+
+    name: Literal["multi_step"]
+    milestones: list[Duration] = Field(min_length=1)
+    gamma: Fraction = 0.1
+
+
+class PiecewiseConstant(Warmup):
+    """`values[i]` up to boundary i, the last value after all, from the start of the run."""
+
+    name: Literal["piecewise_constant"]
+    boundaries: list[Duration] = Field(min_length=1)
+    values: list[NonNegative]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"{len(self.boundaries)} boundaries part the run into {len(self.boundaries) + 1} "
+                f"pieces, but there are {len(self.values)} values; give one for each piece"
+            )
+        return self
+
+
+class Triangular(Warmup):
+    """Up from `low` to 1 in `rise` and down again, on and on (Smith 2017). `halving`: each
+    peak is half as high as the one before (triangular2)."""
+
+    name: Literal["triangular"]
+    rise: Duration
+    low: Fraction = 0.1
+    halving: bool = False
+
+
+class OneCycle(Part):
+    """Up to 1, then down over the rest of the run (Smith and Topin 2018; torch's OneCycleLR)."""
+
+    name: Literal["one_cycle"]
+    rise: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="part of the run going up")
+    shape: Literal["cosine", "linear"] = "cosine"
+    start: Fraction = Field(0.04, description="factor at step 0")
+    final: Fraction = Field(4e-6, description="factor at the last step")
+
+
+class Piece(Part):
+    """One schedule of a sequence and how long it lasts; the last one lasts to the end."""
+
+    length: Duration | None = None
+    schedule: "Schedule"
+
+
+class Sequence(Part):
+    """One schedule after another. Each counts its steps from 0 and ends with its piece."""
+
+    name: Literal["sequence"]
+    pieces: list[Piece] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for i, piece in enumerate(self.pieces, 1):
+            if (piece.length is None) != (i == len(self.pieces)):
+                raise ValueError(
+                    f"piece {i} of {len(self.pieces)}: every piece but the last has a length, "
+                    "the last one lasts to the end of the run"
+                )
+        return self
+
+
+class Product(Part):
+    """The product of several schedules' factors."""
+
+    name: Literal["product"]
+    factors: list["Schedule"] = Field(min_length=1)
+
+
+Schedule = Annotated[
+    Constant
+    | Cosine
+    | Cycles
+    | LinearCosine
+    | Polynomial
+    | Exponential
+    | NaturalExponential
+    | InverseTime
+    | Step
+    | MultiStep
+    | PiecewiseConstant
+    | Triangular
+    | OneCycle
+    | Sequence
+    | Product,
+    Field(discriminator="name"),
+]
+
+Piece.model_rebuild()
+Sequence.model_rebuild()
+Product.model_rebuild()

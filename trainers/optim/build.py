@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
 from bigbatch.configs import optimizers as c
-from bigbatch.trainers.optim.groups import parameter_groups
+from bigbatch.trainers.optim.groups import muon_groups, parameter_groups
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 
@@ -15,29 +16,58 @@ def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimi
     """The optimizer that a recipe names, over the trainable parameters of `model`.
 
     Norm layers and biases take neither weight decay nor a layer-wise rate. Each group keeps
-    its rate from the recipe as `base_lr`; `set_lr` multiplies it by the schedule's factor.
+    its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. Raises UserError
+    where `layer_decay` is asked of a model whose layers timm cannot order.
     """
-    options: dict[str, Any] = config.model_dump(exclude={"name", "weight_decay"})
-    groups = parameter_groups(model, config.weight_decay)
-    # One pass over memory on CPU and GPU, instead of one kernel for each operation.
-    fused = all(_can_fuse(p) for g in groups for p in g["params"])
-    optimizer: torch.optim.Optimizer
-    match config:
-        case c.SGD():
-            optimizer = torch.optim.SGD(groups, **options, fused=fused)
-        case c.AdamW():
-            optimizer = torch.optim.AdamW(groups, **options, fused=fused)
-        case c.LARS():
-            optimizer = LARS(groups, **options)
-        case c.LAMB():
-            optimizer = LAMB(groups, **options)
+    decay = 0.0 if isinstance(config, c.SM3) else config.weight_decay
+    groups = parameter_groups(model, decay, config.layer_decay)
+    for group in groups:
+        group["lr"] = config.lr * group["lr_scale"]
+    if isinstance(config, c.Muon):
+        groups = muon_groups(model, groups, config.adamw_lr)
+    optimizer = _build(groups, config)
     for group in optimizer.param_groups:
-        group["base_lr"] = config.lr
+        group["base_lr"] = group["lr"]
     return optimizer
 
 
-def _can_fuse(p: Tensor) -> bool:
-    return p.device.type in ("cpu", "cuda") and p.dtype.is_floating_point
+def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Optimizer:
+    options: dict[str, Any] = config.model_dump(exclude={"name", "weight_decay", "layer_decay"})
+    # One pass over memory, on CPU and GPU, instead of one kernel for each operation.
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    match config:
+        case c.LARS():
+            return LARS(groups, **options)
+        case c.LAMB():
+            return LAMB(groups, **options)
+        case c.SGD():
+            return torch.optim.SGD(groups, **options, fused=fused)
+        case c.Adam():
+            return torch.optim.Adam(groups, **options, fused=fused)
+        case c.AdamW():
+            return torch.optim.AdamW(groups, **options, fused=fused)
+        case c.Adagrad():
+            return torch.optim.Adagrad(groups, **options)
+        case c.Adadelta():
+            return torch.optim.Adadelta(groups, **options)
+        case c.RMSprop():
+            return torch.optim.RMSprop(groups, **options)
+        case c.Adafactor():
+            return torch.optim.Adafactor(
+                groups,
+                lr=config.lr,
+                beta2_decay=config.beta2_decay,
+                d=config.clip_threshold,
+            )
+        case c.NovoGrad():
+            return pytorch_optimizer.NovoGrad(groups, **options)
+        case c.SM3():
+            return pytorch_optimizer.SM3(groups, **options)
+        case c.Lion():
+            return pytorch_optimizer.Lion(groups, **options)
+        case c.Muon():
+            options["use_adjusted_lr"] = options.pop("match_adamw")
+            return pytorch_optimizer.Muon(groups, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import torch
 from timm.layers import evo_norm, filter_response_norm, grn, layer_scale, norm, norm_act
+from timm.models import group_parameters
 from torch import nn
+
+from bigbatch.configs.errors import UserError
 
 
 def _layers_of(*modules: ModuleType) -> tuple[type[nn.Module], ...]:
@@ -56,20 +58,72 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
             yield name, parameter, parameter in plain
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for a torch optimizer: weights, then plain parameters without decay.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer: weights, and plain parameters without decay.
 
-    Each group carries `adapt`, which layer-wise optimizers read. Empty groups are left out.
+    With `layer_decay` below 1 there are two for each layer, and `lr_scale` is layer_decay^k
+    for the k-th layer from the top (BEiT, arXiv:2106.08254), else 1. `adapt` says whether a
+    layer-wise optimizer adapts the group. Empty groups are left out.
     """
-    weights: list[torch.Tensor] = []
-    plain: list[torch.Tensor] = []
-    for _, parameter, is_plain in named_parameters(model):
-        (plain if is_plain else weights).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": weight_decay, "adapt": True},
-        {"params": plain, "weight_decay": 0.0, "adapt": False},
-    ]
-    return [group for group in groups if group["params"]]
+    depths = _depths(model) if layer_decay < 1.0 else {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter, plain in named_parameters(model):
+        depth = depths.get(name, 0)
+        group = groups.setdefault(
+            (depth, plain),
+            {
+                "params": [],
+                "weight_decay": 0.0 if plain else weight_decay,
+                "adapt": not plain,
+                "lr_scale": layer_decay**depth,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def muon_groups(
+    model: nn.Module, groups: list[dict[str, Any]], adamw_lr: float
+) -> list[dict[str, Any]]:
+    """Split the groups by `use_muon`: true for the weights of linear and convolution layers,
+    apart from the classifier; the rest is for AdamW, at `adamw_lr` (Jordan et al. 2024)."""
+    matrices = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    }
+    matrices -= {p for module in _classifiers(model) for p in module.parameters()}
+    split = []
+    for group in groups:
+        hidden = [p for p in group["params"] if p in matrices]
+        others = [p for p in group["params"] if p not in matrices]
+        if hidden:
+            split.append(group | {"params": hidden, "use_muon": True})
+        if others:
+            lr = adamw_lr * group["lr_scale"]
+            split.append(group | {"params": others, "use_muon": False, "lr": lr})
+    return split
+
+
+def _depths(model: nn.Module) -> dict[str, int]:
+    """Each parameter's layer, counted from the top, as timm's own layer decay counts it."""
+    matcher = getattr(model, "group_matcher", None)
+    if not callable(matcher):
+        raise UserError(
+            f"optimizer.layer_decay: {type(model).__name__} does not say which parameters make "
+            "a layer (timm's group_matcher); set layer_decay to 1 or choose another model"
+        )
+    layers = group_parameters(model, matcher(coarse=False), reverse=True)
+    top = max(layers.values())
+    return {name: top - layer for name, layer in layers.items()}
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    get = getattr(model, "get_classifier", None)
+    found = get() if callable(get) else []
+    return [found] if isinstance(found, nn.Module) else list(found)
 
 
 def _excluded_by_model(model: nn.Module) -> set[str]:

@@ -7,17 +7,16 @@ from torch import Tensor
 
 from bigbatch.trainers.optim.layerwise import (
     LayerwiseOptimizer,
-    buckets,
     gradients,
     new_state,
     norms,
+    positive_or_one,
     upcast,
-    where_positive,
 )
 
 
 class LAMB(LayerwiseOptimizer):
-    r"""AdamW whose step for each layer has the length of the layer's weights.
+    """AdamW whose step for each layer has the length of the layer's weights.
 
     With weights w, gradient g, decay b (algorithm 2):
 
@@ -53,6 +52,7 @@ class LAMB(LayerwiseOptimizer):
             "capturable": True,  # torch's sign that `step` lives on the parameter's device
         }
         super().__init__(params, defaults)
+        self._scratch = torch.empty(0)
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         return {
@@ -62,36 +62,42 @@ class LAMB(LayerwiseOptimizer):
         }
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for bucket in buckets(params):
-            direction = self._direction(bucket, group)
-            if group["adapt"]:
-                w, u = norms(bucket), norms(direction)
-                ratios = w / u
-                if group["trust_bounds"] is not None:
-                    ratios = ratios.clamp(*group["trust_bounds"])
-                ratios = where_positive(ratios, w, u)
-                self.last_ratios.append((bucket, ratios))
-                torch._foreach_mul_(direction, list((ratios * group["lr"]).unbind()))
-            else:
-                torch._foreach_mul_(direction, group["lr"])
-            torch._foreach_sub_(bucket, direction)
+        direction = self._direction(params, group)
+        lr = group["lr"]
+        if not group["adapt"]:
+            torch._foreach_mul_(direction, lr)
+            torch._foreach_sub_(params, direction)
+            return
+        w, u = norms(params), norms(direction)
+        ratios = w / u
+        if group["trust_bounds"] is not None:
+            ratios = ratios.clamp(*group["trust_bounds"])
+        ratios = positive_or_one(ratios, w, u)
+        self.last_ratios.append((params, ratios))
+        if params[0].device.type == "cpu":  # one pass; reading back costs nothing here
+            for p, d, ratio in zip(params, direction, ratios.tolist(), strict=True):
+                p.add_(d, alpha=-float(lr) * ratio)
+        else:
+            torch._foreach_mul_(direction, list((ratios * lr).unbind()))
+            torch._foreach_sub_(params, direction)
 
     def _direction(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """u of each parameter, in new buffers; advances the moments by one step.
+        """u of each parameter; advances the moments by one step.
 
-        torch's fused AdamW kernel does the work: started from b w instead of the weights,
+        torch's fused AdamW kernel does the work: started from b w in place of the weights,
         with rate -1 and no decay of its own, it leaves exactly u.
         """
         states = [self.state[p] for p in params]
-        direction = list(torch._foreach_mul(upcast(params), group["weight_decay"]))
+        means = [s["exp_avg"] for s in states]
+        direction = self._decayed(params, means, group["weight_decay"])
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         if not group["bias_correction"]:
             steps = [torch.full_like(t, torch.inf) for t in steps]  # 1 - beta^inf = 1
         torch._fused_adamw_(
             direction,
-            upcast(gradients(params)),
-            [s["exp_avg"] for s in states],
+            upcast(gradients(params, means)),
+            means,
             [s["exp_avg_sq"] for s in states],
             [],
             steps,
@@ -104,3 +110,19 @@ class LAMB(LayerwiseOptimizer):
             maximize=False,
         )
         return direction
+
+    def _decayed(self, params: list[Tensor], like: list[Tensor], decay: float) -> list[Tensor]:
+        """b w, laid out as the state is. On a CPU in one buffer that stays as large as the
+        largest bucket: fresh memory would cost a page fault for every 4 kB of it."""
+        if params[0].device.type != "cpu":
+            return list(torch._foreach_mul(upcast(params), decay))
+        sizes = [p.numel() for p in params]
+        if self._scratch.numel() < sum(sizes) or self._scratch.dtype != like[0].dtype:
+            self._scratch = torch.empty(sum(sizes), dtype=like[0].dtype)
+        views = [
+            part.as_strided(state.shape, state.stride())
+            for part, state in zip(self._scratch[: sum(sizes)].split(sizes), like, strict=True)
+        ]
+        return [
+            torch.mul(w, decay, out=view) for w, view in zip(upcast(params), views, strict=True)
+        ]

@@ -7,18 +7,16 @@ from torch import Tensor
 
 from bigbatch.trainers.optim.layerwise import (
     LayerwiseOptimizer,
-    buckets,
     gradients,
     new_state,
     norms,
-    state_dtype,
+    positive_or_one,
     upcast,
-    where_positive,
 )
 
 
 class LARS(LayerwiseOptimizer):
-    r"""SGD whose rate for each layer is scaled by the trust ratio.
+    """SGD whose rate for each layer is scaled by the layer's trust ratio.
 
     With weights w, gradient g, momentum m, decay b, trust coefficient c (algorithm 1):
 
@@ -28,12 +26,12 @@ class LARS(LayerwiseOptimizer):
         lr_outside:  v = m v + r d;      w = w - lr v           (torch's form of SGD)
 
     The forms differ where the learning rate changes: lr_inside remembers old rates.
-    Nesterov replaces v in the last line by (lr) r d + m v. `trust_clip` makes
-    r = min(r / lr, 1), so that the rate of no layer exceeds lr (LARC, NVIDIA apex).
+    Nesterov subtracts (lr) r d + m v instead of v. `trust_clip` makes r = min(r / lr, 1),
+    so that the rate of no layer exceeds lr (LARC, as in NVIDIA's apex).
 
     Groups with `adapt=False` take r = 1. State: `momentum_buffer`, float32 at least; it
     starts at zero, so the first step is scaled like every other. `lr` may be a float or a
-    0-dim tensor; nothing is read back from a GPU, so that a step can be captured in a graph.
+    0-dim tensor; nothing is read back from a GPU, so a step can be captured in a graph.
     """
 
     def __init__(
@@ -66,68 +64,30 @@ class LARS(LayerwiseOptimizer):
         return {"momentum_buffer": new_state(p)}
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for bucket in buckets(params):
-            grads = gradients(bucket)
-            buffers = [self.state[p]["momentum_buffer"] for p in bucket]
-            ratios = None
-            if group["adapt"]:
-                ratios = self._trust_ratios(bucket, grads, group)
-                self.last_ratios.append((bucket, ratios))
-            if _fused(bucket[0], group):
-                _fused_update(bucket, grads, buffers, ratios, group)
-            else:
-                _foreach_update(bucket, grads, buffers, ratios, group)
-
-    def _trust_ratios(self, params: list[Tensor], grads: list[Tensor], group: Any) -> Tensor:
-        """r of each parameter, shape [len(params)]."""
-        w, g = norms(params), norms(grads)
-        ratio = group["trust_coefficient"] * w / (g + group["weight_decay"] * w + group["eps"])
-        if group["trust_clip"]:
-            ratio = (ratio / group["lr"]).clamp(max=1.0)
-        return where_positive(ratio, w, g)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = gradients(params, buffers)
+        ratios = None
+        if group["adapt"]:
+            ratios = _trust_ratios(params, grads, group)
+            self.last_ratios.append((params, ratios))
+        fused = params[0].device.type == "cpu" and group["momentum"] != 0
+        # The kernel walks raw memory: one layout and one dtype for all.
+        if fused and all(
+            p.dtype == v.dtype and p.stride() == v.stride()
+            for p, v in zip(params, buffers, strict=True)
+        ):
+            _fused_update(params, grads, buffers, ratios, group)
+        else:
+            _foreach_update(params, grads, buffers, ratios, group)
 
 
-def _fused(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether torch's fused CPU kernel computes this group's update."""
-    # The kernel applies dampening neither to Nesterov's gradient term nor without momentum.
-    plain = group["momentum"] != 0 and not group["nesterov"]
-    return p.device.type == "cpu" and p.dtype == state_dtype(p) and plain
-
-
-def _fused_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    ratios: Tensor | None,
-    group: dict[str, Any],
-) -> None:
-    """One pass over memory with torch's fused SGD kernel: v = m v + (1 - dampening) d.
-
-    Its dampening carries the rate of the layer. Rounding 1 - rate moves the update by at
-    most 1.1e-16 |d|. On a CPU reading the ratios back costs nothing.
-    """
-    lr = float(group["lr"])
-    inside, outside = (lr, 1.0) if group["momentum_form"] == "lr_inside" else (1.0, lr)
-    if ratios is None:
-        work = [(params, grads, buffers, inside)]
-    else:
-        scales = [inside * ratio for ratio in ratios.tolist()]
-        work = [
-            ([p], [g], [v], s) for p, g, v, s in zip(params, grads, buffers, scales, strict=True)
-        ]
-    for p, g, v, scale in work:
-        torch._fused_sgd_(
-            p,
-            g,
-            v,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=outside,
-            dampening=1.0 - scale,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
+def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """r of each parameter, shape [len(params)]."""
+    w, g = norms(params), norms(grads)
+    ratios = group["trust_coefficient"] * w / (g + group["weight_decay"] * w + group["eps"])
+    if group["trust_clip"]:
+        ratios = (ratios / group["lr"]).clamp(max=1.0)
+    return positive_or_one(ratios, w, g)
 
 
 def _foreach_update(
@@ -141,11 +101,7 @@ def _foreach_update(
     lr, momentum = group["lr"], group["momentum"]
     inside = group["momentum_form"] == "lr_inside"
     # In float32 before anything is added: bf16 would round the decay away.
-    delta = upcast(grads)
-    if group["weight_decay"]:
-        delta = list(torch._foreach_add(delta, upcast(params), alpha=group["weight_decay"]))
-    elif delta[0] is grads[0]:
-        delta = [g.clone() for g in grads]
+    delta = torch._foreach_add(upcast(grads), upcast(params), alpha=group["weight_decay"])
     if ratios is not None:
         torch._foreach_mul_(delta, list((ratios * lr if inside else ratios).unbind()))
     elif inside:
@@ -159,3 +115,46 @@ def _foreach_update(
     if not inside:
         torch._foreach_mul_(delta, lr)
     torch._foreach_sub_(params, delta)
+
+
+def _fused_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    ratios: Tensor | None,
+    group: dict[str, Any],
+) -> None:
+    """The same on a CPU, in one pass over memory, with torch's fused SGD kernel.
+
+    The kernel computes v = m v + (1 - dampening) (g + b w), w = w - lr v: its dampening
+    carries the rate of the layer, and rounding that moves the update by at most 1.1e-16 |d|.
+    """
+    decay, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
+    inside, outside = (lr, 1.0) if group["momentum_form"] == "lr_inside" else (1.0, lr)
+    if ratios is None:
+        work = [(params, grads, buffers, inside)]
+    else:  # reading back costs nothing on a CPU
+        scales = [inside * ratio for ratio in ratios.tolist()]
+        work = [
+            ([p], [g], [v], s) for p, g, v, s in zip(params, grads, buffers, scales, strict=True)
+        ]
+    for p, g, v, scale in work:
+        kept, rate = momentum, outside
+        if group["nesterov"]:
+            # s d + m v' = (1 + m) v' - m v, where v is the old buffer. Its part goes first;
+            # the kernel's decay then sees it in w, so the momentum makes up for that.
+            torch._foreach_add_(p, v, alpha=outside * momentum)
+            kept = momentum * (1.0 - scale * decay * outside)
+            rate = outside * (1.0 + momentum)
+        torch._fused_sgd_(
+            p,
+            g,
+            v,
+            weight_decay=decay,
+            momentum=kept,
+            lr=rate,
+            dampening=1.0 - scale,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )

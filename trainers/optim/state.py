@@ -6,9 +6,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-# A group's own entries that say where it stands, not how it was configured. Some optimizers
-# of pytorch_optimizer count their steps there.
-_NOT_STATE = {"params", "lr", "base_lr", "lr_scale", "adapt"}
+# Optimizers of pytorch_optimizer count their steps in the group.
+_GROUP_STATE = ("step",)
 
 
 def optimizer_state_by_name(
@@ -32,7 +31,7 @@ def optimizer_state_by_name(
             else:
                 scalars[full] = _plain(full, value)
     for index, group in enumerate(optimizer.param_groups):
-        for key in group.keys() - optimizer.defaults.keys() - _NOT_STATE:
+        for key in group.keys() & set(_GROUP_STATE):
             scalars[f"{key}/group.{index}"] = _plain(key, group[key])
     return tensors, scalars
 
