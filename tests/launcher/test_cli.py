@@ -17,6 +17,9 @@ from bigbatch.data.order import build_order
 from bigbatch.launcher.cli import SECTIONS, cli
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
+# What these tests count on; the recipe itself may be tuned.
+DIGITS = ("digits", "global_batch=256", "micro_batch=64", "duration=60 epochs", "optimizer.lr=6")
+STEPS = -(-60 * 1078 // 256)
 
 
 def invoke(*arguments: str) -> Result:
@@ -68,12 +71,12 @@ def test_deepspeeds_extra_argument_is_accepted() -> None:
         (["train", "digits", "optimizer.lr=-1"], "optimizer.lr"),
         (["train", "digits", "optimiser.lr=1"], "did you mean optimizer?"),
         (["train", "digits", "lr"], "key=value"),
-        (["train", "digits", "--nproc", "5"], "5 ranks"),
+        (["train", *DIGITS, "--nproc", "5"], "5 ranks"),
         (["train", "digits", "--nproc", "0"], "--nproc"),
         (["train", "digits", "--nnodes", "2"], "--rdzv-endpoint"),
         (["resume", "nothing"], "bigbatch runs"),
-        (["check", "digits", "--nproc", "5"], "5 ranks"),
-        (["submit", "digits", "--nodes", "3", "--ranks-per-node", "2"], "6 ranks"),
+        (["check", *DIGITS, "--nproc", "5"], "5 ranks"),
+        (["submit", *DIGITS, "--nodes", "3", "--ranks-per-node", "2"], "6 ranks"),
         (["submit", "digits", "--partition", "a;b", "--dry-run"], "--partition 'a;b'"),
         (["batches", "digits", "--steps", "5"], "shard"),
         (["prove", "digits", "--ranks", "1;2"], "not a list"),
@@ -128,8 +131,9 @@ def test_a_missing_shard_stops_a_start(here: Path) -> None:
 
 
 def test_a_schedule_that_does_not_fit_stops_a_start(here: Path) -> None:
+    short = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=5 steps"]
     with pytest.raises(UserError, match="rewarmup takes 5 steps"):
-        invoke("train", "digits", "duration=6 steps", "schedule.warmup=1 steps")
+        invoke("train", "digits", *short)
     assert not (here / "runs").exists()
 
 
@@ -148,22 +152,22 @@ def test_shard_index_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_check_says_what_a_run_will_do(here: Path) -> None:
-    found = json.loads(invoke("check", "digits", "--nproc", "4", "--json").output)
+    found = json.loads(invoke("check", *DIGITS, "--nproc", "4", "--json").output)
     assert (found["classes"], found["micro_batches"], found["world_size"]) == (10, 4, 4)
-    assert found["steps"] == -(-60 * 1078 // 256)
+    assert found["steps"] == STEPS
     assert found["snapshots"][-1] == found["steps"]
     assert max(found["lr"].values()) == pytest.approx(6.0)
-    text = invoke("check", "digits").output
+    text = invoke("check", *DIGITS).output
     assert "1 to 4 ranks" in text
 
 
 def test_schedule_numbers_and_picture(here: Path) -> None:
-    rates = json.loads(invoke("schedule", "digits", "--json").output)["lr"]
-    assert len(rates) == -(-60 * 1078 // 256)
+    rates = json.loads(invoke("schedule", *DIGITS, "--json").output)["lr"]
+    assert len(rates) == STEPS
     assert max(rates) == pytest.approx(6.0)
     # Without shards, but with the epoch's length, the same.
     (here / "shards").unlink()
-    alone = ["schedule", "digits", "--epoch-samples", "1078"]
+    alone = ["schedule", *DIGITS, "--epoch-samples", "1078"]
     assert json.loads(invoke(*alone, "--json").output)["lr"] == rates
     result = invoke(*alone, "--plot", "lr.png")
     assert result.output.splitlines()[-1] == "lr.png"
@@ -171,10 +175,10 @@ def test_schedule_numbers_and_picture(here: Path) -> None:
 
 
 def test_batches_are_those_of_the_order(here: Path) -> None:
-    lines = invoke("batches", "digits", "--steps", "3:5", "--json").output.splitlines()
+    lines = invoke("batches", *DIGITS, "--steps", "3:5", "--json").output.splitlines()
     found = [json.loads(line) for line in lines]
     assert [(b["step"], b["micro"]) for b in found] == [(s, m) for s in (3, 4) for m in range(4)]
-    recipe, index = load_recipe("digits"), open_index(here / "shards/digits/train")
+    recipe, index = load_recipe(DIGITS[0], DIGITS[1:]), open_index(here / "shards/digits/train")
     order = build_order(recipe.data.sampling, index, recipe.seed)
     positions = [p for b in range(3 * 4, 5 * 4) for p in range(b * 64, (b + 1) * 64)]
     expected = order.samples(np.array(positions)).tolist()
@@ -187,7 +191,7 @@ def test_batches_are_those_of_the_order(here: Path) -> None:
 
 def test_the_ranks_batches_are_the_steps_batches(here: Path) -> None:
     def of(*arguments: str) -> list[dict[str, object]]:
-        lines = invoke("batches", "digits", "--steps", "0:2", "--json", *arguments).output
+        lines = invoke("batches", *DIGITS, "--steps", "0:2", "--json", *arguments).output
         return [json.loads(line) for line in lines.splitlines()]
 
     parts = [of("--world-size", "3", "--rank", str(rank)) for rank in range(3)]

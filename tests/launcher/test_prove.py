@@ -22,7 +22,7 @@ from bigbatch.launcher.prove import (
     relative_difference,
 )
 
-DIGITS = load_recipe("digits")
+DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
 
 
 def difference(tmp_path: Path, a: dict[str, object], b: dict[str, object]) -> float:
@@ -89,7 +89,12 @@ def test_the_proofs_recipe_trains_the_same_weights() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "ranks", "says"),
-    [(1, (1, 2), "--steps 1"), (10, (1, 5), "5 ranks"), (10, (2, 2), "--ranks"), (10, (), "--ranks")],
+    [
+        (1, (1, 2), "--steps 1"),
+        (10, (1, 5), "5 ranks"),
+        (10, (2, 2), "--ranks"),
+        (10, (), "--ranks"),
+    ],
 )
 def test_what_cannot_be_proved(
     tmp_path: Path, steps: int, ranks: tuple[int, ...], says: str

@@ -20,7 +20,7 @@ from bigbatch.launcher.start import (
     worker_command,
 )
 
-DIGITS = load_recipe("digits")
+DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
 TWO = Peers("torchrun", 0, 0, 2, "a1b2")
 PYTHON = [sys.executable, "-P", "-m"]
 
@@ -107,7 +107,7 @@ def test_ranks_that_start_together_share_one_run(tmp_path: Path) -> None:
 def test_a_run_of_another_recipe_is_not_joined(tmp_path: Path) -> None:
     join_run(tmp_path / "a", DIGITS)
     with pytest.raises(UserError, match="created with another recipe"):
-        join_run(tmp_path / "a", load_recipe("digits", ["seed=1"]))
+        join_run(tmp_path / "a", load_recipe("digits", ["seed=12345"]))
     # How much is logged reaches no weight.
     join_run(tmp_path / "a", load_recipe("digits", ["log.every=5"]))
 
