@@ -46,20 +46,26 @@ class MicroBatch:
     channels: int
     bad: tuple[dict[str, Any], ...] = ()  # journal entries: what was substituted, and why
 
+    def images(self, device: torch.device | None = None) -> list[Tensor]:
+        """Each image on `device`: views uint8 [height, width, C] of the pixels."""
+        pixels = self.pixels.to(device or self.pixels.device, non_blocking=True)
+        parts = pixels.split((self.sizes.prod(1) * self.channels).tolist())
+        sizes = self.sizes.tolist()
+        return [p.view(h, w, self.channels) for p, (h, w) in zip(parts, sizes, strict=True)]
+
     def canvas(self, device: torch.device | None = None) -> Tensor:
         """Images on `device`, each in the top left corner of a canvas: uint8 [B, H, W, C].
 
         H and W are the largest height and width; the canvas is 0 beyond each image.
         """
-        pixels = self.pixels.to(device or self.pixels.device, non_blocking=True)
-        count, largest = len(self.sizes), self.sizes.amax(0)
-        shape = (count, *largest.tolist(), self.channels)
+        device = device or self.pixels.device
+        largest = self.sizes.amax(0)
+        shape = (len(self.sizes), *largest.tolist(), self.channels)
         if bool((self.sizes == largest).all()):
-            return pixels.view(shape)
-        canvas = torch.zeros(shape, dtype=torch.uint8, device=pixels.device)
-        images = pixels.split((self.sizes.prod(1) * self.channels).tolist())
-        for place, image, (height, width) in zip(canvas, images, self.sizes.tolist(), strict=True):
-            place[:height, :width] = image.view(height, width, self.channels)
+            return self.pixels.to(device, non_blocking=True).view(shape)
+        canvas = torch.zeros(shape, dtype=torch.uint8, device=device)
+        for place, image in zip(canvas, self.images(device), strict=True):
+            place[: image.shape[0], : image.shape[1]] = image
         return canvas
 
     def pin_memory(self) -> "MicroBatch":
