@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.trainers.noise import MicroBatchNorms
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -71,6 +72,10 @@ class Engine:
             self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
             parts = zip(self._sum.split(sizes), self._trained, strict=True)
             self._sums = [part.view_as(p) for part, p in parts]
+        self._norms = MicroBatchNorms(self.device)
+        self._norms_taken = micro_batches if self.exact else self.world
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.register_comm_hook(None, self._norms.hook)
 
     @property
     def scaler(self) -> Any | None:
@@ -79,12 +84,14 @@ class Engine:
 
     def zero_grad(self) -> None:
         self._stepper.zero_grad(set_to_none=False)
+        self._norms.begin()
         if self.exact:
             self._sum.zero_()
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """One forward and backward pass; `last` says that it is this rank's last in the step."""
+        self._reducing = last and self.world > 1
         with nullcontext() if last or self.exact else self.accelerator.no_sync(self.model):
             yield
 
@@ -92,6 +99,7 @@ class Engine:
         """Add the gradient of a micro-batch's mean loss."""
         if self.exact:
             self.accelerator.backward(loss)
+            self._norms.add(self._gradients())
             for part, parameter in zip(self._sums, self._trained, strict=True):
                 if parameter.grad is not None:
                     part.add_(parameter.grad)
@@ -99,6 +107,9 @@ class Engine:
         else:
             # The mean over ranks, which DDP takes, becomes the mean over all samples.
             self.accelerator.backward(loss * (self.world / self.micro_batches))
+            if self._norms.passes == 0 and not self._reducing:
+                self._norms.add(self._gradients())
+        self._norms.passes += 1
 
     def reduce(self) -> None:
         """Leave the mean gradient over all samples in each parameter's grad."""
@@ -111,8 +122,23 @@ class Engine:
     def gradient_norm(self) -> Tensor:
         """The global L2 norm of the averaged gradient, on the device, loss scale removed."""
         self.accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        return nn.utils.get_total_norm(self._gradients())
+
+    def micro_batch_sq(self) -> Tensor:
+        """This rank's share of the mean squared gradient norm of a micro-batch, on the device.
+
+        The sum over ranks is the mean over all micro-batches of the step (exact), or over
+        each rank's first (overlapped). Loss scale removed; to be called before `step`.
+        """
+        scale = torch.ones((), device=self.device)
+        if self.scaler is not None:
+            scale = self.scaler.scale(scale)
+        if not self.exact:
+            scale = scale * (self.world / self.micro_batches)
+        return self._norms.total / (scale.double().square() * self._norms_taken)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained if p.grad is not None]
 
     def clip(self, norm: Tensor, limit: float) -> None:
         nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, norm)

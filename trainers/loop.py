@@ -16,6 +16,7 @@ from bigbatch.trainers.checkpoint import TrainState, save_checkpoint
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.log import Log
 from bigbatch.trainers.losses import LossFunction
+from bigbatch.trainers.noise import NoiseScale
 from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import set_lr
 from bigbatch.trainers.plan import Plan
@@ -48,6 +49,7 @@ def train(
     """
     model, optimizer = engine.model, engine.optimizer
     statistics = StepStatistics(engine.module)
+    noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
     mine = len(range(engine.rank, plan.micro_batches, engine.world))
     skipped = 0
     model.train()
@@ -78,16 +80,17 @@ def train(
         # 2. What all ranks must agree on: the mean gradient, and the rest in one small
         #    all-reduce. Sums are float64, so that they do not depend on the world size.
         engine.reduce()
-        agreed = torch.stack([loss_sum, loss_sum.new_full((), float(bool(stop)))])
+        stopping = loss_sum.new_full((), float(bool(stop)))
+        agreed = torch.stack([loss_sum, stopping, engine.micro_batch_sq()])
         totals = engine.sum(torch.cat([agreed, statistics.local().to(agreed)]))
         norm = engine.gradient_norm()
-        loss_total, stops, norm_value = torch.cat([totals[:2], norm.view(1)]).tolist()
+        loss_total, stops, micro_sq, norm_value = torch.cat([totals[:3], norm.view(1)]).tolist()
         mean_loss = loss_total / plan.micro_batches
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
         finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
         if finite:
-            statistics.finish(totals[2:], plan.micro_batches)
+            statistics.finish(totals[3:], plan.micro_batches)
             if recipe.clip_norm is not None:
                 engine.clip(norm, recipe.clip_norm)
             engine.step()
@@ -115,6 +118,7 @@ def train(
             images_per_s=recipe.global_batch / seconds,
             data_s=waited,
             step_s=seconds,
+            **noise.update(micro_sq, norm_value),
         )
 
         # 5. Evaluate, keep a snapshot, save. The order matters: a checkpoint of a step
