@@ -1,0 +1,362 @@
+"""Advice on batch size, learning rate and number of GPUs, from what was measured.
+
+`advise_run` reads a run directory: the recorded gradient norms give the critical batch size
+by phase, the recorded step time and a stated model of the all-reduce give the time of other
+batch sizes on other numbers of GPUs. `advise_points` fits measured training costs.
+Free of torch.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.critical_batch import (
+    Array,
+    CostCurve,
+    Phase,
+    curve_of_phases,
+    fit_points,
+    held_out_errors,
+    measure_phase,
+    noise_and_signal,
+)
+from bigbatch.trainers.history import Columns, History, read_history
+
+Rule = Literal["linear", "sqrt"]
+
+# The backward pass, twice as much work as the forward pass, hides an overlapped all-reduce.
+_HIDING = 2 / 3
+_MIN_STEPS = 10  # records in a phase, below which its blocks say nothing
+_BATCHES_TRIED = (1, 2, 4, 8, 16)  # micro-batches of each GPU in a step
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The network between GPUs, for the ring all-reduce."""
+
+    bandwidth: float  # bytes/s of the slowest link of the ring
+    latency: float  # seconds of one of its 2 (ranks - 1) hops
+
+    def all_reduce_s(self, size: float, ranks: int) -> float:
+        """Seconds to sum `size` bytes over ranks (Patarasuk and Yuan 2009)."""
+        hops = 2 * (ranks - 1)
+        return hops / ranks * size / self.bandwidth + hops * self.latency
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step at any batch size and number of ranks.
+
+    Each rank computes its micro-batches one after the other; then comes what the last
+    backward pass does not hide of the all-reduce.
+    """
+
+    micro_batch: int
+    micro_s: float  # seconds of one micro-batch, with its share of all else in a step
+    gradient_bytes: float
+    hiding: float  # part of a micro-batch's time that hides the all-reduce
+    cluster: Cluster
+
+    def seconds(self, batch: int, ranks: int) -> float:
+        turns = math.ceil(batch / self.micro_batch / ranks)
+        exchange = self.cluster.all_reduce_s(self.gradient_bytes, ranks)
+        return turns * self.micro_s + max(0.0, exchange - self.hiding * self.micro_s)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The batch size that is fastest on a number of GPUs, and what it comes to."""
+
+    gpus: int
+    batch: int
+    lr: float
+    steps: int
+    step_s: float
+    seconds: float
+    seconds_interval: tuple[float, float]  # from that of the critical batch alone
+    extra_samples: float  # samples beyond the least possible, relative to it
+
+
+@dataclass(frozen=True)
+class RunAdvice:
+    name: str
+    batch: int
+    lr: float
+    rule: Rule
+    phases: list[Phase]
+    curve: CostCurve  # samples
+    step_time: StepTime
+    measured_step_s: float
+    measured_ranks: int
+    parameters: int
+    choices: list[Choice]
+
+
+@dataclass(frozen=True)
+class PointsAdvice:
+    batch: Array  # [n]
+    cost: Array  # [n], in the unit of the file's column
+    unit: str
+    fitted: list[bool]  # [n], False for points held out
+    curve: CostCurve
+    errors: Array  # [n], of the curve, relative
+    left_out_errors: Array  # [n], each from a fit without that point; NaN where held out anyway
+
+
+def advise_run(
+    run: RunDir,
+    cluster: Cluster,
+    *,
+    rule: Rule | None = None,
+    phases: int | None = None,
+    parameters: int | None = None,
+    max_gpus: int = 1024,
+) -> RunAdvice:
+    """Advice from a run, finished or not.
+
+    `phases` counts equal parts of the run; None: its cycles, or thirds where it has none.
+    `parameters` are those of the model; None: counted in its newest weights on disk. Raises
+    UserError where the records do not suffice.
+    """
+    history = read_history(run)
+    recipe = history.recipe
+    found = measure_phases(history, phases)
+    total = (history.total_steps or history.last_step) * recipe.global_batch
+    lengths = [p.last_step - p.first_step + 1 for p in found]
+    samples = [total * length / sum(lengths) for length in lengths]
+    curve = curve_of_phases(found, samples, recipe.global_batch)
+    parameters = parameters or count_parameters(run)
+    step_time, step_s, ranks = measure_step(history, parameters, cluster)
+    rule = rule or default_rule(recipe)
+    epochs = history.train["epoch"][-1] / history.train["step"][-1]
+    choices = choose(
+        curve,
+        step_time,
+        recipe.global_batch,
+        recipe.optimizer.lr,
+        rule,
+        max_gpus=max_gpus,
+        max_batch=int(recipe.global_batch / epochs),
+    )
+    return RunAdvice(
+        name=run.name,
+        batch=recipe.global_batch,
+        lr=recipe.optimizer.lr,
+        rule=rule,
+        phases=found,
+        curve=curve,
+        step_time=step_time,
+        measured_step_s=step_s,
+        measured_ranks=ranks,
+        parameters=parameters,
+        choices=choices,
+    )
+
+
+def measure_phases(history: History, count: int | None) -> list[Phase]:
+    """The noise scale by phase: cycles, or `count` equal parts of the recorded steps."""
+    train, recipe = history.train, history.recipe
+    if "grad_sq_micro" not in train:
+        why = (
+            "each of its steps is one micro-batch, with nothing to compare it to; train with "
+            f"a micro_batch below the global_batch of {recipe.global_batch}"
+            if recipe.micro_batches == 1
+            else "train a few dozen steps with this version of bigbatch"
+        )
+        raise UserError(f"run {history.name} has no recorded gradient norms: {why}")
+    micro, norm = train["grad_sq_micro"], train["grad_norm"]
+    whole = np.isfinite(micro) & np.isfinite(norm)
+    steps = train["step"][whole]
+    noise, signal = noise_and_signal(
+        micro[whole], norm[whole] ** 2, recipe.micro_batch, recipe.global_batch
+    )
+    cycles = count is None and len(history.snapshots) > 1
+    if cycles:
+        ends = np.array(history.snapshots, dtype=np.float64)
+        parts = np.split(np.arange(len(steps)), np.searchsorted(steps, ends, side="right"))
+        parts = [part for part in parts if len(part)]
+    else:
+        parts = np.array_split(np.arange(len(steps)), count or 3)
+    shortest = min(map(len, parts))
+    if shortest < _MIN_STEPS:
+        raise UserError(
+            f"run {history.name}: {shortest} usable records in one of {len(parts)} phases, at "
+            f"least {_MIN_STEPS} are needed; train longer, lower log.every, or lower --phases"
+        )
+    generator = np.random.default_rng(0)
+    word = "cycle" if cycles else "part"
+    return [
+        measure_phase(f"{word} {i}", steps[part], noise[part], signal[part], generator)
+        for i, part in enumerate(parts, start=1)
+    ]
+
+
+def measure_step(
+    history: History, parameters: int, cluster: Cluster
+) -> tuple[StepTime, float, int]:
+    """The step time's model, the median step that it was taken from, and its ranks.
+
+    From the newest start that recorded steps, since each start may have other ranks.
+    """
+    recipe = history.recipe
+    seconds, ranks = _newest_steps(history.train, history.events)
+    size = parameters * (8 if recipe.reduction == "exact" else 4)
+    hiding = _HIDING if recipe.reduction == "overlapped" else 0.0
+    exchange = cluster.all_reduce_s(size, ranks)
+    turns = math.ceil(recipe.micro_batches / ranks)
+    # Solve turns * m + max(0, exchange - hiding * m) = seconds for m.
+    micro_s = min(seconds / turns, (seconds - exchange) / (turns - hiding))
+    if micro_s <= 0:
+        raise UserError(
+            f"the all-reduce of {parameters:,} parameters over {ranks} ranks takes {exchange:.3g} "
+            f"s at --bandwidth {cluster.bandwidth / 1e9:g}, a whole step of run {history.name} "
+            f"only {seconds:.3g} s; give the true bandwidth, which must be higher"
+        )
+    return StepTime(recipe.micro_batch, micro_s, size, hiding, cluster), seconds, ranks
+
+
+def _newest_steps(train: Columns, events: Sequence[dict[str, object]]) -> tuple[float, int]:
+    """Median step time after the newest start with steps, its first one left out; ranks."""
+    starts = [e for e in events if e["kind"] == "start"]
+    end = np.inf
+    for start in reversed(starts):
+        first = float(str(start.get("step", 0)))
+        seconds = train["step_s"][(train["step"] > first) & (train["step"] <= end)][1:]
+        if np.isfinite(seconds).any():
+            return float(np.nanmedian(seconds)), int(str(start.get("world_size", 1)))
+        end = first
+    raise UserError("the run recorded no step time; train a few dozen steps first")
+
+
+def count_parameters(run: RunDir) -> int:
+    """Trained parameters in the newest weights of a run, from the header of the file."""
+    from safetensors import safe_open
+
+    files = [*run.checkpoints.glob("*/model.safetensors"), *run.snapshots.glob("*/*.safetensors")]
+    if not files:
+        raise UserError(
+            f"{run.path} holds no weights to count; give the model's size by --parameters"
+        )
+    newest = max(files, key=lambda f: f.stat().st_mtime)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    with safe_open(newest, framework="numpy") as file:
+        names = [name for name in file.keys() if not name.endswith(buffers)]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def default_rule(recipe: Recipe) -> Rule:
+    """linear for SGD (Goyal et al. 2017); sqrt for adaptive and layer-wise optimizers.
+
+    You et al. 2020 scale LAMB so; the learning rates of MLPerf's LARS submissions rise more
+    slowly still.
+    """
+    return "linear" if recipe.optimizer.name == "sgd" else "sqrt"
+
+
+def scale_lr(lr: float, factor: float, rule: Rule) -> float:
+    """The learning rate at `factor` times the batch size that `lr` was chosen for."""
+    return lr * (factor if rule == "linear" else math.sqrt(factor))
+
+
+def choose(
+    curve: CostCurve,
+    step_time: StepTime,
+    batch: int,
+    lr: float,
+    rule: Rule,
+    *,
+    max_gpus: int,
+    max_batch: int,
+) -> list[Choice]:
+    """For 1, 2, 4, ... GPUs the fastest batch size to the quality that the run was set to reach.
+
+    `batch` and `lr` are the run's; `max_batch` is an epoch. On more GPUs than make the run
+    faster there is no choice.
+    """
+    choices: list[Choice] = []
+    gpus = 1
+    while gpus <= max_gpus:
+        found = []
+        for turns in _BATCHES_TRIED:
+            size = step_time.micro_batch * gpus * turns
+            if size > max_batch:
+                break
+            step_s = step_time.seconds(size, gpus)
+            low, high = curve.cost_interval(size)
+            samples = curve.cost(size)
+            found.append(
+                Choice(
+                    gpus=gpus,
+                    batch=size,
+                    lr=scale_lr(lr, size / batch, rule),
+                    steps=math.ceil(samples / size),
+                    step_s=step_s,
+                    seconds=samples / size * step_s,
+                    seconds_interval=(low / size * step_s, high / size * step_s),
+                    extra_samples=samples / curve.floor - 1 if curve.floor > 0 else math.inf,
+                )
+            )
+        best = min(found, key=lambda c: c.seconds, default=None)
+        if best is None or (choices and best.seconds >= choices[-1].seconds):
+            break
+        choices.append(best)
+        gpus *= 2
+    return choices
+
+
+def advise_points(path: Path, hold_out: tuple[float, float] | None = None) -> PointsAdvice:
+    """Fit the points of a CSV file; those with a batch size in `hold_out`, ends included, not."""
+    batch, cost, unit = read_points(path)
+    low, high = hold_out or (math.inf, -math.inf)
+    fitted = (batch < low) | (batch > high)
+    if hold_out and fitted.all():
+        raise UserError(f"--hold-out {low:g}:{high:g} names no point of {path}")
+    curve = fit_points(batch[fitted], cost[fitted])
+    left_out = np.full(len(batch), np.nan)
+    if len(set(batch[fitted].tolist())) > 3:
+        left_out[fitted] = held_out_errors(batch[fitted], cost[fitted])
+    errors = (curve.floor + curve.slope * batch) / cost - 1
+    return PointsAdvice(batch, cost, unit, fitted.tolist(), curve, errors, left_out)
+
+
+def read_points(path: Path) -> tuple[Array, Array, str]:
+    """Batch sizes, costs, and the name of the costs' column, in ascending batch size.
+
+    The columns are batch, batch_size or global_batch, and epochs, samples or a name
+    with `epochs_to` in it, such as epochs_to_75.9. Others are ignored.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            names = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read --points {path}: {error}") from None
+    batches = [n for n in names if n in ("batch", "batch_size", "global_batch")]
+    costs = [n for n in names if n in ("epochs", "samples") or "epochs_to" in n]
+    if len(batches) != 1 or len(costs) != 1:
+        raise UserError(
+            f"--points {path} has columns {names}; it needs exactly one of batch, batch_size, "
+            "global_batch, and one of epochs, samples, or a name with epochs_to in it"
+        )
+    points = []
+    for row in rows:
+        try:
+            point = float(row[batches[0]]), float(row[costs[0]])
+        except (TypeError, ValueError):
+            point = math.nan, math.nan
+        if not all(0 < value < math.inf for value in point):
+            shown = [row[batches[0]], row[costs[0]]]
+            raise UserError(f"--points {path}: {shown} is not two numbers above 0; mend that row")
+        points.append(point)
+    points.sort()
+    table = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1], costs[0]
