@@ -106,9 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 def explain(status: int, rank: int, sent: set[int], run: Path) -> int:
     """The agent's exit status for the first rank's; says what the rank could not say itself."""
     go_on = f"go on with `bigbatch resume {run}`"
-    if status == SAVED:
-        print(f"bigbatch: stopped and saved; {go_on}", file=sys.stderr)
-    elif status < 0 and -status in sent and -status != signal.SIGKILL:
+    if status < 0 and -status in sent and -status != signal.SIGKILL:
         # It came before the rank could listen.
         print(f"bigbatch: stopped before the first step; {go_on}", file=sys.stderr)
         return SAVED

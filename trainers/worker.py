@@ -115,6 +115,9 @@ def work(job: Job, stop: StopFlag) -> int:
         )
         if not finished:
             log.close("stopped")
+            if engine.rank == 0:
+                go_on = f"saved after step {state.step}; go on with `bigbatch resume {run.path}`"
+                print(f"bigbatch: {go_on}", file=sys.stderr, flush=True)
             # Leave together: a launcher that sees one rank gone ends the others, and rank 0
             # may still be closing its log.
             engine.barrier()

@@ -78,7 +78,7 @@ def test_a_users_error_is_one_message_and_status_2(run: RunDir, tmp_path: Path) 
     broken = create_run(tmp_path / "b", load_recipe("digits", ["data.path=/nowhere"]))
     with agent(broken) as process:
         assert process.wait(120) == 2
-    assert said(broken).count("bigbatch: /nowhere/train") == 1
+    assert said(broken).count("data.path /nowhere is no folder here") == 1
     assert "Traceback" not in said(broken)
 
 
@@ -95,7 +95,7 @@ def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Si
     (checkpoint,) = run.checkpoints.iterdir()
     last = max(r["step"] for r in read_jsonl(run.metrics))
     assert checkpoint.name == f"step-{last:08d}"
-    assert "stopped and saved" in said(run)
+    assert said(run).count(f"saved after step {last}; go on with `bigbatch resume {run.path}`") == 1
     assert "Traceback" not in said(run)
 
 
