@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from bigbatch.data.order import Order, Positions
 from bigbatch.data.read import BadSample
 from bigbatch.data.workers import WorkerPool
 
+_POSITIONS = 4096  # that are turned into samples at once
 _SUBSTITUTES = 20
 _AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
 
@@ -103,10 +105,13 @@ def train_batches(
     tasks = ((step, number) for step in range(start_step, stop_step) for number in numbers)
 
     def work() -> Iterator[_Work]:
-        for step, number in tasks:
-            start = step * global_batch + number * micro_batch
-            positions = np.arange(start, start + micro_batch, dtype=np.int64)
-            yield _Work(step, number, order.samples(positions), positions)
+        # Several at once: a call for few positions takes as long as one for thousands.
+        while some := list(islice(tasks, max(1, _POSITIONS // micro_batch))):
+            starts = [step * global_batch + number * micro_batch for step, number in some]
+            positions = np.add.outer(np.array(starts, np.int64), np.arange(micro_batch))
+            samples = order.samples(positions.ravel()).reshape(positions.shape)
+            for (step, number), own, at in zip(some, samples, positions, strict=True):
+                yield _Work(step, number, own, at)
 
     def batches() -> Iterator[MicroBatch]:
         found = 0
