@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from bigbatch.data.decode import MAX_BYTES, Jpeg, Pixels, decode, fill, open_pixels
 from bigbatch.data.read import BadSample, ShardReader
+from bigbatch.data.staging import Cache, Remote
 
 # Where the encoded bytes of a sample lie: columns of the index.
 EXTENT = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
@@ -40,6 +41,13 @@ class Source:
     image_size: int
     channels: int
     threads: int
+    remote: Remote | None = None  # instead of root
+
+    def reader(self) -> ShardReader:
+        if self.remote is None:
+            return ShardReader([self.root / name for name in self.shards])
+        cache = Cache(Path(self.remote.cache), self.remote.limit)
+        return ShardReader([self.remote.shard(name) for name in self.shards], cache)
 
 
 class BatchDecoder:
@@ -47,7 +55,7 @@ class BatchDecoder:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._reader = ShardReader([source.root / name for name in source.shards])
+        self._reader = source.reader()
         self._helpers = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
 
     def decode(self, extents: Extents, allocate: Callable[[int], Pixels]) -> Decoded:

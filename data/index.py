@@ -25,6 +25,7 @@ from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.pool import process_pool
+from bigbatch.data.staging import Remote
 from bigbatch.data.tar import Scan, scan_shard
 
 FORMAT = 1
@@ -75,6 +76,7 @@ class Index:
     shards: tuple[ShardFile, ...]
     problems: tuple[str, ...]
     hash: str
+    remote: Remote | None = None  # where the shards are, if not in `root`
 
     def __len__(self) -> int:
         return len(self.label)
@@ -93,25 +95,42 @@ class Index:
             raise UserError(f"{path} is damaged ({error}); {_REMAKE} {self.root}`") from None
         return keys
 
-    def __reduce__(self) -> tuple[Callable[[Path], "Index"], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Path, Remote | None]]:
         # Another process maps the same files; a pickled array would be a copy in memory.
-        return open_index, (self.root,)
+        return open_index, (self.root, self.remote)
 
 
-def open_index(root: Path) -> Index:
+def open_index(root: Path, remote: Remote | None = None) -> Index:
     """Open the index of `root`, a folder of shards.
 
     Fast: looks at the size of each shard and at one image of the first and of the last
     shard; the other images are checked as they are read. Raises UserError where there is no
-    index, it is damaged, or the shards are not those that it was made from.
+    index, it is damaged, or the shards are not those that it was made from. The shards of a
+    `remote` folder are not looked at; data/remote.py opens those.
     """
     root = Path(root)
     manifest = _read_manifest(root)
-    remedy = f"restore it, or run `bigbatch index {root}`"
     columns = {name: _open_column(root, manifest, name) for name in _COLUMNS}
     if sum(column.nbytes for column in columns.values()) <= _HASH_AT_OPEN:
         verify_columns(root)
-    shards = tuple(ShardFile(**s) for s in manifest["shards"])
+    index = Index(
+        root=root,
+        classes=tuple(manifest["classes"]),
+        shards=tuple(ShardFile(**s) for s in manifest["shards"]),
+        problems=tuple(manifest["problems"]),
+        hash=manifest["hash"],
+        remote=remote,
+        **columns,
+    )
+    if remote is None:
+        _check_shards(index)
+    return index
+
+
+def _check_shards(index: Index) -> None:
+    """Raise UserError where the shards are not those that were indexed, as far as is quick."""
+    root, shards = index.root, index.shards
+    remedy = f"restore it, or run `bigbatch index {root}`"
     for file in shards:
         try:
             size = (root / file.name).stat().st_size
@@ -124,14 +143,6 @@ def open_index(root: Path) -> Index:
                 f"shard {root / file.name} has {size:,} bytes; it had {file.bytes:,} when it was "
                 f"indexed; {remedy}"
             )
-    index = Index(
-        root=root,
-        classes=tuple(manifest["classes"]),
-        shards=shards,
-        problems=tuple(manifest["problems"]),
-        hash=manifest["hash"],
-        **columns,
-    )
     for sample in {0, len(index) - 1}:
         if not check_sample(index, sample):
             raise UserError(
@@ -139,7 +150,6 @@ def open_index(root: Path) -> Index:
                 f"{index.offset[sample]:,} is not what was indexed: the index of another data set, "
                 f"or a changed shard; {remedy}"
             )
-    return index
 
 
 def check_sample(index: Index, sample: int) -> bool:

@@ -50,8 +50,8 @@ class LaneOrder(Order):
         if counts.max() > len(index) // lanes:
             most = len(index) // int(counts.max())
             raise UserError(
-                f"data.lanes = {lanes} leaves {len(index) // lanes:,} samples of {index.root} to "
-                f"each lane, fewer than its largest shard holds ({counts.max():,}); set data.lanes "
+                f"data.lanes = {lanes} leaves {len(index) // lanes:,} samples to each "
+                f"lane, fewer than its largest shard holds ({counts.max():,}); set data.lanes "
                 f"to {most} or less, or write smaller shards"
             )
         super().__init__(
@@ -87,6 +87,10 @@ class LaneOrder(Order):
             turn = np.searchsorted(line.shard_starts, place, side="right") - 1
             samples[inside] = self._first[line.shards[turn]] + place - line.shard_starts[turn]
         return samples
+
+    def lane(self, position: int) -> int:
+        """The lane that holds a position."""
+        return position // self.micro_batch % self.lanes
 
     def upcoming(self, position: int) -> list[int]:
         """Shards that the lane at `position` reads now and next: two windows, in that order."""

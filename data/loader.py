@@ -24,6 +24,7 @@ from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, S
 from bigbatch.data.index import Index
 from bigbatch.data.order import Order, Positions
 from bigbatch.data.read import BadSample
+from bigbatch.data.remote import prefetching, prefetching_in_order
 from bigbatch.data.workers import WorkerPool
 
 _POSITIONS = 4096  # that are turned into samples at once
@@ -105,13 +106,15 @@ def train_batches(
     tasks = ((step, number) for step in range(start_step, stop_step) for number in numbers)
 
     def work() -> Iterator[_Work]:
-        # Several at once: a call for few positions takes as long as one for thousands.
-        while some := list(islice(tasks, max(1, _POSITIONS // micro_batch))):
-            starts = [step * global_batch + number * micro_batch for step, number in some]
-            positions = np.add.outer(np.array(starts, np.int64), np.arange(micro_batch))
-            samples = order.samples(positions.ravel()).reshape(positions.shape)
-            for (step, number), own, at in zip(some, samples, positions, strict=True):
-                yield _Work(step, number, own, at)
+        with prefetching(index, order, numbers) as prefetch:
+            # Several at once: a call for few positions takes as long as one for thousands.
+            while some := list(islice(tasks, max(1, _POSITIONS // micro_batch))):
+                starts = [step * global_batch + number * micro_batch for step, number in some]
+                positions = np.add.outer(np.array(starts, np.int64), np.arange(micro_batch))
+                samples = order.samples(positions.ravel()).reshape(positions.shape)
+                for (step, number), own, at in zip(some, samples, positions, strict=True):
+                    prefetch(int(at[0]))
+                    yield _Work(step, number, own, at)
 
     def batches() -> Iterator[MicroBatch]:
         found = 0
@@ -154,9 +157,11 @@ def eval_batches(
     source = _source(index, image_size, channels, threads)
 
     def work() -> Iterator[_Work]:
-        for number in range(rank, -(-len(index) // batch), world):
-            samples = np.arange(number * batch, min((number + 1) * batch, len(index)))
-            yield _Work(0, number, samples, samples)
+        with prefetching_in_order(index) as prefetch:
+            for number in range(rank, -(-len(index) // batch), world):
+                samples = np.arange(number * batch, min((number + 1) * batch, len(index)))
+                prefetch(int(samples[0]))
+                yield _Work(0, number, samples, samples)
 
     def batches() -> Iterator[MicroBatch]:
         for todo, decoded in _decode(index, source, work(), workers):
@@ -203,7 +208,7 @@ def _batch(
 
 def _source(index: Index, image_size: int, channels: int, threads: int) -> Source:
     names = [file.name for file in index.shards]
-    return Source(index.root, names, image_size, channels, threads)
+    return Source(index.root, names, image_size, channels, threads, index.remote)
 
 
 def _extents(index: Index, samples: Positions) -> Extents:

@@ -11,8 +11,10 @@ from pathlib import Path
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.staging import Cache
 
 _OPEN_FILES = 256
+_OPEN_COPIES = 4  # of remote shards: an open one cannot leave the cache
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.1
 # Errors that waiting does not cure.
@@ -24,10 +26,12 @@ class BadSample(Exception):
 
 
 class ShardReader:
-    """Reads byte ranges of shards, from any number of threads."""
+    """Reads byte ranges of shards, from any number of threads; URLs through `cache`."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path | str], cache: Cache | None = None) -> None:
         self.paths = paths
+        self._cache = cache
+        self._most = _OPEN_FILES if cache is None else _OPEN_COPIES
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -35,8 +39,19 @@ class ShardReader:
         """Bytes [offset, offset + size) of paths[shard], whose CRC-32C must be `crc`.
 
         Raises BadSample where it is not, and UserError for a shard that cannot be read. I/O
-        errors are retried with a doubling pause; the wrong bytes are wrong for good.
+        errors are retried with a doubling pause; the wrong bytes are wrong for good, unless
+        only the cache's copy has them.
         """
+        try:
+            return self._read(shard, offset, size, crc)
+        except BadSample:
+            if self._cache is None or not self._cache.drop_damaged(str(self.paths[shard])):
+                raise
+        with self._lock:
+            self._files.pop(shard, None)
+        return self._read(shard, offset, size, crc)
+
+    def _read(self, shard: int, offset: int, size: int, crc: int) -> bytes:
         for attempt in range(_ATTEMPTS):
             try:
                 file = self._file(shard)  # held while we read: it may be evicted
@@ -57,20 +72,27 @@ class ShardReader:
     def _file(self, shard: int) -> "_File":
         with self._lock:
             file = self._files.get(shard)
-            if file is None:
-                file = self._files[shard] = _File(self.paths[shard])
-                if len(self._files) > _OPEN_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(shard)
-            return file
+            if file is not None:
+                self._files.move_to_end(shard)
+                return file
+            while len(self._files) >= self._most:
+                self._files.popitem(last=False)
+        # Not under the lock: a remote shard may take a while.
+        file = _File(self.paths[shard], self._cache)
+        with self._lock:
+            self._files[shard] = file
+        return file
 
 
 class _File:
     """A descriptor that is closed with its last user, who may still read when it is evicted."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str, cache: Cache | None) -> None:
         self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if cache is None:
+            self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            self.handle = cache.open(str(path))
 
     def __del__(self) -> None:
         if self.handle >= 0:

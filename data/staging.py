@@ -112,7 +112,7 @@ class Cache:
             handle = self._open_copy(file)
             if handle is not None:
                 return handle
-            with self._only_one(file.key):
+            with self.only_one(file.key):
                 if not self._copy(file).exists():
                     file = self._seen[url] = self._download(file)
 
@@ -132,7 +132,7 @@ class Cache:
         finally:
             os.close(handle)
         if damaged:
-            with self._only_one(file.key):
+            with self.only_one(file.key):
                 self._discard(self._copy(file).parent)
         return damaged
 
@@ -152,7 +152,7 @@ class Cache:
             return None
         if file.size is not None and found.st_size != file.size:
             os.close(handle)
-            with self._only_one(file.key):
+            with self.only_one(file.key):
                 self._discard(self._copy(file).parent)
             return None
         with suppress(OSError):
@@ -196,7 +196,7 @@ class Cache:
         shutil.rmtree(folder, ignore_errors=True)  # of a killed process
         deadline = time.monotonic() + _PATIENCE_S
         while True:
-            with self._only_one("room"):
+            with self.only_one("room"):
                 if self._make_room(size):
                     folder.mkdir()
                     target = folder / file.name
@@ -214,7 +214,7 @@ class Cache:
         """Remove unused copies, the least recently used first, until `size` bytes more fit."""
         for left in (self.folder / "partial").iterdir():
             # A download holds its lock; what lies here without one was left by a kill.
-            with self._only_one(left.name, wait=False) as mine:
+            with self.only_one(left.name, wait=False) as mine:
                 if mine:
                     shutil.rmtree(left, ignore_errors=True)
         coming = sum(_held(folder)[1] for folder in (self.folder / "partial").iterdir())
@@ -250,7 +250,7 @@ class Cache:
         shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
-    def _only_one(self, name: str, wait: bool = True) -> Iterator[bool]:
+    def only_one(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold the lock `name`; whether it is held, which only `wait=False` leaves open."""
         path = self.folder / "locks" / name
         while True:

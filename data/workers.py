@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Source
+from bigbatch.data.staging import Remote
 
 _TASK = struct.Struct("<II")  # slab, samples
 _REPLY = struct.Struct("<QQ")  # bytes of pixels, bytes of JSON behind them
@@ -179,7 +180,9 @@ class _Worker:
 def main() -> None:
     """A worker's life: the settings from stdin, then one batch after another, until EOF."""
     settings = json.loads(os.pread(0, os.fstat(0).st_size, 0))
-    decoder = BatchDecoder(Source(**{**settings, "root": Path(settings["root"])}))
+    settings["root"] = Path(settings["root"])
+    settings["remote"] = settings["remote"] and Remote(*settings["remote"])
+    decoder = BatchDecoder(Source(**settings))
     slabs: list[Slab] = []
     with socket.socket(fileno=int(sys.argv[1])) as trainer:
         while True:

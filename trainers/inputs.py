@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schema import Recipe
+from bigbatch.configs.schema import Data, Recipe
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, build_order
+from bigbatch.data.remote import open_remote
+from bigbatch.data.staging import Remote, default_cache, is_url
 from bigbatch.trainers.plan import Plan, make_plan
 from bigbatch.trainers.schedules import build_schedule
 
@@ -31,24 +33,33 @@ def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
     Raises UserError with the remedy for whatever would stop a run at its start.
     """
     data, root = recipe.data, Path(recipe.data.path)
-    if not root.is_dir():
+    if not is_url(data.path) and not root.is_dir():
         source = "digits" if root.name == "digits" else "SOURCE"
         raise UserError(
             f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
             f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
         )
     names = {"train": data.train, "val": data.val, "test": data.test}
-    splits = {role: open_index(root / name) for role, name in names.items() if name is not None}
+    splits = {role: open_split(data, name) for role, name in names.items() if name is not None}
     classes = splits["train"].classes
     for role, index in splits.items():
         if index.classes != classes:
             raise UserError(
-                f"split {names[role]} of {root} has classes {list(index.classes)[:8]}, split "
+                f"split {names[role]} of {data.path} has classes {list(index.classes)[:8]}, split "
                 f"{data.train} has {list(classes)[:8]}: write both with one `bigbatch shard`"
             )
     order = open_order(recipe, splits["train"])
     plan, schedule = fit(recipe, order.epoch_samples, stop_at)
     return Inputs(splits, order, plan, schedule)
+
+
+def open_split(data: Data, name: str) -> Index:
+    """Open the index of a split, here or on remote storage."""
+    if not is_url(data.path):
+        return open_index(Path(data.path) / name)
+    cache = Path(data.cache) if data.cache else default_cache()
+    url = f"{data.path.rstrip('/')}/{name}"
+    return open_remote(Remote(url, str(cache.expanduser().absolute()), int(data.cache_gb * 1e9)))
 
 
 def open_order(recipe: Recipe, index: Index) -> Order:

@@ -1,0 +1,168 @@
+"""Reading from a URL gives what reading the same shards from the disk gives."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.sampling import Uniform
+from bigbatch.data import retry
+from bigbatch.data.index import open_index
+from bigbatch.data.lanes import LaneOrder
+from bigbatch.data.loader import eval_batches, train_batches
+from bigbatch.data.order import build_order
+from bigbatch.data.remote import open_remote
+from bigbatch.data.shard import shard
+from bigbatch.data.staging import ABOUT, Remote
+from tests.data.servers import Store
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Shards of 60 digits each: 18 of them for training."""
+    dest = tmp_path_factory.mktemp("shards") / "digits"
+    shard("digits", dest, samples_per_shard=60)
+    return dest
+
+
+@pytest.fixture(scope="module")
+def store(digits):
+    paths = [path for path in digits.rglob("*") if path.is_file()]
+    with Store({str(p.relative_to(digits)): p.read_bytes() for p in paths}) as store:
+        yield store
+
+
+@pytest.fixture
+def remote(store, tmp_path):
+    return Remote(f"{store.url}/train", str(tmp_path / "cache"), GB)
+
+
+def order_of(index, lanes):
+    if lanes:
+        return LaneOrder(index, 7, lanes=lanes, window=2, micro_batch=16)
+    return build_order(Uniform(), index, 7)
+
+
+def batches_of(index, lanes, *, rank=0, world=1, workers=0, bad_samples=0):
+    options = {"image_size": 8, "channels": 1, "threads": 2, "journal": None}
+    for batch in train_batches(
+        index,
+        order_of(index, lanes),
+        global_batch=128,
+        micro_batch=16,
+        rank=rank,
+        world=world,
+        start_step=3,
+        stop_step=8,
+        workers=workers,
+        bad_samples=bad_samples,
+        **options,
+    ):
+        yield (batch.step, batch.index), (batch.samples.tolist(), batch.pixels.numpy().tobytes())
+
+
+@pytest.mark.parametrize("lanes", [0, 8])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 1), (4, 0)])
+def test_the_same_batches_as_from_the_disk(digits, remote, lanes, world, workers):
+    local = dict(batches_of(open_index(digits / "train"), lanes))
+    together = {}
+    for rank in range(world):
+        index = open_remote(remote)
+        together |= batches_of(index, lanes, rank=rank, world=world, workers=workers)
+    assert together == local
+
+
+def test_evaluation_reads_every_sample(digits, remote):
+    options = {"batch": 100, "image_size": 8, "channels": 1, "workers": 0, "threads": 1}
+    index = open_remote(remote)
+    found = [
+        b.samples for rank in range(2) for b in eval_batches(index, rank=rank, world=2, **options)
+    ]
+    assert np.array_equal(np.sort(np.concatenate(found)), np.arange(len(index)))
+
+
+def test_an_index_is_copied_once_and_passes_between_processes(store, remote):
+    first = open_remote(remote)
+    sent = store.sent
+    again = open_remote(remote)
+    assert store.sent - sent < 10_000  # the manifest
+    assert again.root == first.root
+    unpickled = pickle.loads(pickle.dumps(first))
+    assert unpickled.remote == remote
+    assert unpickled.hash == first.hash
+    assert first.keys() == again.keys()
+
+
+def test_few_shards_are_in_a_small_cache(digits, remote):
+    index = open_remote(remote)
+    largest = max(s.bytes for s in index.shards)
+    small = remote._replace(limit=9 * largest)
+    index = open_remote(small)
+    local = dict(batches_of(open_index(digits / "train"), 8))
+    found = {}
+    for rank in range(4):  # two lanes each, two windows of two shards
+        found |= batches_of(index, 8, rank=rank, world=4)
+        held = [p for p in Path(remote.cache).glob("files/*/*") if p.name != ABOUT]
+        assert sum(p.stat().st_size for p in held) <= small.limit
+    assert found == local
+
+
+@pytest.mark.parametrize(("lanes", "message"), [(0, "data.lanes"), (8, "lower data.window")])
+def test_a_cache_too_small_for_the_order(remote, lanes, message):
+    index = open_remote(remote._replace(limit=300_000))
+    with pytest.raises(UserError, match=f"raise data.cache_gb, or .*{message}"):
+        next(batches_of(index, lanes))
+
+
+def test_a_damaged_copy_is_fetched_again(digits, remote):
+    index = open_remote(remote)
+    first = dict(batches_of(index, 0))
+    for path in Path(remote.cache).glob("files/*/*.tar"):
+        data = bytearray(path.read_bytes())
+        data[600:] = bytes(len(data) - 600)
+        path.write_bytes(data)
+    assert dict(batches_of(open_remote(remote), 0)) == first
+
+
+def test_a_damaged_source_is_a_bad_sample(digits, tmp_path):
+    source = tmp_path / "digits"
+    shutil.copytree(digits, source)
+    index = open_index(source / "train")
+    with (source / "train" / "000002.tar").open("r+b") as file:
+        for offset in index.offset[2 * 60 : 3 * 60].tolist():
+            file.seek(offset)
+            file.write(b"xxxx")
+    index = open_remote(Remote(f"file://{source}/train", str(tmp_path / "cache"), GB))
+    with pytest.raises(UserError, match=r"000002.tar at byte .* differ from the index"):
+        list(batches_of(index, 0))
+    assert len(list(batches_of(index, 0, bad_samples=60))) == 5 * 8
+
+
+def test_what_cannot_be_opened(store, remote, tmp_path):
+    def message(url):
+        with pytest.raises(UserError) as raised:
+            open_remote(remote._replace(url=url))
+        return str(raised.value)
+
+    assert "no index at" in message(f"{store.url}/nothing")
+    files = store.files
+    store.files = {**files, "train/index/label.npy": files["train/index/crc.npy"]}
+    assert "is damaged, or was replaced" in message(f"{store.url}/train")
+    store.files = {**files, "train/index/manifest.json": b"{}"}
+    assert "is damaged, or was replaced" in message(f"{store.url}/train")
+    store.files = {k: v for k, v in files.items() if k != "train/000000.tar"}
+    assert "000000.tar does not exist" in message(f"{store.url}/train")
+    store.files = {**files, "train/000000.tar": b"short"}
+    assert "has 5 bytes; it had" in message(f"{store.url}/train")
+    store.files = files
+    assert len(open_remote(remote)) > 1000
