@@ -1,0 +1,380 @@
+"""Images per second from shards to the trainer, against the usual pipelines.
+
+    python benchmarks/loader.py [--quick] [--json FILE] [--photos TAR] [--workers N]
+                                [--streaming-python PYTHON]
+
+The photos of a tar file (without --photos: generated ones of about the same size) are
+written as shards twice: as they are, and reduced to a short side of 256 pixels as `bigbatch
+shard --short-side 256` does. Everything is in the page cache. Each contestant runs in a
+process of its own with N workers (2), all take turns, and the median of the rounds counts:
+
+    float    normalised float32 batches 64 x 3 x 224 x 224 in the trainer: random resized
+             crop and horizontal flip. bigbatch crops in the trainer's process, the others in
+             their workers: webdataset and mosaicml-streaming with torchvision's transforms,
+             timm with its own, all from Pillow's decoder
+    uint8    what a GPU run asks of the CPU: decoded images handed to the trainer. Beside it,
+             the limit: simplejpeg's decoder alone, in N processes, on bytes in memory
+
+CPU seconds and memory are of the trainer and its workers together; shared memory counts
+once. mosaicml-streaming needs another NumPy than bigbatch: install it into an environment of
+its own, beside everything that bigbatch needs, and give its interpreter.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import simplejpeg
+import torch
+from PIL import Image
+
+from bigbatch.configs.sampling import Uniform
+from bigbatch.configs.schema import Augment, Crop
+from bigbatch.data.augment import Augmenter
+from bigbatch.data.index import build_index, open_index
+from bigbatch.data.loader import MicroBatch, train_batches
+from bigbatch.data.order import build_order
+from bigbatch.data.read import ShardReader
+from bigbatch.data.recode import prepare
+from bigbatch.data.tar import write_end, write_member
+
+BATCH, SIZE, SHARDS = 64, 224, 8
+SCALE, MEAN, STD = (0.08, 1.0), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def our_batches(folder: Path, workers: int) -> Iterator[MicroBatch]:
+    index = open_index(folder)
+    return train_batches(
+        index,
+        build_order(Uniform(), index, 0),
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        rank=0,
+        world=1,
+        start_step=0,
+        stop_step=10**9,
+        image_size=SIZE,
+        channels=3,
+        workers=workers,
+        threads=1,
+        bad_samples=0,
+        journal=None,
+    )
+
+
+def bigbatch_float(folder: Path, workers: int) -> Iterator[int]:
+    augmenter = Augmenter(
+        Augment(crop=Crop(scale=SCALE), flip=0.5, mean=MEAN, std=STD),
+        image_size=SIZE,
+        crop_fraction=1.0,
+        classes=10,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    for batch in our_batches(folder, workers):
+        images, _ = augmenter.train(batch)
+        yield len(images)
+
+
+def bigbatch_uint8(folder: Path, workers: int) -> Iterator[int]:
+    for batch in our_batches(folder, workers):
+        yield len(batch.sizes)
+
+
+def torchvision_transform() -> Callable[[Image.Image], torch.Tensor]:
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, SCALE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def webdataset_float(folder: Path, workers: int) -> Iterator[int]:
+    import webdataset as wds
+
+    urls = [str(p) for p in sorted(folder.glob("*.tar"))]
+    dataset = (
+        wds.WebDataset(urls, shardshuffle=len(urls), resampled=True)
+        .shuffle(1000)
+        .decode("pilrgb")
+        .to_tuple("jpg", "cls")
+        .map_tuple(torchvision_transform(), int)
+        .batched(BATCH, partial=False)
+    )
+    for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield len(images)
+
+
+def timm_float(folder: Path, workers: int) -> Iterator[int]:
+    from timm.data import create_dataset, create_loader
+
+    split = f"{{000000..{SHARDS - 1:06d}}}.tar|{len(open_index(folder))}"
+    options = {"is_training": True, "batch_size": BATCH}
+    dataset = create_dataset("wds/", str(folder), split, **options)
+    loader = create_loader(
+        dataset,
+        input_size=(3, SIZE, SIZE),
+        scale=SCALE,
+        color_jitter=0.0,
+        mean=tuple(MEAN),
+        std=tuple(STD),
+        num_workers=workers,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+        **options,
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def streaming_float(folder: Path, workers: int) -> Iterator[int]:
+    from streaming import MDSWriter, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    clean_stale_shared_memory()  # of the round before, which left it behind
+
+    local = folder.parent / f"{folder.name}-mds"
+    if not local.exists():
+        with MDSWriter(out=str(local), columns={"jpg": "bytes", "cls": "int"}) as writer:
+            for data in encoded(folder):
+                writer.write({"jpg": data, "cls": 0})
+    transform = torchvision_transform()
+
+    class Photos(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, at: int) -> Any:
+            sample = super().__getitem__(at)
+            return transform(Image.open(io.BytesIO(sample["jpg"])).convert("RGB")), sample["cls"]
+
+    dataset = Photos(local=str(local), shuffle=True, batch_size=BATCH)
+    loader = DataLoader(
+        dataset, BATCH, num_workers=workers, drop_last=True, persistent_workers=True
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+CONTESTANTS: dict[str, Callable[[Path, int], Iterator[int]]] = {
+    "bigbatch, float": bigbatch_float,
+    "webdataset, float": webdataset_float,
+    "timm, float": timm_float,
+    "mosaicml-streaming, float": streaming_float,
+    "bigbatch, uint8": bigbatch_uint8,
+}
+LIMIT = "simplejpeg alone"
+
+
+def encoded(folder: Path) -> list[bytes]:
+    """The images of all shards, in index order."""
+    index = open_index(folder)
+    reader = ShardReader([folder / file.name for file in index.shards])
+    columns = (index.shard, index.offset, index.size, index.crc)
+    return [reader.read(*place) for place in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def processes() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
+
+
+def cpu_seconds() -> float:
+    return sum(sum(p.cpu_times()[:2]) for p in processes())
+
+
+def memory_mb() -> float:
+    """Proportional set size: pages shared by several processes count once in all."""
+    return float(sum(p.memory_full_info().pss for p in processes()) / 1e6)
+
+
+def measure(contestant: str, folder: Path, workers: int, seconds: float) -> dict[str, float]:
+    torch.set_num_threads(1)  # the cores are the workers'; ours crops one image after another
+    started = time.perf_counter()
+    batches = CONTESTANTS[contestant](folder, workers)
+    next(batches)
+    first = time.perf_counter() - started
+    for _ in range(4 * workers):  # what was decoded before the clock starts
+        next(batches)
+    images, memory = 0, 0.0
+    before, started = cpu_seconds(), time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        images += next(batches)
+        if spent > seconds / 2 and not memory:
+            memory = memory_mb()
+    return {
+        "images_per_s": images / spent,
+        "cpu_s_per_1000": (cpu_seconds() - before) / images * 1000,
+        "memory_mb": memory,
+        "first_batch_s": first,
+    }
+
+
+def decode_alone(folder: Path, seconds: float) -> tuple[int, float, float]:
+    """Images, CPU seconds and seconds of one process that does nothing but decode."""
+    data = encoded(folder)
+    for image in data[:BATCH]:
+        simplejpeg.decode_jpeg(image)
+    images, cpu, started = 0, time.process_time(), time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        for image in data[images % len(data) : images % len(data) + 16]:
+            simplejpeg.decode_jpeg(image)
+            images += 1
+    return images, time.process_time() - cpu, spent
+
+
+def measure_limit(folder: Path, workers: int, seconds: float) -> dict[str, float]:
+    with get_context("spawn").Pool(workers) as pool:
+        found = pool.starmap(decode_alone, [(folder, seconds)] * workers)
+    images = sum(n for n, _, _ in found)
+    return {
+        "images_per_s": sum(n / spent for n, _, spent in found),
+        "cpu_s_per_1000": sum(cpu for _, cpu, _ in found) / images * 1000,
+    }
+
+
+def photos_of(path: Path | None, count: int) -> list[bytes]:
+    if path is None:
+        return [generated_photo(seed) for seed in range(count)]
+    with tarfile.open(path) as archive:
+        files = [archive.extractfile(member) for member in archive if member.isfile()]
+        return [file.read() for file in files if file is not None]
+
+
+def generated_photo(seed: int) -> bytes:
+    """A JPEG of 500 x 375 pixels or upright, with detail at every scale, of some 110 kB."""
+    rng = np.random.default_rng(seed)
+    width, height = (500, 375) if seed % 4 else (375, 500)
+    total = np.zeros((height, width, 3))
+    for octave in range(8):
+        small = rng.normal(size=(2**octave + 1, 2**octave + 1, 3)) * 0.95**octave
+        for channel in range(3):
+            layer = Image.fromarray(small[..., channel].astype(np.float32))
+            total[..., channel] += layer.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = 128 + total * 45
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write_shards(folder: Path, photos: list[bytes], samples: int, short_side: int | None) -> None:
+    folder.mkdir()
+    ready = [prepare(photo, short_side, 90)[0] for photo in photos]
+    for number in range(SHARDS):
+        with (folder / f"{number:06d}.tar").open("wb") as file:
+            for i in range(number * samples // SHARDS, (number + 1) * samples // SHARDS):
+                write_member(file, f"{i:08d}.jpg", ready[i % len(ready)])
+                write_member(file, f"{i:08d}.cls", str(i % 10).encode())
+            write_end(file)
+    build_index(folder)
+
+
+def in_own_process(python: str, *arguments: str) -> dict[str, float] | None:
+    """The figures of one contestant; None where it cannot run, with its last line shown."""
+    command = [python, __file__, "--only", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        print(f"{arguments[0]} did not run: {lines[-1] if lines else done.returncode}")
+        return None
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round of 2 s, few photos")
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--photos", type=Path, help="tar of JPEG photos")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--streaming-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        name, folder, workers, seconds = options.only
+        arguments = Path(folder), int(workers), float(seconds)
+        limit = name == LIMIT
+        print(json.dumps(measure_limit(*arguments) if limit else measure(name, *arguments)))
+        os._exit(0)  # some loaders wait at exit for workers that they never stop
+    rounds, seconds = (1, 2.0) if options.quick else (3, 15.0)
+    photos = photos_of(options.photos, 24 if options.quick else 240)
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    with tempfile.TemporaryDirectory() as root:
+        cases = {"photos": None, "short side 256": 256}
+        for case, short_side in cases.items():
+            folder = Path(root) / case.replace(" ", "-")
+            write_shards(folder, photos, 480 if options.quick else 3840, short_side)
+            found[case] = {name: [] for name in (*CONTESTANTS, LIMIT)}
+        for _ in range(rounds):
+            for case, runs in found.items():
+                for name, figures in runs.items():
+                    python = options.streaming_python if "streaming" in name else sys.executable
+                    folder = Path(root) / case.replace(" ", "-")
+                    arguments = (name, str(folder), str(options.workers), str(seconds))
+                    run = in_own_process(python, *arguments)
+                    if run is not None:
+                        figures.append(run)
+    medians = {
+        case: {
+            name: {key: round(statistics.median(r[key] for r in runs), 3) for key in runs[0]}
+            for name, runs in rows.items()
+            if runs
+        }
+        for case, rows in found.items()
+    }
+    report(medians)
+    if options.json:
+        packages = ("torch", "torchvision", "webdataset", "timm", "simplejpeg", "pillow")
+        machine = {
+            "date": time.strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "workers": options.workers,
+            "photos": len(photos),
+            "bytes_per_photo": round(statistics.mean(map(len, photos))),
+            "rounds": rounds,
+            "seconds": seconds,
+            "versions": {name: version(name) for name in packages},
+        }
+        options.json.write_text(json.dumps({"machine": machine, "figures": medians}, indent=1))
+
+
+def report(medians: dict[str, dict[str, dict[str, float]]]) -> None:
+    columns = ("images_per_s", "cpu_s_per_1000", "memory_mb", "first_batch_s")
+    usual = medians["photos"].get("webdataset, float", {}).get("images_per_s")
+    for case, rows in medians.items():
+        print(f"\n{case:28}" + "".join(f"{c:>16}" for c in (*columns, "x webdataset")))
+        for name, row in rows.items():
+            cells = [f"{row[c]:16,.2f}" if c in row else " " * 16 for c in columns]
+            ratio = f"{row['images_per_s'] / usual:16.2f}" if usual else ""
+            print(f"{name:28}" + "".join(cells) + ratio)
+        share = rows["bigbatch, uint8"]["images_per_s"] / rows[LIMIT]["images_per_s"]
+        print(f"bigbatch, uint8, reaches {share:.1%} of the limit")
+    print("\nx webdataset: against its figure for the photos")
+
+
+if __name__ == "__main__":
+    main()
