@@ -1,0 +1,299 @@
+"""LARS against NumPy in float64, against its peers, and each known trap."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_optimizer
+import timm.optim
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bigbatch.trainers.optim import LARS
+from bigbatch.trainers.optim.lars import _foreach_update, _fused_update
+from bigbatch.trainers.optim.layerwise import norms
+
+from .optim_reference import RATES, ReferenceLARS, as_array, make_layers, run, run_reference
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+VARIANTS: list[dict[str, Any]] = [
+    {
+        "momentum": momentum,
+        "weight_decay": decay,
+        "nesterov": nesterov,
+        "momentum_form": form,
+        "trust_clip": clip,
+        "eps": eps,
+    }
+    for momentum, decay, nesterov, form, clip, eps in product(
+        (0.0, 0.9), (0.0, 0.01), (False, True), ("lr_inside", "lr_outside"), (False, True), (0, 0.1)
+    )
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
+def test_each_variant_follows_the_formula_in_float64(options, device):
+    params, grads = make_layers(torch.float64, device)
+    adapted = {name: name != "vector" for name in params}
+    groups = [{"params": [p], "adapt": adapted[name]} for name, p in params.items()]
+    options = options | {"trust_coefficient": 0.02}
+    optimizer = LARS(groups, lr=1.0, **options)
+    references = {
+        name: ReferenceLARS(as_array(p), adapt=adapted[name], **options)
+        for name, p in params.items()
+    }
+    # A rate of 0 has no clipped ratio: min(r / 0, 1) is 1 in ours, an error in NumPy's.
+    start = 1 if options["trust_clip"] else 0
+    run(optimizer, params, grads[start:], RATES[start:])
+    run_reference(references, grads[start:], RATES[start:])
+    for name, p in params.items():
+        reference = references[name]
+        np.testing.assert_allclose(as_array(p), reference.w, rtol=1e-12, atol=1e-14)
+        buffer = optimizer.state[p]["momentum_buffer"]
+        np.testing.assert_allclose(as_array(buffer), reference.v, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_keep_float32_state_and_norms(dtype):
+    params, grads = make_layers(dtype)
+    optimizer = LARS(list(params.values()), lr=1.0, weight_decay=0.01)
+    for row, lr in zip(grads[1:], RATES[1:], strict=True):
+        expected = {}
+        for name, p in params.items():
+            reference = ReferenceLARS(as_array(p), momentum=0.9, weight_decay=0.01)
+            if p in optimizer.state:
+                reference.v = as_array(optimizer.state[p]["momentum_buffer"])
+            reference.step(as_array(row[name]), lr)
+            expected[name] = torch.from_numpy(reference.w).to(dtype)
+        run(optimizer, params, [row], [lr])
+        for name, p in params.items():
+            # float32 throughout and rounded once: at most one unit in the last place off.
+            assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+            torch.testing.assert_close(p.data, expected[name], rtol=torch.finfo(dtype).eps, atol=0)
+            assert (p.data == expected[name]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_equals_timm_with_the_rate_outside(nesterov, clip):
+    ours, grads = make_layers(torch.float64)
+    theirs, _ = make_layers(torch.float64)
+    # always_adapt, because timm leaves layers without decay unadapted.
+    options = {"momentum": 0.9, "weight_decay": 1e-3, "nesterov": nesterov, "trust_clip": clip}
+    peer = timm.optim.Lars(list(theirs.values()), lr=1.0, eps=1e-8, always_adapt=True, **options)
+    optimizer = LARS(list(ours.values()), lr=1.0, eps=1e-8, momentum_form="lr_outside", **options)
+    run(optimizer, ours, grads[1:], RATES[1:])
+    run(peer, theirs, grads[1:], RATES[1:])
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_equals_pytorch_optimizer_with_the_rate_outside(nesterov):
+    ours, grads = make_layers(torch.float64)
+    theirs, _ = make_layers(torch.float64)
+    # It leaves vectors alone, by their dimension; and where g is 0 it still adapts.
+    del ours["vector"], theirs["vector"], ours["linear"], theirs["linear"]
+    options = {"momentum": 0.9, "weight_decay": 1e-3, "nesterov": nesterov}
+    peer = pytorch_optimizer.LARS(list(theirs.values()), lr=1.0, **options)
+    optimizer = LARS(list(ours.values()), lr=1.0, momentum_form="lr_outside", **options)
+    run(optimizer, ours, grads, RATES)
+    run(peer, theirs, grads, RATES)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_unadapted_is_torch_sgd(nesterov):
+    ours, grads = make_layers(torch.float64)
+    theirs, _ = make_layers(torch.float64)
+    options = {"momentum": 0.9, "weight_decay": 1e-3, "nesterov": nesterov}
+    groups = [{"params": list(ours.values()), "adapt": False}]
+    optimizer = LARS(groups, lr=1.0, momentum_form="lr_outside", **options)
+    peer = torch.optim.SGD(list(theirs.values()), lr=1.0, **options)
+    run(optimizer, ours, grads, RATES)
+    run(peer, theirs, grads, RATES)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([(3,), (1, 1), (5, 4), (2, 3, 3, 3), (4, 1, 5)]),
+    lr=st.floats(0, 10),
+    momentum=st.floats(0.1, 0.99),
+    decay=st.floats(0, 0.1),
+    ratio=st.floats(1e-6, 2),
+    nesterov=st.booleans(),
+    form=st.sampled_from(["lr_inside", "lr_outside"]),
+    adapt=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_fused_and_the_multi_tensor_update_agree(
+    shape, lr, momentum, decay, ratio, nesterov, form, adapt, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    group = {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": decay,
+        "nesterov": nesterov,
+        "momentum_form": form,
+    }
+    ratios = torch.tensor([ratio], dtype=torch.float64) if adapt else None
+    results = []
+    p, g, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    for update in (_fused_update, _foreach_update):
+        copies = [[t.clone()] for t in (p, g, v)]
+        update(copies[0], copies[1], copies[2], ratios, group)
+        assert torch.equal(copies[1][0], g), "the gradient was changed"
+        results.append(copies)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-10, atol=1e-11)
+
+
+def test_the_gradient_stays_as_it_was():
+    params, grads = make_layers(torch.float32)
+    optimizer = LARS(list(params.values()), lr=1.0, weight_decay=0.01, nesterov=True)
+    run(optimizer, params, grads[:1], [1.0])
+    for name, p in params.items():
+        assert torch.equal(p.grad, grads[0][name])
+
+
+def test_the_first_step_is_scaled_like_every_other():
+    """A popular LARS seeds the momentum with the raw gradient: its first step is far too large."""
+    p = nn.Parameter(torch.ones(10, 10, dtype=torch.float64))
+    p.grad = torch.full_like(p, 0.01)
+    LARS([p], lr=2.0, trust_coefficient=0.001).step()
+    step = torch.linalg.vector_norm(1.0 - p.detach()).item()
+    assert step == pytest.approx(2.0 * 0.001 * 10.0)  # lr x coefficient x |w|, whatever g is
+
+
+def test_layers_without_decay_are_adapted_too():
+    """timm skips the trust ratio where weight decay is 0."""
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.full_like(p, 100.0)
+    optimizer = LARS([p], lr=1.0, weight_decay=0.0)
+    optimizer.step()
+    assert optimizer.last_ratios[0][1].item() == pytest.approx(0.001 * 4.0 / 400.0)
+
+
+def test_epsilon_zero_stays_zero():
+    """Keras replaces an epsilon of 0 by its default; with tiny norms that changes the ratio."""
+    p = nn.Parameter(torch.full((2, 2), 1e-9, dtype=torch.float64))
+    p.grad = torch.full_like(p, 1e-9)
+    optimizer = LARS([p], lr=1.0, eps=0.0)
+    optimizer.step()
+    assert optimizer.last_ratios[0][1].item() == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("zero", ["weights", "gradient", "both"])
+def test_zero_norms_give_ratio_one_and_finite_weights(zero):
+    p = nn.Parameter(torch.zeros(3, 3) if zero != "gradient" else torch.ones(3, 3))
+    p.grad = torch.ones(3, 3) if zero == "weights" else torch.zeros(3, 3)
+    optimizer = LARS([p], lr=0.5)
+    optimizer.step()
+    assert optimizer.last_ratios[0][1].item() == 1.0
+    assert torch.isfinite(p).all()
+
+
+def test_clipping_bounds_the_rate_of_every_layer():
+    params, grads = make_layers(torch.float64)
+    optimizer = LARS(list(params.values()), lr=0.05, trust_coefficient=10.0, trust_clip=True)
+    run(optimizer, params, grads, [0.05] * len(grads))
+    ratios = torch.cat([ratios for _, ratios in optimizer.last_ratios])
+    assert (ratios <= 1.0).all()
+
+
+def test_norms_do_not_depend_on_threads_alignment_or_size():
+    """A BLAS dot product fails the first two, one long float32 sum the third."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(512, 512, 3, 3, generator=generator)
+    found = set()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for offset in range(3):
+                flat = torch.empty(values.numel() + 8)
+                moved = flat[offset : offset + values.numel()].view(values.shape).copy_(values)
+                found.add(norms([moved]).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+    exact = torch.linalg.vector_norm(values.double()).item()
+    assert found.pop() == pytest.approx(exact, rel=3e-7)
+
+
+def test_a_step_on_a_device_reads_nothing_back():
+    """On meta tensors, which have no values, any read-back raises; also with lr as a tensor."""
+    for nesterov, form in product((False, True), ("lr_inside", "lr_outside")):
+        p = nn.Parameter(torch.empty(4, 4, device="meta"))
+        p.grad = torch.empty(4, 4, device="meta")
+        options = {"nesterov": nesterov, "momentum_form": form, "trust_clip": True}
+        optimizer = LARS([p], lr=torch.empty((), device="meta"), **options)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].shape == (4, 4)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            optimizer.last_ratios[0][1].tolist()
+
+
+def test_a_rate_held_as_a_tensor_gives_the_same_weights():
+    ours, grads = make_layers(torch.float64)
+    other, _ = make_layers(torch.float64)
+    first, second = LARS(list(ours.values()), lr=1.0), LARS(list(other.values()), lr=1.0)
+    for group in second.param_groups:
+        group["lr"] = torch.tensor(0.7, dtype=torch.float64)
+    for optimizer, params in ((first, ours), (second, other)):
+        for name, p in params.items():
+            p.grad = grads[0][name].clone()
+        for group in first.param_groups:
+            group["lr"] = 0.7
+        optimizer.step()
+    for name in ours:
+        assert torch.equal(ours[name], other[name])
+
+
+def test_groups_may_mix_dtypes_and_parameters_without_gradient():
+    a = nn.Parameter(torch.ones(3, 3))
+    b = nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
+    unused = nn.Parameter(torch.ones(3, 3))
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer = LARS([a, b, unused], lr=100.0)
+    optimizer.step()
+    assert unused not in optimizer.state
+    assert torch.equal(unused.data, torch.ones(3, 3))
+    torch.testing.assert_close(a.detach(), torch.full((3, 3), 0.9))
+    torch.testing.assert_close(b.detach().float(), torch.full((3, 3), 0.9), rtol=1e-2, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_gives_the_weights_of_a_plain_one():
+    plain, grads = make_layers(torch.float32, "cuda")
+    captured, _ = make_layers(torch.float32, "cuda")
+    lr = torch.tensor(0.5, device="cuda")
+    optimizer = LARS(list(captured.values()), lr=lr, weight_decay=0.01)
+    for name, p in captured.items():
+        p.grad = grads[0][name].clone()
+    before = {name: p.detach().clone() for name, p in captured.items()}
+    optimizer.step()  # makes the state
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    with torch.no_grad():
+        for name, p in captured.items():
+            p.copy_(before[name])
+            optimizer.state[p]["momentum_buffer"].zero_()
+    other = LARS(list(plain.values()), lr=0.5, weight_decay=0.01)
+    for row, rate in zip(grads, (0.5, 0.7, 1.0, 0.2, 0.1, 0.0), strict=True):
+        lr.fill_(rate)
+        for name, p in captured.items():
+            p.grad.copy_(row[name])
+        graph.replay()
+        run(other, plain, [row], [rate])
+    for name in plain:
+        torch.testing.assert_close(plain[name], captured[name], rtol=1e-6, atol=1e-7)
