@@ -82,8 +82,8 @@ def _copy_index(remote: Remote, manifest: bytes, root: Path) -> None:
 def prefetching(index: Index, order: Order, numbers: range) -> Iterator[Prefetch]:
     """Have the next shards of a rank copied by another process while the body runs.
 
-    `numbers` are the rank's micro-batches in a step: range(rank, ..., world). Does nothing for a local index. Raises
-    UserError where the cache cannot hold what the order mixes.
+    `numbers` are the rank's micro-batches in a step: range(rank, ..., world). Does nothing
+    for a local index. Raises UserError where the cache cannot hold what the order mixes.
     """
     if index.remote is None:
         yield lambda position: None

@@ -12,8 +12,9 @@ T = TypeVar("T")
 _ATTEMPTS = 8
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 20.0
-# HTTP statuses below 500 that pass: request timeout, conflict, too early, too many requests.
-_PASSING = {408, 409, 425, 429}
+# HTTP statuses that do not pass. S3 has timeouts among those of 400, and a response that is
+# cut in its headers is a 400 to aiohttp.
+_FINAL = {401, 402, 403, 404, 405, 407, 410, 451}
 # The libraries below fsspec raise their own errors for connections, without a common base.
 _NETWORK = ("aiohttp.", "botocore.", "urllib3.", "requests.", "fsspec.")
 
@@ -73,7 +74,7 @@ def _status(error: Exception) -> int | None:
 
 def _passes(error: Exception, status: int | None) -> bool:
     if status is not None:
-        return status >= 500 or status in _PASSING
+        return status not in _FINAL
     if any(type(cause).__name__ == "NoCredentialsError" for cause in _chain(error)):
         return False
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):

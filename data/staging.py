@@ -301,6 +301,8 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"cannot read {url}: {error}; pip install {extra}") from None
     except ValueError as error:
         raise UserError(f"cannot read {url}: {error}") from None
+    if hasattr(system, "retries"):
+        system.retries = 1  # s3fs; repeated here and there, attempts would multiply
     return system, path
 
 

@@ -111,6 +111,8 @@ class Proxy:
                 up.start()
                 _pump(server, client, value if what == "drop" else None)
                 if what == "drop":  # a reset, not an orderly end
+                    client.shutdown(socket.SHUT_RD)  # or the other thread would keep it open
+                    up.join()
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
