@@ -1,0 +1,185 @@
+"""What the gradient noise scale adds to a training step.
+
+    python benchmarks/noise_overhead.py [--quick] [--json FILE] [--threads N]
+
+Two copies of a model train on the same random images through the real engine, one with the
+measurement and one without it (its norms not taken, DDP's own all-reduce instead of the
+communication hook), a step each in turns and in changing order, so that noise of the machine
+meets both alike. The figure is the median of the ratios within a round, with the middle half
+of them. Cases: both reductions; one process, which accumulates gradients, and two, with one
+and with two micro-batches each.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bigbatch.trainers import engine as engine_module
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.noise import MicroBatchNorms, NoiseScale
+
+MODEL, MICRO, SIZE = "resnet18", 32, 64
+# (ranks, reduction, micro-batches in a step)
+CASES = [
+    (1, "exact", 2),
+    (1, "overlapped", 2),
+    (2, "exact", 2),
+    (2, "overlapped", 2),
+    (2, "overlapped", 4),
+]
+LIMIT = 0.02  # of the step, the design's
+
+
+class NoNorms(MicroBatchNorms):
+    def add(self, gradients: object) -> None:
+        pass
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Engines prepared inside take no norm and leave DDP its own all-reduce."""
+    register = DistributedDataParallel.register_comm_hook
+    engine_module.MicroBatchNorms = NoNorms  # type: ignore[misc]
+    DistributedDataParallel.register_comm_hook = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        engine_module.MicroBatchNorms = MicroBatchNorms  # type: ignore[misc]
+        DistributedDataParallel.register_comm_hook = register  # type: ignore[method-assign]
+
+
+def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[], float]:
+    """A training step that returns its seconds."""
+    engine = Engine("fp32", reduction)
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    engine.prepare(model, optimizer, micro_batches)
+    images = torch.randn(MICRO, 3, SIZE, SIZE, device=engine.device)
+    labels = torch.randint(1000, (MICRO,), device=engine.device)
+    mine = range(engine.rank, micro_batches, engine.world)
+    noise = NoiseScale(MICRO, MICRO * micro_batches)
+
+    def step() -> float:
+        engine.barrier()
+        started = time.perf_counter()
+        engine.zero_grad()
+        for number in mine:
+            with engine.micro_batch(last=number == mine[-1]):
+                engine.backward(nn.functional.cross_entropy(engine.model(images), labels))
+        engine.reduce()
+        agreed = [torch.zeros((), dtype=torch.float64, device=engine.device)]
+        if measured:
+            agreed.append(engine.micro_batch_sq())
+        totals = engine.sum(torch.stack(agreed))
+        values = torch.cat([totals, engine.gradient_norm().view(1)]).tolist()
+        if measured:
+            noise.update(values[1], values[-1])
+        engine.step()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return step
+
+
+def measure(reduction: str, micro_batches: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of a step with and without the measurement, a pair for each round."""
+    with_it = make_step(reduction, micro_batches, True)
+    with unmeasured():
+        without = make_step(reduction, micro_batches, False)
+    pairs = []
+    for number in range(-2, rounds):
+        if number % 2:
+            first, second = with_it(), without()
+        else:
+            second, first = without(), with_it()
+        if number >= 0:
+            pairs.append((first, second))
+    return pairs
+
+
+def rank_main(rank: int, world: int, port: int, threads: int, rounds: int, found: str) -> None:
+    shared = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if world > 1:
+        os.environ |= {k: str(v) for k, v in shared.items()}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(max(1, threads // world))
+    results = {
+        f"{world} ranks, {reduction}, {count} micro-batches": measure(reduction, count, rounds)
+        for ranks, reduction, count in CASES
+        if ranks == world
+    }
+    if rank == 0:
+        Path(found).write_text(json.dumps(results))
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    os._exit(0)  # torch's threads now and then abort an interpreter on its way out
+
+
+def run(world: int, threads: int, rounds: int) -> dict[str, list[list[float]]]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        found = str(Path(folder) / "found.json")
+        mp.spawn(rank_main, (world, port, threads, rounds, found), nprocs=world)
+        result: dict[str, list[list[float]]] = json.loads(Path(found).read_text())
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="6 rounds instead of 100")
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    rounds = 6 if options.quick else 100
+    figures: dict[str, Any] = {}
+    gpus = torch.cuda.device_count()
+    worlds = [w for w in (1, 2) if not gpus or w <= gpus]  # ranks do not share a GPU under NCCL
+    print(f"{'':42}{'step ms':>9}{'added':>8}  middle half")
+    for world in worlds:
+        for name, pairs in run(world, options.threads, rounds).items():
+            ratios = [a / b - 1 for a, b in pairs]
+            low, _, high = statistics.quantiles(ratios, n=4)
+            row = {
+                "step_ms": round(statistics.median(b for _, b in pairs) * 1e3, 3),
+                "added": round(statistics.median(ratios), 5),
+                "middle_half": [round(low, 5), round(high, 5)],
+            }
+            figures[name] = row
+            print(f"{name:42}{row['step_ms']:9.1f}{row['added']:8.2%}  {low:.2%} to {high:.2%}")
+    if options.json:
+        machine = {
+            "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name() if gpus else platform.processor(),
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "model": f"{MODEL}, {MICRO} images of {SIZE} pixels a micro-batch",
+            "rounds": rounds,
+        }
+        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
+    if not options.quick and any(row["added"] > LIMIT for row in figures.values()):
+        sys.exit(f"more than {LIMIT:.0%} of a step")
+
+
+if __name__ == "__main__":
+    main()
