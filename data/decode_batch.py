@@ -56,7 +56,7 @@ class BatchDecoder:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._reader = source.reader()
-        self._helpers = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
+        self._pool = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
 
     def decode(self, extents: Extents, allocate: Callable[[int], Pixels]) -> Decoded:
         """Decode a batch into the uint8 array that `allocate` makes for so many bytes.
@@ -104,8 +104,8 @@ class BatchDecoder:
         return decode(data, image_size=self.source.image_size, channels=self.source.channels)
 
     def close(self) -> None:
-        if self._helpers is not None:
-            self._helpers.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _open(self, shard: int, offset: int, size: int, crc: int) -> Jpeg | Pixels:
         self._check_size(size)
@@ -124,13 +124,13 @@ class BatchDecoder:
             while (i := next(left)) < count:  # next() of a count is atomic
                 work(i)
 
-        if self._helpers is None:
+        if self._pool is None:
             run()
             return
-        helping = [self._helpers.submit(run) for _ in range(self.source.threads - 1)]
+        helping = [self._pool.submit(run) for _ in range(self.source.threads - 1)]
         run()
-        for helper in helping:
-            helper.result()
+        for done in helping:
+            done.result()
 
 
 _NOTHING = np.zeros((0, 0, 1), np.uint8)
