@@ -59,6 +59,11 @@ def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
         _wait(lambda: _idle(env) == 4, "the nodes", folder)
         yield env
     finally:
+        # A step outlives its slurmd; cancelled jobs take theirs along.
+        subprocess.run(["scancel", "--user=root", "--quiet"], env=env, check=False, timeout=60)
+        deadline = time.monotonic() + 40
+        while _jobs(env) and time.monotonic() < deadline:
+            time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -128,6 +133,11 @@ def _idle(env: dict[str, str]) -> int:
     command = ["sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+
+
+def _jobs(env: dict[str, str]) -> bool:
+    done = subprocess.run(["squeue", "-h"], env=env, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and bool(done.stdout.strip())
 
 
 def _wait(ready: object, what: str, folder: Path, limit_s: float = 60) -> None:

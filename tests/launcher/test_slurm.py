@@ -75,6 +75,7 @@ def test_script_starts_the_ranks_and_requeues_only_after_75(
     assert done.returncode == status
     calls = (tmp_path / "calls").read_text().splitlines()
     options = ["--mpi=none", "--kill-on-bad-exit=1", "--cpus-per-task=3"]
+    deaf = ["bash", "-c", 'trap "" TERM USR2; exec "$@"', "rank"]
     command = {
         "template": ["bigbatch", "train", "digits", "seed=1 2"],
         "rendered": [
@@ -83,7 +84,7 @@ def test_script_starts_the_ranks_and_requeues_only_after_75(
         ],
     }[script]
     requeue = ["scontrol", "requeue", "7"] if status == 75 else []
-    assert calls == ["srun", *options, *command, *requeue]
+    assert calls == ["srun", *options, *deaf, *command, *requeue]
 
 
 @pytest.mark.parametrize(
