@@ -7,8 +7,24 @@ something.
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+
+from bigbatch.trainers.optim import lamb, lars, layerwise
+
+# "multi-tensor": the path of a GPU, taken on the CPU.
+PATHS = ["cpu", "multi-tensor", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device for a path of PATHS; for "multi-tensor", make the optimizers take it."""
+    if path == "multi-tensor":
+        for module in (layerwise, lars, lamb):
+            monkeypatch.setattr(module, "on_cpu", lambda tensors: False)
+        return "cpu"
+    return path
+
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

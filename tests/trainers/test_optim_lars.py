@@ -16,9 +16,17 @@ from bigbatch.trainers.optim import LARS
 from bigbatch.trainers.optim.lars import _foreach_update, _fused_update
 from bigbatch.trainers.optim.layerwise import norms
 
-from .optim_reference import RATES, ReferenceLARS, as_array, make_layers, run, run_reference
+from .optim_reference import (
+    PATHS,
+    RATES,
+    ReferenceLARS,
+    as_array,
+    make_layers,
+    run,
+    run_reference,
+    take,
+)
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 VARIANTS: list[dict[str, Any]] = [
     {
         "momentum": momentum,
@@ -34,9 +42,10 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
-def test_each_variant_follows_the_formula_in_float64(options, device):
+def test_each_variant_follows_the_formula_in_float64(options, path, monkeypatch):
+    device = take(path, monkeypatch)
     params, grads = make_layers(torch.float64, device)
     adapted = {name: name != "vector" for name in params}
     groups = [{"params": [p], "adapt": adapted[name]} for name, p in params.items()]
@@ -57,9 +66,10 @@ def test_each_variant_follows_the_formula_in_float64(options, device):
         np.testing.assert_allclose(as_array(buffer), reference.v, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_keep_float32_state_and_norms(dtype):
-    params, grads = make_layers(dtype)
+def test_half_precision_weights_keep_float32_state_and_norms(dtype, path, monkeypatch):
+    params, grads = make_layers(dtype, take(path, monkeypatch))
     optimizer = LARS(list(params.values()), lr=1.0, weight_decay=0.01)
     for row, lr in zip(grads[1:], RATES[1:], strict=True):
         expected = {}
@@ -68,7 +78,7 @@ def test_half_precision_weights_keep_float32_state_and_norms(dtype):
             if p in optimizer.state:
                 reference.v = as_array(optimizer.state[p]["momentum_buffer"])
             reference.step(as_array(row[name]), lr)
-            expected[name] = torch.from_numpy(reference.w).to(dtype)
+            expected[name] = torch.from_numpy(reference.w).to(p.device, dtype)
         run(optimizer, params, [row], [lr])
         for name, p in params.items():
             # float32 throughout and rounded once: at most one unit in the last place off.

@@ -10,6 +10,7 @@ from bigbatch.trainers.optim.layerwise import (
     gradients,
     new_state,
     norms,
+    on_cpu,
     positive_or_one,
     upcast,
 )
@@ -74,7 +75,7 @@ class LAMB(LayerwiseOptimizer):
             ratios = ratios.clamp(*group["trust_bounds"])
         ratios = positive_or_one(ratios, w, u)
         self.last_ratios.append((params, ratios))
-        if params[0].device.type == "cpu":  # one pass; reading back costs nothing here
+        if on_cpu(params):
             for p, d, ratio in zip(params, direction, ratios.tolist(), strict=True):
                 p.add_(d, alpha=-float(lr) * ratio)
         else:
@@ -114,7 +115,7 @@ class LAMB(LayerwiseOptimizer):
     def _decayed(self, params: list[Tensor], like: list[Tensor], decay: float) -> list[Tensor]:
         """b w, laid out as the state is. On a CPU in one buffer that stays as large as the
         largest bucket: fresh memory would cost a page fault for every 4 kB of it."""
-        if params[0].device.type != "cpu":
+        if not on_cpu(params):
             return list(torch._foreach_mul(upcast(params), decay))
         sizes = [p.numel() for p in params]
         if self._scratch.numel() < sum(sizes) or self._scratch.dtype != like[0].dtype:

@@ -10,6 +10,7 @@ from bigbatch.trainers.optim.layerwise import (
     gradients,
     new_state,
     norms,
+    on_cpu,
     positive_or_one,
     upcast,
 )
@@ -70,15 +71,19 @@ class LARS(LayerwiseOptimizer):
         if group["adapt"]:
             ratios = _trust_ratios(params, grads, group)
             self.last_ratios.append((params, ratios))
-        fused = params[0].device.type == "cpu" and group["momentum"] != 0
-        # The kernel walks raw memory: one layout and one dtype for all.
-        if fused and all(
-            p.dtype == v.dtype and p.stride() == v.stride()
-            for p, v in zip(params, buffers, strict=True)
-        ):
+        # Without momentum the kernel has no dampening, which carries the rate.
+        if on_cpu(params) and group["momentum"] != 0 and _same_memory(params, buffers):
             _fused_update(params, grads, buffers, ratios, group)
         else:
             _foreach_update(params, grads, buffers, ratios, group)
+
+
+def _same_memory(params: list[Tensor], buffers: list[Tensor]) -> bool:
+    """Whether a kernel that walks raw memory can take parameters and buffers together."""
+    return all(
+        p.dtype == v.dtype and p.stride() == v.stride()
+        for p, v in zip(params, buffers, strict=True)
+    )
 
 
 def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:

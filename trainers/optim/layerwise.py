@@ -50,8 +50,8 @@ def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
         kinds.setdefault((p.device, p.dtype), []).append(p)
-    for (device, _), same in kinds.items():
-        if device.type != "cpu":
+    for same in kinds.values():
+        if not on_cpu(same):
             yield same
             continue
         bucket: list[Tensor] = []
@@ -63,6 +63,12 @@ def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
             bucket.append(p)
             size += p.numel()
         yield bucket
+
+
+def on_cpu(tensors: list[Tensor]) -> bool:
+    """Whether tensors of one device live on the CPU, where single passes over a few tensors
+    are fast and reading a value back costs nothing."""
+    return tensors[0].device.type == "cpu"
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -103,7 +109,7 @@ def norms(tensors: list[Tensor]) -> Tensor:
     rows it is exact to the seventh digit, and the same for any number of threads.
     """
     dtype = state_dtype(tensors[0])
-    if tensors[0].device.type == "cpu":
+    if on_cpu(tensors):
         return torch.stack([_norm_by_rows(t, dtype) for t in tensors])
     return torch.stack(torch._foreach_norm(tensors, 2, dtype))
 

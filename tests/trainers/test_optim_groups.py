@@ -1,0 +1,124 @@
+"""Which parameters decay and adapt, for models of different families."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers.optim.groups import (
+    NORM_LAYERS,
+    is_bias,
+    muon_groups,
+    named_parameters,
+    parameter_groups,
+)
+
+
+def plain_names(model):
+    return {name for name, _, plain in named_parameters(model) if plain}
+
+
+def create(name, **options):
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+def test_by_module_type_not_by_name_or_dimension():
+    """`'bn' in name` misses a BatchNorm called downsample.1, and takes a Linear called subnet;
+    flattened shards have one dimension, whatever they hold."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.downsample = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+            self.subnet = nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+            self.bias_table = nn.Embedding(3, 4)
+
+    assert plain_names(Odd()) == {"downsample.1.weight", "downsample.1.bias", "subnet.bias"}
+
+
+def test_resnet50_has_53_batchnorms_and_one_bias():
+    model = create("resnet50")
+    plain = plain_names(model)
+    assert len(plain) == 2 * 53 + 1
+    assert {"layer1.0.downsample.1.weight", "bn1.bias", "fc.bias"} <= plain
+    assert sum(1 for _ in named_parameters(model)) == 161
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "convnextv2_atto", "beit_base_patch16_224", "mixer_s32_224"]
+)
+def test_norm_layers_of_other_families(name):
+    model = create(name)
+    plain = plain_names(model)
+    for path, module in model.named_modules():
+        if "norm" in type(module).__name__.lower():
+            assert {f"{path}.{n}" for n, _ in module.named_parameters(recurse=False)} <= plain
+    weights = {n for n, _ in model.named_parameters()} - plain
+    assert weights
+    assert not any(n.endswith(".bias") for n in weights)
+
+
+def test_what_the_model_itself_excludes():
+    plain = plain_names(create("vit_tiny_patch16_224"))
+    assert {"pos_embed", "cls_token"} <= plain
+
+
+def test_biases_by_attribute():
+    yes = ["bias", "q_bias", "in_proj_bias", "bias_ih_l0", "bias_k"]
+    no = ["weight", "relative_position_bias_table", "biased", "unbias"]
+    assert all(map(is_bias, yes))
+    assert not any(map(is_bias, no))
+
+
+def test_timms_own_norms_count():
+    names = {layer.__name__ for layer in NORM_LAYERS}
+    assert {"RmsNorm", "GlobalResponseNorm", "LayerScale", "EvoNorm2dS0"} <= names
+
+
+def test_shared_and_frozen_parameters():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
+    names = [name for name, _, _ in named_parameters(model)]
+    assert names == ["0.weight", "0.bias", "1.bias", "2.bias"]
+    groups = parameter_groups(model, 0.1)
+    assert [(len(g["params"]), g["weight_decay"], g["adapt"]) for g in groups] == [
+        (1, 0.1, True),
+        (3, 0.0, False),
+    ]
+
+
+def test_layer_decay_follows_timms_layers():
+    model = create("vit_tiny_patch16_224")
+    groups = parameter_groups(model, 0.05, 0.5)
+    scale = {p: g["lr_scale"] for g in groups for p in g["params"]}
+    peer = {
+        p: group["lr_scale"]
+        for group in timm.optim.param_groups_layer_decay(model, 0.05, layer_decay=0.5)
+        for p in group["params"]
+    }
+    assert scale == peer
+    assert scale[model.head.weight] == 1.0
+    assert scale[model.pos_embed] == 0.5**13
+    decays = {p: g["weight_decay"] for g in groups for p in g["params"]}
+    assert decays[model.blocks[0].attn.qkv.weight] == 0.05
+    assert decays[model.blocks[0].norm1.weight] == 0.0
+
+
+def test_layer_decay_of_an_unordered_model_is_one_clear_error():
+    with pytest.raises(UserError, match="group_matcher"):
+        parameter_groups(nn.Linear(2, 2), 0.0, 0.9)
+
+
+def test_muon_takes_hidden_matrices_only():
+    model = create("vit_tiny_patch16_224")
+    groups = muon_groups(model, parameter_groups(model, 0.05), 3e-4)
+    hidden = {p for g in groups if g["use_muon"] for p in g["params"]}
+    assert model.blocks[3].mlp.fc1.weight in hidden
+    assert model.patch_embed.proj.weight in hidden
+    assert not {model.head.weight, model.pos_embed, model.norm.weight} & hidden
+    assert all(g["lr"] == 3e-4 for g in groups if not g["use_muon"])
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
