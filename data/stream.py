@@ -1,0 +1,209 @@
+"""Training on tars that cannot be indexed: pipes, and streams of unknown length.
+
+What a stream holds is known only by reading it, so none of the promises of data/order.py
+hold here: samples are drawn with replacement, shard by shard ("resampling"), each rank for
+itself; an epoch is a number of samples and no sample's turn; other world sizes give other
+batches, and a resumed run goes on with fresh draws. Index the tars wherever they can be.
+
+The webdataset package resamples, takes archives apart and shuffles. Its decoders are not
+used, because they unpickle: members are read by an allow-list of extensions, and others are
+never looked at. Nor is its opener, which hands `pipe:` to a shell.
+"""
+
+import json
+import shlex
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from webdataset.filters import detshuffle
+from webdataset.shardlists import ResampledShards
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.decode import MAX_BYTES, Pixels, decode
+from bigbatch.data.loader import MicroBatch
+from bigbatch.data.read import BadSample
+from bigbatch.data.rng import key64
+from bigbatch.data.staging import file_system, is_url
+from bigbatch.data.tar import IMAGE_EXTENSIONS
+
+_SHUFFLED = 2_000  # samples of which one is drawn
+_ALLOWED = IMAGE_EXTENSIONS | {"cls", "json"}
+
+
+class Encoded(NamedTuple):
+    """A sample as it stands in its archive."""
+
+    key: str
+    image: bytes
+    label: int
+
+
+class _Faults:
+    """Counts what cannot be read, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+        self.members = 0  # that were looked at, of all shards
+
+    def __call__(self, error: Exception) -> bool:
+        """webdataset's handler: whether to go on."""
+        if isinstance(error, UserError | MemoryError):
+            raise error
+        self.count += 1
+        if self.count > self.limit:
+            raise UserError(
+                f"{self.count} samples or shards of a stream could not be read, the last one: "
+                f"{error}; data.bad_samples allows {self.limit}. Repair them, or raise the limit"
+            ) from error
+        return True
+
+
+def stream_samples(
+    urls: Sequence[str], *, seed: int, part: int, bad_samples: int
+) -> Iterator[Encoded]:
+    """Samples of random shards, without end.
+
+    `urls` are paths, URLs of fsspec, or `pipe:COMMAND`, whose output is a tar; the command is
+    split into arguments as a shell would, but no shell runs it. `part` tells streams of one
+    seed apart, such as those of ranks. Shards and samples that cannot be read are passed over;
+    more than `bad_samples` of them raise UserError.
+    """
+    if not urls:
+        raise UserError("a stream needs at least one URL")
+    faults = _Faults(bad_samples)
+    shards = ResampledShards(
+        list(urls), seed=key64(seed, part, "shards"), worker_seed=lambda: 0, deterministic=True
+    )
+
+    def allowed(name: str) -> bool:
+        right = name.rpartition("/")[2].partition(".")[2].lower() in _ALLOWED
+        faults.members += right
+        return right
+
+    files = tar_file_expander(_opened(shards, faults), handler=faults, select_files=allowed)
+    groups = group_by_keys(files, handler=faults)
+    mix = detshuffle(_SHUFFLED, initial=_SHUFFLED // 2, seed=key64(seed, part, "samples"))
+    yield from mix.run(_labelled(groups, faults))
+
+
+def stream_batches(
+    urls: Sequence[str],
+    *,
+    classes: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start_step: int,
+    stop_step: int,
+    seed: int,
+    image_size: int,
+    channels: int,
+    threads: int,
+    bad_samples: int,
+) -> Iterator[MicroBatch]:
+    """Micro-batches rank, rank + world, ... of steps start_step to stop_step.
+
+    They are filled from the rank's own stream, which starts anew, with other draws, at each
+    `start_step`. `samples` numbers its draws. Labels must be below `classes`.
+    """
+    faults = _Faults(bad_samples)
+    stream = stream_samples(
+        urls, seed=key64(seed, start_step, "stream"), part=rank, bad_samples=bad_samples
+    )
+
+    def pixels(sample: Encoded) -> tuple[Encoded, Pixels]:
+        if sample.label >= classes:
+            raise BadSample(f"sample {sample.key!r} has label {sample.label} of {classes} classes")
+        if len(sample.image) > MAX_BYTES:
+            raise BadSample(f"sample {sample.key!r} has {len(sample.image):,} encoded bytes")
+        return sample, decode(sample.image, image_size=image_size, channels=channels)
+
+    def decoded() -> Iterator[tuple[Encoded, Pixels]]:
+        with ThreadPoolExecutor(threads) as pool:
+            coming: deque[Future[tuple[Encoded, Pixels]]] = deque()
+            for sample in stream:
+                coming.append(pool.submit(pixels, sample))
+                if len(coming) <= micro_batch:
+                    continue
+                try:
+                    yield coming.popleft().result()
+                except BadSample as error:
+                    faults(error)
+
+    images = decoded()
+    drawn = 0
+    for step in range(start_step, stop_step):
+        for number in range(rank, global_batch // micro_batch, world):
+            some = [next(images) for _ in range(micro_batch)]
+            yield MicroBatch(
+                step=step,
+                index=number,
+                samples=np.arange(drawn, drawn + micro_batch, dtype=np.int64),
+                labels=torch.tensor([sample.label for sample, _ in some]),
+                pixels=torch.from_numpy(np.concatenate([image.ravel() for _, image in some])),
+                sizes=torch.tensor([image.shape[:2] for _, image in some], dtype=torch.int32),
+                channels=channels,
+            )
+            drawn += micro_batch
+
+
+def _opened(shards: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[dict[str, Any]]:
+    """Each shard with a stream of its bytes, which is closed when the next one is asked for."""
+    for shard in shards:
+        before = faults.members
+        try:
+            with _open(shard["url"]) as stream:
+                yield {**shard, "stream": stream}
+            if faults.members == before:
+                faults(BadSample(f"{shard['url']} holds no image and no label"))
+        except (OSError, subprocess.SubprocessError) as error:
+            faults(error)
+
+
+@contextmanager
+def _open(url: str) -> Iterator[BinaryIO]:
+    if url.startswith("pipe:"):
+        command = shlex.split(url.removeprefix("pipe:"))
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                yield process.stdout  # type: ignore[misc]
+                # tarfile stops at the end mark; a command that still writes would wait.
+                while process.stdout.read(1 << 20):
+                    pass
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    elif is_url(url):
+        system, path = file_system(url)
+        with system.open(path, "rb") as file:
+            yield file
+    else:
+        with open(url, "rb") as file:
+            yield file
+
+
+def _labelled(groups: Iterator[dict[str, Any]], faults: Callable[..., Any]) -> Iterator[Encoded]:
+    for group in groups:
+        images = [group[name] for name in group if name in IMAGE_EXTENSIONS]
+        try:
+            if "cls" in group:
+                label = int(group["cls"])
+            else:
+                label = int(json.loads(group["json"])["label"])
+            if len(images) != 1 or label < 0:
+                raise ValueError(f"it has {len(images)} images and label {label}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            faults(BadSample(f"sample {group['__key__']!r} is not an image with a label: {error}"))
+            continue
+        yield Encoded(group["__key__"], images[0], label)

@@ -1,0 +1,198 @@
+"""Streams: what arrives is decoded by an allow-list, and faults are counted, not hidden."""
+
+import itertools
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.decode import decode
+from bigbatch.data.index import open_index
+from bigbatch.data.read import ShardReader
+from bigbatch.data.shard import shard
+from bigbatch.data.stream import stream_batches, stream_samples
+from bigbatch.data.tar import write_end, write_member
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    dest = tmp_path_factory.mktemp("shards") / "digits"
+    shard("digits", dest, samples_per_shard=300)
+    return dest / "train"
+
+
+def tar(path, members):
+    with path.open("wb") as file:
+        for name, data in members:
+            write_member(file, name, data)
+        write_end(file)
+    return str(path)
+
+
+def some(urls, count, **changes):
+    options = {"seed": 1, "part": 0, "bad_samples": 0}
+    return list(itertools.islice(stream_samples(urls, **{**options, **changes}), count))
+
+
+def batches_of(urls, **changes):
+    options = {
+        "classes": 10,
+        "global_batch": 32,
+        "micro_batch": 8,
+        "rank": 0,
+        "world": 1,
+        "start_step": 0,
+        "stop_step": 5,
+        "seed": 1,
+        "image_size": 8,
+        "channels": 1,
+        "threads": 2,
+        "bad_samples": 0,
+    }
+    return list(stream_batches(urls, **{**options, **changes}))
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "file://{}", "pipe:cat {}", "pipe:tar -cf - --sort=name -C {0}.d ."]
+)
+def test_samples_are_those_of_the_shards(digits, tmp_path, form):
+    if "tar" in form:  # a command that makes its archive as it goes
+        import tarfile
+
+        for path in digits.glob("*.tar"):
+            folder = tmp_path / f"{path.name}.d"
+            with tarfile.open(path) as archive:
+                archive.extractall(folder, filter="data")
+        urls = [form.format(tmp_path / path.name) for path in digits.glob("*.tar")]
+    else:
+        urls = [form.format(path) for path in sorted(digits.glob("*.tar"))]
+    index = open_index(digits)
+    reader = ShardReader([digits / s.name for s in index.shards])
+    columns = (index.shard, index.offset, index.size, index.crc)
+    known = {
+        key.rpartition("/")[2]: (reader.read(*extent), int(label))
+        for key, *extent, label in zip(
+            index.keys(), *(c.tolist() for c in columns), index.label, strict=True
+        )
+    }
+    found = some(urls, 3000)
+    assert all(known[key.rpartition("/")[2]] == (image, label) for key, image, label in found)
+    assert len({key for key, *_ in found}) > 0.8 * len(index)
+
+
+def test_the_same_seed_draws_the_same_and_parts_differ(digits):
+    urls = [str(path) for path in sorted(digits.glob("*.tar"))]
+    keys = [[s.key for s in some(urls, 500, **c)] for c in ({}, {}, {"seed": 2}, {"part": 1})]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+    assert keys[0] != keys[3]
+    assert keys[0][:50] != sorted(keys[0][:50])
+
+
+def test_micro_batches_go_to_ranks_and_hold_decoded_images(digits):
+    urls = [str(path) for path in sorted(digits.glob("*.tar"))]
+    whole = batches_of(urls)
+    assert [(b.step, b.index) for b in whole] == [(s, m) for s in range(5) for m in range(4)]
+    assert [int(b.samples[0]) for b in whole] == list(range(0, 160, 8))
+    encoded = {s.image: s.label for s in some(urls, 5000)}
+    pictures = {}
+    for image, label in encoded.items():
+        pictures.setdefault(decode(image, image_size=8, channels=1).tobytes(), set()).add(label)
+    for batch in whole:
+        assert batch.canvas().shape == (8, 8, 8, 1)
+        for image, label in zip(batch.images(), batch.labels.tolist(), strict=True):
+            assert label in pictures[image.numpy().tobytes()]
+    ranks = [batches_of(urls, rank=r, world=3) for r in range(3)]
+    places = sorted((b.step, b.index) for batches in ranks for b in batches)
+    assert places == [(b.step, b.index) for b in whole]
+    assert len({b.pixels.numpy().tobytes() for batches in ranks for b in batches}) == 20
+
+
+def test_a_resumed_run_draws_afresh(digits):
+    urls = [str(path) for path in sorted(digits.glob("*.tar"))]
+    whole = {b.pixels.numpy().tobytes() for b in batches_of(urls)}
+    later = {b.pixels.numpy().tobytes() for b in batches_of(urls, start_step=2)}
+    assert not whole & later
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("unpickled", "w")
+
+
+def test_nothing_is_unpickled(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = open_index(digits)
+    image = ShardReader([digits / s.name for s in data.shards]).read(
+        0, int(data.offset[0]), int(data.size[0]), int(data.crc[0])
+    )
+    bomb = pickle.dumps(Bomb())
+    members = [
+        (f"{i}.{name}", content)
+        for i in range(5)
+        for name, content in (
+            ("pkl", bomb),
+            ("pyd", bomb),
+            ("pickle", bomb),
+            ("pth", bomb),
+            ("png", image),
+            ("cls", b"3"),
+        )
+    ]
+    found = some([tar(tmp_path / "a.tar", members)], 20)
+    assert {s.label for s in found} == {3}
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_no_shell_runs_a_command(digits, tmp_path):
+    mark = tmp_path / "mark"
+    first = sorted(digits.glob("*.tar"))[0]
+    with pytest.raises(UserError, match="could not be read"):
+        some([f"pipe:cat {first}.none; touch {mark}"], 1)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["pipe:false", "pipe:no-such-command x", "{tmp}/none.tar", "file://{tmp}/none.tar", "{text}"],
+)
+def test_shards_that_cannot_be_read_are_passed_over_up_to_a_limit(digits, tmp_path, bad):
+    (tmp_path / "text").write_text("not an archive" * 100)
+    good = [str(path) for path in sorted(digits.glob("*.tar"))]
+    bad = bad.format(tmp=tmp_path, text=tmp_path / "text")
+    assert len(some([*good, bad], 2000, bad_samples=100)) == 2000
+    with pytest.raises(UserError, match="bad_samples allows 0"):
+        some([bad], 1)
+
+
+def test_samples_that_cannot_be_used(digits, tmp_path):
+    png = some([str(next(digits.glob("*.tar")))], 1)[0].image
+    cases = {
+        "no label": [("a.png", png)],
+        "no image": [("a.cls", b"1")],
+        "two images": [("a.png", png), ("a.jpg", png), ("a.cls", b"1")],
+        "label": [("a.png", png), ("a.cls", b"one")],
+        "nested": [("a.png", png), ("a.json", b"[" * 100_000)],
+        "nothing": [("a.txt", b"text")],
+        "empty": [],
+    }
+    for name, members in cases.items():
+        with pytest.raises(UserError, match="could not be read"):
+            some([tar(tmp_path / f"{name}.tar", members)], 1, bad_samples=3)
+    labelled = tar(tmp_path / "json.tar", [("a.png", png), ("a.json", b'{"label": 4}')])
+    assert some([labelled], 2)[1].label == 4
+    for members in ([("a.png", b"no image"), ("a.cls", b"1")], [("a.png", png), ("a.cls", b"10")]):
+        with pytest.raises(UserError, match="could not be read"):
+            batches_of([tar(tmp_path / "x.tar", members)], bad_samples=3)
+    with pytest.raises(UserError, match="at least one URL"):
+        some([], 1)
+
+
+def test_classes_come_as_often_as_in_the_shards(digits):
+    urls = [str(path) for path in sorted(digits.glob("*.tar"))]
+    labels = Counter(label for b in batches_of(urls, stop_step=100) for label in b.labels.tolist())
+    counts = open_index(digits).class_counts
+    share = np.array([labels[c] for c in range(10)]) / labels.total()
+    assert np.abs(share - counts / counts.sum()).max() < 0.03
