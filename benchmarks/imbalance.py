@@ -225,7 +225,7 @@ def draw(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10 as Parquet")
+    parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the images, few steps, no whole CIFAR-10"
     )
@@ -234,6 +234,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--picture", type=Path, help="draw recall by class here: .png, .svg ...")
     options = parser.parse_args()
+    if options.cifar10 is None:
+        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+        return
     if not options.cifar10.is_file():
         parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
     source, size = options.cifar10.resolve(), QUICK if options.quick else FULL
