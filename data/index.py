@@ -86,6 +86,11 @@ class Index:
         """Samples of each class, int64 [C]."""
         return np.diff(self.class_starts)
 
+    @property
+    def place(self) -> str:
+        """Where the shards are: a folder, or a URL."""
+        return self.remote.url if self.remote else str(self.root)
+
     def keys(self) -> list[str]:
         """The sample keys, in index order. Read from disk on every call."""
         path = self.root / "index" / "keys.parquet"
@@ -178,8 +183,24 @@ def build_index(
     """
     root = Path(root)
     paths = find_shards(root)
-    scans = scan_shards(paths, workers)
     names = tuple(classes) if classes is not None else read_classes(root)
+    shards = [path.name for path in paths]
+    write_index(root, shards, scan_shards(paths, workers), names, skip_bad, str(root))
+    return open_index(root)
+
+
+def write_index(
+    root: Path,
+    shards: Sequence[str],
+    scans: Sequence[Scan],
+    names: Sequence[str] | None,
+    skip_bad: bool,
+    place: str,
+) -> None:
+    """Write root/index from what was found in `shards`, which are at `place`.
+
+    Raises UserError with all problems; build_index says which.
+    """
     keys = pa.array([key for scan in scans for key in scan.keys], pa.string())
     columns = {
         "shard": np.repeat(np.arange(len(scans)), [len(s.keys) for s in scans]),
@@ -191,7 +212,7 @@ def build_index(
     problems = [problem for scan in scans for problem in scan.problems]
     bad = _duplicates(keys)
     problems += [
-        _describe(i, "has the key of an earlier one", columns, paths, keys) for i in bad.tolist()
+        _describe(i, "has the key of an earlier one", columns, shards, keys) for i in bad.tolist()
     ]
     if names is not None:
         unknown = np.flatnonzero(columns["label"] >= len(names))
@@ -200,7 +221,7 @@ def build_index(
                 i,
                 f"has label {columns['label'][i]}, beyond the {len(names)} classes",
                 columns,
-                paths,
+                shards,
                 keys,
             )
             for i in unknown.tolist()
@@ -210,27 +231,26 @@ def build_index(
         shown = "\n".join(f"  {p}" for p in problems[:_SHOWN_PROBLEMS])
         more = len(problems) - _SHOWN_PROBLEMS
         raise UserError(
-            f"{root} was not indexed; {len(problems):,} found wrong:\n{shown}\n"
+            f"{place} was not indexed; {len(problems):,} found wrong:\n{shown}\n"
             + (f"  and {more:,} more\n" if more > 0 else "")
             + "mend the shards, or leave these samples out with --skip-bad"
         )
     good = np.ones(len(keys), bool)
     good[bad] = False
     if not good.any():
-        raise UserError(f"{root} holds no sample: an image and a label (.cls) with the same name")
+        raise UserError(f"{place} holds no sample: an image and a label (.cls) with the same name")
     columns = {name: column[good] for name, column in columns.items()}
     labels = columns["label"]
     if names is None:
         names = tuple(map(str, range(int(labels.max()) + 1)))
     columns["class_starts"] = np.cumsum([0, *np.bincount(labels, minlength=len(names))])
     columns["class_members"] = np.argsort(labels, kind="stable")
-    samples = np.bincount(columns["shard"].astype(np.int64), minlength=len(paths))
-    shards = [
-        ShardFile(path.name, scan.bytes, int(n))
-        for path, scan, n in zip(paths, scans, samples, strict=True)
+    samples = np.bincount(columns["shard"].astype(np.int64), minlength=len(shards))
+    files = [
+        ShardFile(name, scan.bytes, int(n))
+        for name, scan, n in zip(shards, scans, samples, strict=True)
     ]
-    _write(root, columns, keys.filter(pa.array(good)), names, shards, problems)
-    return open_index(root)
+    _write(root, columns, keys.filter(pa.array(good)), names, files, problems)
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -278,10 +298,10 @@ def _describe(
     sample: int,
     problem: str,
     columns: dict[str, npt.NDArray[Any]],
-    paths: Sequence[Path],
+    shards: Sequence[str],
     keys: pa.StringArray,
 ) -> str:
-    shard = paths[columns["shard"][sample]].name
+    shard = shards[columns["shard"][sample]]
     offset = columns["offset"][sample]
     return f"{shard} at byte {offset:,}: sample {keys[sample].as_py()!r} {problem}"
 

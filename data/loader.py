@@ -131,7 +131,7 @@ def train_batches(
                 raise UserError(
                     f"{found} samples could not be read, the last one {_where(entries[-1])}; "
                     f"data.bad_samples allows {bad_samples}. Repair the shards under "
-                    f"{index.root}, or raise the limit"
+                    f"{index.place}, or raise the limit"
                 )
             yield _batch(index, channels, todo, samples, mended, entries)
 
@@ -295,7 +295,7 @@ class _Mender:
                 return other, image, entries
         raise UserError(
             f"{_SUBSTITUTES} samples of one class in a row cannot be read, the last one "
-            f"{_where(entries[-1])}; repair the shards under {self.index.root}"
+            f"{_where(entries[-1])}; repair the shards under {self.index.place}"
         )
 
 

@@ -16,11 +16,17 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.index import Index, open_index, verify_columns
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order
-from bigbatch.data.staging import Cache, Remote, fetch, read, stat, sync
+from bigbatch.data.staging import Cache, Remote, default_cache, fetch, read, stat, sync
 
 _DOWNLOADS = 2  # shards at a time, of one rank
 
 Prefetch = Callable[[int], None]  # to be called with a position before it is read
+
+
+def remote_at(url: str, cache: str | Path | None, cache_gb: float) -> Remote:
+    """The folder at a URL, read through a cache of so many 1e9 bytes; see `default_cache`."""
+    folder = Path(cache or default_cache()).expanduser().absolute()
+    return Remote(url.rstrip("/"), str(folder), int(cache_gb * 1e9))
 
 
 def open_remote(remote: Remote) -> Index:
@@ -183,6 +189,7 @@ def main() -> None:
         threading.Thread(target=work, daemon=True).start()
     for line in sys.stdin:
         urls.put(line.rstrip("\n"))
+    os._exit(0)  # at once: what is half copied is nobody's loss
 
 
 if __name__ == "__main__":

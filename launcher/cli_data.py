@@ -71,19 +71,33 @@ def shard(
 
 
 @click.command(short_help="Index WebDataset tars that exist.")
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option("--skip-bad", is_flag=True, help="Leave out samples with a problem.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for copies of remote tars.")
+@click.option("--cache-gb", type=float, default=100.0, show_default=True, help="Its size.")
 @options.as_json
-def index(shards: Path, workers: int, skip_bad: bool, as_json: bool) -> None:
-    """Index the tars in the folder SHARDS, one split of a data set, checking each."""
-    from bigbatch.data.index import build_index
+def index(
+    shards: str, workers: int, skip_bad: bool, cache: Path | None, cache_gb: float, as_json: bool
+) -> None:
+    """Index the tars in SHARDS, one split of a data set: a folder, or its URL.
 
-    made = build_index(shards, workers=workers, skip_bad=skip_bad)
+    Reads every byte and checks each archive. The index is written beside the tars.
+    """
+    from bigbatch.data.index import build_index
+    from bigbatch.data.remote import remote_at
+    from bigbatch.data.remote_index import build_remote_index
+    from bigbatch.data.staging import is_url
+
+    if is_url(shards):
+        remote = remote_at(shards, cache, cache_gb)
+        made = build_remote_index(remote, workers=workers, skip_bad=skip_bad)
+    else:
+        made = build_index(Path(shards), workers=workers, skip_bad=skip_bad)
     if as_json:
         options.print_json(
             {
-                "path": str(made.root),
+                "path": made.place,
                 "samples": len(made),
                 "shards": len(made.shards),
                 "classes": list(made.classes),
@@ -93,7 +107,7 @@ def index(shards: Path, workers: int, skip_bad: bool, as_json: bool) -> None:
         )
         return
     click.echo(
-        f"{made.root}  {len(made):,} samples of {len(made.classes):,} classes in "
+        f"{made.place}  {len(made):,} samples of {len(made.classes):,} classes in "
         f"{len(made.shards):,} shards"
     )
     for problem in made.problems:

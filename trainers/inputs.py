@@ -9,8 +9,8 @@ from bigbatch.configs.schema import Data, Recipe
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, build_order
-from bigbatch.data.remote import open_remote
-from bigbatch.data.staging import Remote, default_cache, is_url
+from bigbatch.data.remote import open_remote, remote_at
+from bigbatch.data.staging import is_url
 from bigbatch.trainers.plan import Plan, make_plan
 from bigbatch.trainers.schedules import build_schedule
 
@@ -57,9 +57,8 @@ def open_split(data: Data, name: str) -> Index:
     """Open the index of a split, here or on remote storage."""
     if not is_url(data.path):
         return open_index(Path(data.path) / name)
-    cache = Path(data.cache) if data.cache else default_cache()
     url = f"{data.path.rstrip('/')}/{name}"
-    return open_remote(Remote(url, str(cache.expanduser().absolute()), int(data.cache_gb * 1e9)))
+    return open_remote(remote_at(url, data.cache, data.cache_gb))
 
 
 def open_order(recipe: Recipe, index: Index) -> Order:

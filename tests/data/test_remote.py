@@ -2,9 +2,13 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from bigbatch.configs.errors import UserError
@@ -166,3 +170,41 @@ def test_what_cannot_be_opened(store, remote, tmp_path):
     assert "has 5 bytes; it had" in message(f"{store.url}/train")
     store.files = files
     assert len(open_remote(remote)) > 1000
+
+
+def test_the_copying_process_ends_with_a_killed_trainer(store, remote):
+    store.fail = lambda number, path: 503 if path.endswith(".tar") else None
+    code = f"""
+from bigbatch.data.index import open_index
+from bigbatch.data.order import build_order
+from bigbatch.data.remote import prefetching
+from bigbatch.data.staging import Remote
+from bigbatch.configs.sampling import Uniform
+from pathlib import Path
+import time
+index = open_index(Path({str(open_root(store, remote))!r}), Remote(*{tuple(remote)!r}))
+with prefetching(index, build_order(Uniform(), index, 0), range(8)):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout.readline() == "ready\n"
+    (fetcher,) = psutil.Process(trainer.pid).children()
+    deadline = time.monotonic() + 30
+    before = len(store.requests)
+    while len(store.requests) < before + 4 and time.monotonic() < deadline:
+        time.sleep(0.05)  # it is at work
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    psutil.wait_procs([fetcher], timeout=30)
+    assert not fetcher.is_running() or fetcher.status() == psutil.STATUS_ZOMBIE
+    store.fail = lambda number, path: None
+
+
+def open_root(store, remote):
+    """The copy of the index, made while the store still answers."""
+    fail, store.fail = store.fail, lambda number, path: None
+    root = open_remote(remote).root
+    store.fail = fail
+    return root

@@ -14,6 +14,7 @@ from bigbatch.data import retry, staging
 from bigbatch.data.index import open_index
 from bigbatch.data.loader import train_batches
 from bigbatch.data.remote import open_remote
+from bigbatch.data.remote_index import build_remote_index
 from bigbatch.data.shard import shard
 from bigbatch.data.staging import Cache, Remote
 from tests.data.servers import Proxy
@@ -159,3 +160,27 @@ def test_what_may_not_be_read(bucket, server, use, tmp_path):
         with pytest.raises(UserError, match="give this machine credentials"):
             cache.open("s3://digits/v1/train/000000.tar")
         assert proxy.connections < 5  # not tried again
+
+
+def test_tars_in_a_bucket_are_indexed(bucket, server, use, tmp_path):
+    use(server)
+    dest, client = bucket
+    for path in (dest / "train").glob("*.tar"):
+        client.upload_file(str(path), "digits", f"v2/train/{path.name}")
+    client.upload_file(str(dest / "classes.txt"), "digits", "v2/classes.txt")
+    remote = Remote("s3://digits/v2/train", str(tmp_path), GB)
+    with pytest.raises(UserError, match="no index at"):
+        open_remote(remote)
+    made, local = build_remote_index(remote, workers=2), open_index(dest / "train")
+    assert made.hash == local.hash
+    assert made.place == remote.url
+    assert made.keys() == local.keys()
+    assert list(batches_of(made, 8, 0)) == list(batches_of(local, 8, 0))
+    client.put_object(Bucket="digits", Key="v2/train/000003.tar", Body=b"x" * 2048)
+    with pytest.raises(UserError, match=r"000003.tar at byte 0: invalid header"):
+        build_remote_index(remote)
+    assert open_remote(remote).hash == local.hash
+    with pytest.raises(UserError, match=r"holds no \*.tar"):
+        build_remote_index(remote._replace(url="s3://digits/v2"))
+    with pytest.raises(UserError, match="can be read only"):
+        build_remote_index(remote._replace(url="https://example.org/train"))
