@@ -1,0 +1,95 @@
+"""Indexing tars on remote storage: each is read once through the cache."""
+
+import fnmatch
+import os
+import posixpath
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.index import Index, write_index
+from bigbatch.data.pool import process_pool
+from bigbatch.data.remote import open_remote
+from bigbatch.data.retry import retry
+from bigbatch.data.staging import Cache, Remote, file_system, read
+from bigbatch.data.tar import Scan, scan_shard
+
+
+def build_remote_index(remote: Remote, *, workers: int = 1, skip_bad: bool = False) -> Index:
+    """Index the archives ``*.tar`` at a URL, and write the index beside them.
+
+    As build_index does, with classes.txt beside the archives or in the folder above. Where
+    the store can be read only (https), index the tars where they can be written.
+    """
+    system, path = file_system(remote.url)
+    if "http" in system.protocol:
+        raise UserError(
+            f"{remote.url} can be read only, and its files cannot be listed; run `bigbatch index` "
+            "where the tars lie, and serve SPLIT/index/ beside them"
+        )
+    names = _tars(remote, system, path)
+    Cache(Path(remote.cache), remote.limit)  # fails here rather than in every process
+    scan = partial(_scan, remote)
+    if workers == 1:
+        scans = [scan(name) for name in names]
+    else:
+        with process_pool(min(workers, len(names))) as pool:
+            scans = list(pool.map(scan, names))
+    with tempfile.TemporaryDirectory() as folder:
+        classes = _classes(remote, system, path)
+        write_index(Path(folder), names, scans, classes, skip_bad, remote.url)
+        _upload(remote, system, path, Path(folder) / "index")
+    return open_remote(remote)
+
+
+def _tars(remote: Remote, system: Any, path: str) -> list[str]:
+    """The archives in a remote folder, sorted by name."""
+
+    def ask() -> list[dict[str, Any]]:
+        system.invalidate_cache()
+        found: list[dict[str, Any]] = system.ls(path, detail=True)
+        return found
+
+    names = [posixpath.basename(i["name"]) for i in retry(remote.url, ask) if i["type"] == "file"]
+    tars = sorted(n for n in names if fnmatch.fnmatchcase(n, "[!.]*.tar"))
+    if not tars:
+        raise UserError(f"{remote.url} holds no *.tar shards; give the folder that holds them")
+    return tars
+
+
+def _scan(remote: Remote, name: str) -> Scan:
+    handle = Cache(Path(remote.cache), remote.limit).open(remote.shard(name))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # Under its own name, which problems are told by, and held against eviction.
+            path = Path(folder) / name
+            path.symlink_to(f"/proc/{os.getpid()}/fd/{handle}")
+            return scan_shard(path)
+    finally:
+        os.close(handle)
+
+
+def _classes(remote: Remote, system: Any, path: str) -> tuple[str, ...] | None:
+    for folder, url in (
+        (path, remote.url),
+        (posixpath.dirname(path.rstrip("/")), posixpath.dirname(remote.url)),
+    ):
+        name = f"{folder}/classes.txt"
+        if retry(url, partial(system.exists, name)):
+            return tuple(read(f"{url}/classes.txt").decode().rstrip("\n").split("\n"))
+    return None
+
+
+def _upload(remote: Remote, system: Any, path: str, folder: Path) -> None:
+    """The manifest comes last: beside the old one, new columns are damage that is noticed."""
+    files = sorted(folder.iterdir(), key=lambda file: file.name == "manifest.json")
+    target = f"{path.rstrip('/')}/index"
+    retry(remote.url, partial(system.makedirs, target, exist_ok=True))
+    for file in files:
+        retry(f"{remote.url}/index/{file.name}", partial(_put, system, file, target))
+
+
+def _put(system: Any, file: Path, target: str) -> None:
+    system.put_file(str(file), f"{target}/{file.name}")
