@@ -75,12 +75,12 @@ class ShardReader:
             if file is not None:
                 self._files.move_to_end(shard)
                 return file
-            while len(self._files) >= self._most:
-                self._files.popitem(last=False)
         # Not under the lock: a remote shard may take a while.
         file = _File(self.paths[shard], self._cache)
-        with self._lock:
+        with self._lock:  # several threads may have opened files meanwhile
             self._files[shard] = file
+            while len(self._files) > self._most:
+                self._files.popitem(last=False)
         return file
 
 
