@@ -5,6 +5,7 @@ that the wheel lacks. The fresh environment sees this one's dependencies through
 file, which saves installing gigabytes again, but not this checkout.
 """
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -41,6 +42,7 @@ def run(*command: str | Path, cwd: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would take old modules along
         pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
         run(*pip, "wheel", "--no-deps", "--wheel-dir", scratch, ROOT, cwd=scratch)
         (wheel,) = scratch.glob("*.whl")
@@ -52,8 +54,12 @@ def main() -> None:
         # environment's own editable install, which is a .pth file that addsitedir would run.
         (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         run(python, "-c", IMPORT_ALL, *modules(), cwd=scratch)
-        command = "from bigbatch.launcher.cli import main; main(['recipes'])"
-        run(python, "-c", command, cwd=scratch)
+        # Files beside the modules: the recipes and the batch script.
+        command_line = (python, "-m", "bigbatch.launcher.cli")
+        run(*command_line, "recipes", cwd=scratch)
+        run(*command_line, "shard", "digits", "shards/digits", cwd=scratch)
+        submit = ("submit", "digits", "--nodes", "2", "--gpus-per-node", "1", "--dry-run")
+        run(*command_line, *submit, cwd=scratch)
 
 
 if __name__ == "__main__":
