@@ -125,6 +125,15 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Put a file's bytes, or a folder's entries, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole records of a JSON-lines file; a last line cut short by a crash is left out."""
     if not path.exists():

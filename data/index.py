@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import sync
 from bigbatch.data.pool import process_pool
 from bigbatch.data.staging import Remote
 from bigbatch.data.tar import Scan, scan_shard
@@ -334,12 +335,12 @@ def _write(
         manifest["hash"] = _hash(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*folder.iterdir(), folder):
-            _fsync(path)
+            sync(path)
         old = root / f"index.tmp-old-{os.getpid()}"
         if (root / "index").exists():
             (root / "index").rename(old)
         folder.rename(root / "index")
-        _fsync(root)
+        sync(root)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -411,11 +412,3 @@ def _hash(manifest: dict[str, Any]) -> str:
         {k: v for k, v in manifest.items() if k not in ("hash", "problems")}, sort_keys=True
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

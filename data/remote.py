@@ -13,10 +13,11 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import sync
 from bigbatch.data.index import Index, open_index, verify_columns
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order
-from bigbatch.data.staging import Cache, Remote, default_cache, fetch, read, stat, sync
+from bigbatch.data.staging import Cache, Remote, default_cache, fetch, read, stat
 
 _DOWNLOADS = 2  # shards at a time, of one rank
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import sync
 from bigbatch.data.retry import retry
 
 PIECE = 8 << 20  # bytes in one request
@@ -399,12 +400,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Put a folder's entries onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

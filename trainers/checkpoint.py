@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import sync
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
@@ -63,12 +64,12 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
     files = {n: _measure(temporary / n) for n in (MODEL, OPTIMIZER, STATE)}
     (temporary / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1))
     for name in (*files, MANIFEST):
-        _fsync(temporary / name)
-    _fsync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     if final.exists():  # an older attempt's, from a run that was rolled back or damaged
         shutil.rmtree(final)
     temporary.rename(final)
-    _fsync(folder)
+    sync(folder)
     prune(folder, keep)
     return final
 
@@ -158,11 +159,3 @@ def _measure(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
