@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.rundir import RunDir, sync, write_atomically
 from bigbatch.configs.schema import Ensemble
 from bigbatch.data.index import Index
 from bigbatch.trainers.checkpoint import MODEL, load_weights, save_weights
@@ -29,9 +29,12 @@ def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores
     temporary.mkdir(parents=True)
     save_weights(model, temporary / MODEL)
     write_atomically(temporary / "metrics.json", json.dumps({"step": step, **scores}))
+    sync(temporary / MODEL)
+    sync(temporary)
     if final.exists():  # an attempt that was killed before its next checkpoint
         shutil.rmtree(final)
     temporary.rename(final)
+    sync(folder)
     return final
 
 
