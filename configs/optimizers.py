@@ -1,18 +1,35 @@
 """Optimizers as a recipe writes them; trainers/optim builds them. docs/optimizers.md explains."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bigbatch.configs.part import Fraction, NonNegative, Part, Positive
+from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 
 Betas = tuple[Fraction, Fraction]
+
+
+class Scale(Part):
+    """The batch that `lr` is right for, and the rule that carries it over to global_batch."""
+
+    rule: Literal["linear", "sqrt"] = Field(
+        description="linear: lr grows with the batch (Goyal et al. 2017); sqrt: with its square "
+        "root (Krizhevsky 2014), usual for Adam and LAMB"
+    )
+    base_batch: Count = 256
+
+    def factor(self, batch: int) -> float:
+        """The learning rate at `batch` samples a step, relative to that at `base_batch`."""
+        ratio = batch / self.base_batch
+        return ratio if self.rule == "linear" else math.sqrt(ratio)
 
 
 class OptimizerBase(Part):
     """Fields of every optimizer."""
 
     lr: Positive
+    scale: Scale | None = Field(None, description="lr is for a base batch; scale it to this one")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="the rate falls by this factor from each layer to the one below (BEiT)"
     )

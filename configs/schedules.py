@@ -163,6 +163,26 @@ class OneCycle(Part):
     final: Fraction = Field(4e-6, description="factor at the last step")
 
 
+class Plateau(Warmup):
+    """Times `factor` when a validation metric stops improving (torch's ReduceLROnPlateau).
+
+    Counts evaluations after the warmup; one that comes after s steps acts on step s.
+    """
+
+    name: Literal["plateau"]
+    metric: Literal["accuracy", "nll"] = Field("nll", description="of the validation split")
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    patience: Annotated[int, Field(ge=0)] = Field(
+        10, description="evaluations without improvement that are borne"
+    )
+    threshold: NonNegative = Field(1e-4, description="smaller improvements are none")
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    cooldown: Annotated[int, Field(ge=0)] = Field(
+        0, description="evaluations after a reduction that are not counted"
+    )
+    final: Fraction = Field(0.0, description="the factor falls no lower")
+
+
 class Piece(Part):
     """One schedule of a sequence and how long it lasts; the last one lasts to the end."""
 
@@ -208,10 +228,22 @@ Schedule = Annotated[
     | PiecewiseConstant
     | Triangular
     | OneCycle
+    | Plateau
     | Sequence
     | Product,
     Field(discriminator="name"),
 ]
+
+
+def depends_on_evaluations(config: Schedule) -> bool:
+    """Whether the rate depends on what the run measures: such a schedule cannot be drawn."""
+    match config:
+        case Sequence():
+            return any(depends_on_evaluations(piece.schedule) for piece in config.pieces)
+        case Product():
+            return any(map(depends_on_evaluations, config.factors))
+    return isinstance(config, Plateau)
+
 
 Piece.model_rebuild()
 Sequence.model_rebuild()

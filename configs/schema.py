@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from bigbatch.configs.clipping import Clip
 from bigbatch.configs.durations import Duration, Length
 from bigbatch.configs.optimizers import Optimizer
 from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
@@ -141,7 +142,7 @@ class Recipe(Part):
         description="overlapped: gradients cross ranks during the backward pass; exact: summed "
         "in float64 after it, so that weights do not depend on the world size, bit for bit",
     )
-    clip_norm: Positive | None = Field(None, description="gradient clipping by global norm")
+    clip: Clip | None = Field(None, description="gradient clipping: norm, value or adaptive")
     data: Data
     model: Model
     loss: Loss = Loss()
@@ -157,6 +158,12 @@ class Recipe(Part):
     def micro_batches(self) -> int:
         """Micro-batches in one step: also the largest world size that can run the recipe."""
         return self.global_batch // self.micro_batch
+
+    @property
+    def lr_scale(self) -> float:
+        """What optimizer.scale multiplies the learning rate by at this global_batch."""
+        scale = self.optimizer.scale
+        return 1.0 if scale is None else scale.factor(self.global_batch)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -226,9 +226,10 @@ def run_notes(found: "RunAdvice", target_s: float | None, chosen: "Choice | None
         f"{step.cluster.latency * 1e6:g} us a hop{hidden if step.hiding else ''}",
     ]
     if target_s is not None and chosen is not None:
+        unscaled = " optimizer.scale=null" if found.scaled else ""
         lines.append(
             f"within {duration(target_s)}: {chosen.gpus} GPUs, global_batch={chosen.batch} "
-            f"optimizer.lr={chosen.lr:.4g}, about {duration(chosen.seconds)}"
+            f"optimizer.lr={chosen.lr:.4g}{unscaled}, about {duration(chosen.seconds)}"
         )
     elif target_s is not None:
         shortest = found.choices[-1] if found.choices else None

@@ -51,7 +51,7 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: b
 def _rows(found: dict[str, Any]) -> dict[str, str]:
     splits = [f"{n} {s['samples']:,} in {s['shards']} shards" for n, s in found["splits"].items()]
     rates = [f"{rate:.4g} at {step}" for step, rate in found["lr"].items()]
-    return {
+    rows = {
         "recipe": f"{found['recipe']}, hash {found['hash']}",
         "samples": ", ".join(splits),
         "classes": f"{found['classes']}, with {found['smallest_class']:,} to "
@@ -65,6 +65,11 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
         "snapshots": "after step " + ", ".join(map(str, found["snapshots"])),
         "learning rate": ", ".join(rates),
     }
+    if found["lr_depends_on_evaluations"]:
+        rows["learning rate"] += "; lowered on plateaus, which only the run can find"
+    if found["lr_rule"]:
+        rows["batch rule"] = found["lr_rule"]
+    return rows
 
 
 @click.command(short_help="Show, or draw, a recipe's learning rate.")
@@ -87,12 +92,19 @@ def schedule(
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
+    from bigbatch.configs.schedules import depends_on_evaluations
     from bigbatch.launcher import preflight
     from bigbatch.trainers.inputs import open_inputs
 
     loaded = load_recipe(recipe, overrides)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    if depends_on_evaluations(loaded.schedule):
+        raise UserError(
+            "schedule plateau: its rate depends on what the run measures, so it cannot be drawn "
+            "in advance; `bigbatch check` gives the rate without reductions, and a run records "
+            "its rates in metrics.jsonl"
+        )
     if epoch_samples is None:
         epoch_samples = open_inputs(loaded).order.epoch_samples
     plan, rate = preflight.fit_rate(loaded, epoch_samples)
@@ -101,9 +113,13 @@ def schedule(
             preflight.draw(loaded.name, plan, rate, plot)
         except OSError as error:
             raise UserError(f"cannot write {plot}: {error}") from None
+    rule = preflight.lr_rule(loaded)
     if as_json:
-        options.print_json({"steps": plan.total, "lr": [rate(s) for s in range(plan.total)]})
+        rates = [rate(s) for s in range(plan.total)]
+        options.print_json({"steps": plan.total, "lr_rule": rule, "lr": rates})
         return
+    if rule:
+        click.echo(rule)
     for step, value in preflight.key_rates(plan, rate).items():
         click.echo(f"step {step:>8,}  {value:.6g}")
     if plot is not None:

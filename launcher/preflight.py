@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.inputs import fit, open_inputs
 from bigbatch.trainers.plan import Plan, check_world
@@ -51,8 +52,22 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "evaluations": sum(plan.evaluates(step) for step in range(1, plan.total + 1)),
         "checkpoints": sum(plan.saves(step) for step in range(1, plan.total + 1)),
         "snapshots": sorted(plan.snapshots),
+        "lr_rule": lr_rule(recipe),
+        "lr_depends_on_evaluations": depends_on_evaluations(recipe.schedule),
         "lr": key_rates(plan, rate),
     }
+
+
+def lr_rule(recipe: Recipe) -> str | None:
+    """What optimizer.scale does to the learning rate, in words; None where it is not set."""
+    optimizer = recipe.optimizer
+    if optimizer.scale is None:
+        return None
+    return (
+        f"{optimizer.lr:g} at a batch of {optimizer.scale.base_batch:,}, by the "
+        f"{optimizer.scale.rule} rule {optimizer.lr * recipe.lr_scale:.6g} at "
+        f"{recipe.global_batch:,}"
+    )
 
 
 def key_rates(plan: Plan, rate: Rate) -> dict[int, float]:

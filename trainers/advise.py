@@ -91,6 +91,7 @@ class RunAdvice:
     batch: int
     lr: float
     rule: Rule
+    scaled: bool  # the recipe itself scales its rate with the batch (optimizer.scale)
     phases: list[Phase]
     curve: CostCurve  # samples
     step_time: StepTime
@@ -141,7 +142,7 @@ def advise_run(
         curve,
         step_time,
         recipe.global_batch,
-        recipe.optimizer.lr,
+        recipe.optimizer.lr * recipe.lr_scale,
         rule,
         max_gpus=max_gpus,
         max_batch=int(recipe.global_batch / epochs),
@@ -149,8 +150,9 @@ def advise_run(
     return RunAdvice(
         name=run.name,
         batch=recipe.global_batch,
-        lr=recipe.optimizer.lr,
+        lr=recipe.optimizer.lr * recipe.lr_scale,
         rule=rule,
+        scaled=recipe.optimizer.scale is not None,
         phases=found,
         curve=curve,
         step_time=step_time,

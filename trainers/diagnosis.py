@@ -40,7 +40,7 @@ def _stability(history: History) -> Iterator[Finding]:
             "problem",
             "Non-finite loss or gradient",
             f"{skipped} steps had a loss or gradient that was not finite; their updates were not "
-            "applied. Lower optimizer.lr, lengthen the warmup or set clip_norm.",
+            "applied. Lower optimizer.lr, lengthen the warmup or set clip.",
         )
     if np.isnan(loss).all():
         return

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from bigbatch.configs.clipping import Clip
 from bigbatch.configs.errors import UserError
+from bigbatch.trainers.clip import clip_gradients
 from bigbatch.trainers.noise import MicroBatchNorms
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -140,8 +142,8 @@ class Engine:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._trained if p.grad is not None]
 
-    def clip(self, norm: Tensor, limit: float) -> None:
-        nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, norm)
+    def clip(self, config: Clip, norm: Tensor) -> None:
+        clip_gradients(config, self.module, norm)
 
     def step(self) -> None:
         """The optimizer's update. fp16 with a non-finite gradient: no update, a lower scale."""

@@ -12,6 +12,7 @@ from bigbatch.data.order import Order, build_order
 from bigbatch.data.remote import open_remote, remote_at
 from bigbatch.data.staging import is_url
 from bigbatch.trainers.plan import Plan, make_plan
+from bigbatch.trainers.plateau import Evaluation, Evaluations
 from bigbatch.trainers.schedules import build_schedule
 
 Schedule = Callable[[int], float]  # factor of the learning rate, after s finished steps
@@ -25,6 +26,7 @@ class Inputs:
     order: Order
     plan: Plan
     schedule: Schedule
+    evaluations: list[Evaluation]  # of the validation split so far: what a plateau looks at
 
 
 def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
@@ -49,8 +51,9 @@ def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
                 f"{data.train} has {list(classes)[:8]}: write both with one `bigbatch shard`"
             )
     order = open_order(recipe, splits["train"])
-    plan, schedule = fit(recipe, order.epoch_samples, stop_at)
-    return Inputs(splits, order, plan, schedule)
+    evaluations: list[Evaluation] = []
+    plan, schedule = fit(recipe, order.epoch_samples, stop_at, evaluations)
+    return Inputs(splits, order, plan, schedule, evaluations)
 
 
 def open_split(data: Data, name: str) -> Index:
@@ -71,13 +74,23 @@ def open_order(recipe: Recipe, index: Index) -> Order:
     )
 
 
-def fit(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> tuple[Plan, Schedule]:
-    """The plan of a run, and its schedule, for an epoch of this many samples."""
+def fit(
+    recipe: Recipe,
+    epoch_samples: int,
+    stop_at: int | None = None,
+    evaluations: Evaluations = (),
+) -> tuple[Plan, Schedule]:
+    """The plan of a run, and its schedule, for an epoch of this many samples.
+
+    The schedule's factor multiplies optimizer.lr; the batch rule (optimizer.scale) is in it.
+    """
     plan = make_plan(recipe, epoch_samples, stop_at)
-    schedule = build_schedule(
+    factor = build_schedule(
         recipe.schedule,
         total_steps=plan.total,
         global_batch=recipe.global_batch,
         epoch_samples=epoch_samples,
+        evaluations=evaluations,
     )
-    return plan, schedule
+    scale = recipe.lr_scale
+    return plan, lambda step: scale * factor(step)

@@ -91,8 +91,8 @@ def train(
         finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
         if finite:
             statistics.finish(totals[3:], plan.micro_batches)
-            if recipe.clip_norm is not None:
-                engine.clip(norm, recipe.clip_norm)
+            if recipe.clip is not None:
+                engine.clip(recipe.clip, norm)
             engine.step()
             skipped = 0
         else:
@@ -103,7 +103,7 @@ def train(
                 raise UserError(
                     f"step {step}: loss {mean_loss}, gradient norm {norm_value}; the weights "
                     "were not touched. Lower optimizer.lr, lengthen schedule.warmup, or set "
-                    "clip_norm, then start a new run"
+                    "clip, then start a new run"
                 )
             engine.step()  # fp16: the scaler makes no update and lowers its scale
         state.step = step + 1

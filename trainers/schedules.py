@@ -14,26 +14,42 @@ from bigbatch.configs import schedules as c
 from bigbatch.configs.durations import Length
 from bigbatch.configs.errors import UserError
 from bigbatch.data.rng import uniforms
+from bigbatch.trainers.plateau import Evaluations, plateau
 
 Factor = Callable[[int], float]
 
 
 def build_schedule(
-    config: c.Schedule, total_steps: int, global_batch: int, epoch_samples: int
+    config: c.Schedule,
+    total_steps: int,
+    global_batch: int,
+    epoch_samples: int,
+    *,
+    evaluations: Evaluations = (),
+    first_step: int = 0,
 ) -> Factor:
     """The function step -> factor that multiplies the learning rate of that step.
 
     `step` is the number of finished steps, so 0 for the first one. `total_steps` is the
     length of the run; `global_batch` and `epoch_samples` turn durations into steps. Steps
-    after the end keep the factor that the schedule ends on.
+    after the end keep the factor that the schedule ends on. A schedule with a plateau is a
+    function of `evaluations` as well: pass a list that grows as the run measures them.
+    `first_step` is where in the run the schedule's own step 0 stands.
     Raises UserError where the schedule does not fit into the run.
     """
 
     def steps(length: Length) -> int:
         return length.steps(global_batch, epoch_samples)
 
-    def inner(part: c.Schedule, total: int) -> Factor:
-        return build_schedule(part, total, global_batch, epoch_samples)
+    def inner(part: c.Schedule, total: int, start: int = 0) -> Factor:
+        return build_schedule(
+            part,
+            total,
+            global_batch,
+            epoch_samples,
+            evaluations=evaluations,
+            first_step=first_step + start,
+        )
 
     match config:
         case c.OneCycle():
@@ -62,6 +78,9 @@ def build_schedule(
         case c.PiecewiseConstant():
             marks = _ascending("boundaries", config.boundaries, steps)
             return _warmed(config, warmup, lambda t: config.values[bisect_right(marks, t + warmup)])
+        case c.Plateau():
+            start = first_step + warmup
+            return _warmed(config, warmup, lambda t: plateau(config, evaluations, start, start + t))
         case c.Constant():
             return _warmed(config, warmup, lambda t: 1.0)
         case c.Cosine():
@@ -199,7 +218,7 @@ def _sequence(
     config: c.Sequence,
     total_steps: int,
     steps: Callable[[Length], int],
-    inner: Callable[[c.Schedule, int], Factor],
+    inner: Callable[[c.Schedule, int, int], Factor],
 ) -> Factor:
     starts, factors = [0], []
     for i, piece in enumerate(config.pieces, 1):
@@ -210,7 +229,7 @@ def _sequence(
                 f"schedule.pieces: piece {i} of {len(config.pieces)} takes {length} steps, but "
                 f"{left} of the run's {total_steps} are left for it; fit the lengths to the run"
             )
-        factors.append(inner(piece.schedule, length))
+        factors.append(inner(piece.schedule, length, starts[-1]))
         starts.append(starts[-1] + length)
 
     def factor(t: int) -> float:

@@ -29,6 +29,7 @@ from bigbatch.trainers.log import Log, open_log
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
 from bigbatch.trainers.metrics import score, softmax
+from bigbatch.trainers.plateau import Evaluation, read_evaluations
 from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
 
 # Enough images to settle the BatchNorm statistics of a soup.
@@ -64,6 +65,9 @@ def work(job: Job, stop: StopFlag) -> int:
     run, recipe, engine, state = job.run, job.recipe, job.engine, job.state
     plan = job.inputs.plan
     problems = resume(run, engine, state)
+    # What a plateau looks at is replayed; every rank takes rank 0's reading.
+    history = read_evaluations(run.metrics, state.step) if engine.rank == 0 else []
+    job.inputs.evaluations[:] = [Evaluation(*e) for e in engine.from_main(history)]
     with open_log(
         run,
         recipe,
@@ -90,7 +94,9 @@ def work(job: Job, stop: StopFlag) -> int:
             val = job.inputs.splits["val"]
             logits = job.evaluator.logits(job.model, val)
             found = None if logits is None else score(softmax(logits), val.label.astype(np.int64))
-            return engine.from_main(found)
+            scores: dict[str, float] = engine.from_main(found)
+            job.inputs.evaluations.append(Evaluation(state.step, scores))
+            return scores
 
         def snapshot(scores: dict[str, float]) -> None:
             number = sorted(plan.snapshots).index(state.step) + 1

@@ -217,3 +217,22 @@ def test_dry_run_prints_the_script_and_does_nothing(here: Path) -> None:
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n" in result.output
     assert f"resume {here}/runs/digits\n" in result.output
     assert not (here / "runs").exists()
+
+
+def test_the_batch_rule_is_shown_and_applied(here: Path) -> None:
+    scaled = ["optimizer.lr=0.5", "optimizer.scale={rule: linear, base_batch: 64}"]
+    found = json.loads(invoke("check", *DIGITS, *scaled, "--json").output)
+    assert max(found["lr"].values()) == pytest.approx(2.0)
+    assert "0.5 at a batch of 64" in found["lr_rule"]
+    text = invoke("schedule", *DIGITS, *scaled, "optimizer.scale.rule=sqrt").output
+    assert "by the sqrt rule 1 at 256" in text
+    rates = json.loads(invoke("schedule", *DIGITS, *scaled, "--json").output)["lr"]
+    assert max(rates) == pytest.approx(2.0)
+
+
+def test_a_plateau_cannot_be_drawn_in_advance(here: Path) -> None:
+    plateau = "schedule={name: plateau, warmup: 4 steps}"
+    with pytest.raises(UserError, match="depends on what the run measures"):
+        invoke("schedule", *DIGITS, plateau)
+    assert "lowered on plateaus" in " ".join(invoke("check", *DIGITS, plateau).output.split())
+    assert json.loads(invoke("check", *DIGITS, plateau, "--json").output)["lr"]["0"] == 0.0

@@ -32,7 +32,9 @@ def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimi
 
 
 def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Optimizer:
-    options: dict[str, Any] = config.model_dump(exclude={"name", "weight_decay", "layer_decay"})
+    options: dict[str, Any] = config.model_dump(
+        exclude={"name", "weight_decay", "layer_decay", "scale"}
+    )
     # One pass over memory, on CPU and GPU, instead of one kernel for each operation.
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     match config:

@@ -94,7 +94,7 @@ def muon_groups(
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
-    matrices -= {p for module in _classifiers(model) for p in module.parameters()}
+    matrices -= {p for module in classifiers(model) for p in module.parameters()}
     split = []
     for group in groups:
         hidden = [p for p in group["params"] if p in matrices]
@@ -120,7 +120,8 @@ def _depths(model: nn.Module) -> dict[str, int]:
     return {name: top - layer for name, layer in layers.items()}
 
 
-def _classifiers(model: nn.Module) -> list[nn.Module]:
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """The last layer or layers, as timm models name them; [] for other models."""
     get = getattr(model, "get_classifier", None)
     found = get() if callable(get) else []
     return [found] if isinstance(found, nn.Module) else list(found)

@@ -1,0 +1,32 @@
+"""Gradient clipping as a recipe writes it; trainers/clip.py does it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bigbatch.configs.part import Part, Positive
+
+
+class ClipNorm(Part):
+    """The whole gradient is scaled down to a global L2 norm of at most `limit`."""
+
+    name: Literal["norm"]
+    limit: Positive
+
+
+class ClipValue(Part):
+    """Each element is kept within [-limit, limit]."""
+
+    name: Literal["value"]
+    limit: Positive
+
+
+class ClipAdaptive(Part):
+    """Each unit's gradient norm is at most `limit` times its weight's (Brock et al. 2021)."""
+
+    name: Literal["adaptive"]
+    limit: Positive = Field(0.01, description="largest ratio of gradient norm to weight norm")
+    eps: Positive = Field(1e-3, description="weight norms below this count as this")
+
+
+Clip = Annotated[ClipNorm | ClipValue | ClipAdaptive, Field(discriminator="name")]

@@ -1,0 +1,64 @@
+"""Reduction on a plateau, as a pure function of the evaluations so far. Free of torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bigbatch.configs.rundir import read_jsonl
+from bigbatch.configs.schedules import Plateau
+
+_LEAST = 1e-8  # torch makes no smaller reduction
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation of the validation split after `step` finished steps found."""
+
+    step: int
+    scores: Mapping[str, float | None]  # by metric; None or NaN: no finite value
+
+
+Evaluations = Sequence[Evaluation]
+
+
+def plateau(config: Plateau, evaluations: Evaluations, start: int, step: int) -> float:
+    """The factor of the step that follows `step` finished ones.
+
+    Evaluations after more than `start` and at most `step` steps count. No state is kept, so
+    a resumed run that reads the same evaluations gives the same factors. Values equal
+    torch's ReduceLROnPlateau, stepped once at each evaluation.
+    """
+    sign = 1.0 if config.metric == "nll" else -1.0
+    factor, best, bad, cooldown = 1.0, math.inf, 0, 0
+    for at, scores in evaluations:
+        if not start < at <= step:
+            continue
+        found = scores.get(config.metric)
+        value = math.nan if found is None else sign * found
+        if value < _to_beat(config, best, sign):
+            best, bad = value, 0
+        else:
+            bad += 1
+        if cooldown > 0:
+            cooldown, bad = cooldown - 1, 0
+        if bad > config.patience:
+            lower = max(factor * config.factor, config.final)
+            factor = lower if factor - lower > _LEAST else factor
+            cooldown, bad = config.cooldown, 0
+    return factor
+
+
+def _to_beat(config: Plateau, best: float, sign: float) -> float:
+    """`best` less the least improvement that counts; of a metric to maximise, both negated."""
+    if config.threshold_mode == "abs":
+        return best - config.threshold
+    return best * (1.0 - sign * config.threshold)
+
+
+def read_evaluations(metrics: Path, step: int) -> list[Evaluation]:
+    """The evaluations of the validation split up to `step`, from metrics.jsonl."""
+    return [
+        Evaluation(record["step"], {k: record.get(k) for k in ("accuracy", "nll")})
+        for record in read_jsonl(metrics)
+        if record.get("kind") == "eval" and record.get("split") == "val" and record["step"] <= step
+    ]
