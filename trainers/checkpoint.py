@@ -9,12 +9,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import JsonValue
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
@@ -27,6 +29,18 @@ MODEL, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -45,27 +59,61 @@ class TrainState:
     fingerprint: dict[str, str]  # hashes of recipe and order: what the weights depend on
 
 
-def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
-    """Write ``folder/step-NNNNNNNN`` and remove all but the newest `keep` checkpoints."""
-    final = folder / f"step-{state.step:08d}"
-    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    temporary.mkdir()
+@dataclass
+class Capture:
+    """A TrainState copied to the CPU: all that `write` needs, and nothing that training changes."""
+
+    step: int
+    model: dict[str, Tensor]  # contiguous CPU tensors, under timm's own names
+    optimizer: dict[str, Tensor]  # likewise, keyed STATE/PARAM
+    content: dict[str, JsonValue]  # state.json
+
+
+def capture(state: TrainState, into: Capture | None = None) -> Capture:
+    """Copy everything that resumes to the CPU.
+
+    The memory of an earlier capture `into` is used again where names and shapes agree: fresh
+    pages cost more than the copy.
+    """
     tensors, scalars = optimizer_state_by_name(state.optimizer, state.model)
-    save_weights(state.model, temporary / MODEL)
-    save_file(tensors, temporary / OPTIMIZER)
-    content = {
+    content: dict[str, JsonValue] = {
         "step": state.step,
         "optimizer": scalars,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
-        "fingerprint": state.fingerprint,
+        "fingerprint": dict(state.fingerprint),
     }
-    (temporary / STATE).write_text(json.dumps(content, indent=1))
-    files = {n: _measure(temporary / n) for n in (MODEL, OPTIMIZER, STATE)}
-    (temporary / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=1))
-    for name in (*files, MANIFEST):
-        sync(temporary / name)
+    return Capture(
+        state.step,
+        _copy(state.model.state_dict(), into.model if into else {}),
+        _copy(tensors, into.optimizer if into else {}),
+        content,
+    )
+
+
+def write(
+    folder: Path, captured: Capture, keep: int, before: Callable[[], None] | None = None
+) -> Path:
+    """Write ``folder/step-NNNNNNNN`` and remove all but the newest `keep` checkpoints.
+
+    `before` runs when all files are on disk, just before they get their final name: it puts
+    onto the disk what the checkpoint must not outlive. Raises OSError; older checkpoints are
+    then as they were. Needs no other rank, and may run in any thread.
+    """
+    final = folder / f"step-{captured.step:08d}"
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # an earlier try's, on a full disk
+    temporary.mkdir()
+    files = {
+        MODEL: write_tensors(temporary / MODEL, captured.model),
+        OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
+        STATE: _write_text(temporary / STATE, json.dumps(captured.content, indent=1)),
+    }
+    manifest = {"step": captured.step, "files": files}
+    _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
     sync(temporary)
+    if before is not None:
+        before()
     if final.exists():  # an older attempt's, from a run that was rolled back or damaged
         shutil.rmtree(final)
     temporary.rename(final)
@@ -76,7 +124,33 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """The model's weights under timm's own names: `timm.create_model(checkpoint_path=...)`."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    write_tensors(path, _copy(model.state_dict(), {}))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int | str]:
+    """Write contiguous CPU tensors as safetensors and put them onto the disk.
+
+    Returns size and SHA-256 of what was written. The library's own writer would hold
+    Python's lock meanwhile, and so the training loop. Source: the format's description,
+    github.com/huggingface/safetensors.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    # The widest first, so that every tensor is aligned to its own width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        kind, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(
+        path,
+        [
+            len(text).to_bytes(8, "little") + text,
+            *(tensors[n].reshape(-1).view(torch.uint8).numpy().data for n in names),
+        ],
+    )
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -153,6 +227,34 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
     tensors = load_file(path)
     model.load_state_dict(tensors)
     return tensors
+
+
+def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU; the memory of `into` is used where it fits."""
+    copies = {}
+    for name, tensor in tensors.items():
+        old = into.get(name)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            old = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = old.copy_(tensor.detach())
+    return copies
+
+
+def _write_text(path: Path, text: str) -> dict[str, int | str]:
+    return _write(path, [text.encode()])
+
+
+def _write(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, int | str]:
+    """Write and sync a file; returns what `_measure` finds if the disk holds the same bytes."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _measure(path: Path) -> dict[str, int | str]:

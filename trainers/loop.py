@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter
 from bigbatch.data.loader import MicroBatch
 from bigbatch.data.rng import key64
-from bigbatch.trainers.checkpoint import TrainState, save_checkpoint
+from bigbatch.trainers.checkpoint import TrainState
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.log import Log
 from bigbatch.trainers.losses import LossFunction
@@ -20,6 +19,7 @@ from bigbatch.trainers.noise import NoiseScale
 from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import set_lr
 from bigbatch.trainers.plan import Plan
+from bigbatch.trainers.saving import Saver
 from bigbatch.trainers.signals import StopFlag
 
 # fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
@@ -28,7 +28,6 @@ _MAX_SKIPPED = 50
 
 def train(
     recipe: Recipe,
-    run: RunDir,
     engine: Engine,
     state: TrainState,
     log: Log,
@@ -40,6 +39,7 @@ def train(
     augmenter: Augmenter,
     evaluate: Callable[[], dict[str, float]],
     snapshot: Callable[[dict[str, float]], None],
+    saver: Saver,
     stop: StopFlag,
 ) -> bool:
     """Train from `state.step` to `plan.stop`. False where a signal cut it short.
@@ -133,22 +133,8 @@ def train(
         leaving = stops > 0
         if plan.saves(state.step) or leaving:
             log.phase("saving")
-            log.sync()
-            save(run, engine, state, recipe.checkpoint.keep)
+            saver.save(state)
         if leaving:
             log.event("signal", step=state.step, signal=stop.signal)
             return False
     return True
-
-
-def save(run: RunDir, engine: Engine, state: TrainState, keep: int) -> None:
-    """Rank 0 writes, then every rank learns whether it went well."""
-    problem = None
-    if engine.rank == 0:
-        try:
-            save_checkpoint(run.checkpoints, state, keep)
-        except OSError as error:
-            problem = f"cannot save step {state.step} in {run.checkpoints}: {error}"
-    problem = engine.from_main(problem)
-    if problem:
-        raise UserError(f"{problem}; free some space or fix the permissions, then resume")

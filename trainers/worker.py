@@ -30,6 +30,7 @@ from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
 from bigbatch.trainers.metrics import score, softmax
 from bigbatch.trainers.plateau import Evaluation, read_evaluations
+from bigbatch.trainers.saving import Saver
 from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
 
 # Enough images to settle the BatchNorm statistics of a soup.
@@ -106,7 +107,6 @@ def work(job: Job, stop: StopFlag) -> int:
 
         finished = train(
             recipe,
-            run,
             engine,
             state,
             log,
@@ -117,6 +117,7 @@ def work(job: Job, stop: StopFlag) -> int:
             augmenter=job.augmenter,
             evaluate=evaluate,
             snapshot=snapshot,
+            saver=Saver(run.checkpoints, engine, log, recipe.checkpoint),
             stop=stop,
         )
         if not finished:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bigbatch.configs.errors import UserError
@@ -11,10 +12,11 @@ from bigbatch.configs.optimizers import LARS
 from bigbatch.trainers import checkpoint
 from bigbatch.trainers.checkpoint import (
     TrainState,
+    capture,
     list_checkpoints,
     load_checkpoint,
     newest_valid,
-    save_checkpoint,
+    write,
 )
 from bigbatch.trainers.optim import build_optimizer
 
@@ -28,6 +30,10 @@ def make_state(seed=0, steps=0, fingerprint="abc"):
         model(torch.randn(6, 1, 4, 4)).square().mean().backward()
         optimizer.step()
     return TrainState(steps, model, optimizer, None, {"recipe_hash": fingerprint})
+
+
+def save_checkpoint(folder, state, keep):
+    return write(folder, capture(state), keep)
 
 
 def step(state):
@@ -106,3 +112,55 @@ def test_nothing_is_pickled(tmp_path):
     assert set(manifest["files"]) == {checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE}
     for file in path.iterdir():
         assert file.suffix in (".safetensors", ".json")
+
+
+def test_a_capture_does_not_change_while_training_goes_on(tmp_path):
+    state, other = make_state(steps=1), make_state(seed=1)
+    captured = capture(state)
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    step(state)
+    load_checkpoint(write(tmp_path, captured, keep=1), other)
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    again = capture(state, captured)
+    assert again.model["0.weight"].data_ptr() == captured.model["0.weight"].data_ptr()
+    assert torch.equal(again.model["0.weight"], state.model[0].weight)
+
+
+def test_what_must_be_on_disk_first_is_asked_for_before_the_checkpoint_appears(tmp_path):
+    seen = []
+    write(tmp_path, capture(make_state()), 1, lambda: seen.append(list_checkpoints(tmp_path)))
+    assert seen == [[]]
+
+
+def test_a_failed_write_leaves_the_older_checkpoint(tmp_path):
+    state = make_state(steps=1)
+    save_checkpoint(tmp_path, state, keep=1)
+    state.step = 2
+
+    def fail():
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path, capture(state), 1, fail)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
+    save_checkpoint(tmp_path, state, keep=1)  # the try after that finds its way free
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("dtype", checkpoint._DTYPES)
+def test_our_files_are_safetensors(tmp_path, dtype):
+    tensors = {
+        "matrix": torch.arange(6).reshape(2, 3).to(dtype),
+        "scalar": torch.ones((), dtype=dtype),
+        "odd": torch.ones(3, dtype=torch.uint8),
+        "none": torch.empty(0, 4, dtype=dtype),
+        'naïve "name"': torch.zeros(1),
+    }
+    measured = checkpoint.write_tensors(tmp_path / "a", tensors)
+    assert measured == checkpoint._measure(tmp_path / "a")
+    read = load_file(tmp_path / "a")
+    assert read.keys() == tensors.keys()
+    for name, value in read.items():
+        assert value.dtype == tensors[name].dtype
+        assert torch.equal(value, tensors[name])
