@@ -9,7 +9,6 @@ from bigbatch.trainers.optim.layerwise import (
     LayerwiseOptimizer,
     gradients,
     new_state,
-    norms,
     on_cpu,
     positive_or_one,
     upcast,
@@ -62,27 +61,32 @@ class LAMB(LayerwiseOptimizer):
             "exp_avg_sq": new_state(p),
         }
 
-    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        direction = self._direction(params, group)
+    def update(
+        self,
+        params: list[Tensor],
+        vectors: list[Tensor],
+        lengths: tuple[Tensor, Tensor] | None,
+        group: dict[str, Any],
+    ) -> None:
         lr = group["lr"]
-        if not group["adapt"]:
-            torch._foreach_mul_(direction, lr)
-            torch._foreach_sub_(params, direction)
+        if lengths is None:
+            torch._foreach_mul_(vectors, lr)
+            torch._foreach_sub_(params, vectors)
             return
-        w, u = norms(params), norms(direction)
+        w, u = lengths
         ratios = w / u
         if group["trust_bounds"] is not None:
             ratios = ratios.clamp(*group["trust_bounds"])
         ratios = positive_or_one(ratios, w, u)
         self.last_ratios.append((params, ratios))
         if on_cpu(params):
-            for p, d, ratio in zip(params, direction, ratios.tolist(), strict=True):
+            for p, d, ratio in zip(params, vectors, ratios.tolist(), strict=True):
                 p.add_(d, alpha=-float(lr) * ratio)
         else:
-            torch._foreach_mul_(direction, list((ratios * lr).unbind()))
-            torch._foreach_sub_(params, direction)
+            torch._foreach_mul_(vectors, list((ratios * lr).unbind()))
+            torch._foreach_sub_(params, vectors)
 
-    def _direction(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def vectors(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """u of each parameter; advances the moments by one step.
 
         torch's fused AdamW kernel does the work: started from b w in place of the weights,
@@ -115,7 +119,7 @@ class LAMB(LayerwiseOptimizer):
     def _decayed(self, params: list[Tensor], like: list[Tensor], decay: float) -> list[Tensor]:
         """b w, laid out as the state is. On a CPU in one buffer that stays as large as the
         largest bucket: fresh memory would cost a page fault for every 4 kB of it."""
-        if not on_cpu(params):
+        if self.sum_over_ranks is not None or not on_cpu(params):
             return list(torch._foreach_mul(upcast(params), decay))
         sizes = [p.numel() for p in params]
         if self._scratch.numel() < sum(sizes) or self._scratch.dtype != like[0].dtype:

@@ -9,7 +9,6 @@ from bigbatch.trainers.optim.layerwise import (
     LayerwiseOptimizer,
     gradients,
     new_state,
-    norms,
     on_cpu,
     positive_or_one,
     upcast,
@@ -64,18 +63,26 @@ class LARS(LayerwiseOptimizer):
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": new_state(p)}
 
-    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def vectors(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        return gradients(params, [self.state[p]["momentum_buffer"] for p in params])
+
+    def update(
+        self,
+        params: list[Tensor],
+        vectors: list[Tensor],
+        lengths: tuple[Tensor, Tensor] | None,
+        group: dict[str, Any],
+    ) -> None:
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = gradients(params, buffers)
         ratios = None
-        if group["adapt"]:
-            ratios = _trust_ratios(params, grads, group)
+        if lengths is not None:
+            ratios = _trust_ratios(*lengths, group)
             self.last_ratios.append((params, ratios))
         # Without momentum the kernel has no dampening, which carries the rate.
         if on_cpu(params) and group["momentum"] != 0 and _same_memory(params, buffers):
-            _fused_update(params, grads, buffers, ratios, group)
+            _fused_update(params, vectors, buffers, ratios, group)
         else:
-            _foreach_update(params, grads, buffers, ratios, group)
+            _foreach_update(params, vectors, buffers, ratios, group)
 
 
 def _same_memory(params: list[Tensor], buffers: list[Tensor]) -> bool:
@@ -86,9 +93,8 @@ def _same_memory(params: list[Tensor], buffers: list[Tensor]) -> bool:
     )
 
 
-def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> Tensor:
-    """r of each parameter, shape [len(params)]."""
-    w, g = norms(params), norms(grads)
+def _trust_ratios(w: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+    """r of each layer from the norms of its weights and gradient, all of shape [layers]."""
     ratios = group["trust_coefficient"] * w / (g + group["weight_decay"] * w + group["eps"])
     if group["trust_clip"]:
         ratios = (ratios / group["lr"]).clamp(max=1.0)

@@ -1,6 +1,6 @@
 """What LARS and LAMB share: float32 state, norms, and the walk over parameters in buckets."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,16 @@ CPU_BUCKET = 1 << 20  # elements
 
 
 class LayerwiseOptimizer(torch.optim.Optimizer):
-    """Base of LARS and LAMB: makes the state, walks the groups, keeps the trust ratios."""
+    """Base of LARS and LAMB: makes the state, walks the groups, keeps the trust ratios.
+
+    Parameters may be pieces of layers that other ranks hold the rest of, possibly empty, the
+    same layers in the same order on every rank. `sum_over_ranks` then adds a tensor up over
+    those ranks: a layer's norm is the root of the sum of its pieces' squared norms.
+    """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         # Of the last step, for logging: tensors, so that nothing waits for the device.
         self.last_ratios: list[tuple[list[Tensor], Tensor]] = []
 
@@ -28,20 +34,60 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.last_ratios = []
+        work = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = self.init_state(p)
-            for bucket in buckets(params):
-                self.update(bucket, group)
+            work.append((params, group))
+        if self.sum_over_ranks is None:
+            for params, group in work:
+                for bucket in buckets(params):
+                    vectors = self.vectors(bucket, group)
+                    lengths = (norms(bucket), norms(vectors)) if group["adapt"] else None
+                    self.update(bucket, vectors, lengths, group)
+        else:
+            self._sharded_step([(p, group) for p, group in work if p], self.sum_over_ranks)
         return loss
+
+    def _sharded_step(
+        self,
+        work: list[tuple[list[Tensor], dict[str, Any]]],
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        """The same for pieces of layers, with one all-reduce for all norms of the step."""
+        vectors = [self.vectors(params, group) for params, group in work]
+        pairs = list(zip(work, vectors, strict=True))
+        adapted = [(params, v) for (params, group), v in pairs if group["adapt"]]
+        lengths: Iterator[Tensor] = iter(())  # of each adapted group: |w| and |v| of its layers
+        if adapted:
+            squares = [torch.stack([squared_norms(w), squared_norms(v)]) for w, v in adapted]
+            total = sum_over_ranks(torch.cat(squares, dim=1)).sqrt()
+            sizes = [len(w) for w, _ in adapted]
+            lengths = iter(total.to(state_dtype(adapted[0][0][0])).split(sizes, dim=1))
+        for (params, group), v in pairs:
+            if group["adapt"]:
+                w_length, v_length = next(lengths)
+                self.update(params, v, (w_length, v_length), group)
+            else:
+                self.update(params, v, None, group)
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters of one device and dtype."""
+    def vectors(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """What the trust ratio compares the parameters with; they are of one device and dtype."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        params: list[Tensor],
+        vectors: list[Tensor],
+        lengths: tuple[Tensor, Tensor] | None,
+        group: dict[str, Any],
+    ) -> None:
+        """Update the parameters; `lengths` are the norms of layers and of their vectors."""
         raise NotImplementedError
 
 
@@ -112,6 +158,16 @@ def norms(tensors: list[Tensor]) -> Tensor:
     if on_cpu(tensors):
         return torch.stack([_norm_by_rows(t, dtype) for t in tensors])
     return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+
+
+def squared_norms(tensors: list[Tensor]) -> Tensor:
+    """Squared norm of each tensor, float64 [len(tensors)], on the device; 0 of an empty one.
+
+    In float64, so that the sum over pieces does not depend on where a layer was cut.
+    """
+    if on_cpu(tensors):
+        return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]) ** 2
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square()
 
 
 def _norm_by_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
