@@ -9,13 +9,13 @@ import sys
 import click
 
 from bigbatch.configs.errors import UserError
-from bigbatch.launcher import cli_advise, cli_data, cli_recipe, cli_run
+from bigbatch.launcher import cli_advise, cli_data, cli_recipe, cli_run, cli_tune
 
 SECTIONS = {
     "Data": (cli_data.shard, cli_data.index, cli_data.inspect, cli_data.batches),
     "Recipes": (cli_recipe.recipes, cli_recipe.check, cli_recipe.schedule, cli_recipe.schema),
     "Training": (cli_run.train, cli_run.resume, cli_run.submit, cli_run.prove),
-    "Tuning": (cli_advise.advise,),
+    "Tuning": (cli_tune.find_lr, cli_advise.advise),
     "Runs": (cli_run.runs, cli_run.status, cli_run.watch, cli_run.report),
 }
 

@@ -56,8 +56,7 @@ def advise(
     """
     if (run is None) == (points is None):
         raise UserError("name either a RUN or --points FILE.csv, not both and not neither")
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    options.check_picture(plot)
     if not (0 < bandwidth < math.inf and 0 <= latency < math.inf):
         raise UserError(
             f"--bandwidth {bandwidth:g} must be above 0 and --latency {latency:g} at least 0"
@@ -69,7 +68,7 @@ def advise(
     if points is not None:
         fit = work.advise_points(points, _range(hold_out))
         if plot is not None:
-            _draw(plot, lambda: advise_plot.draw_points(fit, plot))
+            options.write_picture(plot, lambda: advise_plot.draw_points(fit, plot))
         if as_json:
             options.print_json(_finite(points_values(fit)))
         else:
@@ -89,7 +88,7 @@ def advise(
     )
     chosen = next((c for c in found.choices if target_s and c.seconds <= target_s), None)
     if plot is not None:
-        _draw(plot, lambda: advise_plot.draw_run(found, plot))
+        options.write_picture(plot, lambda: advise_plot.draw_run(found, plot))
     if as_json:
         options.print_json(_finite(run_values(found, target_s, chosen)))
     else:
@@ -114,13 +113,6 @@ def _seconds(text: str | None) -> float | None:
     if match is None or float(match[1]) == 0:
         raise UserError(f"--target-time {text!r} is no time such as 30s, 90min, 12h or 2d")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def _draw(path: Path, draw: Any) -> None:
-    try:
-        draw()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def _finite(value: Any) -> Any:

@@ -97,8 +97,7 @@ def schedule(
     from bigbatch.trainers.inputs import open_inputs
 
     loaded = load_recipe(recipe, overrides)
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    options.check_picture(plot)
     if depends_on_evaluations(loaded.schedule):
         raise UserError(
             "schedule plateau: its rate depends on what the run measures, so it cannot be drawn "
@@ -109,10 +108,7 @@ def schedule(
         epoch_samples = open_inputs(loaded).order.epoch_samples
     plan, rate = preflight.fit_rate(loaded, epoch_samples)
     if plot is not None:
-        try:
-            preflight.draw(loaded.name, plan, rate, plot)
-        except OSError as error:
-            raise UserError(f"cannot write {plot}: {error}") from None
+        options.write_picture(plot, lambda: preflight.draw(loaded.name, plan, rate, plot))
     rule = preflight.lr_rule(loaded)
     if as_json:
         rates = [rate(s) for s in range(plan.total)]

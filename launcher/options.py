@@ -1,11 +1,14 @@
 """Arguments and options that several commands share, and how results are printed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from bigbatch.configs.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,3 +44,28 @@ def new_run(function: F) -> F:
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, default=str))
+
+
+def check_picture(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {path}: the name must end in .png, .svg or .pdf")
+
+
+def write_picture(path: Path, draw: Callable[[], None]) -> None:
+    """Call `draw`, which writes `path`."""
+    try:
+        draw()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
+@contextmanager
+def steps_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields the function that moves it to a step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda step: bar.update(task, completed=step)

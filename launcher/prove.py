@@ -23,6 +23,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.child import RunFailed
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.plan import check_world
 
@@ -32,10 +33,6 @@ TOLERANCE = 1e-5
 _SAVE_EVERY = 2
 
 Trace = dict[tuple[int, int], tuple[int, ...]]  # (step, micro-batch) -> samples, in order
-
-
-class RunFailed(Exception):
-    """A run that should have gone through ended otherwise; the message says what it said."""
 
 
 @dataclass(frozen=True)

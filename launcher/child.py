@@ -1,0 +1,69 @@
+"""A run as a child of this process: started, watched through its files, stopped by a signal."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.launcher.start import agent_command
+
+OUTPUT = "output.txt"  # what the processes of the run said, in its directory
+_POLL_S = 0.1
+
+
+class RunFailed(Exception):
+    """A run that should have gone through ended otherwise; the message says what it said."""
+
+
+class Child:
+    """One start of a run, with `nproc` ranks on this machine.
+
+    A Ctrl-C reaches the run as well: it saves, and ends by itself.
+    """
+
+    def __init__(self, run: RunDir, nproc: int, stop_at: int | None = None) -> None:
+        self.run = run
+        command = agent_command(run.path.absolute(), nproc, stop_at=stop_at)
+        with (run.path / OUTPUT).open("ab") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """Ask it to save and end: a signal that the loop answers after the step."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, watch: Callable[[], None] = lambda: None) -> int:
+        """Wait for the end, calling `watch` meanwhile; an exception stops the run first."""
+        try:
+            while (status := self.process.poll()) is None:
+                watch()
+                time.sleep(_POLL_S)
+            return status
+        finally:
+            self.stop()
+            self.process.wait()
+
+
+def losses(run: RunDir) -> tuple[list[float], list[float]]:
+    """Learning rates and losses of the recorded steps; a loss that is not finite is NaN."""
+    records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
+    values = [float("nan") if r["loss"] is None else float(r["loss"]) for r in records]
+    return [float(r["lr"]) for r in records], values
+
+
+def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_jsonl(run.events) if e.get("kind") == kind]
+
+
+def tail(run: RunDir, lines: int = 15) -> str:
+    """The end of what the run said."""
+    path: Path = run.path / OUTPUT
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return "\n".join(text.splitlines()[-lines:])

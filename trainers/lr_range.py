@@ -1,0 +1,94 @@
+"""The learning-rate range test (Smith 2017, arXiv:1506.01186): what the losses of a sweep say.
+
+Free of torch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers.history import smooth
+
+Array = NDArray[np.float64]
+
+_DIVERGED = 4.0  # times the lowest smoothed loss, as in fastai
+_LEAST = 10  # steps below which nothing can be said
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """A sweep up to where the loss diverged, and two readings of it."""
+
+    lr: Array  # [n], rising
+    loss: Array  # [n]
+    smoothed: Array  # [n]
+    diverged: bool
+    steepest: float  # where the loss falls fastest over log(lr)
+    tenth: float  # a tenth of the rate with the lowest loss
+
+
+def divergence(loss: Sequence[float]) -> int | None:
+    """The index at which a sweep has diverged; None where it has not.
+
+    That is the first loss that is not finite, or the first smoothed one above four times the
+    lowest before it.
+    """
+    lowest = math.inf
+    for i, (value, mean) in enumerate(zip(loss, smooth(np.array(loss)).tolist(), strict=True)):
+        if not math.isfinite(value) or mean > _DIVERGED * lowest:
+            return i
+        lowest = min(lowest, mean)
+    return None
+
+
+def analyse(lr: Sequence[float], loss: Sequence[float]) -> RangeTest:
+    """Read a sweep. Raises UserError where the loss never fell, or diverged at once."""
+    end = divergence(loss)
+    rates, values = np.array(lr[:end]), np.array(loss[:end])
+    if len(values) < _LEAST:
+        raise UserError(
+            f"the loss diverged after {len(values)} steps, too few to read anything from; start "
+            "from a smaller rate with --from, or take more --steps"
+        )
+    # From both sides: a mean over the past alone would place everything at higher rates.
+    path = (smooth(values) + smooth(values[::-1])[::-1]) / 2
+    bottom = int(path.argmin())
+    if bottom < 2:
+        raise UserError(
+            f"the loss did not fall anywhere between {rates[0]:.3g} and {rates[-1]:.3g}; start "
+            "from a smaller rate with --from"
+        )
+    slope = np.gradient(path, np.log(rates))
+    return RangeTest(
+        lr=rates,
+        loss=values,
+        smoothed=path,
+        diverged=end is not None,
+        steepest=float(rates[slope[: bottom + 1].argmin()]),
+        tenth=float(rates[bottom] / 10),
+    )
+
+
+def draw(test: RangeTest, name: str, path: Path) -> None:
+    """Losses over the rate, with the two readings (.png, .svg, .pdf)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(test.lr, test.loss, ".", color="0.75", markersize=3)
+    axes.plot(test.lr, test.smoothed, color="C0")
+    readings = (("steepest descent", test.steepest), ("minimum / 10", test.tenth))
+    for number, (label, rate) in enumerate(readings, 1):
+        axes.axvline(rate, color=f"C{number}", linestyle=":", label=f"{label}: {rate:.3g}")
+    low, high = float(test.smoothed.min()), float(np.median(test.smoothed[: len(test.lr) // 4 + 1]))
+    room = 0.3 * max(high - low, 1e-12)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=name)
+    axes.set_ylim(low - room, high + 2 * room)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
