@@ -108,6 +108,12 @@ class Evaluate(Part):
 class Checkpoint(Part):
     every: Duration = Length(1, "epochs")
     keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        0, description="and how many of those with the best accuracy on the validation split"
+    )
+    keep_every: Duration | None = Field(
+        None, description="and one each time this much is done, for good"
+    )
 
 
 class Ensemble(Part):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,30 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
     )
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay on the disk; the others go when a new one stands."""
+
+    newest: int = 2
+    best: int = 0  # by accuracy on the validation split, among those whose step was evaluated
+    every: int | None = None  # steps: those at multiples of it stay for good
+
+    def kept(self, accuracies: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of {step: accuracy or None}."""
+        steps = sorted(accuracies)
+        scored = [(a, -step) for step, a in accuracies.items() if a is not None]
+        kept = set(steps[-self.newest :])
+        kept |= {-step for _, step in sorted(scored, reverse=True)[: self.best]}
+        return kept | {step for step in steps if self.every and step % self.every == 0}
+
+
 def write(
-    folder: Path, captured: Capture, keep: int, before: Callable[[], None] | None = None
+    folder: Path,
+    captured: Capture,
+    retention: Retention,
+    before: Callable[[], None] | None = None,
 ) -> Path:
-    """Write ``folder/step-NNNNNNNN`` and remove all but the newest `keep` checkpoints.
+    """Write ``folder/step-NNNNNNNN`` and remove what `retention` does not keep.
 
     `before` runs when all files are on disk, just before they get their final name: it puts
     onto the disk what the checkpoint must not outlive. Raises OSError; older checkpoints are
@@ -118,7 +138,7 @@ def write(
         shutil.rmtree(final)
     temporary.rename(final)
     sync(folder)
-    prune(folder, keep)
+    prune(folder, retention)
     return final
 
 
@@ -153,10 +173,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int | str
     )
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed attempts left behind."""
-    for path in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(path)
+def prune(folder: Path, retention: Retention) -> None:
+    """Remove what `retention` does not keep, and what killed attempts left behind."""
+    paths = {int(path.name[5:]): path for path in list_checkpoints(folder)}
+    scores = {s: _accuracy(p) if retention.best else None for s, p in paths.items()}
+    for step in paths.keys() - retention.kept(scores):
+        shutil.rmtree(paths[step])
     for path in folder.glob("step-*.tmp-*"):
         shutil.rmtree(path)
 
@@ -227,6 +249,15 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
     tensors = load_file(path)
     model.load_state_dict(tensors)
     return tensors
+
+
+def _accuracy(path: Path) -> float | None:
+    """The validation accuracy that a checkpoint was saved with; None: none, or damaged."""
+    try:
+        value = json.loads((path / STATE).read_text())["accuracy"]
+        return None if value is None else float(value)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,15 +5,14 @@ views of it. Only rank 0 writes. Free of torch.
 """
 
 import json
-import math
-import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.jsonl import JsonLines, plain
 from bigbatch.trainers.progress import Progress
 from bigbatch.trainers.wandb_view import WandbView, open_wandb
 
@@ -32,8 +31,8 @@ class Log:
         *,
         total_steps: int,
         epoch_samples: int,
-        metrics: IO[str] | None,
-        events: IO[str] | None,
+        metrics: JsonLines | None,
+        events: JsonLines | None,
         progress: Progress | None,
         wandb: WandbView | None,
     ) -> None:
@@ -46,6 +45,7 @@ class Log:
         self._progress = progress
         self._wandb = wandb
         self._step = 0
+        self._held_back = False
         self._closed = False
 
     @property
@@ -85,7 +85,13 @@ class Log:
             now = time.time()
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
             record = {"time": round(now, 3), "date": stamp, "kind": kind, "step": self._step}
-            _append(self._events, _plain(record | fields))
+            self._events.append(record | fields)
+
+    def problem(self, kind: str, message: str, **fields: Any) -> None:
+        """Record and show what went wrong where training goes on."""
+        self.event(kind, error=message, **fields)
+        if self._progress:
+            self._progress.warn(message)
 
     def phase(self, text: str) -> None:
         """Say what the run is doing between steps: "evaluating", "saving", ..."""
@@ -93,9 +99,9 @@ class Log:
             self._progress.phase(text)
 
     def sync(self) -> None:
-        """Put the records on the disk: called before a checkpoint, which must not outlive them."""
+        """Put the records on the disk; a checkpoint must not outlive them. From any thread."""
         if self._metrics:
-            os.fsync(self._metrics.fileno())
+            self._metrics.sync()
 
     def close(self, state: str) -> None:
         """Close every view; `state` (finished, stopped or failed) is the last event."""
@@ -129,8 +135,11 @@ class Log:
         if self._metrics is None:
             return
         epoch = round(step * self._epochs_per_step, 6)
-        record = _plain({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
-        _append(self._metrics, record)
+        record = plain({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
+        held_back = self._metrics.append(record)
+        if held_back and not self._held_back:
+            self.problem("disk", f"{self._run.metrics} waits for the disk: {held_back}")
+        self._held_back = held_back is not None
         if self._wandb:
             self._wandb.send(record)
             self._report_wandb()
@@ -139,9 +148,7 @@ class Log:
         """Turn what went wrong inside wandb into events and warnings; training goes on."""
         assert self._wandb is not None
         for message in self._wandb.problems():
-            self.event("wandb", error=message)
-            if self._progress:
-                self._progress.warn(f"wandb: {message}")
+            self.problem("wandb", f"wandb: {message}")
 
 
 def open_log(
@@ -176,8 +183,8 @@ def open_log(
         recipe,
         total_steps=total_steps,
         epoch_samples=epoch_samples,
-        metrics=run.metrics.open("a", encoding="utf-8"),
-        events=_open_whole_lines(run.events),
+        metrics=JsonLines(run.metrics),
+        events=JsonLines(run.events),
         progress=Progress(run.name, total_steps, start_step),
         wandb=open_wandb(run, recipe, recipe.log.wandb, start_step),
     )
@@ -202,25 +209,3 @@ def _stands(line: str, step: int) -> bool:
         return line.endswith("\n") and int(record["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _open_whole_lines(path: Path) -> IO[str]:
-    """Open for appending; a last line torn by a kill is ended first, so it stands alone."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
-
-
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as null: JSON has neither, and every parser shall read the file."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }
-
-
-def _append(file: IO[str], record: dict[str, Any]) -> None:
-    # One write and one flush a line: no fsync, which would cost a disk round trip a step.
-    file.write(json.dumps(record) + "\n")
-    file.flush()

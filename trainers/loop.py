@@ -124,16 +124,19 @@ def train(
         # 5. Evaluate, keep a snapshot, save. The order matters: a checkpoint of a step
         #    means that all the rest of that step is on disk.
         cycle_end = state.step in plan.snapshots
+        accuracy = None
         if plan.evaluates(state.step) or cycle_end:
             log.phase("evaluating")
             scores = evaluate()
             log.evaluation(state.step, "val", **scores)
+            accuracy = scores["accuracy"]
             if cycle_end:
                 snapshot(scores)
         leaving = stops > 0
         if plan.saves(state.step) or leaving:
             log.phase("saving")
-            saver.save(state)
+            saver.save(state, accuracy=accuracy, last=leaving or state.step == plan.stop)
+        saver.report()
         if leaving:
             log.event("signal", step=state.step, signal=stop.signal)
             return False

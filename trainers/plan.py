@@ -17,12 +17,14 @@ class Plan:
     evaluate_every: int
     save_every: int
     snapshots: frozenset[int]
+    keep_every: int | None  # checkpoints at multiples of this stay for good
 
     def evaluates(self, step: int) -> bool:
         return step % self.evaluate_every == 0 or step == self.total
 
     def saves(self, step: int) -> bool:
-        return step % self.save_every == 0 or step == self.stop
+        kept = self.keep_every is not None and step % self.keep_every == 0
+        return step % self.save_every == 0 or kept or step == self.stop
 
 
 def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> Plan:
@@ -32,6 +34,7 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
     if total < 1:
         raise UserError(f"duration = {recipe.duration} makes no step; make it longer")
     ends = cycle_ends(recipe.schedule, total)
+    keep = recipe.checkpoint.keep_every
     return Plan(
         total=total,
         stop=min(total, stop_at or total),
@@ -39,6 +42,7 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
         evaluate_every=max(1, recipe.evaluate.every.steps(batch, epoch_samples)),
         save_every=max(1, recipe.checkpoint.every.steps(batch, epoch_samples)),
         snapshots=frozenset(ends or [total]),
+        keep_every=None if keep is None else max(1, keep.steps(batch, epoch_samples)),
     )
 
 

@@ -22,7 +22,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.trainers import ensemble
-from bigbatch.trainers.checkpoint import TrainState, load_checkpoint, newest_valid
+from bigbatch.trainers.checkpoint import Retention, TrainState, load_checkpoint, newest_valid
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.job import Job, build_job
 from bigbatch.trainers.log import Log, open_log
@@ -105,21 +105,24 @@ def work(job: Job, stop: StopFlag) -> int:
                 ensemble.save_snapshot(run.snapshots, number, state.step, job.model, scores)
             engine.barrier()
 
-        finished = train(
-            recipe,
-            engine,
-            state,
-            log,
-            plan=plan,
-            schedule=job.inputs.schedule,
-            loss_function=build_loss(recipe.loss),
-            batches=job.traced_batches(state.step, plan.stop),
-            augmenter=job.augmenter,
-            evaluate=evaluate,
-            snapshot=snapshot,
-            saver=Saver(run.checkpoints, engine, log, recipe.checkpoint),
-            stop=stop,
-        )
+        keep = recipe.checkpoint
+        retention = Retention(keep.keep, keep.keep_best, plan.keep_every)
+        with Saver(run.checkpoints, engine, log, retention) as saver:
+            finished = train(
+                recipe,
+                engine,
+                state,
+                log,
+                plan=plan,
+                schedule=job.inputs.schedule,
+                loss_function=build_loss(recipe.loss),
+                batches=job.traced_batches(state.step, plan.stop),
+                augmenter=job.augmenter,
+                evaluate=evaluate,
+                snapshot=snapshot,
+                saver=saver,
+                stop=stop,
+            )
         if not finished:
             log.close("stopped")
             if engine.rank == 0:

@@ -11,6 +11,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.optimizers import LARS
 from bigbatch.trainers import checkpoint
 from bigbatch.trainers.checkpoint import (
+    Retention,
     TrainState,
     capture,
     list_checkpoints,
@@ -33,7 +34,7 @@ def make_state(seed=0, steps=0, fingerprint="abc"):
 
 
 def save_checkpoint(folder, state, keep):
-    return write(folder, capture(state), keep)
+    return write(folder, capture(state), Retention(keep))
 
 
 def step(state):
@@ -119,7 +120,7 @@ def test_a_capture_does_not_change_while_training_goes_on(tmp_path):
     captured = capture(state)
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     step(state)
-    load_checkpoint(write(tmp_path, captured, keep=1), other)
+    load_checkpoint(write(tmp_path, captured, Retention(1)), other)
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, before[name])
     again = capture(state, captured)
@@ -129,7 +130,12 @@ def test_a_capture_does_not_change_while_training_goes_on(tmp_path):
 
 def test_what_must_be_on_disk_first_is_asked_for_before_the_checkpoint_appears(tmp_path):
     seen = []
-    write(tmp_path, capture(make_state()), 1, lambda: seen.append(list_checkpoints(tmp_path)))
+    write(
+        tmp_path,
+        capture(make_state()),
+        Retention(1),
+        lambda: seen.append(list_checkpoints(tmp_path)),
+    )
     assert seen == [[]]
 
 
@@ -142,7 +148,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path):
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        write(tmp_path, capture(state), 1, fail)
+        write(tmp_path, capture(state), Retention(1), fail)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
     save_checkpoint(tmp_path, state, keep=1)  # the try after that finds its way free
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]

@@ -1,0 +1,143 @@
+"""Saving beside training: what is told, what stays, and what is fatal."""
+
+import errno
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers import saving
+from bigbatch.trainers.checkpoint import Retention, TrainState, list_checkpoints, write
+from bigbatch.trainers.saving import Saver
+
+
+class Alone:
+    """An engine of one rank, as far as saving sees it."""
+
+    rank = 0
+
+    def from_main(self, value):
+        return value
+
+
+class Told:
+    """The log's part in saving."""
+
+    def __init__(self):
+        self.events = []
+        self.synced = 0
+
+    def event(self, kind, **fields):
+        self.events.append((kind, fields["saved"]))
+
+    def problem(self, kind, message, **fields):
+        self.events.append((kind, fields["saved"]))
+
+    def sync(self):
+        self.synced += 1
+
+
+@pytest.fixture
+def state():
+    model = nn.Linear(3, 2)
+    return TrainState(1, model, torch.optim.SGD(model.parameters(), 0.1), None, {})
+
+
+def names(folder):
+    return [p.name for p in list_checkpoints(folder)]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, state, monkeypatch):
+    go = threading.Event()
+
+    def slow(*arguments):
+        assert go.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(saving, "write", slow)
+    log = Told()
+    with Saver(tmp_path, Alone(), log, Retention()) as saver:
+        saver.save(state)
+        saver.report()
+        assert (names(tmp_path), log.events) == ([], [])
+        with torch.no_grad():
+            state.model.weight.add_(1)
+        go.set()
+    assert log.events == [("checkpoint", 1)]
+    assert log.synced == 1
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_full_disk_stops_nothing_but_the_last_save(tmp_path, state, monkeypatch):
+    full = True
+
+    def write_or_not(*arguments):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(saving, "write", write_or_not)
+    log = Told()
+    with Saver(tmp_path, Alone(), log, Retention()) as saver:
+        saver.save(state)
+        state.step = 2
+        saver.save(state)
+        full = False
+        state.step = 3
+        saver.save(state)
+        state.step = 4
+        saver.save(state, last=True)
+        assert names(tmp_path) == ["step-00000004", "step-00000003"]
+        full = True
+        state.step = 5
+        with pytest.raises(UserError, match=r"cannot save step 5 in .* No space left"):
+            saver.save(state, last=True)
+    assert log.events == [
+        ("save_failed", 1), ("save_failed", 2), ("checkpoint", 3), ("checkpoint", 4),
+        ("save_failed", 5),
+    ]  # fmt: skip
+
+
+def test_a_defect_in_the_background_surfaces_in_the_loop(tmp_path, state, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("defect")
+
+    monkeypatch.setattr(saving, "write", broken)
+    saver = Saver(tmp_path, Alone(), Told(), Retention())
+    saver.save(state)
+    with pytest.raises(KeyError, match="defect"):
+        saver.save(state)
+
+
+def test_the_best_and_every_nth_stay(tmp_path, state):
+    with Saver(tmp_path, Alone(), Told(), Retention(newest=1, best=1, every=4)) as saver:
+        for state.step, accuracy in enumerate([0.1, 0.9, None, 0.3, 0.9, 0.2, 0.4], start=1):
+            saver.save(state, accuracy=accuracy)
+    assert names(tmp_path) == ["step-00000007", "step-00000004", "step-00000002"]
+
+
+@given(
+    st.dictionaries(st.integers(1, 99), st.none() | st.floats(0, 1), min_size=1),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.none() | st.integers(1, 10),
+)
+def test_retention(accuracies, newest, best, every):
+    kept = Retention(newest, best, every).kept(accuracies)
+    assert kept <= accuracies.keys()
+    assert max(accuracies) in kept
+    assert len(kept) >= min(newest, len(accuracies))
+    if every is None:
+        assert len(kept) <= newest + best
+    for step in accuracies.keys() - kept:
+        assert every is None or step % every
+        assert sum(s > step for s in accuracies) >= newest
+        mine = accuracies[step]
+        if mine is not None:
+            assert (
+                sum(a is not None and a >= mine for s, a in accuracies.items() if s != step) >= best
+            )

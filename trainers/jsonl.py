@@ -1,0 +1,59 @@
+"""Files of JSON lines that are appended to while a disk may fill up or a process be killed."""
+
+import json
+import math
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends whole lines to a file, in order, and holds them back while the disk takes none."""
+
+    def __init__(self, path: Path) -> None:
+        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        # A last line torn by a kill is ended first, so that it stands alone.
+        self._waiting = b"\n" if torn else b""
+        self._lock = threading.Lock()  # `sync` may come from another thread
+
+    def append(self, record: dict[str, Any]) -> str | None:
+        """Append one record. Returns why it is held back, or None: it is in the file."""
+        with self._lock:
+            self._waiting += json.dumps(plain(record)).encode() + b"\n"
+        return self._flush()
+
+    def sync(self) -> None:
+        """Put all lines onto the disk; raises OSError where it takes none."""
+        problem = self._flush()
+        if problem:
+            raise OSError(problem)
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        self._flush()
+        os.close(self._handle)
+
+    def _flush(self) -> str | None:
+        # One write a line and no fsync, which would cost a disk round trip a step.
+        with self._lock:
+            if not self._waiting:
+                return None
+            try:
+                size = os.fstat(self._handle).st_size
+                written = os.write(self._handle, self._waiting)
+                if written < len(self._waiting):
+                    os.ftruncate(self._handle, size)  # no torn line is ever left
+                    return "no space for another line"
+            except OSError as error:
+                return str(error)
+            self._waiting = b""
+            return None
+
+
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: JSON has neither, and every parser shall read the file."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
