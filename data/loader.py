@@ -5,7 +5,6 @@ makes the same one. The trainer's process computes which samples those are; deco
 work of other processes (data/workers.py), or of this one where there are none.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.decode import Pixels
 from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Source
 from bigbatch.data.index import Index
+from bigbatch.data.journal import append
 from bigbatch.data.order import Order, Positions
 from bigbatch.data.read import BadSample
 from bigbatch.data.remote import prefetching, prefetching_in_order
@@ -124,9 +124,7 @@ def train_batches(
                 continue
             samples, mended, entries = mender.mend(todo, decoded)
             found += len(entries)
-            if journal is not None:
-                with journal.open("a") as file:
-                    file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            append(journal, entries)
             if found > bad_samples:
                 raise UserError(
                     f"{found} samples could not be read, the last one {_where(entries[-1])}; "
@@ -278,7 +276,8 @@ class _Mender:
             position = int(work.positions[place])
             other, image, found = self._substitute(int(samples[place]), position, reason)
             samples[place], sizes[place], pieces[place] = other, image.shape[:2], image.ravel()
-            entries += [{"step": work.step, "position": position, **entry} for entry in found]
+            place_of = {"step": work.step, "position": position}
+            entries += [{**place_of, **entry, "substitute": other} for entry in found]
         return samples, Decoded(np.concatenate(pieces), sizes, {}), entries
 
     def _substitute(

@@ -115,23 +115,55 @@ def index(
 
 
 @click.command(short_help="Describe shards: counts, labels, sizes, problems.")
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Read and decode every image.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the distributions: .png ...")
+@click.option("--journal", metavar="RUN", help="Instead: the samples that RUN could not read.")
+@options.runs_folder
 @options.as_json
-def inspect(shards: Path, verify: bool, picture: Path | None, as_json: bool) -> None:
-    """Describe SHARDS, a data set or one split of it. Exit status 1 where it has problems."""
+def inspect(
+    shards: Path | None,
+    verify: bool,
+    picture: Path | None,
+    journal: str | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Describe SHARDS, a data set or one split of it. Exit status 1 where it has problems.
+
+    With --journal RUN instead, which samples that run could not read, and what took their
+    places.
+    """
     import sys
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.launcher import tables
+
+    if (shards is None) == (journal is None) or (journal and (verify or picture)):
+        raise UserError(
+            "inspect SHARDS, with --verify and --picture as you like, or inspect --journal RUN"
+        )
+    if journal is not None:
+        from bigbatch.launcher.journal import describe
+        from bigbatch.launcher.registry import find_run
+
+        said = describe(find_run(journal, runs_folder))
+        if as_json:
+            options.print_json(said)
+        elif said["bad"]:
+            tables.show(*tables.journal_tables(said))
+        else:
+            click.echo(f"{said['run']} could read every sample")
+        sys.exit(1 if said["bad"] else 0)
 
     from bigbatch.data.inspect import inspect as look
 
+    assert shards is not None
     found = look(shards, verify=verify, picture=picture)
     if as_json:
         options.print_json(found)
     else:
-        from bigbatch.launcher.tables import inspect_tables, show
-
-        show(*inspect_tables(found))
+        tables.show(*tables.inspect_tables(found))
         for problem in found["problems"]:
             click.echo(f"problem: {problem}", err=True)
     sys.exit(1 if found["problems"] else 0)

@@ -24,6 +24,7 @@ _COLOURS = {
 
 
 _SHOWN_CLASSES = 40
+_SHOWN_SAMPLES = 100
 
 
 def show(*tables: Table) -> None:
@@ -113,6 +114,41 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
         copies = {place: f"{count:,} images" for place, count in found["duplicates"].items()}
         tables.append(two_columns({"the same bytes more than once": "", **copies}))
     return tables
+
+
+def journal_tables(said: Mapping[str, Any]) -> list[Table]:
+    """One table of the samples that a run could not read, one of their shards and reasons."""
+    bad = Table(title=f"{said['run']}: what could not be read", title_justify="left")
+    for title in ("sample", "shard", "byte", "reason", "substituted by", "steps"):
+        bad.add_column(title, overflow="fold")
+    for row in said["bad"][:_SHOWN_SAMPLES]:
+        bad.add_row(
+            _sample(row),
+            str(row["shard"]),
+            "" if row["offset"] is None else f"{row['offset']:,}",
+            row["reason"],
+            _some([_sample(other) for other in row["substitutes"]]),
+            _some(list(map(str, row["steps"]))),
+        )
+    if len(said["bad"]) > _SHOWN_SAMPLES:
+        bad.caption = f"and {len(said['bad']) - _SHOWN_SAMPLES:,} more; --json shows all"
+    counts = Table(title="bad samples", title_justify="left")
+    counts.add_column("by shard, and by reason")
+    counts.add_column("samples", justify="right")
+    for name in ("shards", "reasons"):
+        for place, count in list(said[name].items())[:_SHOWN_CLASSES]:
+            counts.add_row(place, f"{count:,}", end_section=place == list(said[name])[-1])
+    counts.add_row("all", f"{said['samples']:,}")
+    return [bad, counts]
+
+
+def _sample(row: Mapping[str, Any]) -> str:
+    return str(row["sample"] if row["key"] is None else row["key"])
+
+
+def _some(values: Sequence[str]) -> str:
+    shown = ", ".join(values[:3])
+    return shown if len(values) <= 3 else f"{shown} and {len(values) - 3:,} more"
 
 
 def _span(values: Mapping[str, float]) -> str:

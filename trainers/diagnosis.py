@@ -26,10 +26,30 @@ def diagnose(history: History) -> list[Finding]:
     """Findings from the curves, problems first; says so where there is too little to judge."""
     train = history.train
     if len(train.get("step", ())) < 20:
-        return [Finding("note", "Too early to tell", "Fewer than 20 training steps are recorded.")]
-    found = [*_stability(history), *_fit(history), *_speed(train), *_combination(history)]
+        early = Finding("note", "Too early to tell", "Fewer than 20 training steps are recorded.")
+        return [*_data(history), early]
+    found = [
+        *_data(history),
+        *_stability(history),
+        *_fit(history),
+        *_speed(train),
+        *_combination(history),
+    ]
     order = ("problem", "note", "good")
     return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def _data(history: History) -> Iterator[Finding]:
+    bad = history.bad_samples
+    if bad:
+        reason = next(iter(bad["reasons"]))
+        yield Finding(
+            "problem",
+            "Unreadable samples",
+            f"{bad['samples']:,} samples in {len(bad['shards']):,} shards could not be read, most "
+            f"often because: {reason}. `bigbatch inspect --journal {history.name}` lists each "
+            "with its shard, its byte and what took its place.",
+        )
 
 
 def _stability(history: History) -> Iterator[Finding]:

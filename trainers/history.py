@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.configs.schema import Recipe
+from bigbatch.data.journal import count, read_journal
 
 Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
 
@@ -30,6 +31,7 @@ class History:
     summary: Mapping[str, Any] | None
     confusion: Mapping[str, Any] | None
     snapshots: list[int]  # steps
+    bad_samples: Mapping[str, Any] | None = None  # counts; None where everything could be read
 
     @property
     def last_step(self) -> int:
@@ -58,6 +60,7 @@ def read_history(run: RunDir) -> History:
     recipe = run.recipe()
     records = read_jsonl(run.metrics)
     splits = dict.fromkeys(str(r["split"]) for r in records if r["kind"] == "eval")
+    journal = read_journal(run.path)
     snapshots = [read_json(path) for path in run.snapshots.glob("cycle-*/metrics.json")]
     return History(
         name=run.name,
@@ -69,6 +72,7 @@ def read_history(run: RunDir) -> History:
         summary=read_json(run.summary),
         confusion=read_json(run.ensemble / "confusion.json"),
         snapshots=sorted(int(s["step"]) for s in snapshots if s),
+        bad_samples=count(journal) if journal else None,
     )
 
 

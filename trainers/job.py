@@ -11,6 +11,7 @@ from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter, contact_sheet
+from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import MicroBatch, train_batches
 from bigbatch.trainers.checkpoint import TrainState
 from bigbatch.trainers.engine import Engine
@@ -53,7 +54,7 @@ class Job:
             workers=data.workers,
             threads=data.threads,
             bad_samples=data.bad_samples,
-            journal=self.run.path / f"bad-samples-{engine.rank:05d}.jsonl",
+            journal=journal_file(self.run.path, engine.rank),
             pin_memory=engine.device.type == "cuda",
         )
 

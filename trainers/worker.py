@@ -21,6 +21,7 @@ import torch
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
+from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble
 from bigbatch.trainers.checkpoint import Retention, TrainState, load_checkpoint, newest_valid
 from bigbatch.trainers.engine import Engine
@@ -202,8 +203,10 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     total, batch = job.inputs.plan.total, job.recipe.global_batch
     steps = [r["step_s"] for r in read_jsonl(job.run.metrics) if r["kind"] == "train"]
     mean = sum(steps) / len(steps) if steps else None
+    journal = read_journal(job.run.path)
     return {
         **scores,
+        **({"bad_samples": count(journal)} if journal else {}),
         "steps": total,
         "samples": total * batch,
         "seconds": round(mean * total, 3) if mean else None,
@@ -222,6 +225,13 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
 
     console = Console(soft_wrap=True)
     console.print(final_table(summary))
+    if bad := summary.get("bad_samples"):
+        console.print(
+            f"{bad['samples']:,} samples of {len(bad['shards']):,} shards could not be read: "
+            f"bigbatch inspect --journal {run.path}",
+            style="yellow",
+            highlight=False,
+        )
     console.print(f"summary  {run.summary}", highlight=False)
     console.print(f"report   {write_report(run)}", highlight=False)
     if log.wandb_path is not None:
