@@ -10,6 +10,7 @@ from bigbatch.configs.optimizers import Optimizer
 from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 from bigbatch.configs.sampling import Sampling, Uniform
 from bigbatch.configs.schedules import Cosine, Schedule
+from bigbatch.configs.stream import refusals
 
 Range = tuple[Positive, Positive]
 
@@ -24,6 +25,11 @@ class Data(Part):
     train: str = Field("train", description="split to train on")
     val: str = Field("val", description="split that gates snapshots and picks the soup")
     test: str | None = Field("test", description="split reported at the end, used for no choice")
+    stream: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="train on tars that cannot be indexed, drawn at random, not exactly once: "
+        "paths, URLs, or pipe:COMMAND; {000..099} stands for many. val and test come from path",
+    )
     sampling: Sampling = Uniform()
     lanes: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -189,6 +195,8 @@ class Recipe(Part):
                 f"data.lanes = {lanes} does not divide the {self.micro_batches} micro-batches of "
                 "a step (global_batch / micro_batch); choose lanes that divide it"
             )
+        if refused := list(refusals(self)):
+            raise ValueError("; ".join(refused))
         for name in ("mean", "std"):
             values: list[Any] = getattr(self.augment, name)
             if len(values) != self.data.channels:

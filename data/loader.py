@@ -133,7 +133,7 @@ def train_batches(
                 )
             yield _batch(index, channels, todo, samples, mended, entries)
 
-    return _pinned(batches()) if pin_memory else batches()
+    return pinned(batches()) if pin_memory else batches()
 
 
 def eval_batches(
@@ -171,7 +171,7 @@ def eval_batches(
                 )
             yield _batch(index, channels, todo, todo.samples, decoded)
 
-    return _pinned(batches()) if pin_memory else batches()
+    return pinned(batches()) if pin_memory else batches()
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def _where(entry: dict[str, Any]) -> str:
     return f"{entry['shard']} at byte {entry['offset']:,}: {entry['reason']}"
 
 
-def _pinned(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+def pinned(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     """Batches in page-locked memory, copied one ahead by a thread of their own."""
     # A new thread would lock memory through device 0, whichever device this rank has.
     device = torch.cuda.current_device()

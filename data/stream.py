@@ -13,21 +13,25 @@ never looked at. Nor is its opener, which hands `pipe:` to a shell.
 import json
 import shlex
 import subprocess
+import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
 from webdataset.filters import detshuffle
 from webdataset.shardlists import ResampledShards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.decode import MAX_BYTES, Pixels, decode
-from bigbatch.data.loader import MicroBatch
+from bigbatch.data.journal import append
+from bigbatch.data.loader import MicroBatch, pinned
 from bigbatch.data.read import BadSample
 from bigbatch.data.rng import key64
 from bigbatch.data.staging import file_system, is_url
@@ -43,24 +47,35 @@ class Encoded(NamedTuple):
     key: str
     image: bytes
     label: int
+    shard: str  # its URL
 
 
 class _Faults:
-    """Counts what cannot be read, up to a limit."""
+    """Notes what cannot be read, up to a limit."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
-        self.members = 0  # that were looked at, of all shards
+    def __init__(self, limit: int, journal: Path | None = None, step: int = 0) -> None:
+        self.limit, self.journal, self.step = limit, journal, step
+        self.count = 0
+        # Of the shard that is being read: its URL, members looked at, whether it broke.
+        self.shard, self.members, self.broken = "", 0, False
 
-    def __call__(self, error: Exception) -> bool:
+    def __call__(self, error: Exception, key: str | None = None, shard: str | None = None) -> bool:
         """webdataset's handler: whether to go on."""
         if isinstance(error, UserError | MemoryError):
             raise error
         self.count += 1
+        self.broken |= key is None
+        shard = shard or self.shard
+        # webdataset hangs the open file and the URL onto an error's arguments.
+        reason = str(error if isinstance(error, OSError) else error.args[0])
+        entry = {"step": self.step, "key": key, "shard": shard, "reason": reason}
+        append(self.journal, [entry])
         if self.count > self.limit:
+            name = "" if key is None else f", sample {key!r}"
             raise UserError(
-                f"{self.count} samples or shards of a stream could not be read, the last one: "
-                f"{error}; data.bad_samples allows {self.limit}. Repair them, or raise the limit"
+                f"{self.count} samples or shards of a stream could not be read, the last one in "
+                f"{shard}{name}: {reason}; data.bad_samples allows {self.limit}. Repair them, or "
+                "raise the limit"
             ) from error
         return True
 
@@ -71,15 +86,22 @@ def stream_samples(
     """Samples of random shards, without end.
 
     `urls` are paths, URLs of fsspec, or `pipe:COMMAND`, whose output is a tar; the command is
-    split into arguments as a shell would, but no shell runs it. `part` tells streams of one
-    seed apart, such as those of ranks. Shards and samples that cannot be read are passed over;
-    more than `bad_samples` of them raise UserError.
+    split into arguments as a shell would, but no shell runs it. {000..099} in one stands for
+    a hundred. `part` tells streams of one seed apart, such as those of ranks. Shards and
+    samples that cannot be read are passed over; more than `bad_samples` raise UserError.
     """
-    if not urls:
+    return _samples(urls, seed, part, _Faults(bad_samples))
+
+
+def _samples(urls: Sequence[str], seed: int, part: int, faults: _Faults) -> Iterator[Encoded]:
+    try:
+        every = [url for given in urls for url in braceexpand(given, escape=False)]
+    except ValueError as error:
+        raise UserError(f"stream {', '.join(urls)}: {error}; close each brace") from None
+    if not every:
         raise UserError("a stream needs at least one URL")
-    faults = _Faults(bad_samples)
     shards = ResampledShards(
-        list(urls), seed=key64(seed, part, "shards"), worker_seed=lambda: 0, deterministic=True
+        every, seed=key64(seed, part, "shards"), worker_seed=lambda: 0, deterministic=True
     )
 
     def allowed(name: str) -> bool:
@@ -108,62 +130,73 @@ def stream_batches(
     channels: int,
     threads: int,
     bad_samples: int,
+    journal: Path | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
     """Micro-batches rank, rank + world, ... of steps start_step to stop_step.
 
     They are filled from the rank's own stream, which starts anew, with other draws, at each
     `start_step`. `samples` numbers its draws. Labels must be below `classes`.
     """
-    faults = _Faults(bad_samples)
-    stream = stream_samples(
-        urls, seed=key64(seed, start_step, "stream"), part=rank, bad_samples=bad_samples
-    )
+    faults = _Faults(bad_samples, journal, start_step)
+    stream = _samples(urls, key64(seed, start_step, "stream"), rank, faults)
 
-    def pixels(sample: Encoded) -> tuple[Encoded, Pixels]:
+    def pixels(sample: Encoded) -> Pixels:
         if sample.label >= classes:
-            raise BadSample(f"sample {sample.key!r} has label {sample.label} of {classes} classes")
+            raise BadSample(f"label {sample.label} of {classes} classes")
         if len(sample.image) > MAX_BYTES:
-            raise BadSample(f"sample {sample.key!r} has {len(sample.image):,} encoded bytes")
-        return sample, decode(sample.image, image_size=image_size, channels=channels)
+            raise BadSample(f"{len(sample.image):,} encoded bytes")
+        return decode(sample.image, image_size=image_size, channels=channels)
 
     def decoded() -> Iterator[tuple[Encoded, Pixels]]:
         with ThreadPoolExecutor(threads) as pool:
-            coming: deque[Future[tuple[Encoded, Pixels]]] = deque()
+            coming: deque[tuple[Encoded, Future[Pixels]]] = deque()
             for sample in stream:
-                coming.append(pool.submit(pixels, sample))
+                coming.append((sample, pool.submit(pixels, sample)))
                 if len(coming) <= micro_batch:
                     continue
+                first, image = coming.popleft()
                 try:
-                    yield coming.popleft().result()
+                    yield first, image.result()
                 except BadSample as error:
-                    faults(error)
+                    faults(error, first.key, first.shard)
 
-    images = decoded()
-    drawn = 0
-    for step in range(start_step, stop_step):
-        for number in range(rank, global_batch // micro_batch, world):
-            some = [next(images) for _ in range(micro_batch)]
-            yield MicroBatch(
-                step=step,
-                index=number,
-                samples=np.arange(drawn, drawn + micro_batch, dtype=np.int64),
-                labels=torch.tensor([sample.label for sample, _ in some]),
-                pixels=torch.from_numpy(np.concatenate([image.ravel() for _, image in some])),
-                sizes=torch.tensor([image.shape[:2] for _, image in some], dtype=torch.int32),
-                channels=channels,
-            )
-            drawn += micro_batch
+    def batches() -> Iterator[MicroBatch]:
+        images, drawn = decoded(), 0
+        for step in range(start_step, stop_step):
+            for number in range(rank, global_batch // micro_batch, world):
+                faults.step = step
+                some = [next(images) for _ in range(micro_batch)]
+                yield MicroBatch(
+                    step=step,
+                    index=number,
+                    samples=np.arange(drawn, drawn + micro_batch, dtype=np.int64),
+                    labels=torch.tensor([sample.label for sample, _ in some]),
+                    pixels=torch.from_numpy(np.concatenate([image.ravel() for _, image in some])),
+                    sizes=torch.tensor([image.shape[:2] for _, image in some], dtype=torch.int32),
+                    channels=channels,
+                )
+                drawn += micro_batch
+
+    return pinned(batches()) if pin_memory else batches()
 
 
 def _opened(shards: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[dict[str, Any]]:
     """Each shard with a stream of its bytes, which is closed when the next one is asked for."""
     for shard in shards:
-        before = faults.members
+        faults.shard, faults.members, faults.broken = shard["url"], 0, False
         try:
             with _open(shard["url"]) as stream:
                 yield {**shard, "stream": stream}
-            if faults.members == before:
-                faults(BadSample(f"{shard['url']} holds no image and no label"))
+                # tarfile stops at the end mark, and takes an invalid header for one. A command
+                # that still writes would wait.
+                behind = sum(len(b) for b in iter(lambda: stream.read(1 << 20), b"") if any(b))
+            if faults.broken:
+                continue
+            if behind > tarfile.RECORDSIZE:  # a compressed archive's own end may come behind it
+                faults(BadSample(f"invalid header: {behind:,} bytes behind it were not read"))
+            elif not faults.members:
+                faults(BadSample("the shard holds no image and no label"))
         except (OSError, subprocess.SubprocessError) as error:
             faults(error)
 
@@ -172,13 +205,10 @@ def _opened(shards: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[dict[
 def _open(url: str) -> Iterator[BinaryIO]:
     if url.startswith("pipe:"):
         command = shlex.split(url.removeprefix("pipe:"))
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
             assert process.stdout is not None
             try:
                 yield process.stdout  # type: ignore[misc]
-                # tarfile stops at the end mark; a command that still writes would wait.
-                while process.stdout.read(1 << 20):
-                    pass
             except BaseException:
                 process.kill()
                 raise
@@ -193,8 +223,9 @@ def _open(url: str) -> Iterator[BinaryIO]:
             yield file
 
 
-def _labelled(groups: Iterator[dict[str, Any]], faults: Callable[..., Any]) -> Iterator[Encoded]:
+def _labelled(groups: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[Encoded]:
     for group in groups:
+        shard = group["__url__"]
         images = [group[name] for name in group if name in IMAGE_EXTENSIONS]
         try:
             if "cls" in group:
@@ -204,6 +235,6 @@ def _labelled(groups: Iterator[dict[str, Any]], faults: Callable[..., Any]) -> I
             if len(images) != 1 or label < 0:
                 raise ValueError(f"it has {len(images)} images and label {label}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            faults(BadSample(f"sample {group['__key__']!r} is not an image with a label: {error}"))
+            faults(BadSample(f"not an image with a label: {error}"), group["__key__"], shard)
             continue
-        yield Encoded(group["__key__"], images[0], label)
+        yield Encoded(group["__key__"], images[0], label, shard)

@@ -43,8 +43,13 @@ def batches(
     check_world(recipe, world)
     if rank is not None and not 0 <= rank < world:
         raise UserError(f"--rank {rank} must be from 0 to {world - 1} at --world-size {world}")
-    inputs = open_inputs(recipe)
-    order, index = inputs.order, inputs.order.index
+    order = open_inputs(recipe).order
+    if order is None:
+        raise UserError(
+            f"recipe {recipe.name} trains on data.stream: which samples come is known only when "
+            "they have come; index the tars and set data.path"
+        )
+    index = order.index
     keys = index.keys()
 
     def batch(step: int, micro: int) -> Batch:

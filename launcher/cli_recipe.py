@@ -55,7 +55,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
         "recipe": f"{found['recipe']}, hash {found['hash']}",
         "samples": ", ".join(splits),
         "classes": f"{found['classes']}, with {found['smallest_class']:,} to "
-        f"{found['largest_class']:,} training samples",
+        f"{found['largest_class']:,} samples in {found['counted']}",
         "step": f"{found['global_batch']:,} samples in {found['micro_batches']} micro-batches of "
         f"{found['micro_batch']:,}: 1 to {found['micro_batches']} ranks",
         "length": f"{found['steps']:,} steps, {found['epochs']:g} epochs of "
@@ -105,7 +105,7 @@ def schedule(
             "its rates in metrics.jsonl"
         )
     if epoch_samples is None:
-        epoch_samples = open_inputs(loaded).order.epoch_samples
+        epoch_samples = open_inputs(loaded).epoch_samples
     plan, rate = preflight.fit_rate(loaded, epoch_samples)
     if plot is not None:
         options.write_picture(plot, lambda: preflight.draw(loaded.name, plan, rate, plot))

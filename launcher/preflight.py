@@ -29,9 +29,9 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
     if world is not None:
         check_world(recipe, world)
     inputs = open_inputs(recipe)
-    order = inputs.order
-    plan, rate = fit_rate(recipe, order.epoch_samples)
-    counts = inputs.splits["train"].class_counts
+    plan, rate = fit_rate(recipe, inputs.epoch_samples)
+    counted = "train" if recipe.data.stream is None else "val"
+    counts = inputs.splits[counted].class_counts
     return {
         "recipe": recipe.name,
         "hash": recipe_hash(recipe),
@@ -40,15 +40,16 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
             for name, index in inputs.splits.items()
         },
         "classes": len(counts),
+        "counted": counted,
         "smallest_class": int(counts.min()),
         "largest_class": int(counts.max()),
         "global_batch": recipe.global_batch,
         "micro_batch": recipe.micro_batch,
         "micro_batches": recipe.micro_batches,
         "world_size": world,
-        "epoch_samples": order.epoch_samples,
+        "epoch_samples": inputs.epoch_samples,
         "steps": plan.total,
-        "epochs": round(plan.total * recipe.global_batch / order.epoch_samples, 4),
+        "epochs": round(plan.total * recipe.global_batch / inputs.epoch_samples, 4),
         "evaluations": sum(plan.evaluates(step) for step in range(1, plan.total + 1)),
         "checkpoints": sum(plan.saves(step) for step in range(1, plan.total + 1)),
         "snapshots": sorted(plan.snapshots),

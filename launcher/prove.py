@@ -70,6 +70,11 @@ def prove(
         raise UserError(f"--steps {steps}: a run that is killed half-way needs at least 2")
     if not ranks or min(ranks) < 1 or len(set(ranks)) < len(ranks):
         raise UserError(f"--ranks {','.join(map(str, ranks))}: give different counts, 1 or more")
+    if recipe.data.stream is not None:
+        raise UserError(
+            f"recipe {recipe.name} trains on data.stream, whose samples depend on the number of "
+            "ranks: there is nothing to prove; index the tars and set data.path"
+        )
     check_world(recipe, max(ranks))
     recipe = proof_recipe(recipe)
 

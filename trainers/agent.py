@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             launch_agent(config, sys.executable, worker)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            # The others lose their connections to a rank that ends with a message.
+            said = [found for found in error.failures.items() if found[1].exitcode == 2]
+            rank, failure = said[0] if said else error.get_first_failure()
             return explain(failure.exitcode, rank, signals.sent, options.run)
         except RendezvousError as error:
             print(

@@ -22,11 +22,16 @@ Schedule = Callable[[int], float]  # factor of the learning rate, after s finish
 class Inputs:
     """The open data of a recipe, the order of its samples, and which step does what."""
 
-    splits: dict[str, Index]  # by role: train, val, and test where the recipe names one
-    order: Order
+    splits: dict[str, Index]  # by role: train but for a stream, val, and test where named
+    order: Order | None  # None: a stream, which has none
+    epoch_samples: int  # of a stream: of the whole run
     plan: Plan
     schedule: Schedule
     evaluations: list[Evaluation]  # of the validation split so far: what a plateau looks at
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.splits["val"].classes
 
 
 def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
@@ -41,19 +46,25 @@ def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
             f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
             f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
         )
-    names = {"train": data.train, "val": data.val, "test": data.test}
+    train = data.train if data.stream is None else None
+    names = {"train": train, "val": data.val, "test": data.test}
     splits = {role: open_split(data, name) for role, name in names.items() if name is not None}
-    classes = splits["train"].classes
+    classes = splits["val"].classes
     for role, index in splits.items():
         if index.classes != classes:
             raise UserError(
                 f"split {names[role]} of {data.path} has classes {list(index.classes)[:8]}, split "
-                f"{data.train} has {list(classes)[:8]}: write both with one `bigbatch shard`"
+                f"{data.val} has {list(classes)[:8]}: write both with one `bigbatch shard`"
             )
-    order = open_order(recipe, splits["train"])
+    if data.stream is None:
+        order = open_order(recipe, splits["train"])
+        epoch_samples = order.epoch_samples
+    else:  # no duration is in epochs, so that the whole run may stand for one
+        order = None
+        epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     evaluations: list[Evaluation] = []
-    plan, schedule = fit(recipe, order.epoch_samples, stop_at, evaluations)
-    return Inputs(splits, order, plan, schedule, evaluations)
+    plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
+    return Inputs(splits, order, epoch_samples, plan, schedule, evaluations)
 
 
 def open_split(data: Data, name: str) -> Index:

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import nn
@@ -13,9 +15,10 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter, contact_sheet
 from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import MicroBatch, train_batches
+from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.checkpoint import TrainState
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.evaluate import Evaluator
+from bigbatch.trainers.evaluate import Evaluator, own_errors
 from bigbatch.trainers.inputs import Inputs, open_inputs
 from bigbatch.trainers.models import build_model
 from bigbatch.trainers.optim import build_optimizer
@@ -39,24 +42,34 @@ class Job:
 
     def batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of steps `start` to `stop`."""
-        data, engine = self.recipe.data, self.engine
-        return train_batches(
-            self.inputs.splits["train"],
-            self.inputs.order,
-            global_batch=self.recipe.global_batch,
-            micro_batch=self.recipe.micro_batch,
-            rank=engine.rank,
-            world=engine.world,
-            start_step=start,
-            stop_step=stop,
-            image_size=data.image_size,
-            channels=data.channels,
-            workers=data.workers,
-            threads=data.threads,
-            bad_samples=data.bad_samples,
-            journal=journal_file(self.run.path, engine.rank),
-            pin_memory=engine.device.type == "cuda",
-        )
+        rank, world = self.engine.rank, self.engine.world
+        journal = journal_file(self.run.path, rank)
+        return own_errors(self._batches(start, stop, rank, world, journal))
+
+    def _batches(
+        self, start: int, stop: int, rank: int, world: int, journal: Path | None
+    ) -> Iterator[MicroBatch]:
+        recipe, data = self.recipe, self.recipe.data
+        common: dict[str, Any] = {
+            "global_batch": recipe.global_batch,
+            "micro_batch": recipe.micro_batch,
+            "rank": rank,
+            "world": world,
+            "start_step": start,
+            "stop_step": stop,
+            "image_size": data.image_size,
+            "channels": data.channels,
+            "threads": data.threads,
+            "bad_samples": data.bad_samples,
+            "journal": journal,
+            "pin_memory": self.engine.device.type == "cuda",
+        }
+        if self.inputs.order is None:
+            assert data.stream is not None
+            classes = len(self.inputs.classes)
+            return stream_batches(data.stream, classes=classes, seed=recipe.seed, **common)
+        index = self.inputs.splits["train"]
+        return train_batches(index, self.inputs.order, workers=data.workers, **common)
 
     def traced_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """The same, each noted in trace/ where the recipe asks for it."""
@@ -74,22 +87,7 @@ class Job:
     def save_contact_sheet(self) -> None:
         """A picture of step 0's first images as the model sees them, before mixup."""
         data, recipe = self.recipe.data, self.recipe
-        first = train_batches(
-            self.inputs.splits["train"],
-            self.inputs.order,
-            global_batch=recipe.global_batch,
-            micro_batch=recipe.micro_batch,
-            rank=0,
-            world=recipe.micro_batches,
-            start_step=0,
-            stop_step=1,
-            image_size=data.image_size,
-            channels=data.channels,
-            workers=0,
-            threads=data.threads,
-            bad_samples=data.bad_samples,
-            journal=None,
-        )
+        first = self._batches(0, 1, 0, recipe.micro_batches, None)
         sheet = contact_sheet(self.augmenter.images(next(first))[:_SHOWN_IMAGES])
         picture = Image.fromarray(sheet[..., 0] if data.channels == 1 else sheet)
         zoom = max(1, 96 // data.image_size)
@@ -102,7 +100,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     check_world(recipe, engine.world)
     data = recipe.data
     inputs = open_inputs(recipe, stop_at)
-    classes = len(inputs.splits["train"].classes)
+    classes = len(inputs.classes)
     model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
     augmenter = Augmenter(
@@ -114,6 +112,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         device=engine.device,
     )
     evaluator = Evaluator(engine, augmenter, recipe)
-    fingerprint = {"recipe_hash": recipe_hash(recipe), "order_hash": inputs.order.hash}
+    order_hash = "stream" if inputs.order is None else inputs.order.hash
+    fingerprint = {"recipe_hash": recipe_hash(recipe), "order_hash": order_hash}
     state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint)
     return Job(run, recipe, engine, inputs, model, augmenter, evaluator, state)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import RankError, UserError
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal
@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Every rank meets the same error, or learns of it; one of them says it.
         if engine is None or engine.rank == 0:
             print(f"bigbatch: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, RankError):
+            print(f"bigbatch: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         if engine is not None:
@@ -76,7 +78,7 @@ def work(job: Job, stop: StopFlag) -> int:
         rank=engine.rank,
         total_steps=plan.total,
         start_step=state.step,
-        epoch_samples=job.inputs.order.epoch_samples,
+        epoch_samples=job.inputs.epoch_samples,
     ) as log:
         for problem in problems:
             log.event("damaged_checkpoint", problem=problem)
@@ -170,7 +172,7 @@ def finish(job: Job, log: Log) -> None:
     """Combine the snapshots, and write the summary and the report."""
     log.phase("combining snapshots")
     recipe, splits = job.recipe, job.inputs.splits
-    images = min(_RECOMPUTE_IMAGES, job.inputs.order.epoch_samples)
+    images = min(_RECOMPUTE_IMAGES, job.inputs.epoch_samples)
     steps = -(-images // recipe.global_batch)
 
     def recompute_images() -> Iterator[torch.Tensor]:

@@ -78,7 +78,7 @@ def test_samples_are_those_of_the_shards(digits, tmp_path, form):
         )
     }
     found = some(urls, 3000)
-    assert all(known[key.rpartition("/")[2]] == (image, label) for key, image, label in found)
+    assert all(known[key.rpartition("/")[2]] == (image, label) for key, image, label, _ in found)
     assert len({key for key, *_ in found}) > 0.8 * len(index)
 
 

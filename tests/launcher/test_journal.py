@@ -12,11 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.journal import append, count, journal_file, kind, read_journal
 from bigbatch.data.order import build_order
 from bigbatch.launcher.cli import cli
+from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.history import read_history
 from bigbatch.trainers.report import write_report
 
@@ -29,6 +31,12 @@ def inspect(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+def damage(index: Index, sample: int) -> None:
+    with (index.root / index.shards[index.shard[sample]].name).open("r+b") as file:
+        file.seek(int(index.offset[sample]) + 20)
+        file.write(b"damage")
+
+
 @pytest.fixture(scope="module")
 def finished(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Index]:
     """Two epochs on two ranks over damaged shards: the run, what it said, and the index."""
@@ -36,9 +44,7 @@ def finished(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     shutil.copytree(Path(shards) / "shards", here / "shards")
     index = open_index(here / "shards/digits/train")
     for sample in BAD:
-        with (index.root / index.shards[index.shard[sample]].name).open("r+b") as file:
-            file.seek(int(index.offset[sample]) + 20)
-            file.write(b"damage")
+        damage(index, sample)
     changes = ("duration=2 epochs", "data.sampling=uniform", "log.wandb=off", "ensemble.soup=false")
     done = subprocess.run(
         [BIGBATCH, "train", "digits", *changes, "schedule={name: cosine}", "--nproc", "2"],
@@ -64,7 +70,8 @@ def test_the_journal_names_each_sample_and_its_substitutes(
     assert {row["sample"] for row in found["bad"]} == set(BAD)
     assert sum(found["shards"].values()) == 3
     assert found["reasons"] == {"the bytes differ from the index": 3}
-    keys, order = index.keys(), build_order(RunDir(run).recipe().data.sampling, index, 0)
+    recipe, keys = RunDir(run).recipe(), index.keys()
+    order = build_order(recipe.data.sampling, index, recipe.seed)
     steps = -(-2 * len(index) // 256)
     drawn = order.samples(np.arange(steps * 256))
     for row in found["bad"]:
@@ -101,6 +108,29 @@ def test_the_run_says_so_at_its_end(finished: tuple[Path, str, Index]) -> None:
     page = write_report(RunDir(run)).read_text()
     assert "Unreadable samples" in page
     assert read_history(RunDir(run)).bad_samples == summary["bad_samples"]
+
+
+def test_a_rank_says_what_it_alone_could_not_read(shards: str, tmp_path: Path) -> None:
+    shutil.copytree(Path(shards) / "shards", tmp_path / "shards")
+    recipe = load_recipe("digits", ["data.sampling=uniform", "data.bad_samples=0", "log.wandb=off"])
+    index = open_index(tmp_path / "shards/digits/train")
+    order = build_order(recipe.data.sampling, index, recipe.seed)
+    of_rank_1 = int(order.samples(np.array([recipe.micro_batch]))[0])  # of step 0
+    damage(index, of_rank_1)
+    run = create_run(tmp_path / "runs/alone", recipe)
+    done = subprocess.run(
+        agent_command(run.path, 2),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "bigbatch: rank 1: 1 samples could not be read" in done.stderr
+    assert f"at byte {int(index.offset[of_rank_1]):,}" in done.stderr
+    assert done.returncode == 2, done.stderr
+    (entry,) = read_journal(run.path)
+    assert (entry["step"], entry["sample"]) == (0, of_rank_1)
 
 
 def test_without_the_shards_numbers_stand_for_keys(

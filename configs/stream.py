@@ -1,0 +1,46 @@
+"""What a recipe whose training data is a stream may not ask for."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from bigbatch.configs.durations import Length
+
+_EXACT = "what a stream holds is known only by reading it, once and in its own order"
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """Why a recipe cannot train on its data.stream; nothing where it has none."""
+    data = recipe.data
+    if data.stream is None:
+        return
+    if data.sampling.name != "uniform":
+        yield (
+            f"data.sampling {data.sampling.name} needs indexed shards: {_EXACT}; set it to "
+            "uniform, or index the tars and set data.path"
+        )
+    if data.lanes:
+        yield f"data.lanes = {data.lanes} needs indexed shards: {_EXACT}; set it to 0"
+    if recipe.reduction == "exact":
+        yield (
+            "reduction exact promises weights that do not depend on the world size, and each "
+            "rank draws from a stream for itself; set it to overlapped"
+        )
+    if places := [place for place, length in _lengths(recipe, "") if length.unit == "epochs"]:
+        yield (
+            f"a stream has no epochs, in which {' and '.join(places)} "
+            f"{'is' if len(places) == 1 else 'are'} given; give steps or samples"
+        )
+
+
+def _lengths(value: Any, place: str) -> Iterator[tuple[str, Length]]:
+    """Each duration in a recipe, with its dotted name."""
+    if isinstance(value, Length):
+        yield place, value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _lengths(item, place)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _lengths(getattr(value, name), f"{place}.{name}".lstrip("."))
