@@ -40,6 +40,15 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return parse_recipe(tree, str(name))
 
 
+def change_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A resolved recipe with further ``key=value`` applied. Raises UserError like load_recipe."""
+    tree = recipe.model_dump(mode="json")
+    changes = list(overrides)
+    for override in changes:
+        _override(tree, override)
+    return parse_recipe(tree, f"{recipe.name} with {' '.join(changes)}")
+
+
 def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
     """Check a tree of plain values; `source` is named in the error."""
     try:

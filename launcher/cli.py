@@ -9,14 +9,30 @@ import sys
 import click
 
 from bigbatch.configs.errors import UserError
-from bigbatch.launcher import cli_advise, cli_data, cli_recipe, cli_run, cli_tune
+from bigbatch.launcher import (
+    cli_advise,
+    cli_data,
+    cli_recipe,
+    cli_registry,
+    cli_run,
+    cli_slurm,
+    cli_tune,
+)
 
 SECTIONS = {
     "Data": (cli_data.shard, cli_data.index, cli_data.inspect, cli_data.batches),
     "Recipes": (cli_recipe.recipes, cli_recipe.check, cli_recipe.schedule, cli_recipe.schema),
-    "Training": (cli_run.train, cli_run.resume, cli_run.submit, cli_run.prove),
+    "Training": (cli_run.train, cli_run.resume, cli_slurm.submit, cli_run.prove),
     "Tuning": (cli_tune.find_lr, cli_advise.advise),
-    "Runs": (cli_run.runs, cli_run.status, cli_run.watch, cli_run.report),
+    "Runs": (
+        cli_registry.runs,
+        cli_registry.status,
+        cli_registry.logs,
+        cli_registry.cancel,
+        cli_registry.remove,
+        cli_run.watch,
+        cli_run.report,
+    ),
 }
 
 

@@ -63,8 +63,14 @@ def train(
 @click.command(short_help="Go on with a run from its newest checkpoint.")
 @click.argument("run")
 @click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@click.option("--slurm", is_flag=True, help="Submit the run's own batch script again.")
+@click.option(
+    "--sbatch-arg", multiple=True, help="With --slurm: an option of sbatch; may be repeated."
+)
 @options.runs_folder
-def resume(run: str, nproc: int | None, runs_folder: Path) -> None:
+def resume(
+    run: str, nproc: int | None, slurm: bool, sbatch_arg: tuple[str, ...], runs_folder: Path
+) -> None:
     """Go on with RUN, a name or a directory, with any number of processes.
 
     The batches are the same whatever that number is; weights differ by the order of
@@ -83,85 +89,17 @@ def resume(run: str, nproc: int | None, runs_folder: Path) -> None:
                 click.echo(f"{found.path} is finished; see {found.report}")
             return
         recipe = found.recipe()
+        if peers is None:
+            from bigbatch.launcher.submit import resubmit, see_that_no_job_lives
+
+            see_that_no_job_lives(found)
+            if slurm:
+                start.check_start(recipe)
+                click.echo(resubmit(found, sbatch_arg))
+                return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
         start.check_start(recipe)
     start.begin(found.path, peers, count)
-
-
-@click.command(short_help="Train on SLURM.")
-@options.recipe
-@click.option("--nodes", default="1", show_default=True, help="Nodes, or a range such as 2-8.")
-@click.option("--gpus-per-node", type=click.IntRange(0), default=0, help="GPUs of each node.")
-@click.option("--ranks-per-node", type=click.IntRange(1), help="Default: one per GPU, or one.")
-@click.option(
-    "--cpus-per-rank", type=click.IntRange(1), help="Default: for decoding threads and trainer."
-)
-@click.option("--time", help="Time limit, as SLURM writes it: 90, 12:00:00, 2-00:00:00.")
-@click.option("--partition")
-@click.option("--account")
-@click.option("--qos")
-@click.option("--constraint")
-@click.option("--sbatch-arg", multiple=True, help="Any other option of sbatch; may be repeated.")
-@click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
-@options.new_run
-@options.runs_folder
-@options.as_json
-def submit(
-    recipe: str,
-    overrides: tuple[str, ...],
-    nodes: str,
-    gpus_per_node: int,
-    ranks_per_node: int | None,
-    cpus_per_rank: int | None,
-    time: str | None,
-    partition: str | None,
-    account: str | None,
-    qos: str | None,
-    constraint: str | None,
-    sbatch_arg: tuple[str, ...],
-    dry_run: bool,
-    run: str | None,
-    run_dir: Path | None,
-    runs_folder: Path,
-    as_json: bool,
-) -> None:
-    """Create a run of RECIPE and submit it; prints the job id.
-
-    The job is requeued when it is preempted or its time ends, and goes on from where it was.
-
-    \b
-    bigbatch submit imagenet.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00
-    """
-    from bigbatch.configs.load import load_recipe
-    from bigbatch.launcher import slurm, start
-    from bigbatch.trainers.plan import check_world
-
-    loaded = load_recipe(recipe, overrides)
-    job = slurm.Job(
-        nodes=nodes,
-        ranks_per_node=ranks_per_node or max(1, gpus_per_node),
-        gpus_per_node=gpus_per_node,
-        # Decoding threads, and one core that feeds the GPU.
-        cpus_per_rank=cpus_per_rank or loaded.data.workers * loaded.data.threads + 1,
-        time=time,
-        partition=partition,
-        account=account,
-        qos=qos,
-        constraint=constraint,
-        options=sbatch_arg,
-    )
-    check_world(loaded, job.most_ranks)
-    path = start.run_path(loaded, run, run_dir, None, runs_folder).absolute()
-    if dry_run:
-        click.echo(slurm.render(job, path, Path.cwd()), nl=False)
-        return
-    start.check_start(loaded)
-    number = slurm.submit(loaded, job, path)
-    if as_json:
-        options.print_json({"job": number, "run": str(path)})
-    else:
-        click.echo(number)
-        click.echo(f"run {path}; `bigbatch status {path}` follows it", err=True)
 
 
 @click.command(short_help="Prove that batches and weights depend on the recipe alone.")
@@ -222,43 +160,6 @@ def prove(
 
         show(proof_table(results, loaded.name, steps))
     sys.exit(0 if all(r.passed for r in results) else 1)
-
-
-@click.command(short_help="List runs.")
-@options.runs_folder
-@options.as_json
-def runs(runs_folder: Path, as_json: bool) -> None:
-    """List the runs: state, steps, best validation accuracy, age of the last record."""
-    from dataclasses import asdict
-
-    from bigbatch.launcher.registry import list_runs
-
-    found = list_runs(runs_folder)
-    if as_json:
-        options.print_json([asdict(info) for info in found])
-    elif not found:
-        click.echo(f"no runs in {runs_folder}")
-    else:
-        from bigbatch.launcher.tables import runs_table, show
-
-        show(runs_table(found))
-
-
-@click.command(short_help="Show one run.")
-@click.argument("run")
-@options.runs_folder
-@options.as_json
-def status(run: str, runs_folder: Path, as_json: bool) -> None:
-    """Show where RUN, a name or a directory, stands."""
-    from bigbatch.launcher import registry
-
-    values = registry.status(registry.find_run(run, runs_folder))
-    if as_json:
-        options.print_json(values)
-    else:
-        from bigbatch.launcher.tables import show, status_table
-
-        show(status_table(values))
 
 
 @click.command(short_help="Follow a run in the terminal.")

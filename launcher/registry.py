@@ -1,14 +1,24 @@
-"""The runs there are, read from their directories: no daemon, no database."""
+"""The runs there are, read from their directories and SLURM's queue: no daemon, no database.
+
+Nothing here writes, so any number of people may look at once.
+"""
 
 import json
+import os
+import shutil
+import signal
 import socket
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.launcher import queue
+from bigbatch.launcher.queue import QueuedJob
+from bigbatch.launcher.submit import job_of
 
 # A run on another machine cannot be asked whether it lives: this long without a record, and
 # it counts as killed.
@@ -21,11 +31,13 @@ class RunInfo:
 
     name: str
     path: str
-    state: str  # new, running, stopped, failed, finished, killed or unreadable
+    state: str  # new, queued, running, stopped, failed, finished, killed or unreadable
     step: int
     total_steps: int | None
     best_accuracy: float | None  # on the validation split
     age_s: float
+    job: str | None = None  # of SLURM, such as 4711, or 4711_3 of an array
+    waits_for: str | None = None  # SLURM's reason why a queued job does not run yet
 
 
 def find_run(name: str, runs: Path) -> RunDir:
@@ -39,16 +51,38 @@ def find_run(name: str, runs: Path) -> RunDir:
     )
 
 
+def job_number(text: str, runs: Path) -> str:
+    """The SLURM job that a person means by its number, or by the name of its run."""
+    if text[:1].isdigit() and not (runs / text).is_dir():
+        return text
+    job = job_of(find_run(text, runs))
+    if job is None:
+        raise UserError(f"run {text!r} was not submitted to SLURM; name one that was, or a job")
+    return job
+
+
 def list_runs(runs: Path) -> list[RunInfo]:
     """All runs below a folder, the one with the newest record first."""
     if not runs.is_dir():
         return []
-    found = [describe(RunDir(p.parent)) for p in runs.glob("*/recipe.yaml")]
-    return sorted(found, key=lambda info: info.age_s)
+    found = [RunDir(p.parent) for p in runs.glob("[!.]*/recipe.yaml")]
+    jobs = queue.find_jobs(job for run in found if (job := _live_job(run)))
+    return sorted((describe(run, jobs=jobs) for run in found), key=lambda info: info.age_s)
 
 
-def describe(run: RunDir, now: float | None = None) -> RunInfo:
-    """What the files of a run say. Never fails: a damaged run is listed as unreadable."""
+def look_up(run: RunDir) -> RunInfo:
+    """One run, with SLURM asked where it belongs to a job."""
+    job = _live_job(run)
+    return describe(run, jobs=queue.find_jobs([job]) if job else None)
+
+
+def describe(
+    run: RunDir, now: float | None = None, jobs: Mapping[str, QueuedJob] | None = None
+) -> RunInfo:
+    """What the files of a run, and the `jobs` that SLURM knows, say; None: nobody asked SLURM.
+
+    Never fails: a damaged run is listed as unreadable.
+    """
     now = time.time() if now is None else now
     try:
         changed = [p.stat().st_mtime for p in _records(run) if p.exists()]
@@ -58,16 +92,24 @@ def describe(run: RunDir, now: float | None = None) -> RunInfo:
         step, best = _progress(run.metrics)
         totals = [int(e["total_steps"]) for e in starts if e.get("total_steps") is not None]
         state = _state(run, events, age)
+        job = next((str(e["job"]) for e in reversed(events) if e.get("job")), None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return RunInfo(run.name, str(run.path), "unreadable", 0, None, None, 0.0)
-    return RunInfo(
-        run.name, str(run.path), state, step, totals[-1] if totals else None, best, round(age, 1)
-    )
+    total = totals[-1] if totals else None
+    info = RunInfo(run.name, str(run.path), state, step, total, best, round(age, 1), job)
+    if job is None or jobs is None or state == "finished":
+        return info
+    queued = jobs.get(job)
+    if queued is not None and queued.active:
+        waits = queued.reason if queued.waiting else None
+        return replace(info, state="queued" if queued.waiting else "running", waits_for=waits)
+    gone = {"running": "killed", "new": "failed"}  # SLURM knows better than a silent file
+    return replace(info, state=gone.get(state, state))
 
 
 def status(run: RunDir) -> dict[str, Any]:
     """All that a person asks of one run, in plain values."""
-    info = describe(run)
+    info = look_up(run)
     starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
     records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
     last = records[-1] if records else {}
@@ -76,11 +118,14 @@ def status(run: RunDir) -> dict[str, Any]:
         recent = [r["step_s"] for r in records[-20:] if r.get("step_s")]
         left = (info.total_steps - info.step) * sum(recent) / max(1, len(recent))
     start = starts[-1] if starts else {}
+    ended = info.job is not None and info.state in ("failed", "killed", "stopped")
     return {
         **asdict(info),
+        "job_ended": queue.how_it_ended(info.job) if ended and info.job else None,
         "starts": len(starts),
         "world_size": start.get("world_size"),
         "device": start.get("device"),
+        "host": start.get("host"),
         "loss": last.get("loss"),
         "lr": last.get("lr"),
         "images_per_s": last.get("images_per_s"),
@@ -89,6 +134,54 @@ def status(run: RunDir) -> dict[str, Any]:
         "summary": _json(run.summary),
         "report": str(run.report) if run.report.exists() else None,
     }
+
+
+def cancel(run: RunDir) -> str:
+    """Ask a run to save and end; returns what was done. Raises UserError where it does not run."""
+    info = look_up(run)
+    if info.job is not None and (jobs := queue.find_jobs([info.job])):
+        job = jobs.get(info.job)
+        if job is not None and job.active:
+            queue.stop(info.job, job)
+            if job.waiting:
+                return f"job {info.job} is out of the queue; nothing was lost"
+            return f"job {info.job} finishes its step, saves and ends; it is not requeued"
+    starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
+    host, pid = (starts[-1].get("host"), starts[-1].get("pid")) if starts else (None, None)
+    if info.state != "running" or pid is None:
+        raise UserError(f"{run.name} is {info.state}: there is nothing to cancel")
+    if host != socket.gethostname():
+        raise UserError(
+            f"{run.name} runs on {host}, this is {socket.gethostname()}; cancel it there"
+        )
+    # One rank is enough: all of them learn of it in the same step.
+    os.kill(int(pid), signal.SIGTERM)
+    return f"process {pid} finishes its step, saves and ends"
+
+
+def remove(run: RunDir) -> None:
+    """Delete a run directory. Raises UserError for a run that still has a future.
+
+    It is renamed first, so that of two people who remove it one gets a clear message, and
+    nobody sees half a run.
+    """
+    info = look_up(run)
+    if info.state in ("running", "queued"):
+        raise UserError(f"{run.name} is {info.state}; `bigbatch cancel {run.path}` ends it first")
+    doomed = run.path.with_name(f".{run.name}.removed-{os.getpid()}")
+    try:
+        run.path.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise UserError(f"cannot remove {run.path}: {error}") from None
+
+
+def _live_job(run: RunDir) -> str | None:
+    """The job to ask SLURM about; None where a run has none, or is finished."""
+    try:
+        return None if run.summary.exists() else job_of(run)
+    except (OSError, AttributeError):
+        return None  # unreadable; `describe` says so
 
 
 def _records(run: RunDir) -> tuple[Path, ...]:

@@ -1,9 +1,11 @@
 """Results as tables on the terminal."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:  # it imports numpy, psutil and safetensors
 
 _COLOURS = {
     "running": "green",
+    "queued": "cyan",
     "finished": "bold green",
     "failed": "red",
     "killed": "red",
@@ -36,6 +39,17 @@ def show(*tables: Table) -> None:
         console.print(table)
 
 
+def follow(make: Callable[[], Table], every_s: float = 2.0) -> None:
+    """Draw a table again and again, until Ctrl-C."""
+    try:
+        with Live(make(), auto_refresh=False, screen=Console().is_terminal) as live:
+            while True:
+                time.sleep(every_s)
+                live.update(make(), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
 def proof_table(results: "Sequence[Result]", name: str, steps: int) -> Table:
     table = Table(title=f"{name}: the first {steps} steps", title_justify="left")
     for title in ("run", "compared with", "samples", "weights differ by", ""):
@@ -54,13 +68,16 @@ def proof_table(results: "Sequence[Result]", name: str, steps: int) -> Table:
 
 def runs_table(runs: Sequence[RunInfo]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "state", "step", "best val", "last record"):
+    for title in ("run", "state", "step", "best val", "last record", "job"):
         table.add_column(title, no_wrap=True)
     for info in runs:
         steps = f"{info.step}/{info.total_steps}" if info.total_steps else str(info.step)
         best = "" if info.best_accuracy is None else f"{info.best_accuracy:.2%}"
         age = f"{duration(info.age_s)} ago"
-        table.add_row(info.name, _state(info.state), steps, best, age)
+        state = _state(info.state)
+        if info.waits_for not in (None, "None", "Priority"):
+            state.append(f" ({info.waits_for})")
+        table.add_row(info.name, state, steps, best, age, info.job or "")
     return table
 
 
@@ -69,6 +86,9 @@ def status_table(values: Mapping[str, Any]) -> Table:
         "run": values["path"],
         "state": _state(values["state"]),
         "step": f"{values['step']} of {values['total_steps'] or 'unknown'}",
+        "job": values["job"],
+        "waits for": values["waits_for"],
+        "the job ended": values["job_ended"],
         "time left": _maybe(values["seconds_left"], duration),
         "processes": _maybe(values["world_size"], str),
         "device": values["device"],

@@ -30,6 +30,7 @@ from bigbatch.trainers.log import Log, open_log
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
 from bigbatch.trainers.metrics import score, softmax
+from bigbatch.trainers.output import close_output, copy_output
 from bigbatch.trainers.plateau import Evaluation, read_evaluations
 from bigbatch.trainers.saving import Saver
 from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     engine: Engine | None = None
     die_with_agent()
+    copy_output(options.run)
     stop = StopFlag()
     try:
         run = RunDir(options.run)
@@ -242,8 +244,7 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    close_output()
     # Everything is closed. Python's own way out would, once in about fifteen starts on CPU,
     # end in "terminate called without an active exception" from a thread of gloo's.
     os._exit(status)

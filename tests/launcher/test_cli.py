@@ -215,7 +215,7 @@ def test_runs_and_status(here: Path) -> None:
 def test_dry_run_prints_the_script_and_does_nothing(here: Path) -> None:
     result = invoke("submit", "digits", "--nodes", "2", "--ranks-per-node", "2", "--dry-run")
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n" in result.output
-    assert f"resume {here}/runs/digits\n" in result.output
+    assert f"run={here}/runs/digits\n" in result.output
     assert not (here / "runs").exists()
 
 

@@ -1,8 +1,10 @@
 """Batch scripts, against golden files; and everything that must not get into one."""
 
+import json
 import os
 import stat
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import pytest
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, read_jsonl
-from bigbatch.launcher.slurm import Job, render, submit
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.freeze import code_hash
+from bigbatch.launcher.slurm import Job, render, run_paths
+from bigbatch.launcher.submit import array_recipes, resubmit, script_of
+from bigbatch.launcher.submit import submit as submit_all
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
@@ -30,16 +36,29 @@ LARGE = Job(
 )
 
 
+ARRAY = replace(SMALL, array="0-2%2", after="4711", lead=300)
+PYXIS = replace(LARGE, container="nvcr.io#nvidia/pytorch:25.10-py3", options=())
+APPTAINER = replace(SMALL, gpus_per_node=2, container="/images/torch.sif")
+
+
+def submit(recipe: Recipe, job: Job, path: Path) -> str:
+    return submit_all([recipe], job, path)
+
+
 @pytest.mark.parametrize(
     ("name", "job", "run", "folder"),
     [
+        ("array", ARRAY, "/scratch/my runs/digits", "/home/ann/project"),
+        ("pyxis", PYXIS, "/scratch/my runs/digits", "/home/ann/project"),
+        ("apptainer", APPTAINER, "/scratch/runs/digits", "/home/ann/project"),
         ("small", SMALL, "/home/ann/project/runs/digits", "/home/ann/project"),
         ("large", LARGE, "/scratch/my runs/100%/imagenet-2", "/home/ann/my project"),
     ],
 )
 def test_script_is_the_golden_one(name: str, job: Job, run: str, folder: str) -> None:
     # To renew after a deliberate change: write `text` into the file and read the diff.
-    text = render(job, Path(run), Path(folder), python="/opt/venv/bin/python")
+    mounts = (Path("/data/shards"),)
+    text = render(job, Path(run), Path(folder), python="/opt/venv/bin/python", mounts=mounts)
     assert text == (GOLDEN / f"{name}.sbatch").read_text()
 
 
@@ -104,6 +123,13 @@ def test_script_starts_the_ranks_and_requeues_only_after_75(
         {"options": ("--wrap=id; id",)},
         {"options": ("--comment=a\n#SBATCH --begin=now",)},
         {"options": ("id",)},
+        {"array": "0-4;id"},
+        {"array": "4-0"},
+        {"array": "0-999999"},
+        {"after": "7,afterany:8"},
+        {"container": "a b"},
+        {"container": "$(id).sif"},
+        {"lead": 0},
         {"ranks_per_node": 0},
         {"cpus_per_rank": 0},
     ],
@@ -115,7 +141,16 @@ def test_values_outside_the_allow_list(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "run", ["/runs/a\nb", '/runs/a"b', "/ru'ns/ab", "/runs#/ab", "/runs/$(id)", "/runs\\/ab"]
+    "run",
+    [
+        "/runs/a:b/c",
+        "/runs/a\nb",
+        '/runs/a"b',
+        "/ru'ns/ab",
+        "/runs#/ab",
+        "/runs/$(id)",
+        "/runs\\/ab",
+    ],
 )
 def test_paths_that_a_script_cannot_hold(run: str) -> None:
     with pytest.raises(UserError, match=r"cannot read in a script|not allowed"):
@@ -124,11 +159,40 @@ def test_paths_that_a_script_cannot_hold(run: str) -> None:
 
 def test_dollar_signs_in_folders_stay_text() -> None:
     text = render(SMALL, Path("/runs/$HOME `id`/digits"), Path("/home"), python="/opt/python")
-    line = next(line for line in text.splitlines() if line.startswith("set --"))
-    done = subprocess.run(
-        ["bash", "-c", f'{line}; echo "${{@: -1}}"'], capture_output=True, text=True, check=True
-    )
+    lines = [line for line in text.splitlines() if line.startswith(("run=", "set --"))]
+    script = "; ".join([*lines, 'echo "${@: -1}"'])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "/runs/$HOME `id`/digits\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("12:00:00", 43_200),
+        ("2-0", 172_800),
+        ("1-2:30", 95_400),
+        ("1-00:00:05", 86_405),
+    ],
+)
+def test_time_limits_in_seconds(text: str, seconds: int) -> None:
+    assert replace(SMALL, time=text).seconds == seconds
+
+
+def test_an_array_gives_each_run_a_directory_and_a_seed() -> None:
+    recipe = load_recipe("digits")
+    job = replace(SMALL, array="0-2,7")
+    assert [p.name for p in run_paths(job, Path("/r/a"))] == ["a-0", "a-1", "a-2", "a-7"]
+    assert [r.seed for r in array_recipes(recipe, job)] == [recipe.seed + i for i in (0, 1, 2, 7)]
+    varied = array_recipes(recipe, job, ["optimizer.lr=1,2,3,4", "seed=5,5,6,6"])
+    assert [(r.optimizer.lr, r.seed) for r in varied] == [(1, 5), (2, 5), (3, 6), (4, 6)]
+    with pytest.raises(UserError, match="3 values"):
+        array_recipes(recipe, job, ["optimizer.lr=1,2,3"])
+    with pytest.raises(UserError, match="needs --array"):
+        array_recipes(recipe, SMALL, ["optimizer.lr=1,2,3"])
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        array_recipes(recipe, replace(SMALL, array="0-1"), ["optimizer.lr=1,-1"])
 
 
 def test_submit_hands_the_script_to_sbatch_and_notes_the_job(
@@ -140,9 +204,55 @@ def test_submit_hands_the_script_to_sbatch_and_notes_the_job(
     assert (tmp_path / "arguments").read_text() == f"--parsable {path}/job.sbatch\n"
     run = RunDir(path)
     assert run.recipe() == load_recipe("digits")
-    assert (path / "job.sbatch").read_text() == render(SMALL, path, Path.cwd())
+    assert (path / "job.sbatch").read_text() == script_of(SMALL, path, load_recipe("digits"))
     assert [(e["kind"], e["job"]) for e in read_jsonl(run.events)] == [("submitted", "4711")]
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_the_code_is_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _sbatch(tmp_path, "echo 4711", monkeypatch)
+    path = tmp_path / "runs" / "digits"
+    submit(load_recipe("digits"), SMALL, path)
+    code = path / "code" / "bigbatch"
+    # An edit of the copy is what a job would run, and what its hash shows.
+    recorded = json.loads((path / "manifest.json").read_text())["code"]
+    assert code_hash(code) == recorded
+    (code / "launcher" / "cli.py").write_text("print(__file__)")
+    assert code_hash(code) != recorded
+    env = {**os.environ, "PYTHONPATH": f"{path}/code:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{code}/launcher/cli.py\n"
+
+
+def test_an_array_is_one_job_with_a_run_for_each_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sbatch(tmp_path, 'echo "$@" >> "$(dirname "$0")/arguments"; echo 4711', monkeypatch)
+    path, job = tmp_path / "runs" / "a", replace(SMALL, array="0-1")
+    recipes = array_recipes(load_recipe("digits"), job)
+    assert submit_all(recipes, job, path) == "4711"
+    for index, recipe in enumerate(recipes):
+        run = RunDir(tmp_path / "runs" / f"a-{index}")
+        assert run.recipe() == recipe
+        assert [e["job"] for e in read_jsonl(run.events)] == [f"4711_{index}"]
+    # One of them again, alone.
+    assert resubmit(run, ["--time=10"]) == "4711_1"
+    assert (tmp_path / "arguments").read_text().splitlines() == [
+        f"--parsable {tmp_path}/runs/a-0/job.sbatch",
+        f"--parsable --time=10 --array=1 {tmp_path}/runs/a-1/job.sbatch",
+    ]
+
+
+def test_an_array_that_meets_an_old_run_leaves_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sbatch(tmp_path, "echo 4711", monkeypatch)
+    create_run(tmp_path / "runs" / "a-1", load_recipe("digits"))
+    job = replace(SMALL, array="0-2")
+    with pytest.raises(UserError, match="exists already"):
+        submit_all(array_recipes(load_recipe("digits"), job), job, tmp_path / "runs" / "a")
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a-1"]
 
 
 def test_a_refused_job_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +266,10 @@ def test_a_run_that_exists_is_not_touched(tmp_path: Path, monkeypatch: pytest.Mo
     _sbatch(tmp_path, "echo 1", monkeypatch)
     path = tmp_path / "runs" / "digits"
     submit(load_recipe("digits"), SMALL, path)
-    before = {p: p.read_bytes() for p in path.iterdir()}
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="exists already"):
         submit(load_recipe("digits"), SMALL, path)
-    assert {p: p.read_bytes() for p in path.iterdir()} == before
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
 
 
 def test_no_sbatch_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

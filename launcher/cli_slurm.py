@@ -1,0 +1,129 @@
+"""The command that trains on SLURM."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bigbatch.launcher import options
+
+
+@click.command(short_help="Train on SLURM.")
+@options.recipe
+@click.option("--nodes", help="Nodes, or a range such as 2-8.  [default: 1]")
+@click.option("--gpus-per-node", type=click.IntRange(0), help="GPUs of each node.  [default: 0]")
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Default: one per GPU, or one.")
+@click.option(
+    "--cpus-per-rank", type=click.IntRange(1), help="Default: for decoding threads and trainer."
+)
+@click.option("--time", help="Time limit, as SLURM writes it: 90, 12:00:00, 2-00:00:00.")
+@click.option("--partition")
+@click.option("--account")
+@click.option("--qos")
+@click.option("--constraint")
+@click.option("--array", help="Runs RUN-0, RUN-1, ...: 0-4, or 0-9%2 for two at a time.")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="KEY=VALUE,...",
+    help="With --array: one value for each run. Default: seeds.  May be repeated.",
+)
+@click.option("--after", metavar="JOB", help="Start when this job, or run, has ended well.")
+@click.option("--container", metavar="IMAGE", help="For apptainer (IMAGE.sif) or pyxis.")
+@click.option(
+    "--signal-lead",
+    type=click.IntRange(1),
+    help="Seconds to save in before the time limit.  [default: estimated, at least 120]",
+)
+@click.option("--sbatch-arg", multiple=True, help="Any other option of sbatch; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
+@options.new_run
+@options.runs_folder
+@options.as_json
+def submit(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nodes: str | None,
+    gpus_per_node: int | None,
+    ranks_per_node: int | None,
+    cpus_per_rank: int | None,
+    time: str | None,
+    partition: str | None,
+    account: str | None,
+    qos: str | None,
+    constraint: str | None,
+    array: str | None,
+    vary: tuple[str, ...],
+    after: str | None,
+    container: str | None,
+    signal_lead: int | None,
+    sbatch_arg: tuple[str, ...],
+    dry_run: bool,
+    run: str | None,
+    run_dir: Path | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Create a run of RECIPE and submit it; prints the job id.
+
+    The job is requeued when it is preempted or its time ends, and goes on from where it was,
+    on the code and the recipe of this moment. Options that are left out come from
+    ~/.config/bigbatch/slurm.yaml.
+
+    \b
+    bigbatch submit imagenet.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00
+    bigbatch submit imagenet.yaml --nodes 2-8 --gpus-per-node 8 --array 0-4
+    """
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import slurm, start
+    from bigbatch.launcher import submit as submission
+    from bigbatch.launcher.registry import job_number
+    from bigbatch.launcher.site import read_site, site_file
+    from bigbatch.trainers.plan import check_world
+
+    loaded = load_recipe(recipe, overrides)
+    site = read_site(site_file())
+    gpus = _first(gpus_per_node, site.gpus_per_node, 0)
+    lead = _first(signal_lead, site.signal_lead)
+    job = slurm.Job(
+        nodes=_first(nodes, site.nodes, "1"),
+        ranks_per_node=_first(ranks_per_node, site.ranks_per_node, max(1, gpus)),
+        gpus_per_node=gpus,
+        # Decoding threads, and one core that feeds the GPU.
+        cpus_per_rank=_first(
+            cpus_per_rank, site.cpus_per_rank, loaded.data.workers * loaded.data.threads + 1
+        ),
+        time=_first(time, site.time),
+        partition=_first(partition, site.partition),
+        account=_first(account, site.account),
+        qos=_first(qos, site.qos),
+        constraint=_first(constraint, site.constraint),
+        array=array,
+        after=job_number(after, runs_folder) if after else None,
+        container=_first(container, site.container),
+        lead=_first(lead, 120),
+        options=(*site.sbatch_args, *sbatch_arg),
+    )
+    check_world(loaded, job.most_ranks)
+    recipes = submission.array_recipes(loaded, job, vary)
+    path = start.run_path(loaded, run, run_dir, None, runs_folder).absolute()
+    mounts = [Path(mount) for mount in site.mounts]
+    if dry_run:
+        if site_file().exists():
+            click.echo(f"defaults from {site_file()}", err=True)
+        click.echo(submission.script_of(job, path, loaded, mounts), nl=False)
+        return
+    start.check_start(loaded)
+    number = submission.submit(recipes, job, path, mounts)
+    paths = [str(each) for each in slurm.run_paths(job, path)]
+    if as_json:
+        options.print_json({"job": number, "run": paths[0], "runs": paths})
+    else:
+        click.echo(number)
+        for each in paths:
+            click.echo(f"run {each}; `bigbatch status {each}` follows it", err=True)
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is given; the last one where none is."""
+    return next((value for value in values if value is not None), values[-1])

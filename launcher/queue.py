@@ -1,0 +1,120 @@
+"""What SLURM says of jobs, and what it is told: squeue, sacct, scontrol and scancel."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bigbatch.configs.errors import UserError
+
+_PATIENCE_S = 60.0
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
+ACTIVE = (*WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "SIGNALING", "STAGE_OUT")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """One job as SLURM sees it: `reason` says what a waiting one waits for."""
+
+    state: str
+    reason: str
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    @property
+    def waiting(self) -> bool:
+        return self.state in WAITING
+
+
+def available() -> bool:
+    return shutil.which("squeue") is not None
+
+
+def find_jobs(numbers: Iterable[str]) -> dict[str, QueuedJob] | None:
+    """The jobs among `numbers` that squeue still knows; None where squeue cannot be asked."""
+    wanted = sorted(set(numbers))
+    if not wanted:
+        return {}
+    form = "--format=%i|%T|%r"
+    done = _call(
+        "squeue", "--noheader", "--array", "--states=all", form, f"--jobs={','.join(wanted)}"
+    )
+    if done is None:
+        return None
+    if done.returncode != 0:
+        # One unknown job is an error, several with a known one among them are not.
+        return {} if "Invalid job id" in done.stderr else None
+    found: dict[str, QueuedJob] = {}
+    for line in done.stdout.splitlines():
+        number, state, reason = (*line.split("|"), "", "")[:3]
+        found[number.strip()] = QueuedJob(state.strip(), reason.strip())
+    return found
+
+
+def how_it_ended(number: str) -> str | None:
+    """sacct's word for a job that left the queue, such as NODE_FAIL 0:0; None: no accounting."""
+    options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode")
+    done = _call("sacct", *options, f"--jobs={number}")
+    lines = done.stdout.split("\n") if done is not None and done.returncode == 0 else [""]
+    return lines[0].replace("|", " ").strip() or None
+
+
+def submit(script: str, *options: str) -> str:
+    """Hand a script to sbatch; returns the job's number. Raises UserError with its words."""
+    done = _call("sbatch", "--parsable", *options, script)
+    if done is None:
+        raise UserError(
+            "sbatch is not on this machine, or does not answer; submit from a login node, or "
+            "look at the script with --dry-run"
+        )
+    number = done.stdout.strip().split(";")[0]
+    if done.returncode != 0 or not number.isdecimal():
+        said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+        raise UserError(f"sbatch refused the job: {said}; correct the options and submit again")
+    return number
+
+
+def would_start(script: str) -> tuple[bool, str] | None:
+    """`sbatch --test-only`: whether the script is accepted, and sbatch's words."""
+    done = _call("sbatch", "--test-only", script)
+    if done is None:
+        return None
+    return done.returncode == 0, done.stderr.strip() or done.stdout.strip()
+
+
+def stop(number: str, job: QueuedJob) -> None:
+    """End a job for good. A running one gets SIGUSR2: its ranks save, then exit.
+
+    It is made one that is never requeued first; the batch script would requeue it otherwise.
+    """
+    if job.waiting:
+        _must("scancel", number)
+        return
+    _must("scontrol", "update", f"JobId={number}", "Requeue=0")
+    _must("scancel", "--signal=USR2", number)
+
+
+def _must(*command: str) -> None:
+    done = _call(*command)
+    if done is None or done.returncode != 0:
+        said = done.stderr.strip() if done else "no answer"
+        raise UserError(f"{' '.join(command)}: {said}; see `squeue`, and try again")
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """None where the program is not here, or gives no answer in time."""
+    program = shutil.which(command[0])
+    if program is None:
+        return None
+    try:
+        return subprocess.run(
+            [program, *command[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE_S,
+        )
+    except subprocess.TimeoutExpired:
+        return None
