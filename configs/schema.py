@@ -133,6 +133,9 @@ class Ensemble(Part):
 
 class Log(Part):
     every: Count = Field(1, description="steps between records in metrics.jsonl")
+    details_every: Count = Field(
+        50, description="steps between records of timing by rank, trust ratios, and the machine"
+    )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="auto: online where logged in, otherwise offline"
     )

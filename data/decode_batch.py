@@ -6,6 +6,7 @@ more memory than it has pixels.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Decoded:
     pixels: npt.NDArray[np.uint8]  # [sum of height * width * channels]
     sizes: npt.NDArray[np.int32]  # [B, 2]: height, width; 0, 0 for a bad one
     bad: dict[int, str]  # place in the batch: why its bytes cannot be used
+    slow_read: tuple[int, float] | None = None  # the shard that took longest, and its seconds
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class BatchDecoder:
         opened: list[Jpeg | Pixels] = [_NOTHING] * len(places)
         sizes = np.zeros((len(places), 2), np.int32)
         bad: dict[int, str] = {}
+        seconds = np.zeros(len(places))
 
         def read(i: int) -> None:
             try:
-                image = opened[i] = self._open(*places[i])
+                image = opened[i] = self._open(places[i], seconds[i : i + 1])
             except BadSample as error:
                 bad[i] = str(error)
             else:
@@ -95,7 +98,7 @@ class BatchDecoder:
                 target[:] = image
 
         self._each(len(places), write)
-        return Decoded(pixels, sizes, bad)
+        return Decoded(pixels, sizes, bad, _slowest(extents["shard"], seconds))
 
     def one(self, extent: tuple[int, int, int, int]) -> Pixels:
         """Decode one image, uint8 [H, W, C]. Raises BadSample."""
@@ -107,9 +110,14 @@ class BatchDecoder:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _open(self, shard: int, offset: int, size: int, crc: int) -> Jpeg | Pixels:
-        self._check_size(size)
-        data = self._reader.read(shard, offset, size, crc)
+    def _open(
+        self, extent: tuple[int, int, int, int], seconds: npt.NDArray[np.float64]
+    ) -> Jpeg | Pixels:
+        """Open one image; the time that its bytes took goes into seconds[0]."""
+        self._check_size(extent[2])
+        started = time.perf_counter()
+        data = self._reader.read(*extent)
+        seconds[0] = time.perf_counter() - started
         return open_pixels(data, image_size=self.source.image_size, channels=self.source.channels)
 
     def _check_size(self, size: int) -> None:
@@ -131,6 +139,14 @@ class BatchDecoder:
         run()
         for done in helping:
             done.result()
+
+
+def _slowest(shards: npt.NDArray[np.uint32], seconds: npt.NDArray[np.float64]) -> tuple[int, float]:
+    """The shard whose samples took longest to read, together, and how long."""
+    names, places = np.unique(shards, return_inverse=True)
+    sums = np.bincount(places, seconds)
+    worst = int(sums.argmax())
+    return int(names[worst]), float(sums[worst])
 
 
 _NOTHING = np.zeros((0, 0, 1), np.uint8)

@@ -48,6 +48,7 @@ class MicroBatch:
     sizes: Tensor  # int32 [B, 2]: height, width
     channels: int
     bad: tuple[dict[str, Any], ...] = ()  # journal entries: what was substituted, and why
+    slow_read: tuple[int, float] | None = None  # shard that took longest to read, seconds
 
     def images(self, device: torch.device | None = None) -> list[Tensor]:
         """Each image on `device`: views uint8 [height, width, C] of the pixels."""
@@ -70,6 +71,11 @@ class MicroBatch:
         for place, image in zip(canvas, self.images(device), strict=True):
             place[: image.shape[0], : image.shape[1]] = image
         return canvas
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same with pixels and labels on `device`; sizes stay, which the host needs."""
+        pixels = self.pixels.to(device, non_blocking=True)
+        return replace(self, pixels=pixels, labels=self.labels.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
@@ -201,6 +207,7 @@ def _batch(
         sizes=torch.from_numpy(decoded.sizes),
         channels=channels,
         bad=tuple(bad),
+        slow_read=decoded.slow_read,
     )
 
 

@@ -161,7 +161,8 @@ class _Worker:
         # All views of these pixels, NumPy's and torch's, keep this one buffer alive.
         weakref.finalize(pixels.base, self.free.append, number).atexit = False
         bad = {int(i): reason for i, reason in said["bad"].items()}
-        return Decoded(pixels, slab.sizes(samples).copy(), bad)
+        shard, seconds = said["slow_read"]
+        return Decoded(pixels, slab.sizes(samples).copy(), bad, (shard, seconds))
 
     def close(self) -> None:
         self.socket.close()
@@ -205,7 +206,7 @@ def _make(decoder: BatchDecoder, slab: Slab, samples: int) -> bytes:
         size, text = 0, json.dumps({"error": str(error)})
     else:
         slab.sizes(samples)[:] = done.sizes
-        size, text = len(done.pixels), json.dumps({"bad": done.bad})
+        size, text = len(done.pixels), json.dumps({"bad": done.bad, "slow_read": done.slow_read})
     data = text.encode()
     slab.text(samples, size, len(data))[:] = np.frombuffer(data, np.uint8)
     return _REPLY.pack(size, len(data))

@@ -5,7 +5,7 @@ backend is another engine and not another loop.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -53,6 +53,8 @@ class Engine:
             kwargs_handlers=[ddp, group],
         )
         self.device: torch.device = self.accelerator.device
+        # Called when the last of a step's gradients are on their way and the host only waits.
+        self.on_sent: Callable[[], None] = lambda: None
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
 
@@ -77,7 +79,7 @@ class Engine:
         self._norms = MicroBatchNorms(self.device)
         self._norms_taken = micro_batches if self.exact else self.world
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.register_comm_hook(None, self._norms.hook)
+            self.model.register_comm_hook(None, self._send)
 
     @property
     def scaler(self) -> Any | None:
@@ -112,6 +114,13 @@ class Engine:
             if self._norms.passes == 0 and not self._reducing:
                 self._norms.add(self._gradients())
         self._norms.passes += 1
+
+    def _send(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """DDP's own all-reduce of a bucket of gradients, after a look at them."""
+        sent = self._norms.hook(state, bucket)
+        if bucket.is_last():
+            self.on_sent()
+        return sent
 
     def reduce(self) -> None:
         """Leave the mean gradient over all samples in each parameter's grad."""

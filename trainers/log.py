@@ -57,7 +57,7 @@ class Log:
         """Whether the recipe asks for a train record after this many finished steps."""
         return step % self._every == 0 or step == self._total_steps
 
-    def train(self, step: int, **values: float) -> None:
+    def train(self, step: int, **values: Any) -> None:
         """Record one finished step: loss, lr, grad_norm, images_per_s, data_s, step_s.
 
         `step` is the number of finished steps. Steps that are not due move the progress
@@ -78,6 +78,10 @@ class Log:
         if self._progress:
             self._progress.evaluation(split, values)
         self._record("eval", step, values, split=split)
+
+    def detail(self, step: int, kind: str, **values: Any) -> None:
+        """Record what is not measured in every step: kind "ranks", "trust" or "system"."""
+        self._record(kind, step, values)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl: when, what, after how many steps, and any plain values."""
@@ -131,7 +135,7 @@ class Log:
             self.event("error", error=f"{kind.__name__}: {error}")
         self.close("failed" if kind is not None else "stopped")
 
-    def _record(self, kind: str, step: int, values: dict[str, float], **keys: Any) -> None:
+    def _record(self, kind: str, step: int, values: dict[str, Any], **keys: Any) -> None:
         if self._metrics is None:
             return
         epoch = round(step * self._epochs_per_step, 6)

@@ -15,6 +15,7 @@ from bigbatch.trainers.checkpoint import TrainState
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.log import Log
 from bigbatch.trainers.losses import LossFunction
+from bigbatch.trainers.monitor import Monitor
 from bigbatch.trainers.noise import NoiseScale
 from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import set_lr
@@ -41,6 +42,7 @@ def train(
     snapshot: Callable[[dict[str, float]], None],
     saver: Saver,
     stop: StopFlag,
+    monitor: Monitor,
 ) -> bool:
     """Train from `state.step` to `plan.stop`. False where a signal cut it short.
 
@@ -51,27 +53,31 @@ def train(
     statistics = StepStatistics(engine.module)
     noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
     mine = len(range(engine.rank, plan.micro_batches, engine.world))
+    clock = monitor.clock
     skipped = 0
     model.train()
 
     for step in range(state.step, plan.stop):
         started = time.perf_counter()
+        clock.begin_step()
         factor = schedule(step)
         set_lr(optimizer, factor)
 
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
-        waited = 0.0
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         engine.zero_grad()
         statistics.begin()
         for number in range(mine):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
+            with clock("data"):
+                batch = next(batches)
             assert batch.step == step
+            clock.micro_batch(batch.slow_read)
+            with clock("copy"):
+                batch = batch.to(engine.device)
             torch.manual_seed(key64(recipe.seed, step, batch.index, "model"))
-            images, targets = augmenter.train(batch)
-            with engine.micro_batch(last=number == mine - 1):
+            with clock("augment"):
+                images, targets = augmenter.train(batch)
+            with clock("model"), engine.micro_batch(last=number == mine - 1):
                 loss = loss_function(model(images), targets)
                 engine.backward(loss)
             statistics.add()
@@ -79,21 +85,25 @@ def train(
 
         # 2. What all ranks must agree on: the mean gradient, and the rest in one small
         #    all-reduce. Sums are float64, so that they do not depend on the world size.
-        engine.reduce()
-        stopping = loss_sum.new_full((), float(bool(stop)))
-        agreed = torch.stack([loss_sum, stopping, engine.micro_batch_sq()])
-        totals = engine.sum(torch.cat([agreed, statistics.local().to(agreed)]))
-        norm = engine.gradient_norm()
-        loss_total, stops, micro_sq, norm_value = torch.cat([totals[:3], norm.view(1)]).tolist()
+        with clock("reduce"):
+            engine.reduce()
+            stopping = loss_sum.new_full((), float(bool(stop)))
+            agreed = torch.stack([loss_sum, stopping, engine.micro_batch_sq()])
+            parts = [agreed, statistics.local().to(agreed), monitor.table(step + 1)]
+            totals = engine.sum(torch.cat(parts)).split([len(part) for part in parts])
+            norm = engine.gradient_norm()
+            read_back = torch.cat([totals[0], norm.view(1), totals[2]]).tolist()
+        loss_total, stops, micro_sq, norm_value, *timings = read_back
         mean_loss = loss_total / plan.micro_batches
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
         finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
         if finite:
-            statistics.finish(totals[3:], plan.micro_batches)
-            if recipe.clip is not None:
-                engine.clip(recipe.clip, norm)
-            engine.step()
+            statistics.finish(totals[1], plan.micro_batches)
+            with clock("optimizer"):
+                if recipe.clip is not None:
+                    engine.clip(recipe.clip, norm)
+                engine.step()
             skipped = 0
         else:
             statistics.discard()
@@ -116,10 +126,12 @@ def train(
             lr=recipe.optimizer.lr * factor,
             grad_norm=norm_value,
             images_per_s=recipe.global_batch / seconds,
-            data_s=waited,
+            data_s=clock.waited,
             step_s=seconds,
             **noise.update(micro_sq, norm_value),
+            **monitor.record(timings, recipe.global_batch / seconds),
         )
+        monitor.details(state.step)
 
         # 5. Evaluate, keep a snapshot, save. The order matters: a checkpoint of a step
         #    means that all the rest of that step is on disk.

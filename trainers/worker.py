@@ -30,6 +30,7 @@ from bigbatch.trainers.log import Log, open_log
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
 from bigbatch.trainers.metrics import score, softmax
+from bigbatch.trainers.monitor import Monitor
 from bigbatch.trainers.output import close_output, copy_output
 from bigbatch.trainers.plateau import Evaluation, read_evaluations
 from bigbatch.trainers.saving import Saver
@@ -84,6 +85,9 @@ def work(job: Job, stop: StopFlag) -> int:
     ) as log:
         for problem in problems:
             log.event("damaged_checkpoint", problem=problem)
+        train_split = job.inputs.splits["train"]
+        shards = [file.name for file in train_split.shards]
+        monitor = Monitor(log, engine, recipe, len(train_split.classes), shards)
         log.event(
             "start",
             step=state.step,
@@ -92,6 +96,8 @@ def work(job: Job, stop: StopFlag) -> int:
             device=str(engine.device),
             host=socket.gethostname(),
             pid=os.getpid(),
+            flops_per_image=monitor.flops,
+            peak_flops=monitor.peak,
         )
         if engine.rank == 0 and not run.contact_sheet.exists():
             job.save_contact_sheet()
@@ -127,6 +133,7 @@ def work(job: Job, stop: StopFlag) -> int:
                 snapshot=snapshot,
                 saver=saver,
                 stop=stop,
+                monitor=monitor,
             )
         if not finished:
             log.close("stopped")
