@@ -17,6 +17,15 @@ from bigbatch.data.journal import count, read_journal
 
 Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
 
+PHASE_NAMES = {
+    "data": "waiting for data",
+    "copy": "copying to the device",
+    "augment": "augmentation",
+    "model": "forward and backward",
+    "reduce": "exchange between ranks",
+    "optimizer": "the optimizer",
+}
+
 
 @dataclass(frozen=True)
 class History:
@@ -27,6 +36,9 @@ class History:
     manifest: Mapping[str, Any]
     train: Columns
     evals: Mapping[str, Columns]  # by split
+    trust: Columns  # trust ratios by parameter
+    ranks: Mapping[str, Any] | None  # the last record of seconds by rank and phase
+    slowest: Mapping[str, Any] | None  # the straggler of the last record, if there is one
     events: list[dict[str, Any]]
     summary: Mapping[str, Any] | None
     confusion: Mapping[str, Any] | None
@@ -67,6 +79,9 @@ def read_history(run: RunDir) -> History:
         recipe=recipe,
         manifest=read_json(run.manifest) or {},
         train=columns(r for r in records if r["kind"] == "train"),
+        trust=columns({"step": r["step"], **r["ratios"]} for r in records if r["kind"] == "trust"),
+        ranks=next((r for r in reversed(records) if r["kind"] == "ranks"), None),
+        slowest=next((r.get("slowest") for r in reversed(records) if r["kind"] == "train"), None),
         evals={s: columns(r for r in records if r.get("split") == s) for s in splits},
         events=[e for e in read_jsonl(run.events) if "kind" in e],
         summary=read_json(run.summary),
@@ -79,12 +94,21 @@ def read_history(run: RunDir) -> History:
 def columns(records: Iterable[Mapping[str, Any]]) -> Columns:
     """Records as float64 columns: a value that is null or missing is NaN.
 
-    A column without one number is left out, as are texts.
+    A column without one number is left out, as are texts. {"phases": {"data": 1.0}} makes a
+    column "phases.data".
     """
-    rows = list(records)
+    rows = [_flat(record) for record in records]
     names = dict.fromkeys(name for row in rows for name in row)
     arrays = {n: np.array([_number(row.get(n)) for row in rows], dtype=np.float64) for n in names}
     return {name: array for name, array in arrays.items() if np.isfinite(array).any()}
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        inner = value if isinstance(value, Mapping) else None
+        flat |= {key: value} if inner is None else {f"{key}.{k}": v for k, v in inner.items()}
+    return flat
 
 
 def _number(value: Any) -> float:
@@ -125,3 +149,15 @@ def smooth(values: NDArray[np.float64], weight: float = 0.9) -> NDArray[np.float
         if norm:
             result[i] = total / norm
     return result
+
+
+def straggler(slowest: Mapping[str, Any] | None) -> str | None:
+    """The record of the slowest rank as a sentence."""
+    if not slowest:
+        return None
+    where = f", mostly on shard {slowest['shard']}" if "shard" in slowest else ""
+    doing = PHASE_NAMES.get(str(slowest["phase"]), str(slowest["phase"]))
+    return (
+        f"rank {slowest['rank']} is the slowest: {slowest['share']:.0%} of a step longer than the "
+        f"median rank in {doing}{where}"
+    )

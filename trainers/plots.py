@@ -24,7 +24,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from bigbatch.trainers.history import Columns, History, loss_ceiling
+from bigbatch.trainers.history import PHASE_NAMES, Columns, History, loss_ceiling
 
 # Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
 INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))
@@ -64,6 +64,8 @@ _STYLE: Any = {
     "legend.fontsize": 10.5,
     "legend.labelcolor": MUTED,
 }
+_SHOWN_LAYERS = 60
+_LAYERS = [(ORANGE, 0.95), (ORANGE, 0.5), (GREEN, 0.6), (BLUE, 0.75), (MUTED, 0.6), (BLUE, 0.3)]
 _POINTS = 500  # more than a plot this wide can show
 
 
@@ -160,6 +162,59 @@ def _waiting(axes: Axes, history: History) -> None:
     _noisy(axes, {"step": train["step"], "share": share}, "share", BLUE, None)
     axes.set_ylim(0, max(0.1, min(1.0, float(np.nanpercentile(share, 99)) * 1.2)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def phases(history: History) -> str:
+    """SVG of the ranks' mean seconds of a step by phase, stacked; "" where none are recorded."""
+    train = history.train
+    names = [name for name in PHASE_NAMES if f"phases.{name}" in train]
+    if not names:
+        return ""
+    with _figure(7.2, 3.0) as (figure, axes):
+        axes.set_title("Time of a step, mean of the ranks")
+        layers = [_centred_mean(train[f"phases.{n}"], len(train["step"]) // 80) for n in names]
+        thin = slice(None, None, max(1, len(train["step"]) // _POINTS))
+        stack = np.nan_to_num(np.array(layers))[:, thin] * 1000
+        fills = zip(names, axes.stackplot(train["step"][thin], stack, linewidth=0), strict=True)
+        for (name, area), (colour, alpha) in zip(fills, _LAYERS, strict=False):
+            area.set_facecolor(colour)
+            area.set_alpha(alpha)
+            area.set_label(PHASE_NAMES[name])
+        axes.set_ylim(0, float(np.percentile(stack.sum(0), 99)) * 1.15)
+        axes.set_ylabel("ms")
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), reverse=True)
+        return _svg(figure, "phases", "Time of a step by phase")
+
+
+def trust(ratios: Columns) -> str:
+    """SVG of the trust ratio of each layer over the steps: dark is high, on a log scale."""
+    names = [name for name in ratios if name != "step"]
+    if not names:
+        return ""
+    picked = names[:: max(1, -(-len(names) // _SHOWN_LAYERS))]
+    steps = ratios["step"]
+    columns = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 60)).astype(int))
+    values = np.array([ratios[name][columns] for name in picked])
+    logs = np.log10(np.where(values > 0, values, np.nan))
+    low, high = np.nanmin(logs), np.nanmax(logs)
+    shade = (logs - low) / max(high - low, 1e-9)
+    with _figure(7.2, 1.0 + 0.2 * len(picked)) as (figure, axes):
+        axes.set_title(f"Trust ratios, {10**low:.2g} (faint) to {10**high:.2g} (solid)")
+        for row, column in np.argwhere(np.isfinite(shade)).tolist():
+            cell = Rectangle((column, row - 0.46), 1, 0.92, linewidth=0, facecolor=BLUE)
+            cell.set_alpha(0.06 + 0.94 * float(shade[row, column]))
+            axes.add_patch(cell)
+        axes.set_xlim(0, len(columns))
+        axes.set_ylim(len(picked) - 0.5, -0.5)
+        axes.set_yticks(range(len(picked)), [_tail(name) for name in picked], fontsize=8.5)
+        ticks = np.unique(np.linspace(0, len(columns) - 1, min(6, len(columns))).astype(int))
+        labels = [_thousands(float(steps[columns[tick]])) for tick in ticks]
+        axes.set_xticks(ticks + 0.5, labels)
+        axes.set_xlabel("step")
+        axes.grid(visible=False)
+        return _svg(figure, "trust", "Trust ratios by layer")
 
 
 def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> str:
@@ -291,6 +346,11 @@ def _thousands(value: float, _: object = None) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:,.0f}" if value == round(value) else f"{value:g}"
+
+
+def _tail(name: str) -> str:
+    """The end of a parameter's name, which tells more than its beginning."""
+    return name if len(name) <= 32 else "\u2026" + name[-31:]
 
 
 def _short(name: str) -> str:

@@ -15,11 +15,12 @@ from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.trainers import plots
 from bigbatch.trainers.diagnosis import diagnose
-from bigbatch.trainers.history import History, read_history
+from bigbatch.trainers.history import History, read_history, straggler
 from bigbatch.trainers.progress import duration
 
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 COMBINED = ("ensemble", "soup")
+_SHOWN_RANKS = 16
 Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept by the gate
 
 
@@ -34,6 +35,10 @@ def write_report(run: RunDir) -> Path:
         tiles=_tiles(history),
         findings=diagnose(history),
         curves=plots.curves(history),
+        ranks=_ranks(history),
+        straggler=straggler(history.slowest),
+        phases_plot=plots.phases(history),
+        trust_plot=plots.trust(history.trust),
         rows=result_rows(history.summary or {}),
         members_plot=_members_plot(history),
         measures=MEASURES,
@@ -132,8 +137,27 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
         rate = history.recipe.global_batch / float(np.nanmean(seconds))
         tiles.append(("images per second", f"{rate:,.0f}", f"{np.nanmean(seconds):.3g} s a step"))
         whole = float(np.nanmean(seconds)) * history.last_step
+        if "mfu" in history.train:
+            mfu = float(np.nanmean(history.train["mfu"]))
+            tiles.append(("model FLOPs utilisation", f"{mfu:.1%}", "of the devices' peak"))
         tiles.append(("training time", duration(whole), f"ranks: {_world_sizes(history)}"))
     return tiles
+
+
+def _ranks(history: History) -> dict[str, Any] | None:
+    """Milliseconds of a step by phase, of each rank; of many ranks, those that work longest."""
+    if not history.ranks:
+        return None
+    phases = [str(name) for name in history.ranks["phases"]]
+    table = 1000 * np.array(history.ranks["seconds"], dtype=np.float64)
+    own = table[:, [i for i, name in enumerate(phases) if name != "reduce"]].sum(1)
+    shown = np.sort(np.argsort(-own, kind="stable")[:_SHOWN_RANKS]).tolist()
+    return {
+        "phases": phases,
+        "rows": [(rank, table[rank].tolist(), float(own[rank])) for rank in shown],
+        "left_out": len(table) - len(shown),
+        "step": history.ranks["step"],
+    }
 
 
 def _world_sizes(history: History) -> str:

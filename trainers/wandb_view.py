@@ -33,6 +33,8 @@ INIT_TIMEOUT = 60.0  # seconds without an answer after which the attempt goes on
 # time, and loses nothing: the next attempt, or `wandb sync`, sends the rest.
 CLOSE_TIMEOUT = {"finished": 60.0, "stopped": 10.0, "failed": 10.0}
 
+_SHOWN_RANKS = 16
+
 _HEADER = b":W&B"
 _BLOCK = 32768  # bytes; the .wandb file is a LevelDB log (wandb, core/internal/leveldb)
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
@@ -249,9 +251,20 @@ def _run_id(run: RunDir) -> str:
 def _row(record: dict[str, Any]) -> dict[str, float]:
     """A record of metrics.jsonl under wandb's names: train/loss, val/accuracy, ..."""
     group = record.get("split", "train")
+    if record["kind"] in ("ranks", "trust", "system"):
+        group = record["kind"]
     values = {k: v for k, v in record.items() if k not in ("kind", "step", "split", "epoch")}
-    row = {f"{group}/{key}": value for key, value in values.items() if value is not None}
+    if group == "ranks":
+        values = _by_rank(record)
+    row = {f"{group}/{k}": v for k, v in _flat(values).items() if v is not None}
     return row | {"train/step": record["step"], "train/epoch": record["epoch"]}
+
+
+def _by_rank(record: dict[str, Any]) -> dict[str, Any]:
+    """Seconds as {"data": {"0": 0.1, "1": 0.2}}, for as many ranks as a chart can show."""
+    columns = zip(*record["seconds"][:_SHOWN_RANKS], strict=True)
+    seconds = zip(record["phases"], columns, strict=True)
+    return {phase: {str(r): value for r, value in enumerate(column)} for phase, column in seconds}
 
 
 def _flat(summary: dict[str, Any]) -> dict[str, Any]:

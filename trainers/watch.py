@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.history import History, loss_ceiling, read_history, smooth
+from bigbatch.trainers.history import History, loss_ceiling, read_history, smooth, straggler
 from bigbatch.trainers.progress import duration
 
 STALE = 120.0  # seconds without a record after which a run is called silent
@@ -82,9 +82,26 @@ def _header(history: History, age: float | None) -> RenderableType:
     left = seconds_left(history, age)
     if left is not None:
         cells.append(f"{duration(left)} left")
+    if "mfu" in train:
+        cells.append(f"MFU {np.nanmean(train['mfu'][-20:]):.1%}")
     line = Table.grid(padding=(0, 2))
     line.add_row(*cells)
-    return Group(title, line)
+    shares = Text(phase_shares(history), style="dim")
+    if slow := straggler(history.slowest):
+        shares.append(f"  {slow}", style="yellow")
+    return Group(title, line, shares)
+
+
+def phase_shares(history: History) -> str:
+    """The parts of a step lately, such as "model 71%  data 12%"; "" where none are recorded."""
+    recent = {
+        key.removeprefix("phases."): float(np.nanmean(values[-20:]))
+        for key, values in history.train.items()
+        if key.startswith("phases.") and np.isfinite(values[-20:]).any()
+    }
+    total = sum(recent.values())
+    parts = sorted(recent.items(), key=lambda part: -part[1])
+    return "  ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts if total)
 
 
 def seconds_left(history: History, age: float | None) -> float | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -22,6 +23,21 @@ from bigbatch.trainers.report import final_table, result_rows, write_report
 from bigbatch.trainers.watch import watch
 
 STEPS, CYCLES = 300, 3
+PHASES_S = {
+    "data": 0.004, "copy": 0.0, "augment": 0.01, "model": 0.03, "reduce": 0.004, "optimizer": 0.002
+}  # fmt: skip
+
+
+def write_details(file: IO[str], step: int) -> None:
+    """What is recorded every log.details_every steps."""
+    seconds = [list(PHASES_S.values()), [v * 1.2 for v in PHASES_S.values()]]
+    ratios = {"conv.weight": 0.01 + step / 1e4, "head.weight": 0.2, "dead.weight": 0.0}
+    for record in (
+        {"kind": "ranks", "step": step, "phases": list(PHASES_S), "seconds": seconds},
+        {"kind": "trust", "step": step, "ratios": ratios},
+        {"kind": "system", "step": step, "host_cpu_percent": 50.0},
+    ):
+        print(json.dumps(record), file=file)
 
 
 def make_run(path: Path, steps: int = STEPS, finished: bool = True, seed: int = 0) -> RunDir:
@@ -45,8 +61,12 @@ def make_run(path: Path, steps: int = STEPS, finished: bool = True, seed: int = 
                 "images_per_s": 256 / step_s,
                 "data_s": 0.002 * rng.uniform(0, 2),
                 "step_s": step_s,
+                "phases": PHASES_S,
+                "slowest": {"rank": 1, "phase": "data", "share": 0.12, "shard": "000003.tar"},
             }
             print(json.dumps(record), file=file)
+            if step % 50 == 0:
+                write_details(file, step)
             if step % every == 0:
                 error = 0.02 + 0.9 * math.exp(-step / 22) + 0.02 * lr / 6
                 scores = {"accuracy": 1 - error, "nll": 2.5 * error, "ece": error / 3}
@@ -138,7 +158,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
-    assert page.pictures == 8  # six curves, members, confusion matrix
+    assert page.pictures == 10  # six curves, phases, trust ratios, members, confusion matrix
+    assert "Rank 1 is the slowest: 12% of a step" in text
+    assert "shard 000003.tar" in text
     for wanted in ("98.30%", "cycle-01 (left out)", "resume", "soup", "Converged", "optimizer:"):
         assert wanted in text
     assert "is not there" not in text

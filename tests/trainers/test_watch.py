@@ -28,7 +28,14 @@ def watched(run: RunDir, width: int = 120, terminal: bool = False) -> str:
 def test_a_picture_fits_the_terminal(tmp_path: Path, width: int) -> None:
     text = watched(make_run(tmp_path / "digits"), width)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
-    for part in ("digits  finished", "loss", "learning rate", "images per second", "signal 15"):
+    for part in (
+        "digits  finished",
+        "loss",
+        "learning rate",
+        "images per second",
+        "signal 15",
+        "model 60%",
+    ):
         assert part in text
 
 
