@@ -21,6 +21,7 @@ MAX_BYTES = 1_000_000
 # processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
 _NO_EFFECT: dict[str, Any] = {
     "name": True,
+    "backend": True,
     "log": True,
     "checkpoint": True,
     "data": {"path", "cache", "cache_gb", "workers", "threads"},

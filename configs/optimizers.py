@@ -196,3 +196,7 @@ Optimizer = Annotated[
     | Muon,
     Field(discriminator="name"),
 ]
+
+# Exact on pieces of layers: those that treat each element alone, and our two, which add up
+# their norms across pieces.
+SHARDABLE = ("sgd", "lars", "lamb", "adam", "adamw", "adagrad", "adadelta", "rmsprop", "lion")

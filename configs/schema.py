@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.durations import Duration, Length
-from bigbatch.configs.optimizers import Optimizer
+from bigbatch.configs.optimizers import SHARDABLE, Optimizer
 from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 from bigbatch.configs.sampling import Sampling, Uniform
 from bigbatch.configs.schedules import Cosine, Schedule
@@ -152,6 +152,11 @@ class Recipe(Part):
     global_batch: Count = Field(256, description="samples in one optimizer step")
     micro_batch: Count = Field(64, description="samples in one forward/backward pass")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp",
+        description="what each rank holds: ddp everything; zero1 its share of the optimizer "
+        "state, zero2 also of the gradients, fsdp2 also of the parameters",
+    )
     reduction: Literal["overlapped", "exact"] = Field(
         "overlapped",
         description="overlapped: gradients cross ranks during the backward pass; exact: summed "
@@ -187,6 +192,9 @@ class Recipe(Part):
                 f"global_batch {self.global_batch} is not a multiple of micro_batch "
                 f"{self.micro_batch}; choose a micro_batch that divides it"
             )
+        problem = self._sharding_problem()
+        if problem:
+            raise ValueError(f"backend: {self.backend} {problem}")
         lanes, sampling = self.data.lanes, self.data.sampling.name
         if lanes and sampling != "uniform":
             raise ValueError(
@@ -208,3 +216,30 @@ class Recipe(Part):
                     f"{self.data.channels}; give one value per channel"
                 )
         return self
+
+    def _sharding_problem(self) -> str | None:
+        """Why the recipe cannot run in pieces, and what to do about it; None where it can."""
+        if self.backend == "ddp":
+            return None
+        if self.backend == "zero3":
+            return (
+                "is not offered: its hooks cut parameters out of modules one by one, and its "
+                "weights have not been shown to be those of ddp; fsdp2 shards parameters too, "
+                "and is exact: set backend to fsdp2"
+            )
+        if self.reduction == "exact":
+            return (
+                "cannot have reduction exact, which adds up whole gradients in float64; set "
+                "reduction to overlapped, or backend to ddp"
+            )
+        if self.optimizer.name not in SHARDABLE:
+            return (
+                f"gives an optimizer pieces of each layer, and {self.optimizer.name} needs whole "
+                f"layers; choose one of {', '.join(SHARDABLE)}, or set backend to ddp"
+            )
+        if self.clip is not None and self.clip.name == "adaptive":
+            return (
+                "cannot clip adaptively: units of a layer are cut apart; set clip.name to norm "
+                "or value, or backend to ddp"
+            )
+        return None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import sync
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
+from bigbatch.trainers.shards import Shards
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
@@ -57,6 +58,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: Any | None  # torch.amp.GradScaler under fp16
     fingerprint: dict[str, str]  # hashes of recipe and order: what the weights depend on
+    shards: Shards | None = None  # where ranks hold pieces, how to gather and to cut them
 
 
 @dataclass
@@ -70,12 +72,17 @@ class Capture:
 
 
 def capture(state: TrainState, into: Capture | None = None) -> Capture:
-    """Copy everything that resumes to the CPU.
+    """Copy everything that resumes to the CPU. With shards, every other rank calls their
+    `gather` meanwhile.
 
     The memory of an earlier capture `into` is used again where names and shapes agree: fresh
     pages cost more than the copy.
     """
-    tensors, scalars = optimizer_state_by_name(state.optimizer, state.model)
+    if state.shards is not None:
+        weights, tensors, scalars = state.shards.gather()
+    else:
+        weights = state.model.state_dict()
+        tensors, scalars = optimizer_state_by_name(state.optimizer, state.model)
     content: dict[str, JsonValue] = {
         "step": state.step,
         "optimizer": scalars,
@@ -84,7 +91,7 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
     }
     return Capture(
         state.step,
-        _copy(state.model.state_dict(), into.model if into else {}),
+        _copy(weights, into.model if into else {}),
         _copy(tensors, into.optimizer if into else {}),
         content,
     )
@@ -236,9 +243,12 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
                 f"{path} was written with {what} {content['fingerprint'].get(what)}, this run "
                 f"has {what} {value}: its steps would not be the same; start a new run instead"
             )
-    load_weights(state.model, path / MODEL)
     tensors = load_file(path / OPTIMIZER)
-    load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
+    if state.shards is not None:
+        state.shards.load(load_file(path / MODEL), tensors, content["optimizer"])
+    else:
+        load_weights(state.model, path / MODEL)
+        load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
     if state.scaler is not None and content["scaler"] is not None:
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]

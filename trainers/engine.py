@@ -1,9 +1,10 @@
 """The engine: processes, devices, precision and collectives, through Accelerate.
 
-The only module that imports accelerate. The loop sees this class alone, so that another
-backend is another engine and not another loop.
+The only module that imports accelerate. The loop sees this class alone: it is DDP, and the
+interface that the sharded backends (engine_zero, engine_fsdp) fill in their own way.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from bigbatch.configs.clipping import Clip
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.clip import clip_gradients
 from bigbatch.trainers.noise import MicroBatchNorms
+from bigbatch.trainers.shards import Shards
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -39,6 +41,8 @@ class Engine:
     one. Those sums are exact but for about one rounding in 2^28, so the float32 mean is the
     same, bit for bit, at any world size. Twice the traffic, and none of it hidden.
     """
+
+    shards: Shards | None = None  # None: every rank holds all parameters and all state
 
     def __init__(self, precision: str, reduction: str, timeout_s: float = 600) -> None:
         if precision == "fp16" and not torch.cuda.is_available():
@@ -76,10 +80,13 @@ class Engine:
             self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
             parts = zip(self._sum.split(sizes), self._trained, strict=True)
             self._sums = [part.view_as(p) for part, p in parts]
-        self._norms = MicroBatchNorms(self.device)
-        self._norms_taken = micro_batches if self.exact else self.world
+        self._begin_norms()
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             self.model.register_comm_hook(None, self._send)
+
+    def _begin_norms(self) -> None:
+        self._norms = MicroBatchNorms(self.device)
+        self._norms_taken = self.micro_batches if self.exact else self.world
 
     @property
     def scaler(self) -> Any | None:
@@ -162,6 +169,14 @@ class Engine:
         """The precision of the recipe, for passes outside the prepared model."""
         return self.accelerator.autocast()
 
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """A plain module with whole weights, to evaluate or to keep. Collective."""
+        yield self.module
+
+    def end_training(self) -> None:
+        """Make `module` a plain one with whole weights, for good. Collective."""
+
     # Collectives. With one process each is a copy of its argument.
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -202,3 +217,22 @@ class Engine:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def open_engine(
+    backend: str, precision: str, reduction: str = "overlapped", timeout_s: float = 600
+) -> Engine:
+    """The engine of a recipe's `backend`: ddp, zero1, zero2 or fsdp2.
+
+    One rank has nobody to share with: it is plain training on any backend.
+    """
+    if backend == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Engine(precision, reduction, timeout_s)
+    # Imported here: deepspeed takes seconds to import.
+    if backend == "fsdp2":
+        from bigbatch.trainers.engine_fsdp import FsdpEngine
+
+        return FsdpEngine(precision, timeout_s)
+    from bigbatch.trainers.engine_zero import ZeroEngine
+
+    return ZeroEngine(precision, {"zero1": 1, "zero2": 2}[backend], timeout_s)

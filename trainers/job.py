@@ -114,5 +114,5 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
     fingerprint = {"recipe_hash": recipe_hash(recipe), "order_hash": order_hash}
-    state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint)
+    state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint, engine.shards)
     return Job(run, recipe, engine, inputs, model, augmenter, evaluator, state)

@@ -66,6 +66,8 @@ class Saver:
         """Rank 0's copy of the state; None elsewhere. Every rank calls it in the same step."""
         if self._engine.rank == 0:
             self._captured = capture(state, self._captured)
+        elif state.shards is not None:
+            state.shards.gather()  # this rank's pieces, for rank 0
         return self._captured
 
     def _finish(self) -> str | None:

@@ -24,7 +24,7 @@ from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble
 from bigbatch.trainers.checkpoint import Retention, TrainState, load_checkpoint, newest_valid
-from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.job import Job, build_job
 from bigbatch.trainers.log import Log, open_log
 from bigbatch.trainers.loop import train
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run = RunDir(options.run)
         recipe = run.recipe()
-        engine = Engine(recipe.precision, recipe.reduction)
+        engine = open_engine(recipe.backend, recipe.precision, recipe.reduction)
         return work(build_job(run, recipe, engine, options.stop_at), stop)
     except UserError as error:
         # Every rank meets the same error, or learns of it; one of them says it.
@@ -104,7 +104,8 @@ def work(job: Job, stop: StopFlag) -> int:
 
         def evaluate() -> dict[str, float]:
             val = job.inputs.splits["val"]
-            logits = job.evaluator.logits(job.model, val)
+            with engine.whole() as model:
+                logits = job.evaluator.logits(model, val)
             found = None if logits is None else score(softmax(logits), val.label.astype(np.int64))
             scores: dict[str, float] = engine.from_main(found)
             job.inputs.evaluations.append(Evaluation(state.step, scores))
@@ -112,8 +113,9 @@ def work(job: Job, stop: StopFlag) -> int:
 
         def snapshot(scores: dict[str, float]) -> None:
             number = sorted(plan.snapshots).index(state.step) + 1
-            if engine.rank == 0:
-                ensemble.save_snapshot(run.snapshots, number, state.step, job.model, scores)
+            with engine.whole() as model:
+                if engine.rank == 0:
+                    ensemble.save_snapshot(run.snapshots, number, state.step, model, scores)
             engine.barrier()
 
         keep = recipe.checkpoint
@@ -180,6 +182,7 @@ def resume(run: RunDir, engine: Engine, state: TrainState) -> list[str]:
 def finish(job: Job, log: Log) -> None:
     """Combine the snapshots, and write the summary and the report."""
     log.phase("combining snapshots")
+    job.engine.end_training()
     recipe, splits = job.recipe, job.inputs.splits
     images = min(_RECOMPUTE_IMAGES, job.inputs.epoch_samples)
     steps = -(-images // recipe.global_batch)

@@ -1,5 +1,6 @@
 """Optimizer state by parameter name: the form that checkpoints store."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ _GROUP_STATE = ("step",)
 
 
 def optimizer_state_by_name(
-    optimizer: torch.optim.Optimizer, model: nn.Module
+    optimizer: torch.optim.Optimizer, model: nn.Module | Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     """All optimizer state, as (tensors, scalars) keyed ``STATE/PARAM.NAME``.
+
+    The names are those of `model`, or given for each tensor.
 
     Tensors are detached and contiguous, ready for safetensors, and keep dtype and device;
     those that alias the optimizer's own are not copied. Scalars hold the rest as JSON,
@@ -38,7 +41,7 @@ def optimizer_state_by_name(
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
-    model: nn.Module,
+    model: nn.Module | Mapping[Tensor, str],
     tensors: dict[str, Tensor],
     scalars: dict[str, JsonValue],
 ) -> None:
@@ -73,8 +76,14 @@ def _place(value: Tensor, p: Tensor, key: str, group: dict[str, Any]) -> Tensor:
     return value.to(p.device, copy=True)
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[Tensor, str]:
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+def _names(
+    optimizer: torch.optim.Optimizer, model: nn.Module | Mapping[Tensor, str]
+) -> Mapping[Tensor, str]:
+    names: Mapping[Tensor, str]
+    if isinstance(model, nn.Module):
+        names = {p: name for name, p in model.named_parameters()}
+    else:
+        names = model
     for group in optimizer.param_groups:
         assert all(p in names for p in group["params"]), "optimizer and model do not match"
     return names

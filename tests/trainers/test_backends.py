@@ -1,0 +1,279 @@
+"""Every backend gives the weights of one rank: real gloo processes, real DeepSpeed, real FSDP2.
+
+The ranks of one world size run all its cases in one process group (`main`).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion
+from bigbatch.trainers.checkpoint import Retention, TrainState, capture, load_checkpoint, write
+from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.norm import StepStatistics
+from bigbatch.trainers.optim import build_optimizer
+
+MICRO_BATCHES, MICRO = 4, 8
+OPTIMIZERS = {
+    "lars": LARS(name="lars", lr=1.0, weight_decay=1e-3, trust_coefficient=0.02),
+    "lamb": LAMB(name="lamb", lr=0.01, weight_decay=1e-2),
+    "sgd": SGD(name="sgd", lr=0.1, weight_decay=1e-3, nesterov=True),
+    "adamw": AdamW(name="adamw", lr=0.01, weight_decay=0.05),
+    "lion": Lion(name="lion", lr=0.001, weight_decay=0.05),
+}
+SHARDED = ["zero1", "zero2", "fsdp2"]
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.relu(self.norm(self.conv(x)))
+
+
+class Net(nn.Module):
+    """Convolutions, BatchNorm and a linear layer, of sizes that no world size divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 7, 3, stride=2)
+        self.blocks = nn.Sequential(Block(7), Block(7))
+        self.head = nn.Linear(7 * 9, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(x)).flatten(1))
+
+
+def draw(step: int, number: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    x = torch.randn(MICRO, 3, 8, 8, generator=generator, dtype=torch.float64)
+    y = x.mean((2, 3)).repeat(1, 2)[:, :5].argmax(1)
+    return x.to(dtype), y
+
+
+def build(case: dict[str, Any]) -> tuple[Engine, TrainState]:
+    engine = open_engine(case["backend"], "fp32")
+    torch.manual_seed(3)
+    model = Net().to(getattr(torch, case.get("dtype", "float32")))
+    if case["optimizer"] == "timm":
+        from timm.optim import Lars
+
+        optimizer = Lars(model.parameters(), lr=1.0, weight_decay=1e-3, trust_coeff=0.02)
+    else:
+        optimizer = build_optimizer(model, OPTIMIZERS[case["optimizer"]])
+    engine.prepare(model, optimizer, MICRO_BATCHES)
+    return engine, TrainState(0, model, optimizer, engine.scaler, {}, engine.shards)
+
+
+def train(engine: Engine, state: TrainState, stop: int) -> list[list[float]]:
+    """The loop's own order of calls; (gradient norm, micro-batch norm) of each step."""
+    statistics = StepStatistics(engine.module)
+    dtype = next(engine.module.parameters()).dtype
+    mine = range(engine.rank, MICRO_BATCHES, engine.world)
+    found = []
+    engine.model.train()
+    for step in range(state.step, stop):
+        engine.zero_grad()
+        statistics.begin()
+        for number in mine:
+            x, y = draw(step, number, dtype)
+            with engine.micro_batch(last=number == mine[-1]):
+                engine.backward(nn.functional.cross_entropy(engine.model(x), y))
+            statistics.add()
+        engine.reduce()
+        totals = engine.sum(torch.cat([engine.micro_batch_sq().view(1), statistics.local()]))
+        norm = engine.gradient_norm()
+        statistics.finish(totals[1:], MICRO_BATCHES)
+        engine.step()
+        found.append([float(norm), float(totals[0])])
+    state.step = stop
+    return found
+
+
+def whole(engine: Engine, state: TrainState) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state, whole, by name; on rank 0 (elsewhere without the state)."""
+    captured = capture(state)
+    return captured.model | {f"state/{k}": v for k, v in captured.optimizer.items()}
+
+
+def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
+    """{"STEP/NAME": tensor} after each of `steps`, and the norms on the way."""
+    engine, state = build(case)
+    tensors, norms = {}, []
+    for stop in steps:
+        norms += train(engine, state, stop)
+        tensors |= {f"{stop}/{k}": v.clone() for k, v in whole(engine, state).items()}
+    with engine.whole() as model:
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, tensors[f"{steps[-1]}/{name}"]), name
+    return {"tensors": tensors, "norms": norms}
+
+
+def launch(folder: Path, world: int, jobs: list[dict[str, Any]]) -> None:
+    """Run jobs, one after the other, in one process group of `world` ranks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (folder / f"jobs-{world}.json").write_text(json.dumps(jobs))
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(world)],
+            env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}
+            | {"OMP_NUM_THREADS": "1"},
+        )
+        for r in range(world)
+    ]
+    assert [rank.wait(280) for rank in ranks] == [0] * world
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return "-".join(str(v) for v in case.values())
+
+
+def main() -> None:
+    """One rank of `launch`."""
+    folder, world = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    for job in json.loads((folder / f"jobs-{world}.json").read_text()):
+        if job["kind"] == "compare":
+            result = run(job["case"], job["steps"])
+            if os.environ["RANK"] == "0":
+                stem = folder / f"{world}-{name_of(job['case'])}"
+                save_file(result["tensors"], f"{stem}.safetensors")
+                Path(f"{stem}.json").write_text(json.dumps(result["norms"]))
+        else:
+            go_on(folder, job)
+    torch.distributed.barrier()  # leave together
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def go_on(folder: Path, job: dict[str, Any]) -> None:
+    """Resume from `folder`'s newest checkpoint, train to `stop`, save."""
+    engine, state = build(job["case"])
+    if job["start"]:
+        load_checkpoint(folder / f"step-{job['start']:08d}", state)
+        assert state.step == job["start"]
+    train(engine, state, job["stop"])
+    if engine.rank == 0:
+        captured = capture(state)
+        write(folder, captured, Retention())
+    elif state.shards is not None:
+        state.shards.gather()
+    engine.barrier()
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], step: int) -> float:
+    """The largest |a - b| of a tensor relative to the norm of the tensor."""
+    worst = 0.0
+    chosen = {k for k in a if k.startswith(f"{step}/")}
+    assert chosen == {k for k in b if k.startswith(f"{step}/")}
+    for name in chosen:
+        assert a[name].dtype == b[name].dtype
+        x, y = a[name].double(), b[name].double()
+        scale = float(y.norm())
+        worst = max(worst, float((x - y).norm()) / scale if scale else float((x - y).norm()))
+    return worst
+
+
+def compare(backend: str, optimizer: str, dtype: str = "float32", *steps: int) -> dict[str, Any]:
+    case = {"backend": backend, "optimizer": optimizer, "dtype": dtype}
+    return {"kind": "compare", "case": case, "steps": list(steps or (10,))}
+
+
+def go_on_job(backend: str, start: int, stop: int) -> dict[str, Any]:
+    case = {"backend": backend, "optimizer": "lamb"}
+    return {"kind": "go on", "case": case, "start": start, "stop": stop}
+
+
+# Two ranks share the micro-batches evenly; three do not.
+JOBS = {
+    2: [
+        go_on_job("zero1", 4, 7),
+        *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in ("lars", "lamb")),
+        *(compare(b, o) for b in SHARDED for o in ("sgd", "adamw", "lion")),
+        *(compare(b, o, "float64", 50) for b in ("ddp", "fsdp2") for o in ("lars", "lamb")),
+        compare("zero1", "timm"),
+    ],
+    3: [
+        go_on_job("fsdp2", 7, 10),
+        *(compare(b, o) for b in SHARDED for o in ("lars", "lamb")),
+    ],
+}
+JOBS_4 = [compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in ("lars", "lamb")]
+
+
+def ids(jobs: list[dict[str, Any]]) -> list[str]:
+    return [name_of(j["case"]) for j in jobs if j["kind"] == "compare"]
+
+
+def cases(jobs: list[dict[str, Any]]) -> Any:
+    found = [j for j in jobs if j["kind"] == "compare" and j["case"]["optimizer"] != "timm"]
+    return pytest.mark.parametrize("job", found, ids=ids(found))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all cases of two and three ranks have left their weights."""
+    folder = tmp_path_factory.mktemp("backends")
+    job = go_on_job("ddp", 0, 4)
+    go_on(folder, job)
+    for world, jobs in JOBS.items():
+        launch(folder, world, jobs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Any:
+    """What one rank gives, made once for each kind of case."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def get(job: dict[str, Any]) -> dict[str, Any]:
+        case = job["case"] | {"backend": "ddp"}
+        key = name_of(case)
+        if key not in made:
+            made[key] = run(case, [10, 50])
+        return made[key]
+
+    return get
+
+
+def check(folder: Path, world: int, job: dict[str, Any], one_rank: Any) -> None:
+    expected, stem = one_rank(job), folder / f"{world}-{name_of(job['case'])}"
+    tensors = load_file(f"{stem}.safetensors")
+    limits = {10: 1e-5, 50: 1e-3}
+    if job["case"]["dtype"] == "float64":
+        limits = dict.fromkeys(limits, 1e-10)
+    for step in job["steps"]:
+        assert difference(tensors, expected["tensors"], step) <= limits[step]
+    for step, (norm, micro) in enumerate(json.loads(Path(f"{stem}.json").read_text())[:10]):
+        assert norm == pytest.approx(expected["norms"][step][0], rel=1e-4)
+        assert micro >= 0
+
+
+@cases(JOBS[2])
+def test_two_ranks_give_the_weights_of_one(folder, one_rank, job):
+    check(folder, 2, job, one_rank)
+
+
+@cases(JOBS[3])
+def test_three_ranks_with_unequal_shares_give_the_weights_of_one(folder, one_rank, job):
+    check(folder, 3, job, one_rank)
+
+
+if __name__ == "__main__":
+    main()
