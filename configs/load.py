@@ -19,7 +19,7 @@ MAX_BYTES = 1_000_000
 
 # What may change between two starts of one run: where it logs and saves, and how many
 # processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
-_NO_EFFECT: dict[str, Any] = {
+NO_EFFECT: dict[str, Any] = {
     "name": True,
     "backend": True,
     "log": True,
@@ -87,7 +87,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits over everything in the recipe that can reach a weight."""
-    tree = recipe.model_dump(mode="json", exclude=_NO_EFFECT)
+    tree = recipe.model_dump(mode="json", exclude=NO_EFFECT)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -62,6 +62,7 @@ def train(
 
 @click.command(short_help="Go on with a run from its newest checkpoint.")
 @click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
 @click.option("--slurm", is_flag=True, help="Submit the run's own batch script again.")
 @click.option(
@@ -69,12 +70,18 @@ def train(
 )
 @options.runs_folder
 def resume(
-    run: str, nproc: int | None, slurm: bool, sbatch_arg: tuple[str, ...], runs_folder: Path
+    run: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    slurm: bool,
+    sbatch_arg: tuple[str, ...],
+    runs_folder: Path,
 ) -> None:
     """Go on with RUN, a name or a directory, with any number of processes.
 
     The batches are the same whatever that number is; weights differ by the order of
     floating-point sums alone, and not at all at the number that the run had before.
+    KEY=VALUE changes keys that do not decide what is computed, such as backend=zero1.
     """
     from bigbatch.launcher import start
     from bigbatch.launcher.env import find_peers
@@ -88,7 +95,7 @@ def resume(
             if peers is None or peers.rank == 0:
                 click.echo(f"{found.path} is finished; see {found.report}")
             return
-        recipe = found.recipe()
+        recipe = start.change_run(found, overrides, peers) if overrides else found.recipe()
         if peers is None:
             from bigbatch.launcher.submit import resubmit, see_that_no_job_lives
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.load import recipe_hash
-from bigbatch.configs.rundir import NAME, RunDir, create_run
+from bigbatch.configs.load import NO_EFFECT, change_recipe, dump_recipe, recipe_hash
+from bigbatch.configs.rundir import NAME, RunDir, create_run, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import Peers, default_nproc
 from bigbatch.trainers.plan import check_world
@@ -167,6 +167,33 @@ def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
             "another name with --run"
         )
     return run
+
+
+def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> Recipe:
+    """Store a run's recipe with ``key=value`` changes that reach no weight; returns it.
+
+    One of several ranks writes it, and the others wait for it: each of them reads it again.
+    """
+    before = run.recipe()
+    changed = change_recipe(before, overrides)
+    if recipe_hash(changed) != recipe_hash(before):
+        free = [key for key in NO_EFFECT if key != "data"]
+        free += [f"data.{key}" for key in sorted(NO_EFFECT["data"])]
+        raise UserError(
+            f"{' '.join(overrides)}: that changes what is computed, so this would not be the same "
+            f"run; you may change {', '.join(free)}, or start a new run"
+        )
+    if peers is None or peers.rank == 0:
+        write_atomically(run.recipe_file, dump_recipe(changed))
+    deadline = time.monotonic() + _WAIT_S
+    while run.recipe() != changed:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{run.recipe_file} was not changed within {_WAIT_S:.0f} s; give every rank the "
+                "same command, on the same file system"
+            )
+        time.sleep(0.1)
+    return changed
 
 
 def begin(

@@ -72,6 +72,8 @@ class Monitor:
             rows = seconds.round(6).tolist()
             self._log.detail(step, "ranks", phases=list(PHASES), seconds=rows)
         # Waits for this step's update: once in so many steps, and one copy for all layers.
-        if ratios := trust_ratios(self._engine.optimizer, self._engine.module):
+        shards = self._engine.shards
+        names = self._engine.module if shards is None else shards.names
+        if ratios := trust_ratios(self._engine.optimizer, names):
             self._log.detail(step, "trust", ratios=ratios)
         self._log.detail(step, "system", **self._system.sample())

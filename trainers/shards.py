@@ -43,7 +43,7 @@ class Shards:
         ranges = [(p.start, p.tensor.numel()) for p in self.pieces]
         self._ranges: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(self._ranges, ranges)
-        self._names: dict[Tensor, str] = {p.tensor: p.name for p in self.pieces}
+        self.names: dict[Tensor, str] = {p.tensor: p.name for p in self.pieces}
 
     def adopt(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
         """Let `optimizer`, built over whole `parameters`, update the pieces instead.
@@ -83,7 +83,7 @@ class Shards:
 
         Whole tensors on rank 0, on its device; on the other ranks nothing.
         """
-        local, scalars = optimizer_state_by_name(self.optimizer, self._names)
+        local, scalars = optimizer_state_by_name(self.optimizer, self.names)
         keys = sorted({full.partition("/")[0] for full in local})
         tensors: dict[str, Tensor] = {}
         for key in keys:
@@ -125,7 +125,7 @@ class Shards:
             if name not in named:
                 raise ValueError(f"optimizer state {full!r} belongs to no trained parameter")
             local[full] = named[name].cut(value) if _is_whole(value, named[name]) else value
-        load_optimizer_state(self.optimizer, self._names, local, scalars)
+        load_optimizer_state(self.optimizer, self.names, local, scalars)
 
     def _gather(self, numbers: list[int], values: list[Tensor]) -> list[Tensor]:
         """Whole tensors on rank 0 from every rank's pieces, in one collective; [] elsewhere."""

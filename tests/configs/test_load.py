@@ -63,6 +63,8 @@ def test_the_hash_sees_what_reaches_a_weight_and_nothing_else():
     digits = recipe_hash(load_recipe("digits"))
     for same in ("log.wandb=off", "checkpoint.keep=9", "data.workers=7", "name=x"):
         assert recipe_hash(load_recipe("digits", [same])) == digits
+    sharded = load_recipe("digits", ["reduction=overlapped", "backend=zero1"])
+    assert recipe_hash(sharded) == recipe_hash(load_recipe("digits", ["reduction=overlapped"]))
     for other in ("seed=1", "optimizer.lr=1", "micro_batch=32", "data.image_size=28"):
         assert recipe_hash(load_recipe("digits", [other])) != digits
 
@@ -107,6 +109,23 @@ def test_plain_values_are_read_as_yaml_1_2_reads_them(tmp_path, text, value):
 def test_bad_values_name_the_place_the_rule_and_the_remedy(override, words):
     with pytest.raises(UserError) as caught:
         load_recipe("digits", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["backend=zero3"], ["zero3", "set backend to fsdp2"]),
+        (["backend=zero1", "reduction=exact"], ["exact", "overlapped", "ddp"]),
+        (["backend=zero2", "optimizer={name: novograd, lr: 1}"], ["novograd", "lamb", "ddp"]),
+        (["backend=fsdp2", "optimizer={name: muon, lr: 1}"], ["muon", "lars", "ddp"]),
+        (["backend=fsdp2", "clip={name: adaptive}"], ["adaptively", "norm", "ddp"]),
+    ],
+)
+def test_what_is_not_exact_in_pieces_is_refused_with_the_remedy(overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", ["reduction=overlapped", *overrides])
     for word in words:
         assert word in str(caught.value)
 

@@ -12,6 +12,7 @@ from bigbatch.configs.rundir import create_run
 from bigbatch.launcher.env import Peers
 from bigbatch.launcher.start import (
     agent_command,
+    change_run,
     check_start,
     join_run,
     one_voice,
@@ -144,3 +145,28 @@ def test_one_rank_of_each_machine_speaks(capsys: pytest.CaptureFixture[str]) -> 
             raise UserError("no shards")
         assert caught.value.code == 2
         assert ("no shards" in capsys.readouterr().err) is says
+
+
+def test_a_run_that_exists_may_change_its_backend_and_nothing_that_it_computes(tmp_path) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
+    changed = change_run(run, ("backend=zero1", "data.workers=1"), None)
+    assert (changed.backend, changed.data.workers) == ("zero1", 1)
+    assert run.recipe() == changed
+    with pytest.raises(UserError, match=r"optimizer.lr=3: that changes what is computed.*backend"):
+        change_run(run, ("optimizer.lr=3",), None)
+    assert run.recipe() == changed
+
+
+def test_ranks_wait_for_the_one_that_changes_the_run(tmp_path) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
+    found = []
+    waiting = threading.Thread(
+        target=lambda: found.append(
+            change_run(run, ("backend=fsdp2",), Peers("torchrun", 1, 1, 2, "a1b2"))
+        )
+    )
+    waiting.start()
+    assert run.recipe().backend == "ddp"
+    assert change_run(run, ("backend=fsdp2",), TWO).backend == "fsdp2"
+    waiting.join(30)
+    assert [recipe.backend for recipe in found] == ["fsdp2"]

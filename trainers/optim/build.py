@@ -1,5 +1,6 @@
 """From a recipe's optimizer to a torch optimizer, and the learning rate of each step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_optimizer
@@ -10,6 +11,7 @@ from bigbatch.configs import optimizers as c
 from bigbatch.trainers.optim.groups import muon_groups, parameter_groups
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
+from bigbatch.trainers.optim.state import parameter_names
 
 
 def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimizer:
@@ -85,12 +87,14 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"] = lr
 
 
-def trust_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
+def trust_ratios(
+    optimizer: torch.optim.Optimizer, model: nn.Module | Mapping[Tensor, str]
+) -> dict[str, float]:
     """The last step's trust ratio of each adapted parameter, by name; {} for other optimizers.
 
     Reads the device once for each bucket, so call it when logging, not every step.
     """
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    names = parameter_names(model)
     ratios = {}
     for params, values in getattr(optimizer, "last_ratios", []):
         for p, value in zip(params, values.tolist(), strict=True):

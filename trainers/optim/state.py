@@ -76,14 +76,17 @@ def _place(value: Tensor, p: Tensor, key: str, group: dict[str, Any]) -> Tensor:
     return value.to(p.device, copy=True)
 
 
+def parameter_names(model: nn.Module | Mapping[Tensor, str]) -> Mapping[Tensor, str]:
+    """The name of each parameter: the model's own, or a mapping as it is."""
+    if isinstance(model, nn.Module):
+        return {p: name for name, p in model.named_parameters()}
+    return model
+
+
 def _names(
     optimizer: torch.optim.Optimizer, model: nn.Module | Mapping[Tensor, str]
 ) -> Mapping[Tensor, str]:
-    names: Mapping[Tensor, str]
-    if isinstance(model, nn.Module):
-        names = {p: name for name, p in model.named_parameters()}
-    else:
-        names = model
+    names = parameter_names(model)
     for group in optimizer.param_groups:
         assert all(p in names for p in group["params"]), "optimizer and model do not match"
     return names
