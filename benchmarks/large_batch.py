@@ -1,0 +1,362 @@
+"""What large batches cost in accuracy: Nesterov, LARS and LAMB, each tuned, on CIFAR-10.
+
+    python benchmarks/large_batch.py --cifar10 PARQUET [--quick | --gpu] [--folder DIR]
+                                     [--json FILE] [--picture FILE] [--jobs N]
+
+PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg.
+
+Every arm (optimizer x batch size) sees the same number of images and gets the same number of
+learning rates to try, a log grid whose centre grows with the square root of the batch. The
+rate with the best accuracy on the validation split (5,000 images of the training split) is
+then trained anew from three other seeds, and those runs alone give the test accuracy. All
+other settings of an optimizer are fixed, the same at every batch size. A run that does not
+stay finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm is
+tuned as well as the others are.
+
+Each trial is a run of bigbatch's own trainer from a recipe of its own, under DIR/runs. It is
+noted in DIR/trials.jsonl once finished, so the same command goes on where it was stopped, also
+inside a trial. Without --gpu: a small residual net and few epochs, one trial per CPU core.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BIN = Path(sys.executable).parent
+BASE_BATCH = 256
+
+# Of each optimizer: what is fixed, and the centre of the rates to try at BASE_BATCH.
+OPTIMIZERS: dict[str, tuple[dict[str, Any], float]] = {
+    "nesterov": (
+        {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 5.0e-4},
+        0.2,
+    ),
+    "lars": ({"name": "lars", "momentum": 0.9, "weight_decay": 5.0e-4}, 4.0),
+    "lamb": ({"name": "lamb", "weight_decay": 0.02}, 0.008),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done. `images` of the training split; None is all of them."""
+
+    model: dict[str, Any]
+    batches: tuple[int, ...]
+    micro_batch: int
+    epochs: int
+    rates: tuple[float, ...]  # factors of the centre
+    seeds: tuple[int, ...]
+    precision: str
+    augment: dict[str, Any]
+    images: int | None = None
+
+
+# A ResNet with one basic block in each stage and a narrow stem: 0.3 M parameters.
+_SMALL = {
+    "name": "resnet18",
+    "options": {
+        "layers": [1, 1, 1, 1],
+        "channels": [16, 32, 64, 128],
+        "stem_type": "deep",
+        "stem_width": 8,
+    },
+}
+_RATES = (1 / 3, 1.0, 3.0, 9.0)
+PLANS = {
+    "cpu": Plan(_SMALL, (256, 1024, 4096, 16384), 128, 3, _RATES, (1, 2, 3), "bf16", {"flip": 0.5}),
+    "quick": Plan(_SMALL, (128, 512), 64, 2, (1.0, 3.0), (1,), "fp32", {"flip": 0.5}, 2560),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run. Its name says what it is, and is the name of its run directory."""
+
+    optimizer: str
+    batch: int
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.optimizer}-{self.batch}-{self.lr:g}-seed{self.seed}"
+
+
+def tuning_trials(plan: Plan) -> list[Trial]:
+    """Every arm with every rate, from seed 0; rates rounded to two digits."""
+    return [
+        Trial(name, batch, float(f"{centre * factor * (batch / BASE_BATCH) ** 0.5:.2g}"), 0)
+        for factor in plan.rates
+        for batch in plan.batches
+        for name, (_, centre) in OPTIMIZERS.items()
+    ]
+
+
+def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
+    """The recipe of a trial, as YAML would give it."""
+    whole = f"{plan.epochs} epochs"
+    return {
+        "name": trial.name,
+        "seed": trial.seed,
+        "duration": whole,
+        "global_batch": trial.batch,
+        "micro_batch": plan.micro_batch,
+        "precision": plan.precision,
+        "data": {"path": str(shards), "image_size": 32, "workers": 0, "threads": 1},
+        "model": plan.model,
+        "optimizer": {**OPTIMIZERS[trial.optimizer][0], "lr": trial.lr},
+        "schedule": {
+            "name": "cosine",
+            "warmup": f"{plan.epochs / 6:g} epochs",
+            "warmup_start": 0.1,
+        },
+        "augment": plan.augment,
+        "evaluate": {"every": whole},
+        "checkpoint": {"every": "1 epochs", "keep": 1},
+        "log": {"wandb": "off", "every": 100},
+    }
+
+
+def run_trial(plan: Plan, trial: Trial, folder: Path) -> dict[str, Any]:
+    """Train, or go on training, in this process; accuracies are None where it diverged."""
+    from bigbatch.configs.load import parse_recipe
+    from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+    from bigbatch.trainers import worker
+
+    path = folder / "runs" / trial.name
+    if path.exists():
+        run = RunDir(path)
+    else:
+        run = create_run(path, parse_recipe(recipe_tree(plan, trial, folder / "shards"), path.name))
+    status = worker.main([str(path)])
+    events = [event["kind"] for event in read_jsonl(run.events)]
+    result: dict[str, Any] = {**asdict(trial), "val": None, "test": None, "seconds": None}
+    if status == 0:
+        summary = json.loads(run.summary.read_text())
+        result |= {split: summary[split]["ensemble"]["accuracy"] for split in ("val", "test")}
+        result |= {"seconds": summary["seconds"], "steps": summary["steps"]}
+    elif "non_finite" not in events:
+        raise RuntimeError(f"{trial.name} ended with status {status}; see {folder / 'log.txt'}")
+    return result
+
+
+def start_worker(log: Path, threads: int) -> None:
+    """A process of the pool: what the trainer prints goes to a file."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def run_all(
+    pool: ProcessPoolExecutor, plan: Plan, trials: Iterable[Trial], folder: Path
+) -> list[dict[str, Any]]:
+    """Results of all trials, in their order; those noted in trials.jsonl are not run again."""
+    trials = list(trials)
+    notes = folder / "trials.jsonl"
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    done = {
+        Trial(r["optimizer"], r["batch"], r["lr"], r["seed"]): r for r in map(json.loads, lines)
+    }
+    waiting = {pool.submit(run_trial, plan, t, folder): t for t in trials if t not in done}
+    for number, future in enumerate(as_completed(waiting), 1):
+        trial, result = waiting[future], future.result()
+        done[trial] = result
+        with notes.open("a") as file:
+            print(json.dumps(result), file=file, flush=True)
+        shown = "diverged" if result["val"] is None else f"val {100 * result['val']:.2f} %"
+        print(f"{number}/{len(waiting)} {trial.name}: {shown}", file=sys.stderr, flush=True)
+    return [done[trial] for trial in trials]
+
+
+def best_rates(tuning: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """The rate of each arm with the best validation accuracy; arms that diverged are left out."""
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for r in tuning:
+        arm = r["optimizer"], r["batch"]
+        if r["val"] is not None and (arm not in best or r["val"] > best[arm]["val"]):
+            best[arm] = r
+    return {arm: r["lr"] for arm, r in best.items()}
+
+
+def arms_of(finals: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
+    """Of each arm: mean and standard deviation of test accuracy over seeds, %, and `loss`:
+    points below the best arm of the smallest batch."""
+    accuracies: dict[tuple[str, int], list[float]] = {}
+    for r in finals:
+        accuracies.setdefault((r["optimizer"], r["batch"]), []).append(100 * (r["test"] or 0.0))
+    arms = {
+        arm: {
+            "mean": float(np.mean(values)),
+            "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
+            "seeds": len(values),
+        }
+        for arm, values in accuracies.items()
+    }
+    smallest = min(batch for _, batch in arms)
+    reference = max(a["mean"] for (_, batch), a in arms.items() if batch == smallest)
+    for a in arms.values():
+        a["loss"] = reference - a["mean"]
+    return arms
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row for each batch size, a column for each optimizer."""
+    rates = {(r["optimizer"], r["batch"]): r["lr"] for r in result["finals"]}
+    arms = {(a["optimizer"], a["batch"]): a for a in result["arms"]}
+    lines = [
+        f"| batch | steps | {' | '.join(OPTIMIZERS)} | best loses |",
+        "|---:|---:|" + "---:|" * (len(OPTIMIZERS) + 1),
+    ]
+    steps = {r["batch"]: r["steps"] for r in result["finals"] if "steps" in r}
+    for batch in result["plan"]["batches"]:
+        cells = []
+        for name in OPTIMIZERS:
+            arm = arms.get((name, batch))
+            cells.append(
+                "diverged"
+                if arm is None
+                else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} (lr {rates[name, batch]:g})"
+            )
+        losses = [a["loss"] for (_, b), a in arms.items() if b == batch]
+        cells.append(f"{min(losses):.2f}" if losses else "")
+        lines.append(f"| {batch:,} | {steps.get(batch, '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Left: test accuracy by batch size, a dot for each seed. Right: what tuning found."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    colors = dict(zip(OPTIMIZERS, ("#999999", "#0072b2", "#e69f00"), strict=True))
+    for name, color in colors.items():
+        arms = sorted(
+            (a for a in result["arms"] if a["optimizer"] == name), key=lambda a: a["batch"]
+        )
+        left.plot([a["batch"] for a in arms], [a["mean"] for a in arms], color=color, label=name)
+        for r in result["finals"]:
+            if r["optimizer"] == name and r["test"] is not None:
+                left.plot(r["batch"], 100 * r["test"], ".", color=color)
+        for batch, style in zip(result["plan"]["batches"], ("-", "--", "-.", ":"), strict=False):
+            tried = [
+                (r["lr"] / OPTIMIZERS[name][1], 100 * r["val"])
+                for r in sorted(result["tuning"], key=lambda r: r["lr"])
+                if (r["optimizer"], r["batch"]) == (name, batch) and r["val"] is not None
+            ]
+            label = f"{batch:,}" if name == "nesterov" else None
+            right.plot(*zip(*tried, strict=True), style, color=color, lw=1, marker=".", label=label)
+    left.set_xscale("log", base=2)
+    left.set_xticks(result["plan"]["batches"], [f"{b:,}" for b in result["plan"]["batches"]])
+    left.set(xlabel="global batch", ylabel="test accuracy, %", title="best rate, other seeds")
+    right.set_xscale("log")
+    right.set(
+        xlabel="learning rate / centre at batch 256",
+        ylabel="validation accuracy, %",
+        title="tuning",
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def write_shards(source: Path, folder: Path, images: int | None) -> None:
+    """Shards of all of CIFAR-10, or of about `images` and a fifth as many to test on."""
+    if (folder / "shards").exists():
+        return
+    if images is not None:
+        table = pq.read_table(source)
+        splits = table["split"].to_numpy().astype(str)
+        train, test = (np.flatnonzero(splits == name) for name in ("train", "test"))
+        # Evenly spread, since the rows may be sorted by class.
+        rows = np.concatenate(
+            [train[:: len(train) // (images * 10 // 9)], test[:: len(test) // (images // 5)]]
+        )
+        source = folder / "part.parquet"
+        pq.write_table(table.take(pa.array(rows)), source)
+    command = [str(BIN / "bigbatch"), "shard", str(source), str(folder / "shards"), "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
+    parser.add_argument("--quick", action="store_true", help="few images, two batch sizes")
+    parser.add_argument("--folder", type=Path, help="keep shards and runs here, and go on there")
+    parser.add_argument("--jobs", type=int, help="trials at a time")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--picture", type=Path, help="draw them here: .png, .svg ...")
+    options = parser.parse_args()
+    if options.cifar10 is None:
+        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+        return
+    if not options.cifar10.is_file():
+        parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
+    name = "quick" if options.quick else "cpu"
+    plan = PLANS[name]
+    jobs = options.jobs or (os.cpu_count() or 1)
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as place:
+        folder = Path(place).resolve()
+        write_shards(options.cifar10.resolve(), folder, plan.images)
+        with ProcessPoolExecutor(
+            jobs, get_context("spawn"), start_worker, (folder / "log.txt", 1)
+        ) as pool:
+            started = time.perf_counter()
+            tuning = run_all(pool, plan, tuning_trials(plan), folder)
+            best = best_rates(tuning)
+            finals: list[dict[str, Any]] = []
+            # Seed by seed, and written after each, so that a long measurement can be cut short.
+            for seed in plan.seeds:
+                trials = [Trial(o, b, lr, seed) for (o, b), lr in best.items()]
+                finals += run_all(pool, plan, trials, folder)
+                arms = arms_of(finals)
+                result = {
+                    "date": datetime.date.today().isoformat(),
+                    "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+                    "python": platform.python_version(),
+                    "versions": {p: version(p) for p in ("bigbatch", "timm", "torch", "numpy")},
+                    "scale": name,
+                    "plan": asdict(plan),
+                    "recipe": recipe_tree(plan, trials[0], Path("shards")),
+                    "optimizers": OPTIMIZERS,
+                    "seconds": round(time.perf_counter() - started),
+                    "arms": [{"optimizer": o, "batch": b, **a} for (o, b), a in arms.items()],
+                    "tuning": tuning,
+                    "finals": finals,
+                }
+                if options.json:
+                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                if options.picture:
+                    draw(result, options.picture)
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
