@@ -65,6 +65,7 @@ class Plan:
     rates: tuple[float, ...]  # factors of the centre
     seeds: tuple[int, ...]
     precision: str
+    image_size: int
     augment: dict[str, Any]
     images: int | None = None
 
@@ -81,8 +82,10 @@ _SMALL = {
 }
 _RATES = (1 / 3, 1.0, 3.0, 9.0)
 PLANS = {
-    "cpu": Plan(_SMALL, (256, 1024, 4096, 16384), 128, 3, _RATES, (1, 2, 3), "bf16", {"flip": 0.5}),
-    "quick": Plan(_SMALL, (128, 512), 64, 2, (1.0, 3.0), (1,), "fp32", {"flip": 0.5}, 2560),
+    "cpu": Plan(
+        _SMALL, (256, 1024, 4096, 16384), 256, 3, _RATES, (1, 2, 3), "fp32", 16, {"flip": 0.5}
+    ),
+    "quick": Plan(_SMALL, (128, 512), 64, 2, (1.0, 3.0), (1,), "fp32", 16, {"flip": 0.5}, 2560),
 }
 
 
@@ -120,7 +123,7 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
         "global_batch": trial.batch,
         "micro_batch": plan.micro_batch,
         "precision": plan.precision,
-        "data": {"path": str(shards), "image_size": 32, "workers": 0, "threads": 1},
+        "data": {"path": str(shards), "image_size": plan.image_size, "workers": 0, "threads": 1},
         "model": plan.model,
         "optimizer": {**OPTIMIZERS[trial.optimizer][0], "lr": trial.lr},
         "schedule": {

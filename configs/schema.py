@@ -56,6 +56,11 @@ class Model(Part):
     name: str
     pretrained: bool = False
     checkpoint: str | None = Field(None, description="local weights to start from")
+    stem: Literal["standard", "small"] = Field(
+        "standard",
+        description="small: for images of about 32 pixels, a ResNet's first convolution becomes "
+        "3x3 of stride 1, without the pooling after it (He et al. 2016, section 4.2)",
+    )
     options: dict[str, JsonValue] = Field(
         default_factory=dict, description="keyword arguments of timm.create_model"
     )

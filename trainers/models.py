@@ -27,7 +27,7 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
     options: dict[str, Any] = dict(config.options)
     torch.manual_seed(key64(seed, "init"))
     try:
-        return timm.create_model(
+        model = timm.create_model(
             config.name,
             pretrained=config.pretrained,
             pretrained_cfg_overlay={"file": config.checkpoint} if config.checkpoint else None,
@@ -40,3 +40,19 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
         raise UserError(
             f"timm cannot build {config.name} ({source} weights, options {options}): {error}"
         ) from error
+    if config.stem == "small":
+        _shrink_stem(model, config.name)
+    return model
+
+
+def _shrink_stem(model: nn.Module, name: str) -> None:
+    """3x3 of stride 1 for the first convolution, nothing for the max-pooling after it."""
+    first, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
+    if not isinstance(first, nn.Conv2d) or not isinstance(pool, nn.MaxPool2d):
+        raise UserError(
+            f"model.stem = small fits ResNets that start with one convolution and a max-pooling, "
+            f"not {name}; leave stem at standard"
+        )
+    small = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = small, nn.Identity()
