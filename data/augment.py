@@ -3,8 +3,8 @@
 Every parameter is drawn on the host from (seed, step, micro-batch), so the same images
 come out on any rank and any device. Geometry is one resampling, however many maps are
 composed: it uses torch's grid_sample rather than kornia's warp_affine, which inverts each
-matrix on the device and waits for the result. Colour is kornia's. On a CPU, plain crops
-take the shorter way of data/crop.py: the same boxes, in whole pixels.
+matrix on the device and waits for the result. Colour is kornia's. On a CPU, plain crops,
+evaluation's among them, take the shorter way of data/crop.py.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigbatch.configs.schema import Augment, Jitter
 from bigbatch.data import geometry
-from bigbatch.data.crop import crop_resize
+from bigbatch.data.crop import Memory, crop_resize, nearly_whole
 from bigbatch.data.loader import MicroBatch
 from bigbatch.data.rng import key64, uniforms
 
@@ -40,7 +40,11 @@ class Augmenter:
     ) -> None:
         self.augment = augment
         self.image_size = image_size
-        self.crop_fraction = crop_fraction
+        self.view = geometry.View(
+            image_size, crop_fraction, augment.crop, augment.affine, augment.flip, seed
+        )
+        self.eval_view = geometry.View(image_size, crop_fraction)
+        self._memory = Memory()
         self.classes = classes
         self.seed = seed
         self.device = device
@@ -57,29 +61,25 @@ class Augmenter:
 
     def images(self, batch: MicroBatch) -> Tensor:
         """Augmented images in [0, 1], before mixup and normalisation."""
-        key = (self.seed, batch.step, batch.index)
-        sizes, out = batch.sizes.numpy(), self.image_size
-        if self.augment.crop is not None:
-            boxes = geometry.random_boxes(self.augment.crop, sizes, *key)
-        else:
-            boxes = geometry.centre_boxes(sizes, self.crop_fraction)
-        affine = geometry.affine_matrices(
-            self.augment.affine, self.augment.flip, len(sizes), out, *key
-        )
-        if self.device.type == "cpu" and self.augment.crop and not self.augment.affine:
-            images = crop_resize(batch, boxes, out)
-            for i in np.flatnonzero(affine[:, 0, 0] < 0):
-                images[i] = images[i].flip(2)
-        else:
-            images = self._warp(batch, geometry.box_matrices(boxes, out) @ affine)
+        images = self._see(batch, self.view)
         if self.augment.jitter is not None:
-            images = _jitter(images, self.augment.jitter, *key)
+            images = _jitter(images, self.augment.jitter, self.seed, batch.step, batch.index)
         return images
 
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """Centre crops, normalised: nothing random."""
-        boxes = geometry.centre_boxes(batch.sizes.numpy(), self.crop_fraction)
-        return self.normalise(self._warp(batch, geometry.box_matrices(boxes, self.image_size)))
+        return self.normalise(self._see(batch, self.eval_view))
+
+    def _see(self, batch: MicroBatch, view: geometry.View) -> Tensor:
+        """What the view shows of the images: [B, C, out, out] in [0, 1]."""
+        key, frames = (batch.step, batch.index), batch.frames
+        sizes = np.stack([frames["full_height"], frames["full_width"]], 1)
+        boxes = geometry.into_frames(view.boxes(sizes, *key), frames)
+        warps = view.warps(len(sizes), *key)
+        on_host = self.device.type == "cpu" and view.affine is None
+        if not on_host or (view.crop is None and not nearly_whole(boxes)):
+            return self._warp(batch, geometry.box_matrices(boxes, view.out) @ warps)
+        return crop_resize(batch, boxes, view.out, warps[:, 0, 0] < 0, self._memory)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Overwrites `images`: on a CPU, fresh memory costs more than the arithmetic."""

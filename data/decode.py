@@ -16,48 +16,48 @@ MAX_BYTES = 100_000_000  # of one encoded image
 MAX_PIXELS = 89_478_485  # Pillow's own limit; a larger image is taken for a decompression bomb
 # Nothing else is tried: Pillow has decoders that start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+LONGEST = 8  # times the training size, that the side of an image may be
 _ORIENTATION = 0x0112  # EXIF tag
 _IMAGE_MARKERS = (0xC0, 0xC1, 0xC2, 0xDA)  # of a JPEG: start of frame, start of scan
-# Wider or taller than this many times the training size, an image is shrunk as a whole.
-_LONGEST = 8
 
 
 class Jpeg(NamedTuple):
-    """A JPEG whose header was read: it will have [height, width] pixels."""
+    """A JPEG whose header was read, of [height, width] pixels."""
 
     height: int
     width: int
-    factor: int  # by which it is reduced: 1, 2, 4 or 8
     data: bytes
 
 
-def open_pixels(data: bytes, *, image_size: int, channels: int) -> Jpeg | Pixels:
+def open_pixels(data: bytes, channels: int) -> Jpeg | Pixels:
     """The usual JPEG with its size, so that `fill` can decode it in place; else its pixels.
 
-    An image is reduced by a whole factor as long as its short side stays at or above twice
-    `image_size`. Raises BadSample where the bytes are no image, or too large a one.
+    Raises BadSample where the bytes are no image, or too large a one.
     """
     try:
         if data[:2] == b"\xff\xd8":
-            jpeg = _open_jpeg(data, 2 * image_size)
-            if jpeg is not None and max(jpeg.height, jpeg.width) <= _LONGEST * image_size:
+            jpeg = _open_jpeg(data)
+            if jpeg is not None:
                 return jpeg
-        return _pillow(data, image_size, channels)
+        return _pillow(data, channels)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like; the bytes are at fault
         raise _bad(error) from None
 
 
-def fill(pixels: Pixels, jpeg: Jpeg, channels: int) -> None:
-    """Decode into `pixels`, C-contiguous uint8 [height, width, channels]. Raises BadSample."""
-    colorspace = "GRAY" if channels == 1 else "RGB"
+def fill(pixels: Pixels, jpeg: Jpeg, factor: int) -> None:
+    """Decode, reduced by `factor` (1, 2, 4 or 8), into `pixels`. Raises BadSample.
+
+    `pixels` is C-contiguous uint8 [ceil(height / factor), ceil(width / factor), channels].
+    """
+    height, width, channels = pixels.shape
     try:
         simplejpeg.decode_jpeg(
             jpeg.data,
-            colorspace=colorspace,
-            min_height=jpeg.height,
-            min_width=jpeg.width,
+            colorspace="GRAY" if channels == 1 else "RGB",
+            min_height=height,
+            min_width=width,
             buffer=pixels,
         )
     except ValueError:
@@ -65,7 +65,7 @@ def fill(pixels: Pixels, jpeg: Jpeg, channels: int) -> None:
         # that breaks off. Pillow does, at the same size and nearly the same pixels.
         try:
             image = _open(jpeg.data)
-            image.draft(None, (image.width // jpeg.factor, image.height // jpeg.factor))
+            image.draft(None, (image.width // factor, image.height // factor))
             pixels[:] = _array(image, channels)
         except MemoryError:
             raise
@@ -73,28 +73,60 @@ def fill(pixels: Pixels, jpeg: Jpeg, channels: int) -> None:
             raise _bad(error) from None
 
 
+def size_after(jpeg: Jpeg, factor: int) -> tuple[int, int]:
+    """Height and width of a JPEG that is reduced by `factor`."""
+    return -(-jpeg.height // factor), -(-jpeg.width // factor)
+
+
+def shrink(pixels: Pixels, factor: int) -> Pixels:
+    """The mean of each square of factor x factor pixels; those at the edges may be smaller."""
+    if factor == 1:
+        return pixels
+    channels = pixels.shape[2]
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    return _array(image.reduce(factor), channels)
+
+
+def whole_factor(height: int, width: int, image_size: int) -> int:
+    """By how much to reduce an image of which any part may be seen: a power of two.
+
+    The short side stays at or above twice `image_size`, except that no side is longer than
+    eight times that: one panorama must not blow up the memory of its batch.
+    """
+    factor = 1
+    # Halves only: libjpeg-turbo has no SIMD for 7/8, 6/8, 5/8 and 3/8, which take longer
+    # than the whole image.
+    while factor < 8 and min(height, width) >= 4 * factor * image_size:
+        factor *= 2
+    while max(height, width) > LONGEST * factor * image_size:
+        factor *= 2
+    return factor
+
+
 def decode(data: bytes, *, image_size: int, channels: int) -> Pixels:
-    """Decode to uint8 [H, W, channels]: `open_pixels` and `fill` in one. Raises BadSample."""
-    opened = open_pixels(data, image_size=image_size, channels=channels)
+    """Decode to uint8 [H, W, channels], reduced by `whole_factor`. Raises BadSample."""
+    opened = open_pixels(data, channels)
+    height, width = opened[:2] if isinstance(opened, Jpeg) else opened.shape[:2]
+    return reduced(opened, whole_factor(height, width, image_size), channels)
+
+
+def reduced(opened: Jpeg | Pixels, factor: int, channels: int) -> Pixels:
+    """The pixels of an image, reduced by a power of two. Raises BadSample."""
     if not isinstance(opened, Jpeg):
-        return opened
-    pixels = np.empty((opened.height, opened.width, channels), np.uint8)
-    fill(pixels, opened, channels)
-    return pixels
+        return shrink(opened, factor)
+    scale = min(factor, 8)
+    pixels = np.empty((*size_after(opened, scale), channels), np.uint8)
+    fill(pixels, opened, scale)
+    return shrink(pixels, factor // scale)
 
 
-def _open_jpeg(data: bytes, short_side: int) -> Jpeg | None:
-    """Size after the DCT-scaled decode; None where Pillow must do it."""
+def _open_jpeg(data: bytes) -> Jpeg | None:
+    """None where Pillow must decode it."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height)
     if colours in ("CMYK", "YCCK") or _orientation(data) != 1:
         return None
-    # Halves only: libjpeg-turbo has no SIMD for 7/8, 6/8, 5/8 and 3/8, which take longer
-    # than the whole image.
-    factor = 1
-    while factor < 8 and min(height, width) >= 2 * factor * short_side:
-        factor *= 2
-    return Jpeg(-(-height // factor), -(-width // factor), factor, data)
+    return Jpeg(height, width, data)
 
 
 def _orientation(data: bytes) -> int:
@@ -117,19 +149,13 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _pillow(data: bytes, image_size: int, channels: int) -> Pixels:
+def _pillow(data: bytes, channels: int) -> Pixels:
     image = _open(data)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    factor = max(
-        min(image.size) // (2 * image_size),
-        # One panorama must not blow up the memory of its batch.
-        -(-max(image.size) // (_LONGEST * image_size)),
-    )
-    return _array(image.reduce(factor) if factor > 1 else image, channels)
+    return _array(image, channels)
 
 
 def _array(image: Image.Image, channels: int) -> Pixels:

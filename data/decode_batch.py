@@ -15,13 +15,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bigbatch.data.decode import MAX_BYTES, Jpeg, Pixels, decode, fill, open_pixels
+from bigbatch.data.decode import (
+    LONGEST,
+    MAX_BYTES,
+    Jpeg,
+    Pixels,
+    fill,
+    open_pixels,
+    reduced,
+    size_after,
+    whole_factor,
+)
+from bigbatch.data.geometry import FRAME, Frames, View, whole_frames
 from bigbatch.data.read import BadSample, ShardReader
 from bigbatch.data.staging import Cache, Remote
 
 # Where the encoded bytes of a sample lie: columns of the index.
 EXTENT = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 Extents = npt.NDArray[np.void]  # [B], of dtype EXTENT
+Key = tuple[int, int]  # step and micro-batch, from which crops are drawn
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Decoded:
     """Images one after another, each in rows of pixels."""
 
     pixels: npt.NDArray[np.uint8]  # [sum of height * width * channels]
-    sizes: npt.NDArray[np.int32]  # [B, 2]: height, width; 0, 0 for a bad one
+    frames: Frames  # [B]; height and width are 0 for a bad one
     bad: dict[int, str]  # place in the batch: why its bytes cannot be used
     slow_read: tuple[int, float] | None = None  # the shard that took longest, and its seconds
 
@@ -44,6 +56,7 @@ class Source:
     channels: int
     threads: int
     remote: Remote | None = None  # instead of root
+    view: View | None = None  # what will be seen of the images; without it, maybe all
 
     def reader(self) -> ShardReader:
         if self.remote is None:
@@ -60,51 +73,86 @@ class BatchDecoder:
         self._reader = source.reader()
         self._pool = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
 
-    def decode(self, extents: Extents, allocate: Callable[[int], Pixels]) -> Decoded:
+    def decode(
+        self, extents: Extents, allocate: Callable[[int], Pixels], key: Key = (0, 0)
+    ) -> Decoded:
         """Decode a batch into the uint8 array that `allocate` makes for so many bytes.
 
-        Raises UserError for a shard that cannot be read.
+        `key` is the micro-batch's. Raises UserError for a shard that cannot be read.
         """
         places = extents.tolist()
-        opened: list[Jpeg | Pixels] = [_NOTHING] * len(places)
-        sizes = np.zeros((len(places), 2), np.int32)
+        count, channels = len(places), self.source.channels
+        opened: list[Jpeg | Pixels] = [_NOTHING] * count
+        frames = np.zeros(count, FRAME)
         bad: dict[int, str] = {}
-        seconds = np.zeros(len(places))
+        seconds = np.zeros(count)
 
         def read(i: int) -> None:
             try:
-                image = opened[i] = self._open(places[i], seconds[i : i + 1])
+                image = self._open(places[i], seconds[i : i + 1])
+                if not isinstance(image, Jpeg):  # not kept at its full size
+                    frames[i], image = self._stored(image, i, count, key)
+                opened[i] = image
             except BadSample as error:
                 bad[i] = str(error)
-            else:
-                sizes[i] = image[:2] if isinstance(image, Jpeg) else image.shape[:2]
 
-        self._each(len(places), read)
-        channels = self.source.channels
-        ends = (np.cumsum(sizes.prod(axis=1, dtype=np.int64)) * channels).tolist()
+        self._each(count, read)
+        jpegs = [i for i, image in enumerate(opened) if isinstance(image, Jpeg)]
+        sizes = np.array([opened[i][:2] for i in jpegs], np.int64).reshape(-1, 2)
+        frames[jpegs] = self._frames(sizes, jpegs, count, key)
+        lengths = frames["height"].astype(np.int64) * frames["width"] * channels
+        ends = np.cumsum(lengths).tolist()
         pixels = allocate(ends[-1])
+        layout = frames.tolist()
 
         def write(i: int) -> None:
-            image = opened[i]
-            height, width = sizes[i]
-            start = ends[i] - int(height) * int(width) * channels
+            height, width, _, _, factor, left, top = layout[i]
+            start = ends[i] - height * width * channels
             target = pixels[start : ends[i]].reshape(height, width, channels)
-            if isinstance(image, Jpeg):
-                try:
-                    fill(target, image, channels)
-                except BadSample as error:
-                    bad[i] = str(error)
-            else:
-                target[:] = image
+            image = opened[i]
+            try:
+                if not isinstance(image, Jpeg):
+                    target[:] = image
+                elif factor <= 8 and (height, width) == size_after(image, factor):
+                    fill(target, image, factor)
+                else:
+                    large = reduced(image, factor, channels)
+                    target[:] = large[top : top + height, left : left + width]
+            except BadSample as error:
+                bad[i] = str(error)
 
-        self._each(len(places), write)
-        return Decoded(pixels, sizes, bad, _slowest(extents["shard"], seconds))
+        self._each(count, write)
+        return Decoded(pixels, frames, bad, _slowest(extents["shard"], seconds))
 
-    def one(self, extent: tuple[int, int, int, int]) -> Pixels:
-        """Decode one image, uint8 [H, W, C]. Raises BadSample."""
-        self._check_size(extent[2])
-        data = self._reader.read(*extent)
-        return decode(data, image_size=self.source.image_size, channels=self.source.channels)
+    def one(
+        self, extent: tuple[int, int, int, int], place: int, count: int, key: Key
+    ) -> tuple[Pixels, Frames]:
+        """Image `place` of a micro-batch of `count`: uint8 [H, W, C], and its frame [1].
+
+        Raises BadSample.
+        """
+        image = self._open(extent, np.empty(1))
+        frame, pixels = self._stored(image, place, count, key)
+        return pixels, frame
+
+    def _frames(
+        self, sizes: npt.NDArray[np.int64], places: Sequence[int], count: int, key: Key
+    ) -> Frames:
+        view, image_size = self.source.view, self.source.image_size
+        if view is not None and len(places):
+            return view.frames(sizes, np.array(places), count, LONGEST * image_size, *key)
+        factors = [whole_factor(h, w, image_size) for h, w in sizes.tolist()]
+        return whole_frames(sizes, np.array(factors, np.int64))
+
+    def _stored(
+        self, image: Jpeg | Pixels, place: int, count: int, key: Key
+    ) -> tuple[Frames, Pixels]:
+        """The frame [1] of an image, and the pixels that belong into it. Raises BadSample."""
+        size = image[:2] if isinstance(image, Jpeg) else image.shape[:2]
+        frames = self._frames(np.array([size]), [place], count, key)
+        height, width, _, _, factor, left, top = frames[0].tolist()
+        pixels = reduced(image, factor, self.source.channels)
+        return frames, pixels[top : top + height, left : left + width]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -114,15 +162,13 @@ class BatchDecoder:
         self, extent: tuple[int, int, int, int], seconds: npt.NDArray[np.float64]
     ) -> Jpeg | Pixels:
         """Open one image; the time that its bytes took goes into seconds[0]."""
-        self._check_size(extent[2])
+        size = extent[2]
+        if size > MAX_BYTES:
+            raise BadSample(f"{size:,} encoded bytes; the limit is {MAX_BYTES:,}")
         started = time.perf_counter()
         data = self._reader.read(*extent)
         seconds[0] = time.perf_counter() - started
-        return open_pixels(data, image_size=self.source.image_size, channels=self.source.channels)
-
-    def _check_size(self, size: int) -> None:
-        if size > MAX_BYTES:
-            raise BadSample(f"{size:,} encoded bytes; the limit is {MAX_BYTES:,}")
+        return open_pixels(data, self.source.channels)
 
     def _each(self, count: int, work: Callable[[int], None]) -> None:
         """Call work(0) ... work(count - 1), whichever thread is free the next one."""

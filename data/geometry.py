@@ -6,15 +6,108 @@ image, as (x, y, 1). Drawn in NumPy from keyed uniforms, so that a decoding work
 training device see the same crop, whatever the hardware.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 
-from bigbatch.configs.schema import Affine, Crop
 from bigbatch.data.rng import uniforms
+
+if TYPE_CHECKING:  # pydantic would double the time in which a decoding worker starts
+    from bigbatch.configs.schema import Affine, Crop
 
 Matrices = npt.NDArray[np.float64]  # [B, 3, 3]
 Boxes = npt.NDArray[np.float64]  # [B, 4]: left, top, width, height in source pixels
 _CROP_TRIES = 10
+_SLACK = 1e-6  # what arithmetic may have taken from a crop of just the right size
+# Where the stored pixels of an image lie in it. It was reduced by `factor`, to the size of
+# full / factor, rounded up; of that, the part whose corner is (left, top) is stored.
+FRAME = np.dtype(
+    [
+        (name, "<i4")
+        for name in ("height", "width", "full_height", "full_width", "factor", "left", "top")
+    ]
+)
+Frames = npt.NDArray[np.void]  # [B], of dtype FRAME
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model of input size `out` sees of an image: a crop, flipped and warped.
+
+    A pure function of an image's size, its place in a micro-batch, and (step, micro-batch):
+    a decoding worker chooses the resolution by it, the trainer's device cuts by it.
+    """
+
+    out: int
+    fraction: float  # of the short side, that the centre crop takes where there is no `crop`
+    crop: Crop | None = None
+    affine: Affine | None = None
+    flip: float = 0.0
+    seed: int = 0
+
+    def boxes(self, sizes: npt.NDArray[np.integer], step: int, index: int) -> Boxes:
+        """The crop of each image, sizes [B, 2] (h, w)."""
+        if self.crop is None:
+            return centre_boxes(sizes, self.fraction)
+        return random_boxes(self.crop, sizes, self.seed, step, index)
+
+    def warps(self, count: int, step: int, index: int) -> Matrices:
+        """The flips and affine maps of the output square, which precede the crops."""
+        return affine_matrices(self.affine, self.flip, count, self.out, self.seed, step, index)
+
+    def frames(
+        self,
+        sizes: npt.NDArray[np.integer],
+        rows: npt.NDArray[np.integer],
+        count: int,
+        longest: int,
+        step: int,
+        index: int,
+    ) -> Frames:
+        """How to store the images at `rows` of `count`, whose sizes are [n, 2] (h, w).
+
+        Each is reduced by 8, 4 or 2 where that leaves a source pixel for every output pixel,
+        in whatever direction the warp is narrowest. An image that would still be longer than
+        `longest` is stored as far as it is seen, and a pixel more for the interpolation.
+        """
+        everyone = np.ones((count, 2), np.int64)
+        everyone[rows] = sizes
+        boxes = self.boxes(everyone, step, index)[rows]
+        maps = box_matrices(boxes, self.out) @ self.warps(count, step, index)[rows]
+        density = np.linalg.svd(maps[:, :2, :2], compute_uv=False)[:, 1] * (1 + _SLACK)
+        factor = 2 ** np.clip(np.floor(np.log2(density)), 0, 3).astype(np.int64)
+        frames = whole_frames(sizes, factor)
+        square = np.array([[0, self.out, 0, self.out], [0, 0, self.out, self.out], [1, 1, 1, 1]])
+        corners = (maps @ square)[:, :2] / factor[:, None, None]  # [n, 2 (x, y), 4]
+        largest = np.stack([frames["width"], frames["height"]], 1)
+        first = np.clip(np.floor(corners.min(2)).astype(np.int64) - 1, 0, largest - 1)
+        last = np.clip(np.ceil(corners.max(2)).astype(np.int64) + 1, first + 1, largest)
+        cut = largest.max(1) > longest
+        frames["left"][cut], frames["top"][cut] = first[cut].T
+        frames["width"][cut], frames["height"][cut] = (last - first)[cut].T
+        return frames
+
+
+def whole_frames(
+    sizes: npt.NDArray[np.integer], factor: npt.NDArray[np.integer] | int = 1
+) -> Frames:
+    """Frames of whole images, sizes [B, 2] (h, w), reduced by `factor`."""
+    frames = np.zeros(len(sizes), FRAME)
+    frames["full_height"], frames["full_width"] = sizes.T
+    frames["factor"] = factor
+    frames["height"], frames["width"] = -(-sizes.T // factor)
+    return frames
+
+
+def into_frames(boxes: Boxes, frames: Frames) -> Boxes:
+    """Boxes of full images in the coordinates of what is stored of them."""
+    corner = np.stack([frames["left"], frames["top"]], 1)
+    boxes = boxes / frames["factor"][:, None]
+    return np.concatenate([boxes[:, :2] - corner, boxes[:, 2:]], axis=1)
 
 
 def centre_boxes(sizes: npt.NDArray[np.integer], fraction: float) -> Boxes:

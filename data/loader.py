@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.lib import recfunctions as rfn
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.decode import Pixels
-from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Source
+from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Key, Source
+from bigbatch.data.geometry import Frames, View, whole_frames
 from bigbatch.data.index import Index
 from bigbatch.data.journal import append
 from bigbatch.data.order import Order, Positions
@@ -49,6 +51,12 @@ class MicroBatch:
     channels: int
     bad: tuple[dict[str, Any], ...] = ()  # journal entries: what was substituted, and why
     slow_read: tuple[int, float] | None = None  # shard that took longest to read, seconds
+    stored: Frames | None = None  # [B], which part of each image this is; None: all of it
+
+    @property
+    def frames(self) -> Frames:
+        """Where these pixels lie in the full images, [B]."""
+        return whole_frames(self.sizes.numpy()) if self.stored is None else self.stored
 
     def images(self, device: torch.device | None = None) -> list[Tensor]:
         """Each image on `device`: views uint8 [height, width, C] of the pixels."""
@@ -98,15 +106,17 @@ def train_batches(
     bad_samples: int,
     journal: Path | None,
     pin_memory: bool = False,
+    view: View | None = None,
 ) -> Iterator[MicroBatch]:
     """Micro-batches rank, rank + world, ... of steps start_step to stop_step, in order.
 
-    `workers` processes decode, each with `threads` threads; 0 is this process. Unreadable
+    `workers` processes decode, each with `threads` threads; 0 is this process. Large images
+    come at the resolution that `view` needs, or else as `decode.whole_factor` says. Unreadable
     samples are substituted by others of their class at the same position and noted in
     `journal`; more than `bad_samples` of them raise UserError, as do a lost shard and a
     worker that dies.
     """
-    source = _source(index, image_size, channels, threads)
+    source = _source(index, image_size, channels, threads, view)
     mender = _Mender(index, order, BatchDecoder(replace(source, threads=1)))
     numbers = range(rank, global_batch // micro_batch, world)
     tasks = ((step, number) for step in range(start_step, stop_step) for number in numbers)
@@ -153,12 +163,13 @@ def eval_batches(
     workers: int,
     threads: int,
     pin_memory: bool = False,
+    view: View | None = None,
 ) -> Iterator[MicroBatch]:
     """Batches rank, rank + world, ... of all samples in index order; the last may be short.
 
     An unreadable sample raises UserError: an evaluation over other images is another one.
     """
-    source = _source(index, image_size, channels, threads)
+    source = _source(index, image_size, channels, threads, view)
 
     def work() -> Iterator[_Work]:
         with prefetching_in_order(index) as prefetch:
@@ -189,6 +200,10 @@ class _Work:
     samples: Positions
     positions: Positions
 
+    @property
+    def key(self) -> Key:
+        return self.step, self.index
+
 
 def _batch(
     index: Index,
@@ -204,16 +219,19 @@ def _batch(
         samples=samples,
         labels=torch.from_numpy(index.label[samples].astype(np.int64)),
         pixels=torch.from_numpy(decoded.pixels),
-        sizes=torch.from_numpy(decoded.sizes),
+        sizes=torch.from_numpy(rfn.structured_to_unstructured(decoded.frames[["height", "width"]])),
         channels=channels,
         bad=tuple(bad),
         slow_read=decoded.slow_read,
+        stored=decoded.frames,
     )
 
 
-def _source(index: Index, image_size: int, channels: int, threads: int) -> Source:
+def _source(
+    index: Index, image_size: int, channels: int, threads: int, view: View | None = None
+) -> Source:
     names = [file.name for file in index.shards]
-    return Source(index.root, names, image_size, channels, threads, index.remote)
+    return Source(index.root, names, image_size, channels, threads, index.remote, view)
 
 
 def _extents(index: Index, samples: Positions) -> Extents:
@@ -224,7 +242,7 @@ def _extents(index: Index, samples: Positions) -> Extents:
 
 
 class _Decoder(Protocol):
-    def submit(self, extents: Extents) -> None: ...
+    def submit(self, extents: Extents, key: Key) -> None: ...
     def receive(self) -> Decoded: ...
     def close(self) -> None: ...
 
@@ -234,13 +252,14 @@ class _InProcess:
 
     def __init__(self, source: Source) -> None:
         self._decoder = BatchDecoder(source)
-        self._waiting: deque[Extents] = deque()
+        self._waiting: deque[tuple[Extents, Key]] = deque()
 
-    def submit(self, extents: Extents) -> None:
-        self._waiting.append(extents)
+    def submit(self, extents: Extents, key: Key) -> None:
+        self._waiting.append((extents, key))
 
     def receive(self) -> Decoded:
-        return self._decoder.decode(self._waiting.popleft(), lambda n: np.empty(n, np.uint8))
+        extents, key = self._waiting.popleft()
+        return self._decoder.decode(extents, lambda n: np.empty(n, np.uint8), key)
 
     def close(self) -> None:
         self._decoder.close()
@@ -255,7 +274,7 @@ def _decode(
     try:
         for work in works:
             coming.append(work)
-            pool.submit(_extents(index, work.samples))
+            pool.submit(_extents(index, work.samples), work.key)
             if len(coming) > _AHEAD * workers:
                 yield coming.popleft(), pool.receive()
         while coming:
@@ -275,30 +294,31 @@ class _Mender:
     ) -> tuple[Positions, Decoded, list[dict[str, Any]]]:
         """Samples and pixels without bad ones, and the journal entries of all that were."""
         channels = self.decoder.source.channels
-        samples, sizes = work.samples.copy(), decoded.sizes.copy()
-        ends = np.cumsum(sizes.prod(axis=1, dtype=np.int64)) * channels
+        samples, frames = work.samples.copy(), decoded.frames.copy()
+        ends = np.cumsum(frames["height"].astype(np.int64) * frames["width"]) * channels
         pieces = np.split(decoded.pixels, ends[:-1])
         entries: list[dict[str, Any]] = []
         for place, reason in sorted(decoded.bad.items()):
-            position = int(work.positions[place])
-            other, image, found = self._substitute(int(samples[place]), position, reason)
-            samples[place], sizes[place], pieces[place] = other, image.shape[:2], image.ravel()
-            place_of = {"step": work.step, "position": position}
+            other, image, frame, found = self._substitute(work, place, reason)
+            samples[place], frames[place], pieces[place] = other, frame[0], image.ravel()
+            place_of = {"step": work.step, "position": int(work.positions[place])}
             entries += [{**place_of, **entry, "substitute": other} for entry in found]
-        return samples, Decoded(np.concatenate(pieces), sizes, {}), entries
+        return samples, Decoded(np.concatenate(pieces), frames, {}), entries
 
     def _substitute(
-        self, sample: int, position: int, reason: str
-    ) -> tuple[int, Pixels, list[dict[str, Any]]]:
+        self, work: _Work, place: int, reason: str
+    ) -> tuple[int, Pixels, Frames, list[dict[str, Any]]]:
+        sample, position = int(work.samples[place]), int(work.positions[place])
         entries = [_entry(self.index, sample, reason)]
         for attempt in range(_SUBSTITUTES):
             other = self.order.substitute(sample, position, attempt)
+            extent = _extents(self.index, np.array([other])).tolist()[0]
             try:
-                image = self.decoder.one(_extents(self.index, np.array([other])).tolist()[0])
+                image, frame = self.decoder.one(extent, place, len(work.samples), work.key)
             except BadSample as error:
                 entries.append(_entry(self.index, other, str(error)))
             else:
-                return other, image, entries
+                return other, image, frame, entries
         raise UserError(
             f"{_SUBSTITUTES} samples of one class in a row cannot be read, the last one "
             f"{_where(entries[-1])}; repair the shards under {self.index.place}"

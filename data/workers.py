@@ -23,24 +23,29 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Source
+from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Key, Source
+from bigbatch.data.geometry import FRAME, Frames, View
 from bigbatch.data.staging import Remote
 
-_TASK = struct.Struct("<II")  # slab, samples
+_TASK = struct.Struct("<IIqq")  # slab, samples, step, micro-batch
 _REPLY = struct.Struct("<QQ")  # bytes of pixels, bytes of JSON behind them
 # A terminal and a batch system signal every process; what to do about it is the trainer's.
 _NOT_OURS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+# For glibc, which would give the bytes of each batch back to the system, and then pay for
+# fresh pages again: up to a twentieth of the decoding.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 _FIRST_SIZE = 1 << 20  # of a slab, in bytes
 
 
 class Slab:
-    """Shared memory of one batch: extents, sizes [B, 2], pixels, and a JSON text."""
+    """Shared memory of one batch: extents [B], frames [B], pixels, and a JSON text."""
 
     def __init__(self, handle: int, size: int = 0) -> None:
         self.handle = handle
@@ -63,8 +68,8 @@ class Slab:
     def extents(self, samples: int) -> Extents:
         return self.view(0, samples, EXTENT)
 
-    def sizes(self, samples: int) -> npt.NDArray[np.int32]:
-        return self.view(_aligned(samples * EXTENT.itemsize), 2 * samples, np.int32).reshape(-1, 2)
+    def frames(self, samples: int) -> Frames:
+        return self.view(_aligned(samples * EXTENT.itemsize), samples, FRAME)
 
     def pixels(self, samples: int, count: int) -> npt.NDArray[np.uint8]:
         return self.view(_pixels_at(samples), count, np.uint8)
@@ -74,7 +79,7 @@ class Slab:
 
 
 def _pixels_at(samples: int) -> int:
-    return _aligned(samples * EXTENT.itemsize) + _aligned(samples * 8)
+    return _aligned(samples * EXTENT.itemsize) + _aligned(samples * FRAME.itemsize)
 
 
 def _aligned(size: int) -> int:
@@ -86,6 +91,7 @@ class WorkerPool:
 
     def __init__(self, source: Source, workers: int) -> None:
         settings = {**vars(source), "root": str(source.root), "shards": list(source.shards)}
+        settings["view"] = source.view and _plain(source.view)
         handle = os.memfd_create("bigbatch-settings")
         try:
             with open(handle, "wb", closefd=False) as file:
@@ -96,10 +102,10 @@ class WorkerPool:
         self._turn = itertools.cycle(self._workers)
         self._busy: deque[_Worker] = deque()
 
-    def submit(self, extents: Extents) -> None:
-        """Give a batch to the next worker. Does not wait."""
+    def submit(self, extents: Extents, key: Key = (0, 0)) -> None:
+        """Give a micro-batch to the next worker. Does not wait."""
         worker = next(self._turn)
-        worker.submit(extents)
+        worker.submit(extents, key)
         self._busy.append(worker)
 
     def receive(self) -> Decoded:
@@ -125,13 +131,14 @@ class _Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bigbatch.data.workers", str(theirs.fileno())],
                 stdin=settings,
+                env={**_KEEP_MEMORY, **os.environ},
                 pass_fds=[theirs.fileno()],
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
 
-    def submit(self, extents: Extents) -> None:
+    def submit(self, extents: Extents, key: Key) -> None:
         handles = []
         try:
             number = self.free.pop()  # the one used last: its pages are the likeliest in a cache
@@ -142,7 +149,7 @@ class _Worker:
         self.slabs[number].extents(len(extents))[:] = extents
         self.busy.append((number, len(extents)))
         with suppress(ConnectionError):  # it is dead, and `receive` will say so
-            socket.send_fds(self.socket, [_TASK.pack(number, len(extents))], handles)
+            socket.send_fds(self.socket, [_TASK.pack(number, len(extents), *key)], handles)
 
     def receive(self) -> Decoded:
         number, samples = self.busy.popleft()
@@ -162,7 +169,7 @@ class _Worker:
         weakref.finalize(pixels.base, self.free.append, number).atexit = False
         bad = {int(i): reason for i, reason in said["bad"].items()}
         shard, seconds = said["slow_read"]
-        return Decoded(pixels, slab.sizes(samples).copy(), bad, (shard, seconds))
+        return Decoded(pixels, slab.frames(samples).copy(), bad, (shard, seconds))
 
     def close(self) -> None:
         self.socket.close()
@@ -178,11 +185,24 @@ class _Worker:
         )
 
 
+def _plain(view: View) -> dict[str, Any]:
+    """A view as JSON can hold it."""
+    parts = {name: getattr(view, name) for name in ("crop", "affine")}
+    return {**vars(view), **{name: part and part.model_dump() for name, part in parts.items()}}
+
+
+def _view(plain: dict[str, Any]) -> View:
+    # The recipe's own classes would need pydantic here; geometry only reads their fields.
+    parts = {name: plain[name] and SimpleNamespace(**plain[name]) for name in ("crop", "affine")}
+    return View(**{**plain, **parts})
+
+
 def main() -> None:
     """A worker's life: the settings from stdin, then one batch after another, until EOF."""
     settings = json.loads(os.pread(0, os.fstat(0).st_size, 0))
     settings["root"] = Path(settings["root"])
     settings["remote"] = settings["remote"] and Remote(*settings["remote"])
+    settings["view"] = settings["view"] and _view(settings["view"])
     decoder = BatchDecoder(Source(**settings))
     slabs: list[Slab] = []
     with socket.socket(fileno=int(sys.argv[1])) as trainer:
@@ -192,20 +212,20 @@ def main() -> None:
                 if not message:
                     return
                 slabs += [Slab(handle) for handle in handles]
-                number, samples = _TASK.unpack(message)
-                trainer.send(_make(decoder, slabs[number], samples))
+                number, samples, *key = _TASK.unpack(message)
+                trainer.send(_make(decoder, slabs[number], samples, (key[0], key[1])))
             except ConnectionError:
                 return
 
 
-def _make(decoder: BatchDecoder, slab: Slab, samples: int) -> bytes:
+def _make(decoder: BatchDecoder, slab: Slab, samples: int, key: Key) -> bytes:
     """Decode one batch into its slab; the reply that says how much lies there."""
     try:
-        done = decoder.decode(slab.extents(samples), lambda size: slab.pixels(samples, size))
+        done = decoder.decode(slab.extents(samples), lambda n: slab.pixels(samples, n), key)
     except UserError as error:
         size, text = 0, json.dumps({"error": str(error)})
     else:
-        slab.sizes(samples)[:] = done.sizes
+        slab.frames(samples)[:] = done.frames
         size, text = len(done.pixels), json.dumps({"bad": done.bad, "slow_read": done.slow_read})
     data = text.encode()
     slab.text(samples, size, len(data))[:] = np.frombuffer(data, np.uint8)

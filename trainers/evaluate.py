@@ -49,6 +49,7 @@ class Evaluator:
             workers=data.workers if share > _FEW_IMAGES else 0,
             threads=data.threads,
             pin_memory=engine.device.type == "cuda",
+            view=self.augmenter.eval_view,
         )
         was_training = model.training
         model.eval()

@@ -69,7 +69,8 @@ class Job:
             classes = len(self.inputs.classes)
             return stream_batches(data.stream, classes=classes, seed=recipe.seed, **common)
         index = self.inputs.splits["train"]
-        return train_batches(index, self.inputs.order, workers=data.workers, **common)
+        view = self.augmenter.view
+        return train_batches(index, self.inputs.order, workers=data.workers, view=view, **common)
 
     def traced_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """The same, each noted in trace/ where the recipe asks for it."""

@@ -67,14 +67,25 @@ def test_resizing_matches_torch_interpolate():
     images = augmenter(Augment(**PLAIN), out=25).evaluate(batch)
     source = batch.canvas().permute(0, 3, 1, 2) / 255
     expected = F.interpolate(source, size=25, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(images, expected, atol=1.01 / 255, rtol=0)  # torch's own, on uint8
 
 
 def test_shrinking_averages_rather_than_skips_pixels():
     batch = batch_of([(32, 32)] * 2)
-    images = augmenter(Augment(**PLAIN), out=16).evaluate(batch)
     source = batch.canvas().permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(images, F.avg_pool2d(source, 2), atol=1e-5, rtol=0)
+    warped = augmenter(Augment(affine=Affine(), **PLAIN), out=16).images(batch)
+    torch.testing.assert_close(warped, F.avg_pool2d(source, 2), atol=1e-5, rtol=0)
+    images = augmenter(Augment(**PLAIN), out=16).evaluate(batch)
+    expected = F.interpolate(source, size=16, mode="bilinear", antialias=True)
+    torch.testing.assert_close(images, expected, atol=1.01 / 255, rtol=0)
+
+
+def test_evaluation_keeps_fractions_of_pixels_where_they_count():
+    # 90 % of 8 pixels is 7.2; widened to whole pixels it would be all of them.
+    batch = batch_of([(8, 8)] * 2)
+    images = augmenter(Augment(**PLAIN), out=8, crop_fraction=0.9).evaluate(batch)
+    whole = augmenter(Augment(**PLAIN), out=8).evaluate(batch)
+    assert not torch.allclose(images, whole, atol=0.01)
 
 
 def test_centre_crop():

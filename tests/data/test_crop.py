@@ -1,5 +1,7 @@
 """Crops on the host: Pillow's pixels, and the same pictures as the device's warp makes."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from PIL import Image
 
 from bigbatch.configs.schema import Affine, Augment, Crop
 from bigbatch.data.augment import Augmenter
-from bigbatch.data.crop import crop_resize
-from bigbatch.data.loader import MicroBatch
+from bigbatch.data.crop import Memory, crop_resize
+from bigbatch.data.index import build_index
+from bigbatch.data.loader import MicroBatch, eval_batches
+from bigbatch.data.tar import write_end, write_member
 
 SHAPES = [(40, 60), (90, 30), (16, 16), (50, 50), (300, 200)]
 
@@ -58,6 +62,28 @@ def test_fractional_boxes_are_widened_to_whole_pixels():
     assert crop_resize(batch, edge, 16).shape == (1, 3, 16, 16)
 
 
+def test_mirrored_images_are_those_of_a_flip():
+    batch, boxes = batch_of([(40, 60), (30, 20)]), np.array([[3.0, 5, 20, 30], [0, 0, 20, 30]])
+    plain = crop_resize(batch, boxes, 16)
+    mirrored = crop_resize(batch, boxes, 16, np.array([True, False]))
+    assert torch.equal(mirrored, torch.stack([plain[0].flip(2), plain[1]]))
+
+
+def test_memory_is_used_again_only_when_its_last_view_is_gone():
+    memory = Memory()
+    kept = memory.empty(3, 4).fill_(1)
+    part = kept[1]
+    place = kept.data_ptr()
+    del kept
+    assert memory.empty(3, 4).data_ptr() != place
+    other = memory.empty(3, 4).fill_(2)
+    assert (part == 1).all()
+    del part, other
+    found = {memory.empty(2, 2).data_ptr() for _ in range(5)}
+    assert len(found) == 1
+    assert memory.empty(50, 50).fill_(3).sum() == 7500
+
+
 def test_the_host_and_the_warp_show_the_same_crops():
     def images(**more):
         augment = Augment(crop=Crop(), flip=0.5, **more)
@@ -73,3 +99,45 @@ def test_the_host_and_the_warp_show_the_same_crops():
     assert difference.max() < 0.12
     unlike = (images() - images().flip(3)).abs()
     assert unlike.mean() > 0.05
+
+
+def ramp(height, width):
+    """An image whose red and green tell the place: x and y from 0 to 255."""
+    y, x = np.mgrid[0.5:height, 0.5:width]
+    pixels = np.stack([x * 255 / width, y * 255 / height, 0 * x], 2)
+    file = io.BytesIO()
+    Image.fromarray(pixels.round().astype(np.uint8)).save(file, "JPEG", quality=100, subsampling=0)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("affine", [None, Affine(degrees=10, scale=0.2)])
+@pytest.mark.parametrize("crop", [None, Crop(scale=(0.1, 0.6))])
+def test_a_reduced_image_shows_the_same_region(tmp_path, affine, crop):
+    shapes = [(900, 700), (333, 555), (64, 90), (1201, 257), (450, 449), (800, 1500)]
+    with (tmp_path / "000000.tar").open("wb") as file:
+        for i, shape in enumerate(shapes):
+            write_member(file, f"{i}.jpg", ramp(*shape))
+            write_member(file, f"{i}.cls", b"0")
+        write_end(file)
+    index = build_index(tmp_path)
+    device, augment = torch.device("cpu"), Augment(crop=crop, affine=affine, flip=0.5)
+    augmenter = Augmenter(
+        augment, image_size=32, crop_fraction=0.8, classes=1, seed=0, device=device
+    )
+
+    def batch(view, size):
+        options = {"image_size": size, "channels": 3, "workers": 0, "threads": 1, "view": view}
+        return next(eval_batches(index, batch=8, rank=0, world=1, **options))
+
+    small = batch(augmenter.view, 32)
+    full = batch(None, 10**6)
+    assert {1, 8} < set(small.frames["factor"].tolist())
+    assert (full.frames["factor"] == 1).all()
+    found, expected = augmenter.images(small), augmenter.images(full)
+    # A shift by a pixel of the output is about a thirtieth of the crop.
+    span = expected[:, :2].amax((2, 3)) - expected[:, :2].amin((2, 3))
+    inside = slice(2, -2)
+    difference = (found - expected)[:, :2, inside, inside].abs().amax((2, 3))
+    assert (difference < span / 31 * 1.01 + 1.5 / 255).all()
+    shift = (found - expected)[:, :2].mean((2, 3)).abs()
+    assert (shift < span / 31 * 0.3 + 0.5 / 255).all()

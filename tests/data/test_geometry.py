@@ -40,6 +40,45 @@ def test_a_box_maps_the_corners_of_the_output_to_its_own_corners():
     assert matrix @ [8, 8, 1] == pytest.approx([23, 15, 1])
 
 
+@given(sizes, st.floats(0.05, 1), st.integers(8, 300), st.integers(0, 99), st.booleans())
+def test_images_are_reduced_as_far_as_no_output_pixel_has_to_share_a_source_pixel(
+    shapes, scale, out, step, crops
+):
+    shapes = np.array(shapes)
+    view = geometry.View(out, scale, Crop(scale=(scale / 2, scale)) if crops else None)
+    count = len(shapes)
+    frames = view.frames(shapes, np.arange(count), count, 10**6, step, 2)
+    short = view.boxes(shapes, step, 2)[:, 2:].min(1)
+    factor = frames["factor"]
+    assert (short / factor >= out * (1 - 1e-5))[factor > 1].all()
+    assert (short / factor < 2 * out)[factor < 8].all()
+    # An image's frame does not depend on its company.
+    alone = view.frames(shapes[-1:], np.array([count - 1]), count, 10**6, step, 2)
+    assert alone[0] == frames[-1]
+
+
+@given(sizes, st.integers(8, 60), st.integers(0, 99))
+def test_what_is_cut_holds_all_that_is_seen(shapes, out, step):
+    shapes = np.array(shapes)
+    affine = Affine(degrees=40, translate=0.3, scale=0.4, shear=20)
+    view = geometry.View(out, 1.0, Crop(scale=(0.1, 0.5)), affine, 0.5)
+    count = len(shapes)
+    frames = view.frames(shapes, np.arange(count), count, 0, step, 2)
+    boxes = geometry.into_frames(view.boxes(shapes, step, 2), frames)
+    maps = geometry.box_matrices(boxes, out) @ view.warps(count, step, 2)
+    square = np.array([[0, out, 0, out], [0, 0, out, out], [1, 1, 1, 1]])
+    corners = (maps @ square)[:, :2]
+    for (height, width, full_height, full_width, factor, left, top), (x, y) in zip(
+        frames.tolist(), corners, strict=True
+    ):
+        assert 0 <= left < left + width <= -(-full_width // factor)
+        assert 0 <= top < top + height <= -(-full_height // factor)
+        # Interpolation reaches half a pixel further, but never beyond the image's own edge.
+        assert left == 0 or left + width == -(-full_width // factor) or x.min() >= 1
+        assert left + width == -(-full_width // factor) or x.max() <= width - 1
+        assert top + height == -(-full_height // factor) or y.max() <= height - 1
+
+
 def test_flip_mirrors_about_the_centre_line():
     matrix = geometry.affine_matrices(None, 1.0, 1, 10, 0)[0]
     assert matrix @ [0, 4, 1] == pytest.approx([10, 4, 1])

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Balanced, Uniform
+from bigbatch.configs.schema import Affine, Crop
 from bigbatch.data.decode import decode
+from bigbatch.data.geometry import View
 from bigbatch.data.index import build_index, open_index
 from bigbatch.data.loader import (
     MicroBatch,
@@ -170,6 +173,70 @@ def test_evaluation_sees_every_sample_once(index, workers):
                 assert b.labels.tolist() == index.label[b.samples].tolist()
                 seen += b.samples.tolist()
         assert sorted(seen) == list(range(sum(COUNTS)))
+
+
+# Large images come at the resolution of what is seen of them.
+
+SEEN = View(SIZE, 1.0, Crop(scale=(0.1, 1.0)), Affine(degrees=20, scale=0.3), 0.5, seed=7)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """JPEGs and PNGs of up to 30 times the training size, and one that is long."""
+    images = []
+    for i, (height, width) in enumerate([(50, 70), (300, 260), (700, 500), (90, 640)] * 6):
+        y, x = np.mgrid[0:height, 0:width]
+        pixels = np.stack([x * 255 / width, y * 255 / height, (x + y) % 256], 2).astype(np.uint8)
+        file = io.BytesIO()
+        kind = "PNG" if i % 5 == 0 else "JPEG"
+        Image.fromarray(pixels).save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+        images.append((file.getvalue(), i % 3))
+    return write_shards(tmp_path_factory.mktemp("large") / "train", images)
+
+
+def framed(batches):
+    return {(b.step, b.index): (content(b), b.frames.tobytes()) for b in batches}
+
+
+def test_what_is_stored_depends_on_the_place_in_the_run_alone(large):
+    options = {"view": SEEN, "bad_samples": 100}
+    expected = framed(batches_of(large, **options))
+    found = set()
+    for batch in batches_of(large, **options):
+        found |= set(batch.frames["factor"].tolist())
+        cut = batch.frames["left"] + batch.frames["top"] > 0
+        assert (batch.frames["height"] * batch.frames["factor"] <= 700 + 8).all()
+        assert (cut <= (batch.frames["full_width"] > 8 * SIZE)).all()
+    assert found == {1, 2, 4, 8}
+    for world, workers, threads in ((1, 2, 1), (3, 1, 2), (2, 0, 1)):
+        together = {}
+        for rank in range(world):
+            changes = {"rank": rank, "world": world, "workers": workers, "threads": threads}
+            together |= framed(batches_of(large, **options, **changes))
+        assert together == expected
+    later = framed(batches_of(large, start_step=1, **options))
+    assert later == {place: b for place, b in expected.items() if place[0] == 1}
+
+
+def test_a_substitute_is_stored_as_its_place_asks(large, tmp_path):
+    root = tmp_path / "train"
+    shutil.copytree(large.root, root)
+    broken = open_index(root)
+    for sample in (2, 9, 10):
+        path = root / broken.shards[broken.shard[sample]].name
+        with path.open("r+b") as file:
+            file.seek(int(broken.offset[sample]) + 50)
+            file.write(b"damage")
+    intact = {(b.step, b.index): b for b in batches_of(large, view=SEEN)}
+    substituted = 0
+    for batch in batches_of(broken, view=SEEN, bad_samples=100, workers=1):
+        other = np.flatnonzero(batch.samples != intact[batch.step, batch.index].samples)
+        substituted += len(other)
+        full = np.stack([batch.frames["full_height"], batch.frames["full_width"]], 1)
+        asked = SEEN.frames(full, np.arange(4), 4, 8 * SIZE, batch.step, batch.index)
+        assert np.array_equal(batch.frames, asked)
+        assert batch.sizes.tolist() == [[h, w] for h, w, *_ in asked.tolist()]
+    assert substituted
 
 
 def test_real_photos_pass(photo_folder, tmp_path):
@@ -434,6 +501,6 @@ def test_a_pool_gives_batches_back_in_the_order_of_submission(index):
         sizes = [1, 30, 2, 25, 3, 9, 1]
         for count in sizes:
             pool.submit(_extents(index, np.arange(count)))
-        assert [len(pool.receive().sizes) for _ in sizes] == sizes
+        assert [len(pool.receive().frames) for _ in sizes] == sizes
     finally:
         pool.close()
