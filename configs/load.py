@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.redact import redact, refuse_secrets
 from bigbatch.configs.schema import Recipe
 
+_DEEPEST = 20  # parts of an override's key
 BUILTIN = Path(__file__).parent
 MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000
 
 # What may change between two starts of one run: where it logs and saves, and how many
 # processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
@@ -52,6 +56,7 @@ def change_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
 
 def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
     """Check a tree of plain values; `source` is named in the error."""
+    refuse_secrets(tree, f"recipe {source}")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -67,7 +72,7 @@ def find_recipe(name: str | Path) -> Path:
     """A file as given, or a built-in recipe by its name."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if os.path.isfile(path):  # False, too, for a name that no file can have
             return path
     elif (BUILTIN / f"{name}.yaml").is_file() and len(path.parts) == 1:
         return BUILTIN / f"{name}.yaml"
@@ -143,9 +148,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: makes plain values only
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from None
+        loader = _Loader(text)  # a SafeLoader: makes plain values only
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MAX_VALUES:
+            raise UserError(f"{source} stands for more than {MAX_VALUES:,} values: no recipe does")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{source} is not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source} is not valid YAML: {_shortened(redact(str(error)))}") from None
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for once its aliases are written out.
+
+    A few lines of aliases of aliases can stand for billions ("billion laughs"), and an alias
+    inside its own anchor for infinitely many, which counts as too many.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES + 1  # met again inside itself: endless
+        inner: list[yaml.Node] = []
+        for part in node.value:
+            inner += part if isinstance(part, tuple) else (part,)
+        known[id(node)] = 1 + sum(_values(part, known) for part in inner)
+    return known[id(node)]
+
+
+def _shortened(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _inherit(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -159,7 +193,7 @@ def _inherit(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise UserError(f"{path}: base is {base!r}; it must be one recipe's name or path")
     beside = path.parent / base
-    parent = beside if beside.suffix and beside.is_file() else find_recipe(base)
+    parent = beside if beside.suffix and os.path.isfile(beside) else find_recipe(base)
     inherited = _inherit(parent, (*seen, path.resolve()))
     inherited.pop("name", None)  # a run is named after its own recipe
     return _merge(inherited, tree)
@@ -181,7 +215,7 @@ def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     path = key.strip().split(".")
-    if not equals or not all(path):
+    if not equals or not all(path) or len(path) > _DEEPEST:
         raise UserError(f"override {text!r} is not of the form key=value, such as optimizer.lr=2")
     # Built as a tree of one leaf, so that an override merges by the same rule as `base:`.
     leaf: Any = _parse(value, f"override {text!r}")
@@ -207,9 +241,11 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> str:
         return f"{where}: missing; it has no default, so write it"
     if kind == "value_error":
         return message if where == "recipe" else f"{where}: {message}"
-    value = repr(error["input"])
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return f"{where} = {shown}: {message}"
+    try:
+        value = repr(error["input"])
+    except ValueError:  # an integer of thousands of digits
+        value = "a number too long to show"
+    return f"{where} = {_shortened(value, 80)}: {message}"
 
 
 def _written(loc: Sequence[Any], tree: Any) -> list[Any]:

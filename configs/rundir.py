@@ -82,16 +82,22 @@ class RunDir:
         return parse_recipe(read_yaml(self.recipe_file), str(self.recipe_file))
 
 
+def check_name(name: str) -> None:
+    """Raise UserError where a run may not be called so: names become paths and arguments."""
+    if not NAME.fullmatch(name):
+        shown = name if len(name) <= 120 else name[:117] + "..."
+        raise UserError(
+            f"run name {shown!a} is not allowed: use up to 100 letters, digits, '.', '_' "
+            "and '-', starting with a letter or digit"
+        )
+
+
 def create_run(path: Path, recipe: Recipe) -> RunDir:
     """Make a new run directory with the resolved recipe, its hash and the versions.
 
     Raises UserError where a run is there already: nothing is ever overwritten.
     """
-    if not NAME.fullmatch(path.name):
-        raise UserError(
-            f"run name {path.name!r} is not allowed: use up to 100 letters, digits, '.', '_' "
-            "and '-', starting with a letter or digit"
-        )
+    check_name(path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700)

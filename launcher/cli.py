@@ -9,6 +9,7 @@ import sys
 import click
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.redact import message
 from bigbatch.launcher import (
     cli_advise,
     cli_data,
@@ -71,7 +72,7 @@ def main() -> None:
     try:
         cli()
     except UserError as error:
-        print(f"bigbatch: {error}", file=sys.stderr)
+        print(f"bigbatch: {message(error)}", file=sys.stderr)
         sys.exit(2)
 
 

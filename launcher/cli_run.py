@@ -51,8 +51,8 @@ def train(
                 "each machine"
             )
         count = start.ranks_here(loaded, peers, nproc, nnodes, os.environ)
-        start.check_start(loaded)
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
+        start.check_start(loaded)
         if peers is None and nnodes == 1:
             create_run(path, loaded)
         else:

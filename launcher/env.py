@@ -79,6 +79,11 @@ def _srun(env: Mapping[str, str]) -> Peers:
     node = _number(env, "SLURM_NODEID")
     local = _number(env, "SLURM_LOCALID")
     local_size = per_node[node] if node < len(per_node) else 1
+    if not local < local_size <= size:
+        raise UserError(
+            f"SLURM_LOCALID={local}, {local_size} tasks on this node and {size} in the step "
+            "contradict each other; start through srun, or unset SLURM_PROCID to start by hand"
+        )
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),

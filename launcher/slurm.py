@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.redact import refuse_secrets
 from bigbatch.configs.rundir import NAME
 
 # The one line of the template that says what to start, and the start of the one that does.
@@ -18,15 +19,15 @@ _COMMAND = 'set -- bigbatch train "$@"\n'
 _SRUN = "srun --mpi=none "
 _MOST_RUNS = 1000  # of an array; sites allow about as many (MaxArraySize 1001)
 
-_NODES = re.compile(r"[1-9]\d{0,5}(-[1-9]\d{0,5})?")
-_TIME = re.compile(r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}")
+_NODES = re.compile(r"[1-9][0-9]{0,5}(-[1-9][0-9]{0,5})?")
+_TIME = re.compile(r"([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{1,2}){0,2}")
 _WORD = re.compile(r"[A-Za-z0-9_.,@+-]{1,200}")
 _CONSTRAINT = re.compile(r"[A-Za-z0-9_.,@+&|*()\[\]-]{1,200}")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]{0,40}(=[A-Za-z0-9_.,:@+=/&|*()\[\]-]{1,400})?")
 # sbatch reads its lines with quotes, escapes and comments of its own.
 _PATH = re.compile(r"[^\x00-\x1f\x7f\"'\\#:]+")
-_ARRAY = re.compile(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*(%[1-9]\d{0,5})?")
-_AFTER = re.compile(r"\d{1,12}(_\d{1,6})?")
+_ARRAY = re.compile(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*(%[1-9][0-9]{0,5})?")
+_AFTER = re.compile(r"[0-9]{1,12}(_[0-9]{1,6})?")
 _IMAGE = re.compile(r"[A-Za-z0-9_./@:+#-]{1,400}")
 
 
@@ -64,6 +65,7 @@ class Job:
             value = getattr(self, name)
             if value is not None and not pattern.fullmatch(value):
                 raise UserError(f"--{name} {value!r} is not allowed; write it like {example}")
+        refuse_secrets(self.options, "--sbatch-arg")
         for option in self.options:
             if not _OPTION.fullmatch(option):
                 raise UserError(

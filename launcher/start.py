@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import NO_EFFECT, change_recipe, dump_recipe, recipe_hash
-from bigbatch.configs.rundir import NAME, RunDir, create_run, write_atomically
+from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import Peers, default_nproc
 from bigbatch.trainers.plan import check_world
@@ -119,8 +119,10 @@ def run_path(
     started cannot look for a free one without a race; theirs is NAME-JOB.
     """
     if path is not None:
+        check_name(path.name)
         return path
     if name is not None:
+        check_name(name)
         return runs / name
     if peers is not None:
         if peers.job is None:
@@ -130,6 +132,7 @@ def run_path(
             )
         # torchrun --standalone makes up a UUID; its start is enough to tell runs apart.
         job = peers.job[:8] if _UUID.fullmatch(peers.job) else peers.job
+        check_name(f"{recipe.name}-{job}")
         return runs / f"{recipe.name}-{job}"
     number, path = 1, runs / recipe.name
     while path.exists():

@@ -1,5 +1,6 @@
 """What a recipe's names and durations come to once its data is open. Free of torch."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
     Raises UserError with the remedy for whatever would stop a run at its start.
     """
     data, root = recipe.data, Path(recipe.data.path)
-    if not is_url(data.path) and not root.is_dir():
+    if not is_url(data.path) and not os.path.isdir(root):
         source = "digits" if root.name == "digits" else "SOURCE"
         raise UserError(
             f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "

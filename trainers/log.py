@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.jsonl import JsonLines, plain
@@ -89,7 +90,7 @@ class Log:
             now = time.time()
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
             record = {"time": round(now, 3), "date": stamp, "kind": kind, "step": self._step}
-            self._events.append(record | fields)
+            self._events.append(redact(record | fields))
 
     def problem(self, kind: str, message: str, **fields: Any) -> None:
         """Record and show what went wrong where training goes on."""

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe
 
@@ -135,7 +136,7 @@ class WandbView:
             resume="allow",
             mode=self._mode,
             dir=str(self._run.path),
-            config=config,
+            config=redact(config),
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
         )
 

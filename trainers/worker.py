@@ -20,6 +20,7 @@ import torch
 
 from bigbatch.configs.errors import RankError, UserError
 from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         # Every rank meets the same error, or learns of it; one of them says it.
         if engine is None or engine.rank == 0:
-            print(f"bigbatch: {error}", file=sys.stderr, flush=True)
+            print(f"bigbatch: {message(error)}", file=sys.stderr, flush=True)
         elif isinstance(error, RankError):
             print(f"bigbatch: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
         return 2
