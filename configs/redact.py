@@ -28,7 +28,7 @@ _ASSIGNED = re.compile(
 )
 # ... and in --name value.
 _OPTION = re.compile(
-    rf"(?P<before>--?[\w-]{{0,60}}?(?:{_NAME})\s+)(?P<secret>[^\s-]\S{{2,}})", re.I
+    rf"(?P<before>(?<![\w-])--?[\w-]{{0,60}}?(?:{_NAME})\s+)(?P<secret>[^\s-]\S{{2,}})", re.I
 )
 _HEADER = re.compile(r"(?P<before>\b(?:bearer|basic)\s+)(?P<secret>[A-Za-z0-9+/=._~-]{16,})", re.I)
 _USER_INFO = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]{0,20}://)(?P<secret>[^\s/@?#]+)(?=@)", re.I)

@@ -35,7 +35,7 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
             in_chans=channels,
             **options,
         )
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # options go to any constructor, and weights are anything
         source = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
         raise UserError(
             f"timm cannot build {config.name} ({source} weights, options {options}): {error}"
