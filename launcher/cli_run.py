@@ -2,26 +2,42 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from bigbatch.launcher import options
+from bigbatch.launcher.launchers import LAUNCHERS
 
 
 @click.command(short_help="Train here, or take part where a launcher started this.")
 @options.recipe
 @click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
-@click.option("--nnodes", type=click.IntRange(1), default=1, help="Machines that start alike.")
-@click.option("--rdzv-endpoint", help="With --nnodes: HOST:PORT of one of the machines.")
+@click.option(
+    "--launcher",
+    type=click.Choice(LAUNCHERS),
+    default="torchrun",
+    show_default=True,
+    help="What starts the processes.",
+)
+@click.option("--nnodes", default="1", help="Machines that start alike; or MIN:MAX.")
+@click.option("--rdzv-endpoint", "--rdzv", help="With --nnodes: HOST:PORT of one of the machines.")
+@click.option("--node-rank", type=click.IntRange(0), help="accelerate: number of this machine.")
+@click.option(
+    "--hostfile", type=click.Path(path_type=Path, exists=True), help="deepspeed: its machines."
+)
 @options.new_run
 @options.runs_folder
 def train(
     recipe: str,
     overrides: tuple[str, ...],
     nproc: int | None,
-    nnodes: int,
+    launcher: str,
+    nnodes: str,
     rdzv_endpoint: str | None,
+    node_rank: int | None,
+    hostfile: Path | None,
     run: str | None,
     run_dir: Path | None,
     runs_folder: Path,
@@ -39,25 +55,26 @@ def train(
     from bigbatch.configs.load import load_recipe
     from bigbatch.configs.rundir import create_run
     from bigbatch.launcher import start
-    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.env import cpus_per_task, find_peers
+    from bigbatch.launcher.launchers import Launch
 
     peers = find_peers(os.environ)
     start.hold_signals(peers)
     with start.one_voice(peers):
         loaded = load_recipe(recipe, overrides)
-        if nnodes > 1 and (rdzv_endpoint is None or (run is None and run_dir is None)):
-            raise UserError(
-                f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT and --run NAME, the same on "
-                "each machine"
-            )
-        count = start.ranks_here(loaded, peers, nproc, nnodes, os.environ)
+        cpus = cpus_per_task(os.environ)
+        launch = Launch(launcher, 1, nnodes, rdzv_endpoint, node_rank, hostfile, cpus)
+        several = launch.most_nodes > 1 and launcher in ("torchrun", "accelerate")
+        if several and run is None and run_dir is None:
+            raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
+        count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         start.check_start(loaded)
-        if peers is None and nnodes == 1:
+        if peers is None and not several:
             create_run(path, loaded)
         else:
             start.join_run(path, loaded)
-    start.begin(path, peers, count, nnodes=nnodes, rdzv_endpoint=rdzv_endpoint)
+        start.begin(path, peers, None if count is None else replace(launch, nproc=count))
 
 
 @click.command(short_help="Go on with a run from its newest checkpoint.")
@@ -85,7 +102,9 @@ def resume(
     """
     from bigbatch.launcher import start
     from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.launchers import Launch
     from bigbatch.launcher.registry import find_run
+    from bigbatch.launcher.submit import resubmit, see_that_no_job_lives
 
     peers = find_peers(os.environ)
     start.hold_signals(peers)
@@ -95,18 +114,16 @@ def resume(
             if peers is None or peers.rank == 0:
                 click.echo(f"{found.path} is finished; see {found.report}")
             return
-        recipe = start.change_run(found, overrides, peers) if overrides else found.recipe()
         if peers is None:
-            from bigbatch.launcher.submit import resubmit, see_that_no_job_lives
-
             see_that_no_job_lives(found)
-            if slurm:
-                start.check_start(recipe)
-                click.echo(resubmit(found, sbatch_arg))
-                return
+        recipe = start.change_run(found, overrides, peers) if overrides else found.recipe()
+        if slurm:
+            start.check_start(recipe)
+            click.echo(resubmit(found, sbatch_arg))
+            return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
         start.check_start(recipe)
-    start.begin(found.path, peers, count)
+        start.begin(found.path, peers, None if count is None else Launch(nproc=count))
 
 
 @click.command(short_help="Prove that batches and weights depend on the recipe alone.")

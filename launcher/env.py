@@ -1,5 +1,7 @@
 """Which launcher started this process: the only module that reads launchers' variables.
 
+It also chooses those that torch and its transports read: threads, interface and port.
+
 `bigbatch train` may be started once (it then starts the ranks itself), or once per rank by
 torchrun, `accelerate launch`, `deepspeed` or srun. The first three set torchrun's variables;
 srun has its own, which are translated. Sources: pytorch.org/docs, "torchrun (Elastic
@@ -8,9 +10,12 @@ Launch)"; slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES".
 
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from bigbatch.configs.errors import UserError
 
@@ -18,6 +23,8 @@ from bigbatch.configs.errors import UserError
 _INTERACTIVE_STEP = 0xFFFFFFFA
 # Rendezvous ports: below Linux's ephemeral ports (32768 and up), which come and go.
 _FIRST_PORT, _PORTS = 10_000, 20_000
+# What is chosen here where the environment leaves it open.
+CHOSEN = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ def default_nproc(env: Mapping[str, str]) -> int:
     return max(1, sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia[0-9]*")))
 
 
+def cpus_per_task(env: Mapping[str, str]) -> int | None:
+    """The cores that the allocation around this process has for each task; None: no such."""
+    return _number(env, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in env else None
+
+
 def _torchrun(env: Mapping[str, str]) -> Peers:
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     missing = [v for v in ("MASTER_ADDR", "MASTER_PORT") if v not in env]
@@ -84,38 +96,107 @@ def _srun(env: Mapping[str, str]) -> Peers:
             f"SLURM_LOCALID={local}, {local_size} tasks on this node and {size} in the step "
             "contradict each other; start through srun, or unset SLURM_PROCID to start by hand"
         )
+    nodes = list(hosts(env.get("SLURM_STEP_NODELIST", "")))
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(local),
         "LOCAL_WORLD_SIZE": str(local_size),
-        "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST", "")),
+        "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(_FIRST_PORT + (16 * job + step) % _PORTS),
     }
-    if "OMP_NUM_THREADS" not in env:
-        # Without this every rank would take all the cores of the node.
-        cores = len(os.sched_getaffinity(0)) // local_size
-        if "SLURM_CPUS_PER_TASK" in env:
-            cores = _number(env, "SLURM_CPUS_PER_TASK")
-        variables["OMP_NUM_THREADS"] = str(max(1, cores))
+    cores = len(os.sched_getaffinity(0)) // local_size
+    if "SLURM_CPUS_PER_TASK" in env:
+        cores = _number(env, "SLURM_CPUS_PER_TASK")
+    # Every node looks towards another one: the first towards the second, the rest to the first.
+    other = nodes[1] if node == 0 and len(nodes) > 1 else nodes[0]
+    variables |= _threads(cores, env) | _interface(other, len(nodes), env)
     return Peers("srun", rank, local, size, str(job), variables)
+
+
+def hosts(nodes: str) -> Iterator[str]:
+    """The hosts of SLURM's compressed list: ``gpu[07-09,12],cpu1`` gives gpu07, gpu08, ..."""
+    parts, depth, start = [], 0, 0
+    for at, character in enumerate(f"{nodes},"):
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            parts.append(nodes[start:at])
+            start = at + 1
+    for part in parts or [""]:  # a bracket that is never closed makes no part
+        yield from _expand(part, nodes)
+
+
+def _expand(part: str, nodes: str) -> Iterator[str]:
+    before, bracket, rest = part.partition("[")
+    if not bracket:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", part):
+            raise UserError(
+                f"SLURM_STEP_NODELIST={nodes!r} names no host; start through srun, or unset "
+                "SLURM_PROCID to start by hand"
+            )
+        yield part
+        return
+    numbers, _, after = rest.partition("]")
+    for span in numbers.split(","):
+        first, _, last = span.partition("-")
+        if not re.fullmatch(r"\d{1,9}", first) or not re.fullmatch(r"\d{0,9}", last):
+            yield from _expand("", nodes)
+        for number in range(int(first), int(last or first) + 1):
+            yield from _expand(f"{before}{number:0{len(first)}d}{after}", nodes)
 
 
 def first_host(nodes: str) -> str:
     """The first host of SLURM's compressed list: ``gpu[07-09,12],cpu1`` gives ``gpu07``."""
-    host, depth = "", 0
-    for character in nodes:
-        if character == "," and depth == 0:
-            break
-        depth += (character == "[") - (character == "]")
-        host += character
-    host = re.sub(r"\[(\d+)[-,\d]*\]", r"\1", host)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host):
-        raise UserError(
-            f"SLURM_STEP_NODELIST={nodes!r} names no host; start through srun, or unset "
-            "SLURM_PROCID to start by hand"
-        )
-    return host
+    return next(hosts(nodes))
+
+
+def start_variables(
+    nproc: int, nnodes: int, endpoint: str | None, env: Mapping[str, str]
+) -> dict[str, str]:
+    """Threads and network interface for `nproc` ranks on this machine, where none are chosen."""
+    cores = len(os.sched_getaffinity(0)) // nproc
+    other = endpoint.rpartition(":")[0].strip("[]") if endpoint and nnodes > 1 else None
+    return _threads(cores, env) | _interface(other, nnodes, env)
+
+
+def _threads(cores: int, env: Mapping[str, str]) -> dict[str, str]:
+    # Without this every rank would take all the cores of the machine.
+    return {} if "OMP_NUM_THREADS" in env else {"OMP_NUM_THREADS": str(max(1, cores))}
+
+
+def _interface(other: str | None, nnodes: int, env: Mapping[str, str]) -> dict[str, str]:
+    """The network interface that leads to `other`, a host that takes part; one machine: lo.
+
+    Left alone, gloo takes the address that this machine's own name stands for: on Debian
+    often 127.0.1.1, which no other machine can reach; and a name that stands for nothing
+    costs seconds.
+    """
+    chosen = {"GLOO_SOCKET_IFNAME": "lo"} if nnodes == 1 and _has_loopback() else {}
+    name = interface_to(other) if nnodes > 1 and other else None
+    if name is not None:
+        # NCCL takes the value for the start of a name, unless = stands before it.
+        chosen = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+    return {key: value for key, value in chosen.items() if key not in env}
+
+
+def interface_to(host: str) -> str | None:
+    """The interface whose address this machine would use towards `host`; None: unknown."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.split("%")[0] == own for found in addresses):
+            # The host's own name may stand for a loopback address: no way to the others.
+            return None if own.startswith("127.") and own != address[0] else name
+    return None
+
+
+def _has_loopback() -> bool:
+    return "lo" in psutil.net_if_addrs()
 
 
 def tasks_per_node(text: str) -> list[int]:

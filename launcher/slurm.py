@@ -17,6 +17,7 @@ from bigbatch.configs.rundir import NAME
 # The one line of the template that says what to start, and the start of the one that does.
 _COMMAND = 'set -- bigbatch train "$@"\n'
 _SRUN = "srun --mpi=none "
+_TASKS = "export SLURM_NTASKS_PER_NODE={} SLURM_CPUS_PER_TASK={}\n"
 _MOST_RUNS = 1000  # of an array; sites allow about as many (MaxArraySize 1001)
 
 _NODES = re.compile(r"[1-9][0-9]{0,5}(-[1-9][0-9]{0,5})?")
@@ -141,12 +142,17 @@ def render(
                 "which sbatch cannot read in a script; choose another folder with --run-dir"
             )
     output = str(run).replace("%", "%%")
+    # With a range of nodes, tasks would be counted for the fewest, and SLURM would give no
+    # more nodes than those need. So a node is asked for by its cores, and srun counts.
+    elastic = "-" in job.nodes
+    cores = str(job.ranks_per_node * job.cpus_per_rank)
     options = {
         "job-name": run.name,
         "nodes": job.nodes,
-        "ntasks-per-node": str(job.ranks_per_node),
+        "ntasks-per-node": None if elastic else str(job.ranks_per_node),
         "gpus-per-node": str(job.gpus_per_node) if job.gpus_per_node else None,
-        "cpus-per-task": str(job.cpus_per_rank),
+        "cpus-per-task": None if elastic else str(job.cpus_per_rank),
+        "mincpus": cores if elastic else None,
         "time": job.time,
         "partition": job.partition,
         "account": job.account,
@@ -176,7 +182,8 @@ def render(
         + f"\nrun={shlex.quote(str(run))}{index}\n"
         "# The code as it was at submission.\n"
         'export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"\n'
-        f'set -- {shlex.join(program)} -P -m bigbatch.launcher.cli resume "$run"\n'
+        + (_TASKS.format(job.ranks_per_node, job.cpus_per_rank) if elastic else "")
+        + f'set -- {shlex.join(program)} -P -m bigbatch.launcher.cli resume "$run"\n'
         + body.replace(f"\n{_SRUN}", f"\n{_SRUN}{flags}")
     )
 

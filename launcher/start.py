@@ -15,7 +15,8 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import NO_EFFECT, change_recipe, dump_recipe, recipe_hash
 from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run, write_atomically
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.env import Peers, default_nproc
+from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
+from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.trainers.plan import check_world
 
 RUNS = Path("runs")
@@ -29,30 +30,13 @@ def agent_command(
     run: Path,
     nproc: int,
     *,
-    nnodes: int = 1,
+    nnodes: int | str = 1,
     rdzv_endpoint: str | None = None,
     stop_at: int | None = None,
 ) -> list[str]:
     """The argument list that runs `nproc` ranks on this machine, of `nnodes` alike."""
-    if nproc == 1 and nnodes == 1:
-        return worker_command(run, stop_at)  # nothing to coordinate: start sooner
-    command = [*_python("bigbatch.trainers.agent"), "--nproc", str(nproc)]
-    if nnodes > 1:
-        command += ["--nnodes", str(nnodes), "--rdzv-endpoint", str(rdzv_endpoint)]
-    if stop_at is not None:
-        command += ["--stop-at", str(stop_at)]
-    return [*command, str(run)]
-
-
-def worker_command(run: Path, stop_at: int | None = None) -> list[str]:
-    """The argument list that runs one rank."""
-    limit = [] if stop_at is None else ["--stop-at", str(stop_at)]
-    return [*_python("bigbatch.trainers.worker"), *limit, str(run)]
-
-
-def _python(module: str) -> list[str]:
-    # -P: the current folder is not searched for modules, as with the `bigbatch` script.
-    return [sys.executable, "-P", "-m", module]
+    launch = Launch(nproc=nproc, nnodes=str(nnodes), endpoint=rdzv_endpoint)
+    return launch_command(launch, run, stop_at)
 
 
 def ranks_here(
@@ -199,24 +183,42 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
     return changed
 
 
-def begin(
-    run: Path,
-    peers: Peers | None,
-    nproc: int | None,
-    *,
-    nnodes: int = 1,
-    rdzv_endpoint: str | None = None,
-) -> NoReturn:
-    """Become the worker, or the agent of `nproc` of them.
+def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
+    """Become the worker, or a launcher of several; says how, where a person started it.
 
     This process is replaced, so that signals and the exit status need no relay.
     """
-    if nproc is None:
+    if launch is None:
         assert peers is not None
-        command, variables = worker_command(run), peers.variables
+        command, variables = worker_command(run), dict(peers.variables)
     else:
-        command = agent_command(run, nproc, nnodes=nnodes, rdzv_endpoint=rdzv_endpoint)
-        variables = {}
+        command = launch_command(launch, run)
+        # srun's tasks choose for themselves, on the machine on which they are.
+        here = launch.nproc, launch.most_nodes, launch.endpoint
+        variables = {} if launch.launcher == "srun" else start_variables(*here, os.environ)
+    if peers is None or peers.rank == 0:
+        print(f"bigbatch: {describe_start(peers, launch, variables)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(command[0], command, {**os.environ, **variables})
+    try:
+        os.execvpe(command[0], command, {**os.environ, **variables})
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not on this machine; use another --launcher") from None
+
+
+def describe_start(peers: Peers | None, launch: Launch | None, variables: Mapping[str, str]) -> str:
+    """What was chosen for a start, and what the environment had said already, in one line."""
+    if launch is not None:
+        nodes = "" if launch.nnodes == "1" else f" on each of {launch.nnodes} machines"
+        count, launcher = f"{launch.nproc}{nodes}", launch.launcher
+        where = launch.endpoint
+    else:
+        assert peers is not None
+        count, launcher = str(peers.size), peers.launcher
+        known = {**os.environ, **variables}
+        where = f"{known.get('MASTER_ADDR', '')}:{known.get('MASTER_PORT', '')}".strip(":") or None
+    words = [f"ranks {count}", f"launcher {launcher}"]
+    words += [f"rendezvous {where}"] if where and count != "1" else []
+    shown = {name: {**os.environ, **variables}.get(name) for name in CHOSEN}
+    words += [f"{name}={value}" for name, value in shown.items() if value is not None]
+    return ", ".join(words)

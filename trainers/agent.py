@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bigbatch.trainers.agent")
     parser.add_argument("run", type=Path)
     parser.add_argument("--nproc", type=int, required=True, help="ranks on this machine")
-    parser.add_argument("--nnodes", type=int, default=1, help="machines")
+    parser.add_argument("--nnodes", default="1", help="machines: a number, or MIN:MAX")
     parser.add_argument("--rdzv-endpoint", default="localhost:0", help="HOST:PORT of one of them")
     parser.add_argument("--stop-at", type=int, help="end after this many steps, unfinished")
     options = parser.parse_args(arguments)
@@ -75,14 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
     signals = Signals()
     with tempfile.TemporaryDirectory(prefix="bigbatch-agent-") as folder:
         config = LaunchConfig(
-            min_nodes=options.nnodes,
-            max_nodes=options.nnodes,
+            min_nodes=int(options.nnodes.split(":")[0]),
+            max_nodes=int(options.nnodes.split(":")[-1]),
             nproc_per_node=options.nproc,
             run_id=options.run.name,
             rdzv_backend="c10d",
             rdzv_endpoint=options.rdzv_endpoint,
             # One machine needs no host name, which may take seconds to look up.
-            local_addr="localhost" if options.nnodes == 1 else None,
+            local_addr="localhost" if options.nnodes == "1" else None,
             max_restarts=0,  # a run goes on from its checkpoint by a new start, not in here
             logs_specs=DefaultLogsSpecs(log_dir=folder),  # output stays on the terminal
             signals_to_handle="SIGQUIT",  # the others are handled above

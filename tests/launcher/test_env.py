@@ -1,11 +1,22 @@
 """Each launcher's variables, as captured from the real one; and absurd ones."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch.configs.errors import UserError
-from bigbatch.launcher.env import Peers, default_nproc, find_peers, first_host, tasks_per_node
+from bigbatch.launcher.env import (
+    Peers,
+    default_nproc,
+    find_peers,
+    first_host,
+    hosts,
+    interface_to,
+    start_variables,
+    tasks_per_node,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -91,6 +102,43 @@ def test_srun_leaves_a_thread_count_that_was_chosen() -> None:
     peers = find_peers({**SRUN, "OMP_NUM_THREADS": "2"})
     assert peers is not None
     assert "OMP_NUM_THREADS" not in peers.variables
+
+
+def test_one_node_needs_no_network() -> None:
+    peers = find_peers({**SRUN, "SLURM_STEP_NODELIST": "gpu07", "SLURM_NODEID": "0"})
+    assert peers is not None
+    assert peers.variables["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in peers.variables
+    chosen = {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert "GLOO_SOCKET_IFNAME" not in start_variables(2, 1, None, chosen)
+
+
+def test_the_interface_is_the_one_that_leads_to_another_node() -> None:
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("host.invalid") is None
+    several = start_variables(1, 2, "127.0.0.1:29400", {"OMP_NUM_THREADS": "3"})
+    assert several == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    # Nothing is guessed where a name leads nowhere.
+    assert start_variables(1, 2, "host.invalid:1", {"OMP_NUM_THREADS": "3"}) == {}
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine() -> None:
+    cores = len(os.sched_getaffinity(0))
+    for nproc in (1, 2, 4 * cores):
+        threads = start_variables(nproc, 1, None, {})["OMP_NUM_THREADS"]
+        assert threads == str(max(1, cores // nproc))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names"),
+    [
+        ("n1", ["n1"]),
+        ("gpu[07-09,12],cpu1", ["gpu07", "gpu08", "gpu09", "gpu12", "cpu1"]),
+        ("r[1-2]-n[9-10]", ["r1-n9", "r1-n10", "r2-n9", "r2-n10"]),
+    ],
+)
+def test_all_hosts_of_a_list(nodes: str, names: list[str]) -> None:
+    assert list(hosts(nodes)) == names
 
 
 def test_torchrun_inside_srun_is_torchrun() -> None:

@@ -56,6 +56,25 @@ def test_a_launcher_gives_the_same_weights(launcher: str, shards: str, local: Ru
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed", "deepspeed with a hostfile"])
+def test_bigbatch_starts_a_launcher_that_gives_the_same_weights(
+    launcher: str, shards: str, local: RunDir, tmp_path: Path
+) -> None:
+    options = ["--nproc", "2", "--launcher", launcher.split()[0]]
+    if "hostfile" in launcher:
+        (tmp_path / "hosts").write_text("localhost slots=2\n")
+        options += ["--hostfile", str(tmp_path / "hosts")]
+    name = launcher.replace(" ", "-") + "-2"
+    done = call(shards, "bigbatch", "train", "digits", *CHANGES, *options, "--run", name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"ranks 2, launcher {launcher.split()[0]}" in done.stderr
+    run = RunDir(local.path.with_name(name))
+    assert json.loads(run.summary.read_text())["world_size"] == 2
+    weights = "checkpoints/step-00000006/model.safetensors"
+    assert relative_difference(run.path / weights, local.path / weights) == 0.0
+
+
+@pytest.mark.slow
 def test_more_ranks_than_micro_batches_under_torchrun(shards: str) -> None:
     command = ["torchrun", "--standalone", "--nproc-per-node", "5", "-m", MODULE]
     done = call(shards, *command, "train", "digits", "--run-name", "five")

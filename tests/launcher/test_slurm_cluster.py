@@ -2,10 +2,11 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import relative_difference
+from bigbatch.trainers.wandb_view import history_steps
 from tests.slurm_cluster import missing, slurm_cluster
 
 pytestmark = [
@@ -46,8 +48,8 @@ class Place:
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
 
-    def submit(self, name: str, *options: str) -> str:
-        command = [BIGBATCH, "submit", "digits", *CHANGES, "--run", name, "--json", *options]
+    def submit(self, name: str, *options: str, changes: Sequence[str] = CHANGES) -> str:
+        command = [BIGBATCH, "submit", "digits", *changes, "--run", name, "--json", *options]
         return str(json.loads(self.call(*command, "--cpus-per-rank", "1"))["job"])
 
     def state(self, job: str) -> str:
@@ -62,6 +64,22 @@ class Place:
             assert now.split()[0] in WAITING, f"{now}, not {state}"
             assert time.monotonic() < deadline, f"{now}, not {state}"
             time.sleep(0.5)
+
+    def wait_for_step(self, job: str, name: str, step: int) -> None:
+        """Until the run has a record of `step`, or its job runs where that is 0."""
+        while True:
+            state = self.state(job).split()[0]
+            assert state in WAITING, state
+            if any(r["step"] >= step for r in read_jsonl(self.run(name).metrics)):
+                return
+            if step == 0 and state == "RUNNING":
+                return
+            time.sleep(0.1)
+
+    def preempt(self) -> None:
+        """Take the whole cluster for a moment, at a higher priority."""
+        urgent = ["sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive", "--wrap=true"]
+        self.wait(self.call(*urgent, "--output=/dev/null").strip(), "COMPLETED 0:0")
 
     def run(self, name: str) -> RunDir:
         return RunDir(self.folder / "runs" / name)
@@ -103,23 +121,92 @@ def test_two_nodes_give_the_weights_of_this_machine(place: Place) -> None:
     assert "finished" in place.call(BIGBATCH, "runs")
 
 
-def test_preempted_and_requeued(place: Place) -> None:
+def test_preempted_and_requeued_five_times(place: Place) -> None:
     job = place.submit("preempted", "--nodes", "2", "--ranks-per-node", "2")
     run = place.run("preempted")
-    while not any(r["step"] >= 5 for r in read_jsonl(run.metrics)):
-        assert place.state(job).split()[0] in WAITING
-        time.sleep(0.1)
-    urgent = [*("sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive"), "--wrap=true"]
-    place.wait(place.call(*urgent, "--output=/dev/null").strip(), "COMPLETED 0:0")
+    choose = random.Random(seed := time.time_ns())
+    print(f"seed {seed}")
+    # The first may come before the ranks listen; the last leaves steps to go on with.
+    for step in sorted(choose.sample(range(STEPS - 10), 5)):
+        place.wait_for_step(job, "preempted", step)
+        time.sleep(choose.random())
+        place.preempt()
     place.wait(job, "COMPLETED 0:0")
-    events = read_jsonl(run.events)
-    (stopped,) = [e["step"] for e in events if e["kind"] == "signal"]
-    assert [e["step"] for e in events if e["kind"] == "start"] == [0, stopped]
-    assert 5 <= stopped < STEPS
+
     assert_same_weights(run, place.run("local"))
     assert_every_step_once(run)
-    # One output file over both starts.
+    events = read_jsonl(run.events)
+    starts = [e["step"] for e in events if e["kind"] == "start"]
+    stops = [e["step"] for e in events if e["kind"] == "signal"]
+    # A rank that is stopped before it listens has no start of its own to note.
+    assert 3 <= len(starts) <= 6
+    assert starts == [0, *stops]
+    # wandb: one run, each step in it once, over all attempts.
+    files = list((run.path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({file.name for file in files}) == 1
+    steps = sorted(step for file in files for step in history_steps(file))
+    assert steps == list(range(1, STEPS + 1))
+    # One output file over all starts.
     assert len(list(run.path.glob("slurm-*.out"))) == 1
+
+
+def test_a_range_of_nodes_trains_with_what_is_free(place: Place) -> None:
+    busy = place.call(
+        *("sbatch", "--parsable", "-N", "1", "--exclusive", "--output=/dev/null"),
+        "--wrap=sleep 600",
+    ).strip()
+    place.wait(busy, "RUNNING 0:0")
+    job = place.submit("elastic", "--nodes", "1-4", "--ranks-per-node", "1")
+    place.wait(job, "COMPLETED 0:0")
+    place.call("scancel", busy)
+    run = place.run("elastic")
+    assert json.loads(run.summary.read_text())["world_size"] == 3
+    assert_same_weights(run, place.run("local"))  # reduction: exact
+
+
+def test_cancelled_it_saves_and_goes_on_when_it_is_resumed(place: Place) -> None:
+    job = place.submit("cancelled", "--nodes", "1", "--ranks-per-node", "2")
+    run = place.run("cancelled")
+    place.wait_for_step(job, "cancelled", 3)
+    refused = place.call(BIGBATCH, "resume", "cancelled", status=2)
+    assert refused == ""
+    assert "finishes its step, saves and ends" in place.call(BIGBATCH, "cancel", "cancelled")
+    place.wait(job, "FAILED 75:0")
+    status = json.loads(place.call(BIGBATCH, "status", "cancelled", "--json"))
+    assert status["state"] == "stopped"
+    assert status["checkpoints"] == [f"step-{status['step']:08d}"]
+    again = place.call(BIGBATCH, "resume", "cancelled", "--slurm").strip()
+    assert "queued" in place.call(BIGBATCH, "runs") or "running" in place.call(BIGBATCH, "runs")
+    followed = place.call(BIGBATCH, "logs", "--follow", "cancelled")
+    place.wait(again, "COMPLETED 0:0")
+    assert f"saved after step {status['step']}; go on with" in followed
+    assert all(followed.count(f"--- rank {rank} of 2") == 2 for rank in (0, 1))
+    assert f"cancelled {STEPS}/{STEPS} (100%)" in followed
+    assert_same_weights(run, place.run("local"))
+    assert_every_step_once(run)
+
+
+def test_an_array_with_frozen_code_and_a_job_after_it(place: Place) -> None:
+    changes = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=0 steps"]
+    options = ["--ranks-per-node", "1", "--sbatch-arg=--hold"]
+    job = place.submit("members", "--array", "0-1", *options, changes=changes)
+    after = place.submit("after", "--after", "members-1", changes=changes)
+    assert place.state(after) == "PENDING 0:0"
+    # The job runs the copy: what is changed in there shows, and only there.
+    worker = place.run("members-1").path / "code/bigbatch/trainers/worker.py"
+    worker.write_text(f"print('from the copy')\n{worker.read_text()}")
+    place.call("scontrol", "release", job)
+    place.wait(f"{job}_0", "COMPLETED 0:0")
+    place.wait(f"{job}_1", "COMPLETED 0:0")
+    place.wait(after, "COMPLETED 0:0")
+    zero, one = place.run("members-0"), place.run("members-1")
+    assert one.recipe().seed == zero.recipe().seed + 1
+    assert "from the copy" in place.call(BIGBATCH, "logs", "members-1")
+    assert "from the copy" not in place.call(BIGBATCH, "logs", "members-0")
+    names = [info["name"] for info in json.loads(place.call(BIGBATCH, "runs", "m*", "--json"))]
+    assert sorted(names) == ["members-0", "members-1"]
+    place.call(BIGBATCH, "rm", "--yes", "members-0")
+    assert not zero.path.exists()
 
 
 def test_the_template_by_hand_on_another_number_of_ranks(place: Place) -> None:

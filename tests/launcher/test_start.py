@@ -3,22 +3,24 @@
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
-from bigbatch.launcher.env import Peers
+from bigbatch.launcher.env import CHOSEN, Peers
+from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.launcher.start import (
     agent_command,
     change_run,
     check_start,
+    describe_start,
     join_run,
     one_voice,
     ranks_here,
     run_path,
-    worker_command,
 )
 
 DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
@@ -40,6 +42,99 @@ def test_argument_lists() -> None:
         *(*PYTHON, "bigbatch.trainers.agent", "--nproc", "1"),
         *("--nnodes", "2", "--rdzv-endpoint", "a:29400", "runs/digits"),
     ]
+
+
+LAUNCHES = {
+    "accelerate": (
+        Launch("accelerate", nproc=2),
+        [
+            *(*PYTHON, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--machine_rank", "0", "--main_process_port", "0"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("-m", "bigbatch.trainers.worker", "runs/a"),
+        ],
+    ),
+    "accelerate on two machines": (
+        Launch("accelerate", nproc=8, nnodes="2", endpoint="n1:29400", node_rank=1),
+        [
+            *(*PYTHON, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "16"),
+            *("--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "n1"),
+            *("--main_process_port", "29400", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no", "-m", "bigbatch.trainers.worker", "runs/a"),
+        ],
+    ),
+    "deepspeed": (
+        Launch("deepspeed", nproc=2),
+        [
+            *(*PYTHON, "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"),
+            *("--module", "bigbatch.trainers.worker", "runs/a"),
+        ],
+    ),
+    "deepspeed with a hostfile": (
+        Launch("deepspeed", nproc=8, nnodes="4", hostfile=Path("hosts"), endpoint="n1:29400"),
+        [
+            *(*PYTHON, "deepspeed.launcher.runner", "--no_local_rank", "--hostfile", "hosts"),
+            *("--num_nodes", "4", "--num_gpus", "8", "--master_addr", "n1"),
+            *("--master_port", "29400", "--module", "bigbatch.trainers.worker", "runs/a"),
+        ],
+    ),
+    "srun": (
+        Launch("srun", nproc=4, nnodes="2", cpus=6),
+        [
+            *("srun", "--mpi=none", "--kill-on-bad-exit=1", "--nodes=2"),
+            *("--ntasks-per-node=4", "--cpus-per-task=6"),
+            *("bash", "-c", 'trap "" TERM USR2; exec "$@"', "rank"),
+            *(*PYTHON, "bigbatch.launcher.cli", "resume", "runs/a"),
+        ],
+    ),
+    "torchrun, elastic": (
+        Launch(nproc=8, nnodes="2:4", endpoint="n1:29400"),
+        [
+            *(*PYTHON, "bigbatch.trainers.agent", "--nproc", "8", "--nnodes", "2:4"),
+            *("--rdzv-endpoint", "n1:29400", "runs/a"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_argument_list_of_each_launcher(name: str) -> None:
+    launch, command = LAUNCHES[name]
+    assert launch_command(launch, Path("runs/a")) == command
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"nnodes": "4:2"}, "2:8"),
+        ({"nnodes": "2; id"}, "2:8"),
+        ({"nnodes": "2"}, "--rdzv-endpoint"),
+        ({"nnodes": "2", "endpoint": "n1"}, "node1:29400"),
+        ({"nnodes": "2", "endpoint": "$(id):1"}, "node1:29400"),
+        ({"launcher": "accelerate", "nnodes": "2", "endpoint": "n1:1"}, "--node-rank"),
+        ({"launcher": "accelerate", "nnodes": "1:2", "endpoint": "n1:1"}, "MIN:MAX"),
+        ({"launcher": "deepspeed", "nnodes": "2"}, "--hostfile"),
+        ({"hostfile": Path("hosts")}, "--launcher deepspeed"),
+        ({"node_rank": 1}, "--launcher accelerate"),
+    ],
+    ids=str,
+)
+def test_launches_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Launch(**options)
+
+
+def test_the_line_that_says_how_a_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    launch = Launch(nproc=2, nnodes="2", endpoint="n1:29400")
+    said = describe_start(None, launch, {"OMP_NUM_THREADS": "4"})
+    assert said == (
+        "ranks 2 on each of 2 machines, launcher torchrun, rendezvous n1:29400, OMP_NUM_THREADS=4"
+    )
+    peers = Peers("srun", 0, 0, 4, "7")
+    said = describe_start(peers, None, {"MASTER_ADDR": "n1", "MASTER_PORT": "10112"})
+    assert said == "ranks 4, launcher srun, rendezvous n1:10112"
 
 
 def test_ranks_here() -> None:
