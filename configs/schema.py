@@ -145,6 +145,10 @@ class Log(Part):
         "auto", description="auto: online where logged in, otherwise offline"
     )
     project: str = Field("bigbatch", description="wandb project")
+    tensorboard: bool = Field(False, description="also write event files to tensorboard/")
+    prometheus: str | None = Field(
+        None, description="folder of node_exporter's textfile collector, for bigbatch-RUN.prom"
+    )
     trace: bool = Field(False, description="write every micro-batch's samples to trace/")
 
 

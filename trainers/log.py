@@ -13,8 +13,11 @@ from typing import Any, Self
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.alerts import TITLES, Alerts
 from bigbatch.trainers.jsonl import JsonLines, plain
 from bigbatch.trainers.progress import Progress
+from bigbatch.trainers.prometheus import TextFile
+from bigbatch.trainers.tensorboard_view import TensorBoardView
 from bigbatch.trainers.wandb_view import WandbView, open_wandb
 
 
@@ -36,6 +39,8 @@ class Log:
         events: JsonLines | None,
         progress: Progress | None,
         wandb: WandbView | None,
+        tensorboard: TensorBoardView | None = None,
+        prometheus: TextFile | None = None,
     ) -> None:
         self._run = run
         self._every = recipe.log.every
@@ -45,9 +50,12 @@ class Log:
         self._events = events
         self._progress = progress
         self._wandb = wandb
+        self._tensorboard = tensorboard
+        self._prometheus = prometheus
         self._step = 0
         self._held_back = False
         self._closed = False
+        self._alerts = Alerts()
 
     @property
     def wandb_path(self) -> Path | None:
@@ -69,6 +77,9 @@ class Log:
             self._progress.train(step, values)
         if self.due(step):
             self._record("train", step, values)
+        if self._events and "images_per_s" in values:
+            for kind, fields in self._alerts.update(values["loss"], values["images_per_s"]):
+                self.event(kind, **fields)
 
     def evaluation(self, step: int, split: str, **values: float) -> None:
         """Record an evaluation after `step` finished steps: accuracy, nll, ece.
@@ -90,7 +101,17 @@ class Log:
             now = time.time()
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
             record = {"time": round(now, 3), "date": stamp, "kind": kind, "step": self._step}
-            self._events.append(redact(record | fields))
+            record = redact(record | fields)
+            self._events.append(record)
+            if self._prometheus:
+                self._prometheus.event(kind)
+            if self._wandb and kind in TITLES:
+                self._wandb.alert(TITLES[kind], record)
+
+    def picture(self, name: str, path: Path) -> None:
+        """Show a picture of the run in wandb; the report takes it from the run directory."""
+        if self._wandb:
+            self._wandb.picture(name, path)
 
     def problem(self, kind: str, message: str, **fields: Any) -> None:
         """Record and show what went wrong where training goes on."""
@@ -115,10 +136,14 @@ class Log:
         self._closed = True
         if self._progress:
             self._progress.close()
+        self.event("end", state=state)
         if self._wandb:
             self._wandb.close(state, self._run.summary)
             self._report_wandb()
-        self.event("end", state=state)
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._prometheus:
+            self._prometheus.close()
         for file in (self._metrics, self._events):
             if file:
                 file.close()
@@ -148,6 +173,10 @@ class Log:
         if self._wandb:
             self._wandb.send(record)
             self._report_wandb()
+        if self._tensorboard:
+            self._tensorboard.send(record)
+        if self._prometheus and (problem := self._prometheus.record(record)):
+            self.problem("prometheus", problem)
 
     def _report_wandb(self) -> None:
         """Turn what went wrong inside wandb into events and warnings; training goes on."""
@@ -183,6 +212,7 @@ def open_log(
             wandb=None,
         )
     cut_records(run.metrics, start_step)
+    prometheus = recipe.log.prometheus
     log = Log(
         run,
         recipe,
@@ -192,6 +222,8 @@ def open_log(
         events=JsonLines(run.events),
         progress=Progress(run.name, total_steps, start_step),
         wandb=open_wandb(run, recipe, recipe.log.wandb, start_step),
+        tensorboard=TensorBoardView(run, start_step) if recipe.log.tensorboard else None,
+        prometheus=TextFile(Path(prometheus), run.name, total_steps) if prometheus else None,
     )
     log._step = start_step
     return log

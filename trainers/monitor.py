@@ -4,6 +4,7 @@ Each step's record gets the mean phases, the straggler and the MFU. What is larg
 rank, trust ratios by layer, the machine) is recorded every `log.details_every` steps.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,5 +76,6 @@ class Monitor:
         shards = self._engine.shards
         names = self._engine.module if shards is None else shards.names
         if ratios := trust_ratios(self._engine.optimizer, names):
-            self._log.detail(step, "trust", ratios=ratios)
+            finite = {name: r if math.isfinite(r) else None for name, r in ratios.items()}
+            self._log.detail(step, "trust", ratios=finite)
         self._log.detail(step, "system", **self._system.sample())

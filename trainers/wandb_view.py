@@ -61,6 +61,16 @@ class WandbView:
         if self._thread.is_alive():  # otherwise wandb failed, and nobody empties the queue
             self._rows.put(record)
 
+    def alert(self, title: str, event: dict[str, Any]) -> None:
+        """Hand over an event for wandb to send on to the user; never blocks."""
+        if self._thread.is_alive():
+            self._rows.put({"kind": "alert", "title": title, "event": event})
+
+    def picture(self, name: str, path: Path) -> None:
+        """Hand over a picture of the run; never blocks."""
+        if self._thread.is_alive():
+            self._rows.put({"kind": "picture", "name": name, "path": path})
+
     def problems(self) -> Iterator[str]:
         """What went wrong since the last call, one message each."""
         while True:
@@ -97,12 +107,19 @@ class WandbView:
         row: dict[str, float] = {}
         past = [r for r in read_jsonl(self._run.metrics) if r["step"] <= self._start_step]
         for record in (*past, *iter(self._rows.get, None)):
+            if record["kind"] == "alert":
+                self._alert(wandb_run, record["title"], record["event"])
+                continue
+            if record["kind"] == "picture":
+                # In the summary, not the history: it belongs to no step.
+                wandb_run.summary[record["name"]] = _image(record["path"])
+                continue
             # A row is sent when it is whole, so that a kill never leaves half of one.
             if row and record["step"] != row["train/step"]:
                 wandb_run.log(row, step=int(row["train/step"]), commit=True)
                 row = {}
             if record["step"] > sent:
-                row |= _row(record)
+                row |= flat_row(record)
         if row:
             wandb_run.log(row, step=int(row["train/step"]), commit=True)
 
@@ -113,6 +130,13 @@ class WandbView:
         if state == "stopped":
             wandb_run.mark_preempting()  # the server then shows "preempted", not "failed"
         wandb_run.finish(exit_code=0 if state == "finished" else 1)
+
+    def _alert(self, wandb_run: Any, title: str, event: dict[str, Any]) -> None:
+        known = ("time", "date", "kind", "step", "pid")
+        details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
+        text = f"{self._run.name}, step {event['step']}: {details}"
+        bad = event.get("state") not in ("finished", "stopped")
+        wandb_run.alert(title=title, text=text, level="WARN" if bad else "INFO", wait_duration=0)
 
     def _start(self) -> Any:
         import wandb
@@ -241,6 +265,12 @@ def _last_step(folder: Path) -> int:
     return max((step for file in files for step in history_steps(file)), default=-1)
 
 
+def _image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path))
+
+
 def _run_id(run: RunDir) -> str:
     file = run.path / "wandb.json"
     if not file.is_file():
@@ -249,7 +279,7 @@ def _run_id(run: RunDir) -> str:
     return str(json.loads(file.read_text(encoding="utf-8"))["id"])
 
 
-def _row(record: dict[str, Any]) -> dict[str, float]:
+def flat_row(record: dict[str, Any]) -> dict[str, float]:
     """A record of metrics.jsonl under wandb's names: train/loss, val/accuracy, ..."""
     group = record.get("split", "train")
     if record["kind"] in ("ranks", "trust", "system"):

@@ -102,6 +102,7 @@ def work(job: Job, stop: StopFlag) -> int:
         )
         if engine.rank == 0 and not run.contact_sheet.exists():
             job.save_contact_sheet()
+            log.picture("augmented", run.contact_sheet)
 
         def evaluate() -> dict[str, float]:
             val = job.inputs.splits["val"]

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
+from wandb.proto import wandb_internal_pb2
 
 from bigbatch.configs.load import load_recipe, recipe_hash
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
@@ -194,3 +197,26 @@ def test_a_file_cut_short_gives_its_whole_rows(tmp_path: Path) -> None:
         steps = list(history_steps(cut))
         assert steps == list(range(1, len(steps) + 1))
     assert len(steps) == STEPS
+
+
+def test_alerts_and_pictures_reach_the_wandb_file(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=offline"]))
+    Image.new("L", (8, 8)).save(run.contact_sheet)
+    with open_log(
+        run, run.recipe(), rank=0, total_steps=9, start_step=0, epoch_samples=1077
+    ) as log:
+        log.picture("augmented", run.contact_sheet)
+        log.train(1, loss=1.0, lr=0.1)
+        log.event("non_finite", loss="nan", note="password=hunter22")
+        log.close("finished")
+    (file,) = (run.path / "wandb").glob("offline-run-*/*.wandb")
+    protocol: Any = wandb_internal_pb2
+    records = [
+        protocol.Record.FromString(payload)
+        for _, payload in wandb_view._payloads(file.read_bytes())
+    ]
+    alerts = {r.alert.title: r.alert.text for r in records if r.HasField("alert")}
+    assert set(alerts) == {"Loss or gradient is not finite", "The run ended"}
+    assert "hunter22" not in str(alerts)
+    assert list((file.parent / "files" / "media" / "images").glob("augmented*.png"))
+    assert list(history_steps(file)) == [1]

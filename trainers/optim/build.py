@@ -98,5 +98,6 @@ def trust_ratios(
     ratios = {}
     for params, values in getattr(optimizer, "last_ratios", []):
         for p, value in zip(params, values.tolist(), strict=True):
-            ratios[names[p]] = value
+            if p in names:  # an engine that shards parameters steps over pieces of them
+                ratios[names[p]] = value
     return ratios

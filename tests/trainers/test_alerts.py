@@ -1,0 +1,49 @@
+"""Alerts: what is said of losses and speeds, and how often."""
+
+import numpy as np
+
+from bigbatch.trainers.alerts import Alerts
+
+
+def kinds(losses: list[float], speeds: list[float]) -> list[tuple[int, str]]:
+    alerts = Alerts()
+    return [
+        (step, kind)
+        for step, (loss, speed) in enumerate(zip(losses, speeds, strict=True))
+        for kind, _ in alerts.update(loss, speed)
+    ]
+
+
+def noisy(count: int, level: float, spread: float, seed: int = 0) -> list[float]:
+    return list(level + spread * np.random.default_rng(seed).standard_normal(count))
+
+
+def test_a_run_with_nothing_wrong_is_quiet() -> None:
+    falling = [2 * 0.999**i + 0.05 * x for i, x in enumerate(noisy(3000, 0, 1))]
+    assert kinds(falling, noisy(3000, 1000, 100)) == []
+
+
+def test_a_spike_is_said_once() -> None:
+    losses = noisy(400, 1.0, 0.02)
+    losses[200:210] = [5.0] * 10
+    assert kinds(losses, [1000.0] * 400) == [(200, "spike")]
+
+
+def test_nan_is_no_spike_and_hides_none() -> None:
+    losses = noisy(400, 1.0, 0.02)
+    losses[200], losses[300] = float("nan"), 9.0
+    assert kinds(losses, [1000.0] * 400) == [(300, "spike")]
+
+
+def test_low_throughput_is_said_once_until_it_recovers() -> None:
+    speeds = [1000.0] * 300 + [500.0] * 60 + [1000.0] * 100 + [400.0] * 60
+    found = kinds([1.0] * len(speeds), speeds)
+    assert [kind for _, kind in found] == ["slow", "slow"]
+    assert 300 < found[0][0] < 330
+    assert 460 < found[1][0] < 480
+
+
+def test_one_slow_step_is_no_alert() -> None:
+    speeds = [1000.0] * 300
+    speeds[200] = 200.0
+    assert kinds([1.0] * 300, speeds) == []
