@@ -19,6 +19,7 @@ from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher import queue
 from bigbatch.launcher.queue import QueuedJob
 from bigbatch.launcher.submit import job_of
+from bigbatch.trainers.alerts import TITLES
 
 # A run on another machine cannot be asked whether it lives: this long without a record, and
 # it counts as killed.
@@ -110,7 +111,9 @@ def describe(
 def status(run: RunDir) -> dict[str, Any]:
     """All that a person asks of one run, in plain values."""
     info = look_up(run)
-    starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
+    events = read_jsonl(run.events)
+    starts = [e for e in events if e.get("kind") == "start"]
+    alerts = [e for e in events if e.get("kind") in TITLES and e["kind"] != "end"]
     records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
     last = records[-1] if records else {}
     left = None
@@ -129,6 +132,9 @@ def status(run: RunDir) -> dict[str, Any]:
         "loss": last.get("loss"),
         "lr": last.get("lr"),
         "images_per_s": last.get("images_per_s"),
+        "mfu": last.get("mfu"),
+        "slowest": last.get("slowest"),
+        "alerts": alerts[-5:],
         "seconds_left": left,
         "checkpoints": sorted(p.name for p in run.checkpoints.glob("step-????????")),
         "summary": _json(run.summary),

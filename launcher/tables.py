@@ -96,6 +96,10 @@ def status_table(values: Mapping[str, Any]) -> Table:
         "loss": _maybe(values["loss"], "{:.4f}".format),
         "learning rate": _maybe(values["lr"], "{:.4g}".format),
         "images/s": _maybe(values["images_per_s"], "{:,.0f}".format),
+        "MFU": _maybe(values["mfu"], "{:.1%}".format),
+        "slowest": _maybe(values["slowest"], "rank {0[rank]} in {0[phase]}".format),
+        "alerts": ", ".join(f"{e['kind']} at step {e.get('step')}" for e in values["alerts"])
+        or None,
         "best val": _maybe(values["best_accuracy"], "{:.2%}".format),
         "checkpoints": ", ".join(values["checkpoints"]) or None,
         "last record": f"{duration(values['age_s'])} ago",

@@ -167,7 +167,9 @@ def _plot(
 
 def _events(history: History) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    for event in history.events[-_EVENTS:]:
+    # Checkpoints come and go by the hundred; what else happened must stay in sight.
+    told = [event for event in history.events if event["kind"] != "checkpoint"]
+    for event in told[-_EVENTS:]:
         known = ("time", "date", "kind", "step", "pid")
         details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
         clock = str(event.get("date", ""))[11:19]

@@ -1,5 +1,6 @@
 """Runs as their directories describe them."""
 
+import io
 import json
 import os
 import socket
@@ -9,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.registry import describe, find_run, list_runs, status
+from bigbatch.launcher.tables import status_table
 
 
 def make(runs: Path, name: str, events: list[dict[str, object]], metrics: str = "") -> RunDir:
@@ -41,6 +44,20 @@ def test_what_one_run_says(tmp_path: Path) -> None:
     assert (values["loss"], values["world_size"], values["starts"]) == (2.0, 2, 1)
     assert values["seconds_left"] == pytest.approx(18 * 0.5)
     json.dumps(values, allow_nan=False)
+
+
+def test_status_shows_alerts_and_the_slowest_rank(tmp_path: Path) -> None:
+    slowest = {"rank": 1, "phase": "data", "share": 0.2}
+    record = {"kind": "train", "step": 3, "loss": 1.0, "slowest": slowest, "mfu": 0.41}
+    spike = {"kind": "spike", "step": 3, "loss": 9.0}
+    events = [START, spike, {"kind": "checkpoint", "step": 3}]
+    values = status(make(tmp_path, "a", events, METRICS + json.dumps(record) + "\n"))
+    assert [(e["kind"], e["step"]) for e in values["alerts"]] == [("spike", 3)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(status_table(values))
+    text = console.export_text()
+    for shown in ("spike at step 3", "rank 1 in data", "41.0%"):
+        assert shown in text
 
 
 @pytest.mark.parametrize(
