@@ -24,7 +24,7 @@ SECTIONS = {
     "Data": (cli_data.shard, cli_data.index, cli_data.inspect, cli_data.batches),
     "Recipes": (cli_recipe.recipes, cli_recipe.check, cli_recipe.schedule, cli_recipe.schema),
     "Training": (cli_run.train, cli_run.resume, cli_slurm.submit, cli_run.prove),
-    "Tuning": (cli_tune.find_lr, cli_advise.advise),
+    "Tuning": (cli_tune.find_lr, cli_tune.find_micro_batch, cli_advise.advise, cli_tune.tune),
     "Runs": (
         cli_registry.runs,
         cli_registry.status,

@@ -23,7 +23,7 @@ from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal
-from bigbatch.trainers import ensemble
+from bigbatch.trainers import ensemble, memory
 from bigbatch.trainers.checkpoint import Retention, TrainState, load_checkpoint, newest_valid
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.job import Job, build_job
@@ -61,6 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"bigbatch: {message(error)}", file=sys.stderr, flush=True)
         elif isinstance(error, RankError):
             print(f"bigbatch: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        rank = 0 if engine is None else engine.rank
+        print(f"bigbatch: {memory.explain(error, rank)}", file=sys.stderr, flush=True)
         return 2
     finally:
         if engine is not None:

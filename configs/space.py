@@ -1,0 +1,134 @@
+"""The file that says what `bigbatch tune` searches: recipe keys, their ranges, objectives."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe, read_yaml
+from bigbatch.configs.part import Part, Positive
+
+Objective = Literal["accuracy", "nll", "ece", "seconds"]
+MAXIMISED = ("accuracy",)  # the others are minimised
+
+
+class Float(Part):
+    """A real number from `low` to `high`, both included."""
+
+    type: Literal["float"]
+    low: float
+    high: float
+    log: bool = Field(False, description="equal ratios are equally likely")
+    step: Positive | None = Field(None, description="grid from low; not together with log")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_range(self.low, self.high, self.log)
+        if self.log and self.step is not None:
+            raise ValueError("log: true and step exclude each other; drop one of them")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        return (self.low, self.high)
+
+
+class Int(Part):
+    """A whole number from `low` to `high`, both included."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_range(self.low, self.high, self.log)
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        return (self.low, self.high)
+
+
+class Choice(Part):
+    """One of several values: numbers, texts, or whole parts of a recipe."""
+
+    type: Literal["choice"]
+    choices: list[JsonValue] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        texts = sorted(json.dumps(c, sort_keys=True) for c in self.choices)
+        double = [a for a, b in pairwise(texts) if a == b]
+        if double:
+            raise ValueError(f"choice {double[0]} is written twice; remove one of them")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        return tuple(self.choices)
+
+
+Parameter = Annotated[Float | Int | Choice, Field(discriminator="type")]
+
+
+class Space(Part):
+    """What is searched, and what for."""
+
+    objectives: list[Objective] = Field(["accuracy"], min_length=1, max_length=3)
+    parameters: dict[str, Parameter] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives {self.objectives}: name each one once")
+        return self
+
+
+def _check_range(low: float, high: float, log: bool) -> None:
+    if low >= high:
+        raise ValueError(f"low {low:g} is not below high {high:g}")
+    if log and low <= 0:
+        raise ValueError(f"log: true needs low above 0, not {low:g}")
+
+
+def override(key: str, value: Any) -> str:
+    """The change to a recipe that sets `key`: KEY=VALUE, the value as JSON, which is YAML."""
+    return f"{key}={json.dumps(value)}"
+
+
+def load_space(path: Path, recipe: str, overrides: tuple[str, ...] = ()) -> Space:
+    """Read a space file, and try both ends of each range, or each choice, on the recipe.
+
+    Raises UserError with all problems of the file, or the first value that the recipe
+    refuses, before anything starts.
+    """
+    try:
+        space = Space.model_validate(read_yaml(path))
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise UserError(f"space {path}:\n{lines}") from None
+    for key, parameter in space.parameters.items():
+        for value in parameter.ends:
+            try:
+                load_recipe(recipe, [*overrides, override(key, value)])
+            except UserError as error:
+                raise UserError(f"space {path}: {override(key, value)} in {error}") from None
+    return space
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: place and rule."""
+    tags = {"float", "int", "choice"}
+    place = [str(p) for i, p in enumerate(error["loc"]) if not (i == 2 and p in tags)]
+    where = ".".join(place) or "space"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        models: dict[str, type[Part]] = {"float": Float, "int": Int, "choice": Choice}
+        model = models.get(str(error["loc"][2]), Space) if len(error["loc"]) > 2 else Space
+        return f"{where}: unknown key; valid keys: {', '.join(model.model_fields)}"
+    return f"{where}: missing" if error["type"] == "missing" else f"{where}: {message}"
