@@ -180,6 +180,22 @@ class Muon(Decaying):
     adamw_eps: Positive = 1e-10
 
 
+class LBFGS(OptimizerBase):
+    """Nocedal and Wright 2006, algorithm 7.5, for large batches: a step evaluates the same
+    global batch several times. It keeps `history` pairs of vectors as long as all weights."""
+
+    name: Literal["lbfgs"]
+    max_iter: Count = Field(4, description="updates in one step of ours")
+    history: Count = 10
+    line_search: Literal["strong_wolfe", "none"] = "strong_wolfe"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.layer_decay != 1.0:
+            raise ValueError("layer_decay: L-BFGS has one rate for all layers; set it to 1")
+        return self
+
+
 Optimizer = Annotated[
     SGD
     | LARS
@@ -193,7 +209,8 @@ Optimizer = Annotated[
     | Adafactor
     | SM3
     | Lion
-    | Muon,
+    | Muon
+    | LBFGS,
     Field(discriminator="name"),
 ]
 

@@ -204,6 +204,11 @@ class Recipe(Part):
         problem = self._sharding_problem()
         if problem:
             raise ValueError(f"backend: {self.backend} {problem}")
+        if self.optimizer.name == "lbfgs" and (self.clip is not None or self.precision == "fp16"):
+            raise ValueError(
+                "optimizer lbfgs compares losses and gradients of one function: it works without "
+                "clip, and with precision fp32 or bf16"
+            )
         lanes, sampling = self.data.lanes, self.data.sampling.name
         if lanes and sampling != "uniform":
             raise ValueError(

@@ -161,9 +161,9 @@ class Engine:
     def clip(self, config: Clip, norm: Tensor) -> None:
         clip_gradients(config, self.module, norm)
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """The optimizer's update. fp16 with a non-finite gradient: no update, a lower scale."""
-        self._stepper.step()
+        self._stepper.step(closure)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the recipe, for passes outside the prepared model."""

@@ -1,6 +1,7 @@
 """What the sharded engines share: an optimizer over pieces, and norms over all of them."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class ShardedEngine(Engine):
             case _:
                 raise AssertionError("the recipe refuses adaptive clipping of pieces")
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        assert closure is None, "the recipe refuses L-BFGS on pieces"
         if self.scaler is None:
             self.update()
         else:

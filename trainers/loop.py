@@ -12,6 +12,7 @@ from bigbatch.data.augment import Augmenter
 from bigbatch.data.loader import MicroBatch
 from bigbatch.data.rng import key64
 from bigbatch.trainers.checkpoint import TrainState
+from bigbatch.trainers.closure import Closure
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.log import Log
 from bigbatch.trainers.losses import LossFunction
@@ -54,6 +55,9 @@ def train(
     noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
     mine = len(range(engine.rank, plan.micro_batches, engine.world))
     clock = monitor.clock
+    closure = None
+    if recipe.optimizer.name == "lbfgs":
+        closure = Closure(engine, statistics, loss_function, plan.micro_batches)
     skipped = 0
     model.train()
 
@@ -74,12 +78,15 @@ def train(
             clock.micro_batch(batch.slow_read)
             with clock("copy"):
                 batch = batch.to(engine.device)
-            torch.manual_seed(key64(recipe.seed, step, batch.index, "model"))
+            seed = key64(recipe.seed, step, batch.index, "model")
+            torch.manual_seed(seed)
             with clock("augment"):
                 images, targets = augmenter.train(batch)
             with clock("model"), engine.micro_batch(last=number == mine - 1):
                 loss = loss_function(model(images), targets)
                 engine.backward(loss)
+            if closure is not None:
+                closure.keep(seed, images, targets)
             statistics.add()
             loss_sum += loss.detach()
 
@@ -103,7 +110,11 @@ def train(
             with clock("optimizer"):
                 if recipe.clip is not None:
                     engine.clip(recipe.clip, norm)
-                engine.step()
+                if closure is None:
+                    engine.step()
+                else:
+                    engine.step(closure.of_step(mean_loss))
+                    closure.forget()
             skipped = 0
         else:
             statistics.discard()

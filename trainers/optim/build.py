@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimi
     its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. Raises UserError
     where `layer_decay` is asked of a model whose layers timm cannot order.
     """
-    decay = 0.0 if isinstance(config, c.SM3) else config.weight_decay
+    decay = 0.0 if isinstance(config, c.SM3 | c.LBFGS) else config.weight_decay
     groups = parameter_groups(model, decay, config.layer_decay)
     for group in groups:
         group["lr"] = config.lr * group["lr_scale"]
@@ -62,6 +62,14 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
                 lr=config.lr,
                 beta2_decay=config.beta2_decay,
                 d=config.clip_threshold,
+            )
+        case c.LBFGS():
+            return torch.optim.LBFGS(
+                [p for group in groups for p in group["params"]],  # it knows one group alone
+                lr=config.lr,
+                max_iter=config.max_iter,
+                history_size=config.history,
+                line_search_fn=None if config.line_search == "none" else config.line_search,
             )
         case c.NovoGrad():
             return pytorch_optimizer.NovoGrad(groups, **options)

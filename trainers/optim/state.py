@@ -1,5 +1,6 @@
 """Optimizer state by parameter name: the form that checkpoints store."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 # Optimizers of pytorch_optimizer count their steps in the group.
 _GROUP_STATE = ("step",)
+# L-BFGS's: room for the numbers of one direction, filled anew for each.
+_SCRATCH = ("al",)
+_LISTED = re.compile(r"(\w+)\[(\d+)\]")  # KEY[i], a list's element
 
 
 def optimizer_state_by_name(
@@ -29,7 +33,12 @@ def optimizer_state_by_name(
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             full = f"{key}/{names[parameter]}"
-            if isinstance(value, Tensor):
+            if key in _SCRATCH:
+                continue
+            if isinstance(value, list) and value and isinstance(value[0], Tensor):
+                for i, part in enumerate(value):
+                    tensors[f"{key}[{i}]/{names[parameter]}"] = part.detach().contiguous()
+            elif isinstance(value, Tensor):
                 tensors[full] = value.detach().contiguous()
             else:
                 scalars[full] = _plain(full, value)
@@ -54,6 +63,7 @@ def load_optimizer_state(
     parameters = {name: p for p, name in _names(optimizer, model).items()}
     groups = {p: g for g in optimizer.param_groups for p in g["params"]}
     optimizer.state.clear()
+    listed: dict[tuple[Tensor, str], dict[int, Any]] = {}  # values that are lists of tensors
     for full, value in (tensors | scalars).items():
         key, _, name = full.partition("/")
         if not isinstance(value, Tensor) and name.startswith("group."):
@@ -64,7 +74,13 @@ def load_optimizer_state(
         p = parameters[name]
         if isinstance(value, Tensor):
             value = _place(value, p, key, groups[p])
-        optimizer.state[p][key] = value
+        place = _LISTED.fullmatch(key)
+        if place is None:
+            optimizer.state[p][key] = value
+        else:
+            listed.setdefault((p, place[1]), {})[int(place[2])] = value
+    for (p, key), parts in listed.items():
+        optimizer.state[p][key] = [parts[i] for i in range(len(parts))]
 
 
 def _place(value: Tensor, p: Tensor, key: str, group: dict[str, Any]) -> Tensor:
