@@ -25,7 +25,7 @@ from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import sync
-from bigbatch.data.pool import process_pool
+from bigbatch.data.pool import map_all
 from bigbatch.data.staging import Remote
 from bigbatch.data.tar import Scan, scan_shard
 
@@ -270,8 +270,7 @@ def scan_shards(paths: Sequence[Path], workers: int) -> list[Scan]:
     """Scan archives, with several processes where `workers` > 1; in the order given."""
     if workers <= 1 or len(paths) == 1:
         return [scan_shard(path) for path in paths]
-    with process_pool(min(workers, len(paths))) as pool:
-        return list(pool.map(scan_shard, paths))
+    return map_all(scan_shard, paths, workers)
 
 
 def read_classes(root: Path) -> tuple[str, ...] | None:

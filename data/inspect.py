@@ -151,7 +151,9 @@ def draw(indexes: dict[str, Index], sides: dict[str, npt.NDArray[np.int64]], pat
     classes = next(iter(indexes.values())).classes
     bottom = np.zeros(len(classes))
     few = len(classes) <= 40
-    edges = np.geomspace(*_bounds([index.size for index in indexes.values()]), 60)
+    low, high = _bounds([index.size for index in indexes.values()])
+    wide = high > 10 * low
+    edges = np.geomspace(low, high, 60) if wide else np.linspace(low, high, 60)
     for name, index in indexes.items():
         counts = index.class_counts
         if few and len(counts) == len(bottom):
@@ -162,11 +164,17 @@ def draw(indexes: dict[str, Index], sides: dict[str, npt.NDArray[np.int64]], pat
         sizes.hist(index.size, bins=edges, histtype="step", label=name)
         resolutions.scatter(*sides[name].T, s=6, alpha=0.4, linewidths=0, label=name)
     if few:
-        labels.set_xticks(range(len(classes)), classes, rotation=90 if len(classes) > 10 else 0)
+        upright = sum(map(len, classes)) > 40  # or they would run into each other
+        labels.set_xticks(range(len(classes)), classes, rotation=90 if upright else 0)
     labels.set(xlabel="class" if few else "class, by rank", ylabel="samples", title="Labels")
-    sizes.set(xscale="log", xlabel="bytes", ylabel="images", title="Encoded size")
+    sizes.set(
+        xscale="log" if wide else "linear", xlabel="bytes", ylabel="images", title="Encoded size"
+    )
     resolutions.set(xlabel="width, pixels", ylabel="height, pixels", title="Resolution")
-    labels.legend()
+    resolutions.set(xlim=(0, None), ylim=(0, None))
+    resolutions.margins(0.1)
+    names = labels.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=len(indexes), frameon=False)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import Index, write_index
-from bigbatch.data.pool import process_pool
+from bigbatch.data.pool import map_all
 from bigbatch.data.remote import open_remote
 from bigbatch.data.retry import retry
 from bigbatch.data.staging import Cache, Remote, file_system, read
@@ -32,11 +32,7 @@ def build_remote_index(remote: Remote, *, workers: int = 1, skip_bad: bool = Fal
     names = _tars(remote, system, path)
     Cache(Path(remote.cache), remote.limit)  # fails here rather than in every process
     scan = partial(_scan, remote)
-    if workers == 1:
-        scans = [scan(name) for name in names]
-    else:
-        with process_pool(min(workers, len(names))) as pool:
-            scans = list(pool.map(scan, names))
+    scans = [scan(n) for n in names] if workers == 1 else map_all(scan, names, workers)
     with tempfile.TemporaryDirectory() as folder:
         classes = _classes(remote, system, path)
         write_index(Path(folder), names, scans, classes, skip_bad, remote.url)

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,8 +208,11 @@ def write_shards(
             tasks = plan_shards(source, splits, samples_per_shard)
             todo = [[s for s in task if s.name not in done] for task in tasks]
             work = Work(source, str(partial / "data"), short_side, quality)
-            with (partial / "journal.jsonl").open("a", encoding="utf-8") as journal:
-                for record in write_all(work, [t for t in todo if t], workers, progress):
+            with (
+                (partial / "journal.jsonl").open("a", encoding="utf-8") as journal,
+                closing(write_all(work, [t for t in todo if t], workers, progress)) as written,
+            ):
+                for record in written:
                     done[record["shard"]] = record
                     journal.write(json.dumps(record) + "\n")
                     journal.flush()

@@ -179,7 +179,10 @@ def tars(path: Path, workers: int) -> Source:
             rows.append((key, shard, scan.offsets[i], scan.sizes[i], scan.labels[i]))
     if not rows:
         first = f"; the first problem: {skipped[0][0]}" if skipped else ""
-        raise UserError(f"{path} holds no image with a label (.cls){first}")
+        raise UserError(
+            f"{path} holds no image with a label (.cls){first}; label the images, or unpack them "
+            "into CLASS/NAME.jpg and shard that folder"
+        )
     columns = np.array([row[1:] for row in rows], np.int64).T
     classes = read_classes(files[0].parent) or tuple(map(str, range(int(columns[3].max()) + 1)))
     if columns[3].max() >= len(classes):

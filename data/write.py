@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.plan import Shard
-from bigbatch.data.pool import CONTEXT, process_pool
+from bigbatch.data.pool import CONTEXT, process_pool, uninterrupted
 from bigbatch.data.recode import prepare
 from bigbatch.data.sources import Source
 from bigbatch.data.tar import write_end, write_member
@@ -78,7 +78,7 @@ def write_all(
     tasks: Sequence[list[Shard]],
     workers: int,
     progress: bool,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Write shards, here or in `workers` processes; yield the records as they come."""
     total = sum(len(s.items) for task in tasks for s in task)
     with _progress_bar(total, progress) as advance:
@@ -89,9 +89,10 @@ def write_all(
             return
         counter, stop = CONTEXT.Value("q", 0), CONTEXT.Event()
         with process_pool(min(workers, len(tasks)), _start_worker, work, counter, stop) as pool:
-            waiting = {pool.submit(_work_on, task) for task in tasks}
             shown = 0
             try:
+                with uninterrupted():
+                    waiting = {pool.submit(_work_on, task) for task in tasks}
                 while waiting:
                     finished, waiting = wait(waiting, 0.2, FIRST_COMPLETED)
                     advance(counter.value - shown)

@@ -1,5 +1,7 @@
 """Commands about data: shards, their index, and the order in which training reads them."""
 
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -45,24 +47,29 @@ def shard(
 
     from bigbatch.data.shard import shard as write
 
-    written = write(
-        source,
-        dest,
-        split=split,
-        samples_per_shard=samples_per_shard,
-        shard_size=shard_size,
-        short_side=short_side,
-        quality=quality,
-        image_column=image_column,
-        label_column=label_column,
-        workers=workers,
-        progress=not as_json,
-    )
+    try:
+        written = write(
+            source,
+            dest,
+            split=split,
+            samples_per_shard=samples_per_shard,
+            shard_size=shard_size,
+            short_side=short_side,
+            quality=quality,
+            image_column=image_column,
+            label_column=label_column,
+            workers=workers,
+            progress=not as_json,
+        )
+    except KeyboardInterrupt:
+        click.echo("bigbatch: stopped; repeat the command to go on where it was", err=True)
+        sys.exit(128 + signal.SIGINT)
     if as_json:
         options.print_json(asdict(written))
         return
     for name, count in written.samples.items():
-        click.echo(f"{dest / name}  {count:,} samples in {written.shards[name]:,} shards")
+        shards = options.plural(written.shards[name], "shard")
+        click.echo(f"{dest / name}  {count:,} samples in {shards}")
     click.echo(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
     for key, reason in written.skipped[:20]:
         click.echo(f"left out: {key}: {reason}", err=True)
@@ -108,7 +115,7 @@ def index(
         return
     click.echo(
         f"{made.place}  {len(made):,} samples of {len(made.classes):,} classes in "
-        f"{len(made.shards):,} shards"
+        f"{options.plural(len(made.shards), 'shard')}"
     )
     for problem in made.problems:
         click.echo(f"left out: {problem}", err=True)
@@ -117,7 +124,11 @@ def index(
 @click.command(short_help="Describe shards: counts, labels, sizes, problems.")
 @click.argument("shards", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Read and decode every image.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw the distributions: .png ...")
+@click.option(
+    *("--plot", "--picture", "picture"),
+    type=click.Path(path_type=Path),
+    help="Draw labels, sizes and resolutions: .png, .svg, .pdf",
+)
 @click.option("--journal", metavar="RUN", help="Instead: the samples that RUN could not read.")
 @options.runs_folder
 @options.as_json
@@ -134,14 +145,12 @@ def inspect(
     With --journal RUN instead, which samples that run could not read, and what took their
     places.
     """
-    import sys
-
     from bigbatch.configs.errors import UserError
     from bigbatch.launcher import tables
 
     if (shards is None) == (journal is None) or (journal and (verify or picture)):
         raise UserError(
-            "inspect SHARDS, with --verify and --picture as you like, or inspect --journal RUN"
+            "inspect SHARDS, with --verify and --plot as you like, or inspect --journal RUN"
         )
     if journal is not None:
         from bigbatch.launcher.journal import describe

@@ -111,21 +111,31 @@ def status_table(values: Mapping[str, Any]) -> Table:
 def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     """One table of the splits, one of their labels, and copies where there are any."""
     splits = Table(title=found["root"], title_justify="left")
-    for title in ("split", "samples", "shards", "size", "bytes an image", "resolution", "formats"):
+    columns = ("image, kB", "short side", "resolutions", "formats")
+    for title in ("split", "samples", "shards", "size", *columns):
         splits.add_column(title)
-    labels = Table(title="samples of each class", title_justify="left")
+    splits.caption = "kB and short side in pixels: smallest / median / largest"
+    if any(split["looked_at"] < split["samples"] for split in found["splits"].values()):
+        most = max(split["looked_at"] for split in found["splits"].values())
+        splits.caption += f"\npixels and formats: of {most:,} images; --verify looks at all"
+    labels = Table(title="samples by class", title_justify="left")
     labels.add_column("class")
     for name, split in found["splits"].items():
         labels.add_column(name, justify="right")
-        common = [f"{r['width']}x{r['height']}: {r['images']}" for r in split["resolutions"][:3]]
+        looked_at = split["looked_at"]
+        common = [
+            f"{r['width']}x{r['height']} {r['images'] / looked_at:.0%}"
+            for r in split["resolutions"][:2]
+        ]
         splits.add_row(
             name,
             f"{split['samples']:,}",
             f"{split['shards']:,}",
             f"{split['bytes'] / 1e6:,.1f} MB",
-            _span(split["image_bytes"]),
+            _span(split["image_bytes"], 1000),
+            _span(split["short_side"]),
             ", ".join(common),
-            ", ".join(f"{form} {count}" for form, count in split["formats"].items()),
+            ", ".join(f"{form} {n / looked_at:.0%}" for form, n in split["formats"].items()),
         )
     classes = list(dict.fromkeys(c for s in found["splits"].values() for c in s["labels"]))
     for label in classes[:_SHOWN_CLASSES]:
@@ -133,6 +143,10 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
         labels.add_row(label, *(f"{count:,}" for count in counts))
     if len(classes) > _SHOWN_CLASSES:
         labels.caption = f"and {len(classes) - _SHOWN_CLASSES:,} more classes; --json shows all"
+    empty = [f"{s['empty_classes']:,} in {n}" for n, s in found["splits"].items()]
+    if any(split["empty_classes"] for split in found["splits"].values()):
+        labels.caption = f"{labels.caption or ''}\nclasses without a sample: {', '.join(empty)}"
+        labels.caption = labels.caption.strip()
     tables = [splits, labels]
     if found["duplicates"]:
         copies = {place: f"{count:,} images" for place, count in found["duplicates"].items()}
@@ -175,8 +189,11 @@ def _some(values: Sequence[str]) -> str:
     return shown if len(values) <= 3 else f"{shown} and {len(values) - 3:,} more"
 
 
-def _span(values: Mapping[str, float]) -> str:
-    return f"{values['min']:,.0f} to {values['max']:,.0f}" if values else ""
+def _span(values: Mapping[str, float], unit: float = 1) -> str:
+    """Smallest, median and largest; one number where all are alike."""
+    some = [values.get(name, 0) / unit for name in ("min", "median", "max")]
+    texts = [f"{v:,.3g}" if v < 100 else f"{v:,.0f}" for v in some]
+    return " / ".join(texts if some[0] < some[2] else texts[:1])
 
 
 def two_columns(rows: Mapping[str, Any]) -> Table:

@@ -1,6 +1,8 @@
 import hashlib
+import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -287,6 +289,28 @@ def test_goes_on_after_sigkill(many_photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_goes_on_after_many_sigkills(many_photos: Path, tmp_path: Path, workers: int) -> None:
     kill_often(many_photos, tmp_path, 50, workers)
+
+
+def test_ctrl_c_is_one_line_whenever_it_comes(many_photos: Path, tmp_path: Path) -> None:
+    program = [str(Path(sys.executable).parent / "bigbatch"), "shard", str(many_photos)]
+    options = ["--samples-per-shard", "2", "--short-side", "24", "--workers", "2"]
+    for number, pause in enumerate((0.0, 0.2)):
+        dest = tmp_path / f"d{number}"
+        run = subprocess.Popen(
+            [*program, str(dest), *options],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        lock = dest.with_name(dest.name + ".partial") / "lock"
+        while run.poll() is None and not lock.exists():  # its workers start after that
+            time.sleep(0.001)
+        time.sleep(pause)
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate()
+        assert run.returncode == 130
+        assert errors.decode().endswith("stopped; repeat the command to go on where it was\n")
+        assert b"Traceback" not in errors
 
 
 def interrupt_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
