@@ -129,7 +129,7 @@ def train_batches(
                 positions = np.add.outer(np.array(starts, np.int64), np.arange(micro_batch))
                 samples = order.samples(positions.ravel()).reshape(positions.shape)
                 for (step, number), own, at in zip(some, samples, positions, strict=True):
-                    prefetch(int(at[0]))
+                    prefetch(int(at[0]), own)
                     yield _Work(step, number, own, at)
 
     def batches() -> Iterator[MicroBatch]:
@@ -175,7 +175,7 @@ def eval_batches(
         with prefetching_in_order(index) as prefetch:
             for number in range(rank, -(-len(index) // batch), world):
                 samples = np.arange(number * batch, min((number + 1) * batch, len(index)))
-                prefetch(int(samples[0]))
+                prefetch(int(samples[0]), samples)
                 yield _Work(0, number, samples, samples)
 
     def batches() -> Iterator[MicroBatch]:

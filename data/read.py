@@ -69,6 +69,20 @@ class ShardReader:
             raise BadSample("the bytes differ from the index (CRC-32C)")
         return data
 
+    def in_memory(self, shard: int, offset: int, size: int) -> bool:
+        """Whether these bytes can be had without waiting for a disk; False where unknown."""
+        try:
+            found = os.preadv(self._file(shard).handle, [bytearray(size)], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return False
+            raise
+        return found == size
+
+    def expect(self, shard: int, offset: int, size: int) -> None:
+        """Have the system read these bytes into its cache; does not wait for them."""
+        os.posix_fadvise(self._file(shard).handle, offset, size, os.POSIX_FADV_WILLNEED)
+
     def _file(self, shard: int) -> "_File":
         with self._lock:
             file = self._files.get(shard)

@@ -16,12 +16,14 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import sync
 from bigbatch.data.index import Index, open_index, verify_columns
 from bigbatch.data.lanes import LaneOrder
-from bigbatch.data.order import Order
+from bigbatch.data.order import Order, Positions
+from bigbatch.data.readahead import reading_ahead
 from bigbatch.data.staging import Cache, Remote, default_cache, fetch, read, stat
 
 _DOWNLOADS = 2  # shards at a time, of one rank
 
-Prefetch = Callable[[int], None]  # to be called with a position before it is read
+# To be called with the first position and the samples of each micro-batch before they are read.
+Prefetch = Callable[[int, Positions], None]
 
 
 def remote_at(url: str, cache: str | Path | None, cache_gb: float) -> Remote:
@@ -89,35 +91,39 @@ def _copy_index(remote: Remote, manifest: bytes, root: Path) -> None:
 def prefetching(index: Index, order: Order, numbers: range) -> Iterator[Prefetch]:
     """Have the next shards of a rank copied by another process while the body runs.
 
-    `numbers` are the rank's micro-batches in a step: range(rank, ..., world). Does nothing
-    for a local index. Raises UserError where the cache cannot hold what the order mixes.
+    `numbers` are the rank's micro-batches in a step: range(rank, ..., world). Of a local index,
+    the samples are brought into memory. Raises UserError where the cache cannot hold what the
+    order mixes.
     """
     if index.remote is None:
-        yield lambda position: None
+        with reading_ahead(index) as want:
+            yield lambda position, samples: want(samples)
         return
     _check_room(index, order, index.remote, numbers)
     with _Fetcher(index, index.remote) as fetcher:
         if isinstance(order, LaneOrder):
             lanes = order
-            yield lambda position: fetcher.want(lanes.lane(position), lanes.upcoming(position))
+            yield lambda position, samples: fetcher.want(
+                lanes.lane(position), lanes.upcoming(position)
+            )
         else:
             # Ranks start at different shards, and so share the work within a node.
             count = len(index.shards)
             start = numbers.start * count // numbers.step
             fetcher.want(0, [*range(start, count), *range(start)])
-            yield lambda position: None
+            yield lambda position, samples: None
 
 
 @contextmanager
 def prefetching_in_order(index: Index) -> Iterator[Prefetch]:
-    """The same for samples in index order; to be called with a sample."""
-    if index.remote is None:
-        yield lambda sample: None
+    """The same for samples in index order, whose positions they are."""
+    if index.remote is None:  # the system's own read-ahead is made for this
+        yield lambda position, samples: None
         return
     with _Fetcher(index, index.remote) as fetcher:
 
-        def prefetch(sample: int) -> None:
-            shard = int(index.shard[sample])
+        def prefetch(position: int, samples: Positions) -> None:
+            shard = int(index.shard[position])
             fetcher.want(0, list(range(shard, min(shard + 3, len(index.shards)))))
 
         yield prefetch

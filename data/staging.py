@@ -170,6 +170,9 @@ class Cache:
                 os.fsync(copy.fileno())
                 if _checksums(copy.fileno()) != checksums:
                     raise UserError(f"{target} reads back other bytes; check its disk")
+            if file.size is None:  # only now it is known how much room it takes
+                with self.only_one("room"):
+                    self._make_room(0)
             now = stat(file.url)
             if now.version != file.version:
                 # Replaced meanwhile: what we have may be half of each.

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from google_crc32c import value as crc32c
 from bigbatch.configs.errors import UserError
 from bigbatch.data import read
 from bigbatch.data.read import BadSample, ShardReader
+from bigbatch.data.readahead import reading_ahead
+from tests.data.test_loader import write_shards
 
 PIECE = 1000
 
@@ -101,3 +104,33 @@ def test_io_errors_that_stay_end_in_one_message(shards, monkeypatch):
 def test_a_lost_shard_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.tar: No such file"):
         ShardReader([tmp_path / "gone.tar"]).read(0, 0, 1, 0)
+
+
+def test_what_is_read_ahead_is_in_memory(tmp_path):
+    """Against the system's own word on its page cache, which it is asked to empty first."""
+    index = write_shards(tmp_path / "train", [(os.urandom(20_000), 0) for _ in range(64)])
+    reader = ShardReader([index.root / file.name for file in index.shards])
+    extents = list(zip(*(c.tolist() for c in (index.shard, index.offset, index.size)), strict=True))
+
+    def cold():
+        return [not reader.in_memory(*extent) for extent in extents]
+
+    for file in index.shards:
+        with (index.root / file.name).open("rb") as shard:
+            os.fsync(shard.fileno())
+            os.posix_fadvise(shard.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if not all(cold()[:32]):
+        pytest.skip("this file system keeps its files in memory")
+    with reading_ahead(index) as want:
+        want(np.arange(32))
+        deadline = time.monotonic() + 20
+        while any(cold()[:32]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert not any(cold()[:32])
+
+
+def test_reading_ahead_leaves_errors_to_the_reader(tmp_path):
+    index = write_shards(tmp_path / "train", [(b"x", 0)])
+    (index.root / index.shards[0].name).unlink()
+    with reading_ahead(index) as want:
+        want(np.arange(1))

@@ -98,6 +98,17 @@ def test_sizes_around_a_piece(tmp_path, size):
         assert content(Cache(tmp_path, MB), f"{store.url}/x") == noise(size)
 
 
+def test_files_of_unknown_size_keep_to_the_limit_too(tmp_path):
+    files = {f"{i}.tar": noise(100_000, i) for i in range(4)}
+    with Store(files, lengths=False) as store:
+        cache = Cache(tmp_path, 250_000)
+        for name, data in files.items():
+            assert content(cache, f"{store.url}/{name}") == data
+            time.sleep(0.01)
+            assert len(copies(cache)) <= 2
+    assert copies(cache) == ["2.tar", "3.tar"]
+
+
 def test_the_least_recently_used_copy_leaves_and_none_in_use(tmp_path):
     urls = files_of(tmp_path / "source", 6)
     cache = Cache(tmp_path / "cache", 300_000)

@@ -1,0 +1,41 @@
+"""Local shards that are not in memory: the system is told what will be read soon.
+
+Random reads of small ranges wait for the disk one after another, and no read-ahead of the
+kernel's can guess the next one. We know it: posix_fadvise has the ranges of the micro-batches
+in hand fetched side by side, while earlier ones are decoded.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+from bigbatch.data.index import Index
+from bigbatch.data.order import Positions
+from bigbatch.data.read import ShardReader
+
+_PROBES = 8  # ranges of a micro-batch that are looked at before any is asked for
+
+
+@contextmanager
+def reading_ahead(index: Index) -> Iterator[Callable[[Positions], None]]:
+    """A function that has samples of a local index brought into memory; it does not wait."""
+    reader = ShardReader([index.root / file.name for file in index.shards])
+
+    def fetch(samples: Positions) -> None:
+        columns = (index.shard, index.offset, index.size)
+        ranges = list(zip(*(column[samples].tolist() for column in columns), strict=True))
+        probes = ranges[:: max(1, len(ranges) // _PROBES)]
+        with suppress(OSError):  # the reader of that shard meets it, too, and says it
+            if not all(reader.in_memory(*extent) for extent in probes):
+                for extent in ranges:
+                    reader.expect(*extent)
+
+    with ThreadPoolExecutor(1) as thread:
+
+        def want(samples: Positions) -> None:
+            thread.submit(fetch, samples)
+
+        try:
+            yield want
+        finally:
+            thread.shutdown(cancel_futures=True)
