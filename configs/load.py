@@ -28,6 +28,7 @@ NO_EFFECT: dict[str, Any] = {
     "backend": True,
     "log": True,
     "checkpoint": True,
+    "recovery": {"stall_s"},
     "data": {"path", "cache", "cache_gb", "workers", "threads"},
 }
 

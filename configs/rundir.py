@@ -72,6 +72,14 @@ class RunDir:
     def trace(self) -> Path:
         return self.path / "trace"
 
+    @property
+    def heartbeats(self) -> Path:
+        return self.path / "heartbeats"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
     def recipe(self) -> Recipe:
         """The resolved recipe that this run was created with."""
         if not self.recipe_file.is_file():

@@ -127,6 +127,35 @@ class Checkpoint(Part):
     )
 
 
+class Spike(Part):
+    """What counts as a leap of the loss: both the factor and the deviations are exceeded."""
+
+    factor: Annotated[float, Field(gt=1)] = Field(
+        2.0, description="multiple of the median of the last losses"
+    )
+    deviations: Positive = Field(8.0, description="robust standard deviations above the median")
+    window: Annotated[int, Field(ge=5)] = Field(50, description="how many last losses are taken")
+
+
+class Recovery(Part):
+    """What a run does about a step that goes wrong."""
+
+    spike: Spike | None = Field(None, description="also go back from a finite loss that leaps")
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="how often the run goes back to a checkpoint from before a bad step and "
+        "steps over it; 0: a step that is not finite ends the run",
+    )
+    step_over: Count = Field(
+        10, description="how many steps, up to the bad one, then make no update"
+    )
+    stall_s: Positive = Field(
+        300.0,
+        description="seconds without progress after which a step counts as hung; or 20 times "
+        "the longest wait so far, if that is more",
+    )
+
+
 class Ensemble(Part):
     """Snapshots at the ends of cosine cycles, and what is made of them."""
 
@@ -180,6 +209,7 @@ class Recipe(Part):
     augment: Augment = Augment()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
     ensemble: Ensemble = Ensemble()
     log: Log = Log()
 
@@ -208,6 +238,11 @@ class Recipe(Part):
             raise ValueError(
                 "optimizer lbfgs compares losses and gradients of one function: it works without "
                 "clip, and with precision fp32 or bf16"
+            )
+        if self.recovery.spike and not self.recovery.max_rollbacks:
+            raise ValueError(
+                "recovery.spike is set, but recovery.max_rollbacks is 0: set it to how often the "
+                "run may go back, such as 3"
             )
         lanes, sampling = self.data.lanes, self.data.sampling.name
         if lanes and sampling != "uniform":

@@ -1,9 +1,12 @@
 """torchrun's elastic agent, started by `bigbatch train` once per machine.
 
-    python -m bigbatch.trainers.agent --nproc N [--nnodes M --rdzv-endpoint HOST:PORT] RUN_DIR
+    python -m bigbatch.trainers.agent --nproc N [--nnodes M|MIN:MAX --rdzv-endpoint HOST:PORT]
+        RUN_DIR
 
-Starts `bigbatch.trainers.worker` once per rank, passes signals on to the ranks and waits
-for them, and exits with the status of the rank that ended first with one other than 0.
+Starts `bigbatch.trainers.worker` once per rank, passes signals on to the ranks and waits for
+them. Ranks that crash, hang or lose a machine are all started again, from the newest
+checkpoint: on as many machines as are left, if those are enough. Exits with the status of the
+rank that ended first with one other than 0.
 """
 
 import argparse
@@ -16,12 +19,22 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.launcher.api import LaunchConfig, launch_agent
+from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from bigbatch.trainers.signals import SAVED
+from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.checkpoint import list_checkpoints
+from bigbatch.trainers.signals import SAVED, STALLED
+
+# How long the machines that are there wait for more, where fewer than all are enough.
+_LAST_CALL_S = 15
 
 # What a rank is sent for what the agent gets. An interpreter that is still importing answers
 # SIGINT with a traceback, and a closed terminal (SIGHUP) is a reason to save like any other.
@@ -61,8 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bigbatch.trainers.agent")
     parser.add_argument("run", type=Path)
     parser.add_argument("--nproc", type=int, required=True, help="ranks on this machine")
-    parser.add_argument("--nnodes", default="1", help="machines: a number, or MIN:MAX")
+    parser.add_argument("--nnodes", type=node_range, default=(1, 1), help="N or MIN:MAX machines")
     parser.add_argument("--rdzv-endpoint", default="localhost:0", help="HOST:PORT of one of them")
+    parser.add_argument("--max-restarts", type=int, default=3, help="without any progress")
     parser.add_argument("--stop-at", type=int, help="end after this many steps, unfinished")
     options = parser.parse_args(arguments)
 
@@ -70,39 +84,117 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # The agent reports each exit of a rank at length. The ranks have said why themselves.
     logging.disable(logging.ERROR)
+    # Which signals torch turns into a SignalException; the others are handled above.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     limit = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
     worker = ["-P", "-m", "bigbatch.trainers.worker", *limit, str(options.run)]
     signals = Signals()
-    with tempfile.TemporaryDirectory(prefix="bigbatch-agent-") as folder:
-        config = LaunchConfig(
-            min_nodes=int(options.nnodes.split(":")[0]),
-            max_nodes=int(options.nnodes.split(":")[-1]),
-            nproc_per_node=options.nproc,
-            run_id=options.run.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint=options.rdzv_endpoint,
-            # One machine needs no host name, which may take seconds to look up.
-            local_addr="localhost" if options.nnodes == "1" else None,
-            max_restarts=0,  # a run goes on from its checkpoint by a new start, not in here
-            logs_specs=DefaultLogsSpecs(log_dir=folder),  # output stays on the terminal
-            signals_to_handle="SIGQUIT",  # the others are handled above
-        )
-        try:
-            launch_agent(config, sys.executable, worker)
-        except ChildFailedError as error:
-            # The others lose their connections to a rank that ends with a message.
-            said = [found for found in error.failures.items() if found[1].exitcode == 2]
-            rank, failure = said[0] if said else error.get_first_failure()
-            return explain(failure.exitcode, rank, signals.sent, options.run)
-        except RendezvousError as error:
+    fewest, most = options.nnodes
+    agent: Agent | None = None
+    rendezvous: RendezvousHandler | None = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="bigbatch-agent-") as folder:
+            rendezvous = meet(options.run.name, options.rdzv_endpoint, fewest, most)
+            spec = WorkerSpec(
+                role="rank",
+                local_world_size=options.nproc,
+                entrypoint=sys.executable,
+                args=tuple(worker),
+                rdzv_handler=rendezvous,
+                max_restarts=options.max_restarts,
+                monitor_interval=0.1,
+                # One machine needs no host name, which may take seconds to look up.
+                local_addr="localhost" if most == 1 else None,
+            )
+            # Output stays on the terminal.
+            agent = Agent(spec, DefaultLogsSpecs(log_dir=folder), options.run, signals)
+            result = agent.run()
+    except RendezvousError as error:
+        if agent is not None and agent.started:
             print(
-                f"bigbatch: the {options.nnodes} machines did not meet at "
-                f"{options.rdzv_endpoint}: {error}; start the same command on each, with the "
-                "address of one of them",
+                f"bigbatch: the other machines are gone ({error}); go on with "
+                f"`bigbatch resume {options.run}`",
                 file=sys.stderr,
             )
-            return 2
+            return SAVED
+        print(
+            f"bigbatch: the {most} machines did not meet at {options.rdzv_endpoint}: {error}; "
+            "start the same command on each, with the address of one of them",
+            file=sys.stderr,
+        )
+        return 2
+    finally:
+        if rendezvous is not None:
+            rendezvous.shutdown()
+    if result.is_failed():
+        # The others lose their connections to a rank that ends with a message.
+        said = [found for found in result.failures.items() if found[1].exitcode == 2]
+        first = min(result.failures.items(), key=lambda item: item[1].timestamp)
+        rank, failure = said[0] if said else first
+        return explain(failure.exitcode, rank, signals.sent, options.run)
     return 0
+
+
+def meet(run: str, endpoint: str, fewest: int, most: int) -> RendezvousHandler:
+    """Where the machines of a run find each other; one of them keeps it, at HOST:PORT."""
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend="c10d",
+            endpoint=endpoint,
+            run_id=run,
+            min_nodes=fewest,
+            max_nodes=most,
+            local_addr="localhost" if most == 1 else None,
+            last_call_timeout=_LAST_CALL_S,
+        )
+    )
+
+
+class Agent(LocalElasticAgent):
+    """Starts the ranks again where that can help: not after a user's error, nor a signal.
+
+    The restarts count from the last one that made progress, so that a long run outlives any
+    number of failures, and a step that always fails ends it.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, logs: DefaultLogsSpecs, run: Path, signals: Signals
+    ) -> None:
+        super().__init__(spec, logs)
+        self._run_path = run
+        self._signals = signals
+        self._saved = ""
+        self.started = False
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self.started = True
+        result = super()._monitor_workers(worker_group)
+        if not result.is_failed():
+            return result
+        statuses = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        checkpoints = list_checkpoints(RunDir(self._run_path).checkpoints)
+        newest = checkpoints[0].name if checkpoints else ""
+        if newest > self._saved:
+            self._saved, self._remaining_restarts = newest, worker_group.spec.max_restarts
+        if self._signals.sent or {2, SAVED} & set(statuses.values()):
+            self._remaining_restarts = 0
+        if self._remaining_restarts > 0:
+            rank, status = next(iter(statuses.items()))
+            print(
+                f"bigbatch: rank {rank} {how_it_ended(status)}; all ranks start again from "
+                f"{newest or 'the beginning'} (restarts left: {self._remaining_restarts - 1})",
+                file=sys.stderr,
+            )
+        return result
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """``4`` gives (4, 4), ``2:4`` gives (2, 4)."""
+    first, _, last = text.partition(":")
+    found = int(first), int(last or first)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError(f"--nnodes {text} is no count of machines; use N or MIN:MAX")
+    return found
 
 
 def explain(status: int, rank: int, sent: set[int], run: Path) -> int:
@@ -112,11 +204,19 @@ def explain(status: int, rank: int, sent: set[int], run: Path) -> int:
         # It came before the rank could listen.
         print(f"bigbatch: stopped before the first step; {go_on}", file=sys.stderr)
         return SAVED
-    elif status < 0:
-        name = signal.Signals(-status).name
-        hint = " (out of memory?)" if name == "SIGKILL" and not sent else ""
-        print(f"bigbatch: rank {rank} was killed by {name}{hint}; {go_on}", file=sys.stderr)
+    if status == STALLED:
+        return SAVED
+    if status < 0:
+        print(f"bigbatch: rank {rank} {how_it_ended(status)}; {go_on}", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+def how_it_ended(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
 
 
 if __name__ == "__main__":

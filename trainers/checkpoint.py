@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class TrainState:
     scaler: Any | None  # torch.amp.GradScaler under fp16
     fingerprint: dict[str, str]  # hashes of recipe and order: what the weights depend on
     shards: Shards | None = None  # where ranks hold pieces, how to gather and to cut them
+    losses: list[float] = field(default_factory=list)  # the last ones, to tell a spike by
+    over: list[list[int]] = field(default_factory=list)  # steps that make no update, as ranges
 
 
 @dataclass
@@ -88,6 +90,8 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         "optimizer": scalars,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "fingerprint": dict(state.fingerprint),
+        "losses": list(state.losses),
+        "over": [list(steps) for steps in state.over],
     }
     return Capture(
         state.step,
@@ -182,7 +186,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int | str
 
 def prune(folder: Path, retention: Retention) -> None:
     """Remove what `retention` does not keep, and what killed attempts left behind."""
-    paths = {int(path.name[5:]): path for path in list_checkpoints(folder)}
+    paths = {step_of(path): path for path in list_checkpoints(folder)}
     scores = {s: _accuracy(p) if retention.best else None for s, p in paths.items()}
     for step in paths.keys() - retention.kept(scores):
         shutil.rmtree(paths[step])
@@ -197,6 +201,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """The number of finished steps that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
+
+
 def verify(path: Path) -> None:
     """Raise Damaged unless every file has the size and hash that the manifest names."""
     try:
@@ -208,27 +217,35 @@ def verify(path: Path) -> None:
         raise Damaged(f"{path} is incomplete: {error}") from None
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(
+    folder: Path, objection: Callable[[int], str | None] = lambda step: None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with the newer ones.
 
-    Raises UserError where there are checkpoints and none verifies: starting again from
-    nothing must be the user's own decision.
+    One whose step meets with an `objection` is used only where there is no other. Raises
+    UserError where there are checkpoints and none verifies: starting again from nothing must
+    be the user's own decision.
     """
     problems: list[str] = []
+    second_best: Path | None = None
     for path in list_checkpoints(folder):
         try:
             verify(path)
         except Damaged as error:
             problems.append(str(error))
-        else:
+            continue
+        why = objection(step_of(path))
+        if why is None:
             return path, problems
-    if problems:
+        problems.append(f"{path}: {why}")
+        second_best = second_best or path
+    if problems and second_best is None:
         raise UserError(
             f"no checkpoint in {folder} verifies:\n  "
             + "\n  ".join(problems)
             + "\nrestore one from a backup, or start a new run with `bigbatch train`"
         )
-    return None, []
+    return second_best, problems
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
@@ -251,6 +268,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
     if state.scaler is not None and content["scaler"] is not None:
         state.scaler.load_state_dict(content["scaler"])
+    state.losses[:] = content["losses"]
+    state.over[:] = content["over"]
     state.step = content["step"]
 
 

@@ -165,6 +165,11 @@ class Engine:
         """The optimizer's update. fp16 with a non-finite gradient: no update, a lower scale."""
         self._stepper.step(closure)
 
+    def skip(self) -> None:
+        """No update in this step. fp16: the scaler takes note of an overflow."""
+        if self.scaler is not None:
+            self.scaler.update()
+
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the recipe, for passes outside the prepared model."""
         return self.accelerator.autocast()

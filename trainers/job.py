@@ -1,7 +1,7 @@
 """Everything that a run is built from, put together once from its recipe."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Job:
         view = self.augmenter.view
         return train_batches(index, self.inputs.order, workers=data.workers, view=view, **common)
 
-    def traced_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
+    def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""
         if not self.recipe.log.trace:
             yield from self.batches(start, stop)

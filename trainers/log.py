@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bigbatch.configs.redact import redact
-from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.alerts import TITLES, Alerts
 from bigbatch.trainers.jsonl import JsonLines, plain
@@ -126,8 +126,9 @@ class Log:
 
     def sync(self) -> None:
         """Put the records on the disk; a checkpoint must not outlive them. From any thread."""
-        if self._metrics:
-            self._metrics.sync()
+        for file in (self._metrics, self._events):
+            if file:
+                file.sync()
 
     def close(self, state: str) -> None:
         """Close every view; `state` (finished, stopped or failed) is the last event."""
@@ -237,6 +238,11 @@ def cut_records(metrics: Path, step: int) -> None:
     kept = "".join(line for line in text.splitlines(keepends=True) if _stands(line, step))
     if kept != text:
         write_atomically(metrics, kept)
+
+
+def last_step(metrics: Path) -> int:
+    """The last step that has a record; 0 without any."""
+    return max((int(r["step"]) for r in read_jsonl(metrics) if "step" in r), default=0)
 
 
 def _stands(line: str, step: int) -> bool:

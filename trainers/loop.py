@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter
 from bigbatch.data.loader import MicroBatch
@@ -21,8 +20,10 @@ from bigbatch.trainers.noise import NoiseScale
 from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import set_lr
 from bigbatch.trainers.plan import Plan
+from bigbatch.trainers.rollback import check_step
 from bigbatch.trainers.saving import Saver
 from bigbatch.trainers.signals import StopFlag
+from bigbatch.trainers.watchdog import Watchdog
 
 # fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
 _MAX_SKIPPED = 50
@@ -35,6 +36,7 @@ def train(
     log: Log,
     *,
     plan: Plan,
+    statistics: StepStatistics,
     schedule: Callable[[int], float],
     loss_function: LossFunction,
     batches: Iterator[MicroBatch],
@@ -42,16 +44,18 @@ def train(
     evaluate: Callable[[], dict[str, float]],
     snapshot: Callable[[dict[str, float]], None],
     saver: Saver,
+    watchdog: Watchdog,
     stop: StopFlag,
     monitor: Monitor,
 ) -> bool:
     """Train from `state.step` to `plan.stop`. False where a signal cut it short.
 
+    Raises Rollback where steps went wrong that shall be stepped over.
+
     `evaluate` scores the validation split and `snapshot` keeps the weights; both are
     collective: every rank calls them in the same step.
     """
     model, optimizer = engine.model, engine.optimizer
-    statistics = StepStatistics(engine.module)
     noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
     mine = len(range(engine.rank, plan.micro_batches, engine.world))
     clock = monitor.clock
@@ -72,9 +76,11 @@ def train(
         engine.zero_grad()
         statistics.begin()
         for number in range(mine):
+            watchdog.beat(step, "loading")
             with clock("data"):
                 batch = next(batches)
             assert batch.step == step
+            watchdog.beat(step, "computing")
             clock.micro_batch(batch.slow_read)
             with clock("copy"):
                 batch = batch.to(engine.device)
@@ -92,6 +98,7 @@ def train(
 
         # 2. What all ranks must agree on: the mean gradient, and the rest in one small
         #    all-reduce. Sums are float64, so that they do not depend on the world size.
+        watchdog.beat(step, "reducing")
         with clock("reduce"):
             engine.reduce()
             stopping = loss_sum.new_full((), float(bool(stop)))
@@ -105,7 +112,18 @@ def train(
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
         finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
-        if finite:
+        skipped = 0 if finite else skipped + 1
+        if not finite:
+            log.event("non_finite", step=step, loss=mean_loss, grad_norm=norm_value)
+        if check_step(
+            recipe.recovery,
+            step,
+            mean_loss,
+            norm_value,
+            earlier=state.losses,
+            over=state.over,
+            may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,
+        ):
             statistics.finish(totals[1], plan.micro_batches)
             with clock("optimizer"):
                 if recipe.clip is not None:
@@ -114,19 +132,11 @@ def train(
                     engine.step()
                 else:
                     engine.step(closure.of_step(mean_loss))
-                    closure.forget()
-            skipped = 0
         else:
             statistics.discard()
-            skipped += 1
-            log.event("non_finite", step=step, loss=mean_loss, grad_norm=norm_value)
-            if engine.scaler is None or skipped > _MAX_SKIPPED:
-                raise UserError(
-                    f"step {step}: loss {mean_loss}, gradient norm {norm_value}; the weights "
-                    "were not touched. Lower optimizer.lr, lengthen schedule.warmup, or set "
-                    "clip, then start a new run"
-                )
-            engine.step()  # fp16: the scaler makes no update and lowers its scale
+            engine.skip()
+        if closure is not None:
+            closure.forget()
         state.step = step + 1
 
         # 4. Say what happened.
@@ -149,6 +159,7 @@ def train(
         cycle_end = state.step in plan.snapshots
         accuracy = None
         if plan.evaluates(state.step) or cycle_end:
+            watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
             scores = evaluate()
             log.evaluation(state.step, "val", **scores)
@@ -157,6 +168,7 @@ def train(
                 snapshot(scores)
         leaving = stops > 0
         if plan.saves(state.step) or leaving:
+            watchdog.beat(state.step, "saving")
             log.phase("saving")
             saver.save(state, accuracy=accuracy, last=leaving or state.step == plan.stop)
         saver.report()

@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 SAVED = 75  # EX_TEMPFAIL: saved after a signal, wants to be started again
+STALLED = 76  # EX_PROTOCOL: a step hung; the agent starts the ranks again
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,20 @@ from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble, memory
 from bigbatch.trainers.checkpoint import Retention, TrainState, load_checkpoint, newest_valid
 from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.heartbeat import Heartbeat
 from bigbatch.trainers.job import Job, build_job
-from bigbatch.trainers.log import Log, open_log
+from bigbatch.trainers.log import Log, last_step, open_log
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
 from bigbatch.trainers.metrics import score, softmax
 from bigbatch.trainers.monitor import Monitor
+from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.output import close_output, copy_output
 from bigbatch.trainers.plateau import Evaluation, read_evaluations
+from bigbatch.trainers.rollback import Range, Rollback, read_rollbacks, remove_stale
 from bigbatch.trainers.saving import Saver
 from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
+from bigbatch.trainers.watchdog import Watchdog
 
 # Enough images to settle the BatchNorm statistics of a soup.
 _RECOMPUTE_IMAGES = 16_384
@@ -47,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stop-at", type=int, help="end after this many steps, unfinished")
     options = parser.parse_args(arguments)
     engine: Engine | None = None
+    heartbeat: Heartbeat | None = None
     die_with_agent()
     copy_output(options.run)
     stop = StopFlag()
@@ -54,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         run = RunDir(options.run)
         recipe = run.recipe()
         engine = open_engine(recipe.backend, recipe.precision, recipe.reduction)
-        return work(build_job(run, recipe, engine, options.stop_at), stop)
+        heartbeat = hold(run, engine)
+        return work(build_job(run, recipe, engine, options.stop_at), stop, heartbeat)
     except UserError as error:
         # Every rank meets the same error, or learns of it; one of them says it.
         if engine is None or engine.rank == 0:
@@ -69,16 +76,46 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bigbatch: {memory.explain(error, rank)}", file=sys.stderr, flush=True)
         return 2
     finally:
+        if heartbeat is not None:
+            heartbeat.close()
         if engine is not None:
             engine.close()
         stop.close()
 
 
-def work(job: Job, stop: StopFlag) -> int:
+def hold(run: RunDir, engine: Engine) -> Heartbeat:
+    """This rank's heartbeat. Rank 0's is the lock on the run; UserError where another has it."""
+    problem = None
+    try:
+        heartbeat = Heartbeat(run.heartbeats, engine.rank)
+        if engine.rank == 0:
+            heartbeat.lock()
+    except OSError as error:
+        problem = f"cannot write in {run.path}: {error}; free some space or fix the permissions"
+    except UserError as error:
+        problem = str(error)
+    problem = engine.from_main(problem)
+    if problem:
+        raise UserError(problem)
+    return heartbeat
+
+
+def work(job: Job, stop: StopFlag, heartbeat: Heartbeat) -> int:
     """Go on from the newest checkpoint, train, combine the snapshots, report."""
+    statistics = StepStatistics(job.engine.module)
+    while True:
+        status = attempt(job, stop, heartbeat, statistics)
+        if status is not None:
+            return status
+
+
+def attempt(
+    job: Job, stop: StopFlag, heartbeat: Heartbeat, statistics: StepStatistics
+) -> int | None:
+    """Go on from where the run directory says; returns the exit status, or None: once more."""
     run, recipe, engine, state = job.run, job.recipe, job.engine, job.state
     plan = job.inputs.plan
-    problems = resume(run, engine, state)
+    problems = resume(run, engine, state, recipe.log.every)
     # What a plateau looks at is replayed; every rank takes rank 0's reading.
     history = read_evaluations(run.metrics, state.step) if engine.rank == 0 else []
     job.inputs.evaluations[:] = [Evaluation(*e) for e in engine.from_main(history)]
@@ -128,23 +165,42 @@ def work(job: Job, stop: StopFlag) -> int:
 
         keep = recipe.checkpoint
         retention = Retention(keep.keep, keep.keep_best, plan.keep_every)
-        with Saver(run.checkpoints, engine, log, retention) as saver:
-            finished = train(
-                recipe,
-                engine,
-                state,
-                log,
-                plan=plan,
-                schedule=job.inputs.schedule,
-                loss_function=build_loss(recipe.loss),
-                batches=job.traced_batches(state.step, plan.stop),
-                augmenter=job.augmenter,
-                evaluate=evaluate,
-                snapshot=snapshot,
-                saver=saver,
-                stop=stop,
-                monitor=monitor,
+        name = engine.from_main(f"{time.time_ns()}-{os.getpid()}")
+        try:
+            with (
+                Watchdog(run, heartbeat, engine.world, name, recipe.recovery.stall_s) as watchdog,
+                Saver(run.checkpoints, engine, log, retention) as saver,
+                closing(job.traced_batches(state.step, plan.stop)) as batches,
+            ):
+                if recipe.recovery.max_rollbacks and state.step == 0:
+                    saver.save(state)  # there is always something to go back to
+                finished = train(
+                    recipe,
+                    engine,
+                    state,
+                    log,
+                    plan=plan,
+                    statistics=statistics,
+                    schedule=job.inputs.schedule,
+                    loss_function=build_loss(recipe.loss),
+                    batches=batches,
+                    augmenter=job.augmenter,
+                    evaluate=evaluate,
+                    snapshot=snapshot,
+                    saver=saver,
+                    watchdog=watchdog,
+                    stop=stop,
+                    monitor=monitor,
+                )
+        except Rollback as error:
+            first, last = error.steps
+            log.problem(
+                "rollback", f"{error}; stepping over {first} to {last}", first=first, last=last
             )
+            log.sync()
+            log.close("stopped")
+            engine.barrier()  # the others read what rank 0 has written
+            return None
         if not finished:
             log.close("stopped")
             if engine.rank == 0:
@@ -161,22 +217,35 @@ def work(job: Job, stop: StopFlag) -> int:
     return 0
 
 
-def resume(run: RunDir, engine: Engine, state: TrainState) -> list[str]:
+def resume(run: RunDir, engine: Engine, state: TrainState, every: int) -> list[str]:
     """Fill `state` from where the run can go on; the order is:
 
-    1. the newest checkpoint in the run directory that verifies,
-    2. with no checkpoint at all, step 0 with the model as built.
+    1. the newest checkpoint in the run directory that verifies and whose steps all have their
+       record in metrics.jsonl, one `every` so many steps,
+    2. the newest one that verifies,
+    3. with no checkpoint at all, step 0 with the model as built.
 
     Rank 0 chooses, so that all ranks load the same one. Returns what is damaged.
     """
     found: tuple[str | None, list[str], str | None] = (None, [], None)
+    over: list[Range] = []
     if engine.rank == 0:
         try:
-            path, problems = newest_valid(run.checkpoints)
+            recorded = last_step(run.metrics)
+            over = read_rollbacks(run)
+            remove_stale(run.checkpoints, over)
+
+            def objection(step: int) -> str | None:
+                if recorded >= step - step % every:
+                    return None
+                return f"{run.metrics} ends after step {recorded}"
+
+            path, problems = newest_valid(run.checkpoints, objection)
             found = (str(path) if path else None, problems, None)
         except UserError as error:
             found = (None, [], str(error))
     chosen, problems, failure = engine.from_main(found)
+    over = engine.from_main(over)
     if failure:
         raise UserError(failure)
     if engine.rank == 0:
@@ -184,6 +253,9 @@ def resume(run: RunDir, engine: Engine, state: TrainState) -> list[str]:
             print(f"bigbatch: {problem}; going on from an older one", file=sys.stderr)
     if chosen:
         load_checkpoint(Path(chosen), state)
+    elif state.step > 0:
+        raise UserError(f"{run.checkpoints} holds nothing to go back to; resume the run")
+    state.over += [steps for steps in over if steps not in state.over]
     return problems
 
 

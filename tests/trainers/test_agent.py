@@ -32,11 +32,11 @@ def run(shards: Path, tmp_path: Path) -> RunDir:
 
 
 @contextmanager
-def agent(run: RunDir, nproc: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """The agent, with what it and its ranks say in output.txt; killed at the end."""
+def agent(run: RunDir, stop_at: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """The agent of two ranks, with what it and they say in output.txt; killed at the end."""
     with (run.path / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            agent_command(run.path, nproc), stdout=output, stderr=output, text=True
+            agent_command(run.path, 2, stop_at=stop_at), stdout=output, stderr=output, text=True
         )
     family = [psutil.Process(process.pid)]
     try:
@@ -99,15 +99,63 @@ def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Si
     assert "Traceback" not in said(run)
 
 
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_others(run: RunDir) -> None:
-    with agent(run) as process:
-        wait_for_step(run, process)
+def test_all_ranks_start_again_after_one_was_killed(shards: Path, tmp_path: Path) -> None:
+    changes = [f"data.path={shards}", "log.wandb=off", "checkpoint.every=3 steps"]
+    run = create_run(tmp_path / "a", load_recipe("digits", changes))
+    with agent(run, stop_at=12) as process:
+        wait_for_step(run, process, 4)
         ranks = _ranks(process)
         ranks[1].kill()
-        assert process.wait(120) == 128 + signal.SIGKILL
+        assert process.wait(200) == 0, said(run)
         assert not psutil.wait_procs(ranks, timeout=30)[1]
-    assert "was killed by SIGKILL" in said(run)
+    assert "rank 1 was killed by SIGKILL" in said(run)
+    assert "start again from step-" in said(run)
+    assert [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"] == [*range(1, 13)]
+    first, second = (e["step"] for e in read_jsonl(run.events) if e["kind"] == "start")
+    assert (first, second % 3) == (0, 0)
+    assert second > 0
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    changes = [f"data.path={shards}", "log.wandb=off", "checkpoint.every=3 steps"]
+    changes += ["recovery.stall_s=5"]
+    run = create_run(tmp_path / "a", load_recipe("digits", changes))
+    with agent(run, stop_at=12) as process:
+        wait_for_step(run, process, 4)
+        (hung,) = (r for r in _ranks(process) if r.environ()["RANK"] == "1")
+        hung.suspend()
+        assert process.wait(250) == 0, said(run)
+    (stall,) = (e for e in read_jsonl(run.events) if e["kind"] == "stall")
+    assert stall["missing"] == [1]
+    assert "missing: rank 1 (" in said(run)
+    assert "loop.py" in (run.stacks / "rank-00000.txt").read_text()
+    assert [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"] == [*range(1, 13)]
+
+
+@pytest.mark.slow
+def test_an_error_that_repeats_ends_the_run(run: RunDir) -> None:
+    with agent(run) as process:
+        for _ in range(4):  # the first start and three more
+            while not _ranks(process):
+                assert process.poll() is None, said(run)
+                time.sleep(0.02)
+            ranks = _ranks(process)
+            ranks[0].kill()
+            psutil.wait_procs(ranks, timeout=30)
+        assert process.wait(120) == 128 + signal.SIGKILL
+    assert said(run).count("start again from the beginning") == 3
+
+
+def test_a_second_run_in_one_directory_is_refused(run: RunDir) -> None:
+    with agent(run) as process:
+        wait_for_step(run, process)
+        second = subprocess.run(
+            agent_command(run.path, 2), capture_output=True, text=True, check=False, timeout=120
+        )
+        assert second.returncode == 2, second.stderr
+        assert f"{run.path} is in use by process " in second.stderr
+        assert process.poll() is None
 
 
 def test_no_rank_outlives_its_agent(run: RunDir) -> None:

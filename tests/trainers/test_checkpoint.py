@@ -88,6 +88,18 @@ def test_a_missing_file_is_found(tmp_path, name):
         newest_valid(tmp_path)
 
 
+def test_what_meets_an_objection_is_used_last(tmp_path):
+    state = make_state(steps=1)
+    for state.step in (1, 2, 3):
+        save_checkpoint(tmp_path, state, keep=3)
+    late = lambda step: "too late" if step > 1 else None  # noqa: E731
+    path, problems = newest_valid(tmp_path, late)
+    assert path == tmp_path / "step-00000001"
+    assert [p.endswith("too late") for p in problems] == [True, True]
+    path, _ = newest_valid(tmp_path, lambda step: "no")
+    assert path == tmp_path / "step-00000003"
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert newest_valid(tmp_path / "none") == (None, [])
 

@@ -1,0 +1,258 @@
+"""The faults of benchmarks/chaos.py, and the run that meets them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.launcher.prove import kill_tree
+from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.checkpoint import Damaged, list_checkpoints, step_of, verify
+from bigbatch.trainers.signals import SAVED
+
+RANKS = 2
+# Moments of checkpointing: what is about to happen, part and end of its path, delay in s.
+PHASES = {
+    "its folder": "os.mkdir .tmp- ",
+    "the weights' file": "open .tmp- model.safetensors",
+    "within the weights": "open .tmp- model.safetensors 0.0005",
+    "the optimizer's file": "open .tmp- optimizer.safetensors",
+    "within the optimizer": "open .tmp- optimizer.safetensors 0.0005",
+    "its state": "open .tmp- state.json",
+    "its manifest": "open .tmp- manifest.json",
+    "its final name": "os.rename .tmp- ",
+    "the folder's sync": "open /checkpoints checkpoints",
+    "removal of an old one": "shutil.rmtree /step- ",
+    "within that removal": "shutil.rmtree /step- 0.0003",
+}
+
+
+class Run:
+    """A run directory, and the agent that works in it, started again as often as it takes."""
+
+    def __init__(self, run: RunDir, steps: int) -> None:
+        self.run = run
+        self.steps = steps
+        self.control = run.path.parent / f"{run.name}-control"
+        self.control.mkdir()
+        shutil.copy(Path(__file__).with_name("chaos_site.py"), self.control / "sitecustomize.py")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.statuses: list[int] = []
+
+    def start(self) -> None:
+        with (self.control / "output.txt").open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command(), env=self.environment(), stdout=output, stderr=output
+            )
+
+    def command(self) -> list[str]:
+        return agent_command(self.run.path, RANKS, stop_at=self.steps)
+
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, (str(self.control), os.environ.get("PYTHONPATH"))))
+        own = {"BIGBATCH_CHAOS": str(self.control), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **own}
+
+    def step(self) -> int:
+        """The newest recorded step."""
+        return max((r["step"] for r in read_jsonl(self.run.metrics)), default=0)
+
+    def ended(self) -> int | None:
+        assert self.process is not None
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """As a power cut: nobody is left who could tidy up."""
+        assert self.process is not None
+        kill_tree(self.process.pid)
+        self.process.wait()
+
+    def rank(self, number: int) -> psutil.Process | None:
+        """A rank's process; None between two starts."""
+        assert self.process is not None
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                with suppress(psutil.Error):
+                    if child.environ().get("RANK") == str(number):
+                        return child
+        return None
+
+    def durable(self) -> int:
+        """The newest step that a whole checkpoint holds, with all its records."""
+        recorded = self.step()
+        for path in list_checkpoints(self.run.checkpoints):
+            with suppress(Damaged):
+                verify(path)
+                if step_of(path) <= recorded:
+                    return step_of(path)
+        return 0
+
+    def starts(self) -> list[int]:
+        """The step that each start went on from."""
+        return [e["step"] for e in read_jsonl(self.run.events) if e.get("kind") == "start"]
+
+
+# A fault happens to a run and says what it did; it may end processes, and starts none.
+Fault = Callable[[Run, random.Random], str]
+
+
+def kill_rank(number: int) -> Fault:
+    def fault(run: Run, rng: random.Random) -> str:
+        rank = run.rank(number)
+        if rank is None:
+            return "between two starts"
+        rank.kill()
+        return "while it trains"
+
+    return fault
+
+
+def kill_agent(run: Run, rng: random.Random) -> str:
+    assert run.process is not None
+    run.process.kill()
+    run.process.wait()
+    return "SIGKILL; its ranks go with it"
+
+
+def kill_in_checkpoint(run: Run, rng: random.Random) -> str:
+    phase = rng.choice(list(PHASES))
+    kill, before = run.control / "kill", run.step()
+    words = PHASES[phase].split(" ")
+    kill.with_suffix(".new").write_text(" ".join([*words, "0"][:4]))
+    kill.with_suffix(".new").rename(kill)
+    until(lambda: not kill.exists() or run.ended() is not None or run.step() > before + 12)
+    kill.unlink(missing_ok=True)
+    return f"rank 0, before {phase}" if "within" not in phase else f"rank 0, {phase}"
+
+
+def disk_full(run: Run, rng: random.Random) -> str:
+    """Fill the file system to its last byte for a while; or, where it is not a small one of
+    ours, limit the size of rank 0's files."""
+    rank = run.rank(0)
+    if os.path.ismount(run.run.path.parent):
+        filler = run.run.path.parent / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12, 1):
+                with suppress(OSError):
+                    while file.write(b"\0" * size) == size:
+                        pass
+        time.sleep(rng.uniform(1, 4))
+        filler.unlink()
+        return "tmpfs filled to the last byte"
+    if rank is not None:
+        with suppress(psutil.Error):
+            rank.rlimit(psutil.RLIMIT_FSIZE, (64, -1))
+            time.sleep(rng.uniform(1, 4))
+            rank.rlimit(psutil.RLIMIT_FSIZE, (-1, -1))
+    return "RLIMIT_FSIZE of 64 bytes"
+
+
+def flipped_bit(run: Run, rng: random.Random) -> str:
+    run.stop()
+    checkpoints = list_checkpoints(run.run.checkpoints)
+    if len(checkpoints) < 2:
+        return "too early: no older checkpoint to go back to"
+    path = rng.choice(sorted(checkpoints[0].iterdir()))
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    return f"in the newest {path.name}"
+
+
+def truncated_metrics(run: Run, rng: random.Random) -> str:
+    run.stop()
+    checkpoints = list_checkpoints(run.run.checkpoints)
+    oldest = step_of(checkpoints[-1]) if checkpoints else 0
+    text = run.run.metrics.read_bytes()
+    # Records that no checkpoint comes before could never be written again; they stay.
+    whole = [x for x in text.splitlines(True) if x.endswith(b"\n")]
+    first = sum(len(x) for x in whole if json.loads(x)["step"] <= oldest)
+    cut = rng.randint(first, len(text))
+    os.truncate(run.run.metrics, cut)
+    return f"{len(text) - cut} bytes cut off"
+
+
+def hung_rank(run: Run, rng: random.Random) -> str:
+    number = rng.randrange(RANKS)
+    rank = run.rank(number)
+    if rank is None:
+        return "between two starts"
+    rank.suspend()
+    return f"SIGSTOP of rank {number}"
+
+
+def time_limit(run: Run, rng: random.Random) -> str:
+    assert run.process is not None
+    run.process.send_signal(signal.SIGUSR2)
+    until(lambda: run.ended() is not None, 60)
+    if run.ended() is None:
+        run.stop()
+        return "SIGUSR2, then SIGKILL"
+    return f"SIGUSR2; status {run.ended()}" + ("" if run.ended() == SAVED else ", not 75")
+
+
+def double(run: Run, rng: random.Random) -> str:
+    second = subprocess.run(
+        run.command(), env=run.environment(), capture_output=True, text=True, check=False,
+        timeout=240,
+    )  # fmt: skip
+    refused = second.returncode == 2 and "is in use by process" in second.stderr
+    if not refused and run.ended() is None:
+        raise AssertionError(f"a second start ended with {second.returncode}: {second.stderr}")
+    return "refused" if refused else "the first had ended"
+
+
+def clock_jump(run: Run, rng: random.Random) -> str:
+    days = rng.choice([-3650, -1, -0.04, 0.04, 1, 3650])
+    (run.control / "clock").write_text(str(days * 86400))
+    return f"by {days} days"
+
+
+FAULTS: dict[str, Fault] = {
+    "kill rank 1": kill_rank(1),
+    "kill rank 0": kill_rank(0),
+    "kill agent": kill_agent,
+    "kill in a checkpoint": kill_in_checkpoint,
+    "disk full": disk_full,
+    "flipped bit": flipped_bit,
+    "truncated metrics.jsonl": truncated_metrics,
+    "hung rank": hung_rank,
+    "time limit": time_limit,
+    "double": double,
+    "clock jump": clock_jump,
+}
+
+
+def until(done: Callable[[], bool], limit_s: float = 240.0) -> bool:
+    """Wait for something; False where it did not come."""
+    deadline = time.monotonic() + limit_s
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int = 64) -> Iterator[None]:
+    """A tmpfs of its own at `folder`, where this may be mounted; otherwise the folder as it is."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") is not None and not subprocess.run(
+        mount, capture_output=True, check=False
+    ).returncode  # fmt: skip
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=False, stderr=sys.stderr)

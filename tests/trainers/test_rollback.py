@@ -1,0 +1,140 @@
+"""Rollback: what counts as bad, and that every start steps over the same steps."""
+
+import json
+import math
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.schema import Recovery, Spike
+from bigbatch.data.shard import shard
+from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.rollback import Rollback, check_step, read_rollbacks, remove_stale, spikes
+
+SPIKE = Spike(factor=2, deviations=8, window=10)
+CALM = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.1, 0.9, 1.05, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("loss", "bad"), [(1.0, False), (1.9, False), (2.1, True), (0.0, False), (1e9, True)]
+)
+def test_a_spike_exceeds_factor_and_deviations(loss, bad):
+    assert spikes(loss, CALM, SPIKE) is bad
+
+
+def test_what_is_noisy_anyway_does_not_spike():
+    noisy = [0.5, 1.5] * 5
+    assert not spikes(3.0, noisy, SPIKE)  # over the factor, within the deviations
+    assert spikes(3.0, noisy, Spike(factor=2, deviations=2, window=10))
+
+
+def test_nothing_spikes_before_a_window_is_full():
+    assert not spikes(100.0, CALM[1:], SPIKE)
+
+
+@given(st.lists(st.floats(0, 100), min_size=10, max_size=30), st.floats(0, 1000))
+def test_only_the_last_window_counts(losses, loss):
+    assert spikes(loss, losses, SPIKE) == spikes(loss, losses[-10:], SPIKE)
+
+
+def check(step=50, loss=1.0, norm=1.0, earlier=None, over=(), may_overflow=False, **recovery):
+    earlier = list(CALM) if earlier is None else earlier
+    return check_step(
+        Recovery(**recovery), step, loss, norm,
+        earlier=earlier, over=list(over), may_overflow=may_overflow,
+    )  # fmt: skip
+
+
+def test_a_good_step_is_taken_and_remembered():
+    earlier = list(CALM)
+    assert check(loss=1.2, earlier=earlier, spike=SPIKE, max_rollbacks=1)
+    assert earlier == [*CALM[1:], 1.2]
+
+
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"norm": math.inf}, {"loss": 9.0}])
+def test_a_bad_step_goes_back(bad):
+    with pytest.raises(Rollback, match="step 50: loss") as raised:
+        check(**bad, spike=SPIKE, max_rollbacks=1, step_over=4)
+    assert raised.value.steps == [47, 50]
+
+
+def test_without_rollbacks_a_step_that_is_not_finite_ends_the_run():
+    with pytest.raises(UserError, match=r"loss nan.*the weights were not touched"):
+        check(loss=math.nan)
+    with pytest.raises(UserError, match="after 1 rollbacks"):
+        check(loss=math.nan, max_rollbacks=1, over=[[3, 4]])
+
+
+def test_fp16_overflows_are_no_mistake():
+    assert not check(norm=math.inf, may_overflow=True, max_rollbacks=1)
+
+
+def test_what_is_stepped_over_is_not_judged_again():
+    earlier = list(CALM)
+    assert not check(loss=math.nan, over=[[50, 55]], earlier=earlier, max_rollbacks=1)
+    assert earlier == CALM
+    assert check(step=49, over=[[50, 55]], max_rollbacks=1)
+
+
+def saved(folder, step, over=()):
+    path = folder / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps({"over": list(over)}))
+    return path
+
+
+def test_checkpoints_that_took_in_a_bad_step_go(tmp_path):
+    before, inside, after = (saved(tmp_path, n) for n in (10, 15, 30))
+    replayed = saved(tmp_path, 28, [[10, 20]])
+    remove_stale(tmp_path, [[10, 20]])
+    assert sorted(tmp_path.iterdir()) == [before, replayed]
+    assert not inside.exists()
+    assert not after.exists()
+
+
+def test_if_none_is_from_before_nothing_is_removed(tmp_path):
+    path = saved(tmp_path, 15)
+    with pytest.raises(UserError, match="from before step 10"):
+        remove_stale(tmp_path, [[10, 20]])
+    assert path.exists()
+
+
+def test_spikes_need_rollbacks():
+    with pytest.raises(UserError, match=r"recovery.max_rollbacks is 0"):
+        load_recipe("digits", ["recovery={spike: {factor: 3}}"])
+
+
+def train(run: RunDir, ranks: int, stop_at: int) -> None:
+    done = subprocess.run(
+        agent_command(run.path, ranks, stop_at=stop_at),
+        capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(tmp_path):
+    shard("digits", tmp_path / "digits", progress=False)
+    changes = [
+        f"data.path={tmp_path / 'digits'}", "log.wandb=off", "checkpoint.every=4 steps",
+        "optimizer.lr=30", "schedule.warmup=1 epochs", "recovery.max_rollbacks=50",
+        "recovery.spike={factor: 1.02, deviations: 1, window: 5}", "recovery.step_over=3",
+    ]  # fmt: skip
+    runs = [create_run(tmp_path / name, load_recipe("digits", changes)) for name in ("a", "b")]
+    train(runs[0], 2, 24)
+    for stop in (7, 15, 18, 24):
+        train(runs[1], 1, stop)
+    over = [read_rollbacks(run) for run in runs]
+    assert over[0]
+    assert over[0] == over[1]
+    manifests = [run.checkpoints / "step-00000024" / "manifest.json" for run in runs]
+    first, second = (json.loads(m.read_text())["files"] for m in manifests)
+    assert first == second
+    for run in runs:
+        steps = [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"]
+        assert steps == list(range(1, 25))

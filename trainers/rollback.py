@@ -1,0 +1,123 @@
+"""Going back from steps that went wrong, and stepping over them in the next try.
+
+A loss that leaps or is not finite shows after the harm is done: the cause lies in one of the
+steps before it. The run therefore goes back to a checkpoint from before those steps, makes no
+update in them, and goes on. Source: Chowdhery et al., PaLM, 2022, section 5.1. Which steps are
+stepped over stands in events.jsonl and in each checkpoint, so that every later start leaves
+out the same ones, and the weights stay a function of what the run directory holds.
+"""
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.schema import Recovery, Spike
+from bigbatch.trainers.checkpoint import STATE, list_checkpoints, step_of
+
+Range = list[int]  # the first and the last step, as counted before them, that make no update
+
+_NORMAL = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
+
+
+class Rollback(Exception):
+    """Raised by the loop on all ranks alike, before the update of a step that went wrong."""
+
+    def __init__(self, why: str, steps: Range) -> None:
+        super().__init__(why)
+        self.steps = steps
+
+
+def spikes(loss: float, earlier: Sequence[float], config: Spike) -> bool:
+    """Whether `loss` leaps out of the `earlier` ones, the newest last.
+
+    Both must hold: it is above `factor` times their median, and above the median by
+    `deviations` robust standard deviations. With less than a window of them nothing spikes.
+    """
+    window = earlier[-config.window :]
+    if len(window) < config.window:
+        return False
+    middle = statistics.median(window)
+    spread = _NORMAL * statistics.median(abs(x - middle) for x in window)
+    return loss > config.factor * middle and loss > middle + config.deviations * spread
+
+
+def check_step(
+    recovery: Recovery,
+    step: int,
+    loss: float,
+    norm: float,
+    *,
+    earlier: list[float],
+    over: list[Range],
+    may_overflow: bool,
+) -> bool:
+    """Whether this step makes its update. Raises Rollback or UserError where it went wrong.
+
+    `earlier` holds the losses of the steps before, and takes this one in; `over` holds what
+    is stepped over already. All are the same on every rank, and so is what comes of them.
+    With `may_overflow` (fp16) a step that is not finite makes no update, and is no mistake.
+    """
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if steps_over(over, step):
+        return False
+    if finite and not (recovery.spike and spikes(loss, earlier, recovery.spike)):
+        if recovery.spike:
+            earlier.append(loss)
+            del earlier[: -recovery.spike.window]
+        return True
+    if not finite and may_overflow:
+        return False
+    why = f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g}"
+    if finite:
+        why += f", a spike over the median {statistics.median(earlier):.6g}"
+    if len(over) >= recovery.max_rollbacks:
+        tried = f" after {len(over)} rollbacks" if over else ""
+        raise UserError(
+            f"{why}{tried}; the weights were not touched. Lower optimizer.lr, lengthen "
+            "schedule.warmup, or set clip, then start a new run; or let it step over the bad "
+            "steps by recovery.max_rollbacks"
+        )
+    raise Rollback(why, [max(0, step + 1 - recovery.step_over), step])
+
+
+def steps_over(over: list[Range], step: int) -> bool:
+    return any(first <= step <= last for first, last in over)
+
+
+def read_rollbacks(run: RunDir) -> list[Range]:
+    """The steps to be stepped over, from events.jsonl, oldest first."""
+    events = (e for e in read_jsonl(run.events) if e.get("kind") == "rollback")
+    return [[int(e["first"]), int(e["last"])] for e in events]
+
+
+def remove_stale(folder: Path, over: list[Range]) -> None:
+    """Remove the checkpoints whose weights took in a step that shall be stepped over.
+
+    Raises UserError, and removes nothing, where none from before those steps is left.
+    """
+    paths = list_checkpoints(folder)
+    stale = [p for p in paths if _is_stale(p, over)]
+    if stale and len(stale) == len(paths):
+        first = min(first for first, _ in over)
+        raise UserError(
+            f"no checkpoint in {folder} is from before step {first}, to go back to; set "
+            "checkpoint.keep higher, then start a new run"
+        )
+    for path in stale:
+        shutil.rmtree(path)
+
+
+def _is_stale(path: Path, over: list[Range]) -> bool:
+    missed = [steps for steps in over if step_of(path) > steps[0]]
+    if not missed:
+        return False
+    try:
+        known = json.loads((path / STATE).read_text())["over"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return any(steps not in known for steps in missed)
