@@ -29,6 +29,11 @@ _LONGEST = 20  # a hang is also this many times longer than the longest wait so 
 _DUMP_S = 1.0  # what a rank gets to write its stacks after it was asked for them
 
 
+def record_collectives() -> None:
+    """Switch torch's flight recorder on; before torch.distributed starts."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
 class Watchdog:
     """Ends this process where `beat` was not called for too long.
 
@@ -87,6 +92,7 @@ class Watchdog:
     def _end(self) -> None:
         """Dump the stacks, name the missing ranks, and leave."""
         faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._dump_collectives()
         others = [r for r in range(self._world) if r != self._rank]
         before = {r: read_heartbeat(self._run.heartbeats, r) for r in others}
         time.sleep(2 * self._tick_s)
@@ -129,6 +135,15 @@ class Watchdog:
             }
         )
         events.close()
+
+    def _dump_collectives(self) -> None:
+        """What torch's flight recorder knows: the last collectives, and which did not end."""
+        torch: Any = sys.modules.get("torch")
+        with suppress(Exception):  # not a public interface; the stacks are on disk already
+            c10d = torch._C._distributed_c10d
+            on_gpu = torch.cuda.is_available()
+            dump = c10d._dump_nccl_trace_json if on_gpu else c10d._dump_fr_trace_json
+            (self._run.stacks / f"collectives-{self._rank:05d}.json").write_bytes(dump())
 
     def _signal(self, records: list[dict[str, Any]], number: signal.Signals) -> None:
         for record in records:

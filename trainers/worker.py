@@ -40,7 +40,7 @@ from bigbatch.trainers.plateau import Evaluation, read_evaluations
 from bigbatch.trainers.rollback import Range, Rollback, read_rollbacks, remove_stale
 from bigbatch.trainers.saving import Saver
 from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
-from bigbatch.trainers.watchdog import Watchdog
+from bigbatch.trainers.watchdog import Watchdog, record_collectives
 
 # Enough images to settle the BatchNorm statistics of a soup.
 _RECOMPUTE_IMAGES = 16_384
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     engine: Engine | None = None
     heartbeat: Heartbeat | None = None
     die_with_agent()
+    record_collectives()
     copy_output(options.run)
     stop = StopFlag()
     try:

@@ -1,5 +1,6 @@
 """The agent with real ranks: exit statuses, signals, and nobody left behind."""
 
+import json
 import signal
 import subprocess
 import time
@@ -129,6 +130,7 @@ def test_a_hung_rank_is_named_and_the_run_goes_on(shards: Path, tmp_path: Path) 
     (stall,) = (e for e in read_jsonl(run.events) if e["kind"] == "stall")
     assert stall["missing"] == [1]
     assert "missing: rank 1 (" in said(run)
+    assert json.loads((run.stacks / "collectives-00000.json").read_text())
     assert "loop.py" in (run.stacks / "rank-00000.txt").read_text()
     assert [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"] == [*range(1, 13)]
 
