@@ -86,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable(logging.ERROR)
     # Which signals torch turns into a SignalException; the others are handled above.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    # Rank 0 opens a store for each start. The agent's own would outlive a restart, and with it
+    # the addresses of dead ranks, which the new ones then try to reach for ten minutes.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     limit = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
     worker = ["-P", "-m", "bigbatch.trainers.worker", *limit, str(options.run)]
     signals = Signals()
