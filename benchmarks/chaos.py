@@ -62,8 +62,10 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=600, help="no new fault after these")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
     names = plan(options.seed, 6 if options.quick else options.faults, options.quick)
     groups = [names[i : i + FAULTS_IN_A_RUN] for i in range(0, len(names), FAULTS_IN_A_RUN)]
     with tempfile.TemporaryDirectory(prefix="bigbatch-chaos-") as name:
@@ -74,7 +76,7 @@ def main() -> None:
         wrong: list[str] = []
         with ThreadPoolExecutor(options.jobs) as pool:
             jobs = [
-                pool.submit(disturbed, folder, number, group, options.seed, reference)
+                pool.submit(disturbed, folder, number, group, options.seed, reference, deadline)
                 for number, group in enumerate(groups)
             ]
             for job in jobs:
@@ -127,11 +129,18 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def disturbed(
-    folder: Path, number: int, faults: list[str], seed: int, reference: dict[str, Any]
+    folder: Path,
+    number: int,
+    faults: list[str],
+    seed: int,
+    reference: dict[str, Any],
+    deadline: float,
 ) -> tuple[list[Outcome], list[str]]:
     """One run with its faults; returns their outcomes, and what was wrong at the end."""
     rng = random.Random(f"{seed}-{number}")
     outcomes: list[Outcome] = []
+    if time.monotonic() > deadline:
+        return [], []
     place = folder / f"run-{number:03d}"
     share = STEPS // (len(faults) + 1)
     with small_disk(place):
@@ -139,6 +148,8 @@ def disturbed(
         try:
             run.start()
             for index, name in enumerate(faults):
+                if time.monotonic() > deadline:
+                    break
                 aim = 5 + index * share + rng.randrange(share)
                 if not reach(run, aim):
                     return outcomes, [f"run {number} hung before {name}: {tail(run)}"]
@@ -160,9 +171,9 @@ def meet(run: Run, name: str, rng: random.Random, number: int) -> Outcome:
     """Let a fault happen, and wait until the run is further than it was before."""
     before, starts = run.step(), len(run.starts())
     detail = FAULTS[name](run, rng)
-    durable = run.durable()
     began = time.monotonic()
-    recovered = reach(run, min(before + 1, STEPS))
+    durable = run.durable()
+    recovered = reach(run, min(max(before, run.step()) + 1, STEPS))
     seconds = time.monotonic() - began if recovered else None
     later = run.starts()[starts:]
     lost = max([0, *(durable - step for step in later)])
