@@ -153,7 +153,7 @@ def test_a_second_run_in_one_directory_is_refused(run: RunDir) -> None:
     with agent(run) as process:
         wait_for_step(run, process)
         second = subprocess.run(
-            agent_command(run.path, 2), capture_output=True, text=True, check=False, timeout=120
+            agent_command(run.path, 1), capture_output=True, text=True, check=False, timeout=250
         )
         assert second.returncode == 2, second.stderr
         assert f"{run.path} is in use by process " in second.stderr
