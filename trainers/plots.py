@@ -170,7 +170,7 @@ def phases(history: History) -> str:
     names = [name for name in PHASE_NAMES if f"phases.{name}" in train]
     if not names:
         return ""
-    with _figure(7.2, 3.0) as (figure, axes):
+    with _figure(6.4, 3.0) as (figure, axes):
         axes.set_title("Time of a step, mean of the ranks")
         layers = [_centred_mean(train[f"phases.{n}"], len(train["step"]) // 80) for n in names]
         thin = slice(None, None, max(1, len(train["step"]) // _POINTS))
@@ -180,7 +180,7 @@ def phases(history: History) -> str:
             area.set_facecolor(colour)
             area.set_alpha(alpha)
             area.set_label(PHASE_NAMES[name])
-        axes.set_ylim(0, float(np.percentile(stack.sum(0), 99)) * 1.15)
+        axes.set_ylim(0, float(np.percentile(stack.sum(0), 95)) * 1.25)
         axes.set_ylabel("ms")
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))

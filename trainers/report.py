@@ -215,7 +215,9 @@ def _timeline(history: History) -> list[tuple[str, str, str, str]]:
         if kind == "end":
             kind = str(event.get("state", "end"))
         known = ("time", "date", "kind", "step", "state", "pid")
-        details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
+        details = ", ".join(
+            f"{k} {v}" for k, v in event.items() if k not in known and v is not None
+        )
         stamp = str(event.get("date", ""))[:19].replace("T", " ")
         rows.append((stamp, str(event.get("step", "")), kind.replace("_", " "), details))
     return rows

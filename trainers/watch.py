@@ -171,7 +171,9 @@ def _events(history: History) -> RenderableType:
     told = [event for event in history.events if event["kind"] != "checkpoint"]
     for event in told[-_EVENTS:]:
         known = ("time", "date", "kind", "step", "pid")
-        details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
+        details = ", ".join(
+            f"{k} {v}" for k, v in event.items() if k not in known and v is not None
+        )
         clock = str(event.get("date", ""))[11:19]
         step, kind = f"step {event.get('step', '')}", str(event["kind"])
         table.add_row(Text(clock, style="dim"), Text(step), Text(kind), Text(details, style="dim"))
