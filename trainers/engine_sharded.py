@@ -81,6 +81,6 @@ class ShardedEngine(Engine):
 class _Stepper:
     """What a loss scaler needs of an optimizer: gradients to look at, and a step to skip."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, update: object) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, update: Callable[[], None]) -> None:
         self.param_groups = optimizer.param_groups
         self.step = update

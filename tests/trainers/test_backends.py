@@ -21,6 +21,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from bigbatch.configs.clipping import ClipNorm
 from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion
 from bigbatch.trainers.checkpoint import (
+    MODEL,
     OPTIMIZER,
     Retention,
     TrainState,
@@ -85,7 +86,7 @@ def build(case: dict[str, Any]) -> tuple[Engine, TrainState]:
         optimizer = build_optimizer(model, OPTIMIZERS[case["optimizer"]])
     if case.get("scaled"):  # as under fp16; a power of two, so that it costs no digit
         engine.accelerator.scaler = ShardedGradScaler("cpu", init_scale=2.0**10)
-    engine.prepare(model, optimizer, MICRO_BATCHES)
+    engine.prepare(model, optimizer, case.get("micro_batches", MICRO_BATCHES))
     return engine, TrainState(0, model, optimizer, engine.scaler, {}, engine.shards)
 
 
@@ -102,7 +103,8 @@ def train(
     In step `overflow` the last micro-batch's loss is infinite, on the rank that has it.
     """
     dtype = next(engine.module.parameters()).dtype
-    mine = range(engine.rank, MICRO_BATCHES, engine.world)
+    total = engine.micro_batches
+    mine = range(engine.rank, total, engine.world)
     found = []
     engine.model.train()
     for step in range(state.step, stop):
@@ -112,7 +114,7 @@ def train(
             x, y = draw(step, number, dtype)
             with engine.micro_batch(last=number == mine[-1]):
                 loss = nn.functional.cross_entropy(engine.model(x), y)
-                bad = step == overflow and number == MICRO_BATCHES - 1
+                bad = step == overflow and number == total - 1
                 engine.backward(loss * math.inf if bad else loss)
             statistics.add()
         engine.reduce()
@@ -125,7 +127,7 @@ def train(
                 engine.step()  # which skips, on every rank, and halves the scale
                 assert engine.scaler.get_scale() == 2.0**9
         else:
-            statistics.finish(totals[1:], MICRO_BATCHES)
+            statistics.finish(totals[1:], total)
             if clip is not None:
                 engine.clip(ClipNorm(name="norm", limit=clip), norm)
             engine.step()
@@ -228,10 +230,10 @@ def compare(backend: str, optimizer: str, dtype: str = "float32", *steps: int) -
     return {"kind": "compare", "case": case, "steps": list(steps or (10,))}
 
 
-def scaled(backend: str) -> dict[str, Any]:
+def scaled(backend: str, micro_batches: int = MICRO_BATCHES) -> dict[str, Any]:
     """With a loss scale, a step that overflows on one rank, and clipping."""
     job = compare(backend, "lamb")
-    job["case"] |= {"clip": 1.5, "overflow": 3, "scaled": True}
+    job["case"] |= {"clip": 1.5, "overflow": 3, "micro_batches": micro_batches, "scaled": True}
     return job
 
 
@@ -240,41 +242,57 @@ def go_on_job(backend: str, start: int, stop: int) -> dict[str, Any]:
     return {"kind": "go on", "case": case, "start": start, "stop": stop}
 
 
-# Two ranks share the micro-batches evenly; three do not.
-JOBS = {
+LAYERWISE = ("lars", "lamb")
+# Two ranks share four micro-batches evenly, and three do not.
+JOBS = [
+    go_on_job("zero1", 4, 7),
+    go_on_job("fsdp2", 7, 10),
+    compare("ddp", "lars"),
+    *(compare(b, o, "float32", 10, 50) for b in SHARDED for o in LAYERWISE),
+    *(scaled(b, micro_batches=3) for b in SHARDED),
+    compare("fsdp2", "lars", "float64", 50),
+    compare("zero1", "timm"),
+]
+MORE_JOBS = {
     2: [
-        go_on_job("zero1", 4, 7),
-        *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in ("lars", "lamb")),
         *(compare(b, o) for b in SHARDED for o in ("sgd", "adamw", "lion")),
-        *(compare(b, o, "float64", 50) for b in ("ddp", "fsdp2") for o in ("lars", "lamb")),
-        *(scaled(b) for b in SHARDED),
-        compare("zero1", "timm"),
+        *(compare(b, o, "float64", 50) for b in ("ddp", "fsdp2") for o in LAYERWISE),
     ],
     3: [
-        go_on_job("fsdp2", 7, 10),
-        *(compare(b, o) for b in SHARDED for o in ("lars", "lamb")),
+        *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in LAYERWISE),
         *(scaled(b) for b in SHARDED),
     ],
+    4: [compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in LAYERWISE],
 }
-JOBS_4 = [compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in ("lars", "lamb")]
 
 
-def ids(jobs: list[dict[str, Any]]) -> list[str]:
-    return [name_of(j["case"]) for j in jobs if j["kind"] == "compare"]
-
-
-def cases(jobs: list[dict[str, Any]]) -> Any:
-    found = [j for j in jobs if j["kind"] == "compare" and j["case"]["optimizer"] != "timm"]
-    return pytest.mark.parametrize("job", found, ids=ids(found))
+def cases(jobs: dict[int, list[dict[str, Any]]]) -> Any:
+    found = [
+        (world, job)
+        for world, those in jobs.items()
+        for job in those
+        if job["kind"] == "compare" and job["case"]["optimizer"] != "timm"
+    ]
+    ids = [f"{world}-{name_of(job['case'])}" for world, job in found]
+    return pytest.mark.parametrize(("world", "job"), found, ids=ids)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all jobs of two and three ranks have left their weights."""
-    folder = tmp_path_factory.mktemp("backends")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all JOBS have left their weights; the moves start with four steps on one rank."""
+    folder = tmp_path_factory.mktemp("two")
     go_on(folder, go_on_job("ddp", 0, 4))
-    for world, jobs in JOBS.items():
-        launch(folder, world, jobs)
+    launch(folder, 2, JOBS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for MORE_JOBS; the moves start on four ranks."""
+    folder = tmp_path_factory.mktemp("more")
+    launch(folder, 4, [go_on_job("ddp", 0, 4), *MORE_JOBS[4]])
+    launch(folder, 2, [go_on_job("zero1", 4, 7), *MORE_JOBS[2]])
+    launch(folder, 3, [go_on_job("fsdp2", 7, 10), *MORE_JOBS[3]])
     return folder
 
 
@@ -320,51 +338,41 @@ def first_micro_batches(job: dict[str, Any], world: int) -> float:
     return sum(found) / world
 
 
-@cases(JOBS[2])
-def test_two_ranks_give_the_weights_of_one(folder, one_rank, job):
-    check(folder, 2, job, one_rank)
+@cases({2: JOBS})
+def test_two_ranks_give_the_weights_of_one(two, one_rank, world, job):
+    check(two, world, job, one_rank)
 
 
-@cases(JOBS[3])
-def test_three_ranks_with_unequal_shares_give_the_weights_of_one(folder, one_rank, job):
-    check(folder, 3, job, one_rank)
-
-
-def test_an_optimizer_that_takes_a_piece_for_a_layer_is_found_out(folder, one_rank):
+def test_an_optimizer_that_takes_a_piece_for_a_layer_is_found_out(two, one_rank):
     """timm's Lars under ZeRO-1: the check that ours pass is one that can fail."""
     job = compare("zero1", "timm")
-    tensors = load_file(folder / f"2-{name_of(job['case'])}.safetensors")
+    tensors = load_file(two / f"2-{name_of(job['case'])}.safetensors")
     assert difference(tensors, one_rank(job)["tensors"], 10) > 1e-3
 
 
-def test_a_run_moves_between_backends_and_world_sizes(folder, one_rank):
-    """One rank, then ZeRO-1 on two, then FSDP2 on three: the weights of one rank throughout."""
+def test_a_run_moves_between_backends(two, one_rank):
+    """One rank, then ZeRO-1, then FSDP2 on two: the weights and the state of one rank."""
+    check_moved(two, one_rank)
+
+
+@pytest.mark.slow
+@cases(MORE_JOBS)
+def test_more_ranks_and_optimizers_give_the_weights_of_one(more, one_rank, world, job):
+    check(more, world, job, one_rank)
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_backends_and_world_sizes(more, one_rank):
+    """DDP on four ranks, ZeRO-1 on two, FSDP2 on three."""
+    check_moved(more, one_rank)
+
+
+def check_moved(folder: Path, one_rank: Any) -> None:
     undisturbed = one_rank(compare("ddp", "lamb"))["tensors"]
     moved = folder / "step-00000010"
-    weights, state = load_file(moved / "model.safetensors"), load_file(moved / OPTIMIZER)
-    found = {f"10/{k}": v for k, v in weights.items()}
-    found |= {f"10/state/{k}": v for k, v in state.items()}
+    found = {f"10/{k}": v for k, v in load_file(moved / MODEL).items()}
+    found |= {f"10/state/{k}": v for k, v in load_file(moved / OPTIMIZER).items()}
     assert difference(found, undisturbed, 10) <= 1e-5
-
-
-@pytest.mark.slow
-@cases(JOBS_4)
-def test_four_ranks_give_the_weights_of_one(four, one_rank, job):
-    check(four, 4, job, one_rank)
-
-
-@pytest.mark.slow
-def test_a_run_moves_from_ddp_on_four_ranks(four, one_rank):
-    launch(four, 2, [go_on_job("zero1", 4, 7)])
-    launch(four, 3, [go_on_job("fsdp2", 7, 10)])
-    test_a_run_moves_between_backends_and_world_sizes(four, one_rank)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    launch(folder, 4, [go_on_job("ddp", 0, 4), *JOBS_4])
-    return folder
 
 
 if __name__ == "__main__":
