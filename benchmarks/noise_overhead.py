@@ -5,9 +5,11 @@
 Two copies of a model train on the same random images through the real engine, one with the
 measurement and one without it (its norms not taken, DDP's own all-reduce instead of the
 communication hook), a step each in turns and in changing order, so that noise of the machine
-meets both alike. The figure is the median of the ratios within a round, with the middle half
-of them. Cases: both reductions; one process, which accumulates gradients, and two, with one
-and with two micro-batches each.
+meets both alike. The figure is the median of the ratios within a round, with a bootstrap's 95 %
+interval of that median: of elapsed time, and on a CPU of rank 0's processor time, which other
+programs on the machine disturb less and which decides there. Cases: both reductions; one process,
+which accumulates gradients, and two, with one and with two micro-batches each. A case ends
+after its rounds, or after a minute.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.multiprocessing as mp
@@ -44,6 +47,10 @@ CASES = [
     (2, "overlapped", 4),
 ]
 LIMIT = 0.02  # of the step, the design's
+ROUNDS, LEAST, SECONDS = 60, 8, 55.0  # of a case: most and fewest rounds, and when to end
+
+# Of a step: elapsed seconds, and seconds of processor time of this process, all its threads.
+Times = tuple[float, float]
 
 
 class NoNorms(MicroBatchNorms):
@@ -64,8 +71,8 @@ def unmeasured() -> Iterator[None]:
         DistributedDataParallel.register_comm_hook = register  # type: ignore[method-assign]
 
 
-def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[], float]:
-    """A training step that returns its seconds."""
+def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[], Times]:
+    """A training step that returns its times."""
     engine = Engine("fp32", reduction)
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=1000)
@@ -76,9 +83,9 @@ def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[]
     mine = range(engine.rank, micro_batches, engine.world)
     noise = NoiseScale(MICRO, MICRO * micro_batches)
 
-    def step() -> float:
+    def step() -> Times:
         engine.barrier()
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         engine.zero_grad()
         for number in mine:
             with engine.micro_batch(last=number == mine[-1]):
@@ -94,17 +101,18 @@ def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[]
         engine.step()
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return time.perf_counter() - started[0], time.process_time() - started[1]
 
     return step
 
 
-def measure(reduction: str, micro_batches: int, rounds: int) -> list[tuple[float, float]]:
-    """Seconds of a step with and without the measurement, a pair for each round."""
+def measure(reduction: str, micro_batches: int, rounds: int) -> list[tuple[Times, Times]]:
+    """Times of a step with and without the measurement, a pair for each round."""
     with_it = make_step(reduction, micro_batches, True)
     with unmeasured():
         without = make_step(reduction, micro_batches, False)
-    pairs = []
+    pairs: list[tuple[Times, Times]] = []
+    end = time.monotonic() + SECONDS
     for number in range(-2, rounds):
         if number % 2:
             first, second = with_it(), without()
@@ -112,7 +120,19 @@ def measure(reduction: str, micro_batches: int, rounds: int) -> list[tuple[float
             second, first = without(), with_it()
         if number >= 0:
             pairs.append((first, second))
+        over = [time.monotonic() > end]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(over)  # all ranks end together
+        if over[0] and len(pairs) >= LEAST:
+            break
     return pairs
+
+
+def median_and_interval(values: list[float]) -> tuple[float, float, float]:
+    """The median and a bootstrap's 95 % interval of it."""
+    samples = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.percentile(np.median(samples, axis=1), (2.5, 97.5))
+    return float(np.median(values)), float(low), float(high)
 
 
 def rank_main(rank: int, world: int, port: int, threads: int, rounds: int, found: str) -> None:
@@ -120,7 +140,7 @@ def rank_main(rank: int, world: int, port: int, threads: int, rounds: int, found
     if world > 1:
         os.environ |= {k: str(v) for k, v in shared.items()}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(max(1, threads // world))
+    torch.set_num_threads(threads)
     results = {
         f"{world} ranks, {reduction}, {count} micro-batches": measure(reduction, count, rounds)
         for ranks, reduction, count in CASES
@@ -134,39 +154,41 @@ def rank_main(rank: int, world: int, port: int, threads: int, rounds: int, found
     os._exit(0)  # torch's threads now and then abort an interpreter on its way out
 
 
-def run(world: int, threads: int, rounds: int) -> dict[str, list[list[float]]]:
+def run(world: int, threads: int, rounds: int) -> dict[str, list[tuple[Times, Times]]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         found = str(Path(folder) / "found.json")
         mp.spawn(rank_main, (world, port, threads, rounds, found), nprocs=world)
-        result: dict[str, list[list[float]]] = json.loads(Path(found).read_text())
+        result: dict[str, list[tuple[Times, Times]]] = json.loads(Path(found).read_text())
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="6 rounds instead of 100")
+    parser.add_argument("--quick", action="store_true", help="6 rounds instead of 60")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="of each rank, on a CPU")
     options = parser.parse_args()
-    rounds = 6 if options.quick else 100
+    rounds = 6 if options.quick else ROUNDS
     figures: dict[str, Any] = {}
     gpus = torch.cuda.device_count()
     worlds = [w for w in (1, 2) if not gpus or w <= gpus]  # ranks do not share a GPU under NCCL
-    print(f"{'':42}{'step ms':>9}{'added':>8}  middle half")
+    kinds = ("elapsed",) if gpus else ("elapsed", "processor")
     for world in worlds:
         for name, pairs in run(world, options.threads, rounds).items():
-            ratios = [a / b - 1 for a, b in pairs]
-            low, _, high = statistics.quantiles(ratios, n=4)
-            row = {
-                "step_ms": round(statistics.median(b for _, b in pairs) * 1e3, 3),
-                "added": round(statistics.median(ratios), 5),
-                "middle_half": [round(low, 5), round(high, 5)],
+            row: dict[str, Any] = {
+                "step_ms": round(statistics.median(b[0] for _, b in pairs) * 1e3, 3),
+                "rounds": len(pairs),
             }
+            shown = f"{name:36}{row['step_ms']:8.1f} ms {row['rounds']:3} rounds"
+            for i, kind in enumerate(kinds):
+                middle, low, high = median_and_interval([a[i] / b[i] - 1 for a, b in pairs])
+                row[kind] = {"added": round(middle, 5), "interval": [round(low, 5), round(high, 5)]}
+                shown += f"  {kind} {middle:+.2%} ({low:+.2%} to {high:+.2%})"
             figures[name] = row
-            print(f"{name:42}{row['step_ms']:9.1f}{row['added']:8.2%}  {low:.2%} to {high:.2%}")
+            print(shown, flush=True)
     if options.json:
         machine = {
             "date": time.strftime("%Y-%m-%d"),
@@ -177,7 +199,7 @@ def main() -> None:
             "rounds": rounds,
         }
         options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
-    if not options.quick and any(row["added"] > LIMIT for row in figures.values()):
+    if not options.quick and any(row[kinds[-1]]["added"] > LIMIT for row in figures.values()):
         sys.exit(f"more than {LIMIT:.0%} of a step")
 
 

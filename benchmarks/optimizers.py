@@ -171,7 +171,7 @@ def table(times: dict[str, list[float]], memory: dict[str, float]) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 rounds instead of 200")
+    parser.add_argument("--quick", action="store_true", help="10 rounds instead of 100")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -182,7 +182,7 @@ def main() -> None:
     if options.memory_of:
         print(measure_memory(options.memory_of, device))
         return
-    repeats = 10 if options.quick else 200
+    repeats = 10 if options.quick else 100
     memory = {case: in_own_process(case) for case in CASES}
     figures = {"step": table(measure_time(list(CASES), repeats, device, False), memory)}
     if device == "cuda":
