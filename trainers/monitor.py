@@ -26,7 +26,7 @@ class Monitor:
         self, log: Log, engine: Engine, recipe: Recipe, classes: int, shards: Sequence[str]
     ) -> None:
         self.clock = Clock(engine.device, engine.rank, engine.world)
-        engine.on_sent = lambda: self.clock.switch("reduce")
+        engine.on_sent = self.clock.sent
         self._log, self._engine = log, engine
         self._every = recipe.log.details_every
         self._timings = Timings(engine.world)

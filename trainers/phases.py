@@ -59,10 +59,15 @@ class Clock:
         finally:
             self._end()
 
-    def switch(self, phase: str) -> None:
-        """Count what is left of the open phase as another one. Any thread may call this."""
-        self._end()
-        self._begin(PHASES.index(phase))
+    def sent(self) -> None:
+        """Count what is left of a `model` phase as `reduce`: gradients are on their way.
+
+        Any thread may call this. In another phase, as when L-BFGS evaluates the loss again,
+        it changes nothing.
+        """
+        if self._open is not None and self._open[0] == PHASES.index("model"):
+            self._end()
+            self._begin(PHASES.index("reduce"))
 
     def micro_batch(self, slow_read: tuple[int, float] | None) -> None:
         """Count a micro-batch, with the shard that its reader spent most time in."""

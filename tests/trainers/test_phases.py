@@ -42,7 +42,7 @@ def run_step(clock: Clock, at: Time, micro_batches: int, slow: dict[str, float])
             with clock(name):
                 at.now += 0.01 + slow.get(name, 0.0)
                 if name == "model" and number == micro_batches - 1:
-                    clock.switch("reduce")
+                    clock.sent()
                     at.now += 0.02
         clock.micro_batch((7, 0.004))
     with clock("optimizer"):

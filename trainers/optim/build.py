@@ -106,6 +106,5 @@ def trust_ratios(
     ratios = {}
     for params, values in getattr(optimizer, "last_ratios", []):
         for p, value in zip(params, values.tolist(), strict=True):
-            if p in names:  # an engine that shards parameters steps over pieces of them
-                ratios[names[p]] = value
+            ratios[names[p]] = value
     return ratios
