@@ -114,6 +114,7 @@ def test_mistakes(shards: str, options, says, monkeypatch: pytest.MonkeyPatch) -
         CliRunner().invoke(cli, ["find-micro-batch", "digits", *options], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_another_failure_is_not_taken_for_memory(shards: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(shards)
     recipe = load_recipe("digits", ["model.name=no_such_model", *BIG])

@@ -159,6 +159,7 @@ def test_values_that_do_not_go_together_are_a_trial_that_failed(here: Path) -> N
     assert all("not a multiple" in t.user_attrs["reason"] for t in found.trials)
 
 
+@pytest.mark.slow
 def test_a_search_whose_trials_all_fail_gives_up(here: Path, monkeypatch) -> None:
     space = Space.model_validate(
         {"parameters": {"optimizer.lr": {"type": "float", "low": 0.1, "high": 1}}}
@@ -202,6 +203,7 @@ def test_mistakes_are_said_before_anything_starts(here: Path, arguments, says) -
     assert not list(here.glob("studies/*/trials"))
 
 
+@pytest.mark.slow
 def test_an_orphan_is_waited_for_and_not_started_twice(here: Path) -> None:
     """A run whose search was killed by SIGKILL goes on alone."""
     recipe = load_recipe("digits", [*SMALL, "duration=300 steps"])
