@@ -34,6 +34,7 @@ ALL: dict[str, dict[str, Any]] = {
     "sm3": {"lr": 0.1},
     "lion": {"lr": 0.003},
     "muon": {"lr": 0.02, "adamw_lr": 0.01},
+    "lbfgs": {"lr": 0.5},
 }
 
 
@@ -61,11 +62,18 @@ def train(model, optimizer, steps, start=0):
     losses = []
     for step in range(start, start + steps):
         set_lr(optimizer, 0.5 + 0.5 / (1 + step))
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+
+        def closure():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            losses.append(optimizer.step(closure).item())
+        else:
+            losses.append(closure().item())
+            optimizer.step()
     return losses
 
 
@@ -151,7 +159,10 @@ def test_loading_replaces_state_and_refuses_strangers():
         load_optimizer_state(optimizer, model, {"momentum_buffer/9.weight": torch.zeros(1)}, {})
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n not in ("sm3", "adafactor", "muon")])
+WITHOUT_DECAY = ("sm3", "adafactor", "muon", "lbfgs")  # none, or beside other motion
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in WITHOUT_DECAY])
 def test_norms_and_biases_never_decay(name):
     """With gradients of zero nothing but decay moves a weight."""
     model = make_model()

@@ -11,6 +11,7 @@ from bigbatch.configs import optimizers as c
 from bigbatch.trainers.optim.groups import muon_groups, parameter_groups
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
+from bigbatch.trainers.optim.lbfgs import LBFGS
 from bigbatch.trainers.optim.state import parameter_names
 
 
@@ -64,7 +65,7 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
                 d=config.clip_threshold,
             )
         case c.LBFGS():
-            return torch.optim.LBFGS(
+            return LBFGS(
                 [p for group in groups for p in group["params"]],  # it knows one group alone
                 lr=config.lr,
                 max_iter=config.max_iter,
