@@ -6,7 +6,7 @@ Each run trains 60 short steps with a checkpoint every 4 and meets five faults a
 (--seed). Whatever ends is started again with the same command, as a queue would. A run passes
 if it ends with the weights, the optimizer state and the records of a run that met no fault,
 bit for bit, with each step once, and if no restart began before the newest checkpoint that was
-whole at the fault. A run that makes no step for four minutes counts as hung.
+whole at the fault. A run that makes no step for ten minutes counts as hung.
 
 SIGKILL of slurmd is not among the faults: it needs a SLURM (tests/launcher/test_slurm_cluster.py).
 """

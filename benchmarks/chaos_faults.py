@@ -233,7 +233,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def until(done: Callable[[], bool], limit_s: float = 240.0) -> bool:
+def until(done: Callable[[], bool], limit_s: float = 600.0) -> bool:
     """Wait for something; False where it did not come."""
     deadline = time.monotonic() + limit_s
     while not done():
