@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.lib import recfunctions as rfn
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
@@ -213,13 +212,14 @@ def _batch(
     decoded: Decoded,
     bad: Iterable[dict[str, Any]] = (),
 ) -> MicroBatch:
+    sizes = np.stack([decoded.frames["height"], decoded.frames["width"]], 1)
     return MicroBatch(
         step=work.step,
         index=work.index,
         samples=samples,
         labels=torch.from_numpy(index.label[samples].astype(np.int64)),
         pixels=torch.from_numpy(decoded.pixels),
-        sizes=torch.from_numpy(rfn.structured_to_unstructured(decoded.frames[["height", "width"]])),
+        sizes=torch.from_numpy(sizes),
         channels=channels,
         bad=tuple(bad),
         slow_read=decoded.slow_read,
