@@ -1,7 +1,7 @@
 """What large batches cost in accuracy: Nesterov, LARS and LAMB, each tuned, on CIFAR-10.
 
     python benchmarks/large_batch.py --cifar10 PARQUET [--quick | --gpu] [--folder DIR]
-                                     [--json FILE] [--picture FILE] [--jobs N]
+                                     [--report] [--json FILE] [--picture FILE] [--jobs N]
 
 PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg.
 
@@ -15,7 +15,8 @@ tuned as well as the others are.
 
 Each trial is a run of bigbatch's own trainer from a recipe of its own, under DIR/runs. It is
 noted in DIR/trials.jsonl once finished, so the same command goes on where it was stopped, also
-inside a trial. Without --gpu: a small residual net and few epochs, one trial per CPU core.
+inside a trial. --report runs nothing and reports what is noted there already. On a CPU: a small
+residual net and few epochs, one trial per core; --gpu: ResNet-18 and 30 epochs.
 """
 
 import argparse
@@ -26,7 +27,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -67,6 +67,7 @@ class Plan:
     precision: str
     image_size: int
     augment: dict[str, Any]
+    workers: int = 0  # decoding processes of a trial
     images: int | None = None
 
 
@@ -85,7 +86,21 @@ PLANS = {
     "cpu": Plan(
         _SMALL, (256, 1024, 4096, 16384), 256, 3, _RATES, (1, 2, 3), "fp32", 16, {"flip": 0.5}
     ),
-    "quick": Plan(_SMALL, (128, 512), 64, 2, (1.0, 3.0), (1,), "fp32", 16, {"flip": 0.5}, 2560),
+    "gpu": Plan(
+        {"name": "resnet18", "stem": "small"},
+        (256, 1024, 4096, 16384),
+        256,
+        30,
+        (1 / 9, 1 / 3, 1.0, 3.0, 9.0),
+        (1, 2, 3),
+        "bf16",
+        32,
+        {"flip": 0.5, "affine": {"translate": 0.125}},
+        workers=8,
+    ),
+    "quick": Plan(
+        _SMALL, (128, 512), 64, 2, (1.0, 3.0), (1,), "fp32", 16, {"flip": 0.5}, images=2560
+    ),
 }
 
 
@@ -123,7 +138,12 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
         "global_batch": trial.batch,
         "micro_batch": plan.micro_batch,
         "precision": plan.precision,
-        "data": {"path": str(shards), "image_size": plan.image_size, "workers": 0, "threads": 1},
+        "data": {
+            "path": str(shards),
+            "image_size": plan.image_size,
+            "workers": plan.workers,
+            "threads": 1,
+        },
         "model": plan.model,
         "optimizer": {**OPTIMIZERS[trial.optimizer][0], "lr": trial.lr},
         "schedule": {
@@ -171,21 +191,30 @@ def start_worker(log: Path, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def run_all(
-    pool: ProcessPoolExecutor, plan: Plan, trials: Iterable[Trial], folder: Path
-) -> list[dict[str, Any]]:
-    """Results of all trials, in their order; those noted in trials.jsonl are not run again."""
-    trials = list(trials)
+def noted(folder: Path) -> dict[Trial, dict[str, Any]]:
+    """The results in trials.jsonl."""
     notes = folder / "trials.jsonl"
     lines = notes.read_text().splitlines() if notes.exists() else []
-    done = {
+    return {
         Trial(r["optimizer"], r["batch"], r["lr"], r["seed"]): r for r in map(json.loads, lines)
     }
+
+
+def run_all(
+    pool: ProcessPoolExecutor | None, plan: Plan, trials: Iterable[Trial], folder: Path
+) -> list[dict[str, Any]]:
+    """Results of all trials, in their order; those noted are not run again.
+
+    Without a pool only those noted are returned.
+    """
+    trials, done = list(trials), noted(folder)
+    if pool is None:
+        return [done[trial] for trial in trials if trial in done]
     waiting = {pool.submit(run_trial, plan, t, folder): t for t in trials if t not in done}
     for number, future in enumerate(as_completed(waiting), 1):
         trial, result = waiting[future], future.result()
         done[trial] = result
-        with notes.open("a") as file:
+        with (folder / "trials.jsonl").open("a") as file:
             print(json.dumps(result), file=file, flush=True)
         shown = "diverged" if result["val"] is None else f"val {100 * result['val']:.2f} %"
         print(f"{number}/{len(waiting)} {trial.name}: {shown}", file=sys.stderr, flush=True)
@@ -205,6 +234,8 @@ def best_rates(tuning: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 def arms_of(finals: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
     """Of each arm: mean and standard deviation of test accuracy over seeds, %, and `loss`:
     points below the best arm of the smallest batch."""
+    if not finals:
+        return {}
     accuracies: dict[tuple[str, int], list[float]] = {}
     for r in finals:
         accuracies.setdefault((r["optimizer"], r["batch"]), []).append(100 * (r["test"] or 0.0))
@@ -223,6 +254,27 @@ def arms_of(finals: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, flo
     return arms
 
 
+def tuning_table(result: dict[str, Any]) -> str:
+    """Validation accuracy of each rate that was tried, in the order of the rates."""
+    lines = [f"| batch | {' | '.join(OPTIMIZERS)} |", "|---:|" + "---|" * len(OPTIMIZERS)]
+    for batch in result["plan"]["batches"]:
+        cells = []
+        for name in OPTIMIZERS:
+            tried = sorted(
+                (r["lr"], r["val"])
+                for r in result["tuning"]
+                if (r["optimizer"], r["batch"]) == (name, batch)
+            )
+            cells.append(
+                ", ".join(
+                    f"{lr:g}: " + ("diverged" if val is None else f"{100 * val:.1f}")
+                    for lr, val in tried
+                )
+            )
+        lines.append(f"| {batch:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """A row for each batch size, a column for each optimizer."""
     rates = {(r["optimizer"], r["batch"]): r["lr"] for r in result["finals"]}
@@ -237,7 +289,7 @@ def markdown(result: dict[str, Any]) -> str:
         for name in OPTIMIZERS:
             arm = arms.get((name, batch))
             cells.append(
-                "diverged"
+                ("diverged" if result["finals"] else "")
                 if arm is None
                 else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} (lr {rates[name, batch]:g})"
             )
@@ -271,7 +323,10 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 if (r["optimizer"], r["batch"]) == (name, batch) and r["val"] is not None
             ]
             label = f"{batch:,}" if name == "nesterov" else None
-            right.plot(*zip(*tried, strict=True), style, color=color, lw=1, marker=".", label=label)
+            if tried:
+                right.plot(
+                    *zip(*tried, strict=True), style, color=color, lw=1, marker=".", label=label
+                )
     left.set_xscale("log", base=2)
     left.set_xticks(result["plan"]["batches"], [f"{b:,}" for b in result["plan"]["batches"]])
     left.set(xlabel="global batch", ylabel="test accuracy, %", title="best rate, other seeds")
@@ -309,7 +364,10 @@ def write_shards(source: Path, folder: Path, images: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
-    parser.add_argument("--quick", action="store_true", help="few images, two batch sizes")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--quick", action="store_true", help="few images, two batch sizes")
+    scale.add_argument("--gpu", action="store_true", help="ResNet-18 and 30 epochs")
+    parser.add_argument("--report", action="store_true", help="run nothing; needs --folder")
     parser.add_argument("--folder", type=Path, help="keep shards and runs here, and go on there")
     parser.add_argument("--jobs", type=int, help="trials at a time")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -320,25 +378,32 @@ def main() -> None:
         return
     if not options.cifar10.is_file():
         parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
-    name = "quick" if options.quick else "cpu"
+    if options.report and not options.folder:
+        parser.error("--report reads the trials noted in --folder; name it")
+    name = "quick" if options.quick else "gpu" if options.gpu else "cpu"
     plan = PLANS[name]
-    jobs = options.jobs or (os.cpu_count() or 1)
+    jobs = options.jobs or (1 if name == "gpu" else os.cpu_count() or 1)
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as place:
         folder = Path(place).resolve()
         write_shards(options.cifar10.resolve(), folder, plan.images)
-        with ProcessPoolExecutor(
-            jobs, get_context("spawn"), start_worker, (folder / "log.txt", 1)
-        ) as pool:
-            started = time.perf_counter()
+        threads = 1 if name != "gpu" else (os.cpu_count() or 1)
+        context = get_context("spawn")
+        pool = (
+            None
+            if options.report
+            else ProcessPoolExecutor(jobs, context, start_worker, (folder / "log.txt", threads))
+        )
+        with pool or nullcontext():
             tuning = run_all(pool, plan, tuning_trials(plan), folder)
             best = best_rates(tuning)
             finals: list[dict[str, Any]] = []
             # Seed by seed, and written after each, so that a long measurement can be cut short.
-            for seed in plan.seeds:
-                trials = [Trial(o, b, lr, seed) for (o, b), lr in best.items()]
-                finals += run_all(pool, plan, trials, folder)
+            for seed in (None, *plan.seeds):
+                if seed is not None:
+                    trials = [Trial(o, b, lr, seed) for (o, b), lr in best.items()]
+                    finals += run_all(pool, plan, trials, folder)
                 arms = arms_of(finals)
                 result = {
                     "date": datetime.date.today().isoformat(),
@@ -347,9 +412,8 @@ def main() -> None:
                     "versions": {p: version(p) for p in ("bigbatch", "timm", "torch", "numpy")},
                     "scale": name,
                     "plan": asdict(plan),
-                    "recipe": recipe_tree(plan, trials[0], Path("shards")),
+                    "recipe": recipe_tree(plan, tuning_trials(plan)[0], Path("shards")),
                     "optimizers": OPTIMIZERS,
-                    "seconds": round(time.perf_counter() - started),
                     "arms": [{"optimizer": o, "batch": b, **a} for (o, b), a in arms.items()],
                     "tuning": tuning,
                     "finals": finals,
@@ -358,6 +422,8 @@ def main() -> None:
                     options.json.write_text(json.dumps(result, indent=1) + "\n")
                 if options.picture:
                     draw(result, options.picture)
+    print(tuning_table(result))
+    print()
     print(markdown(result))
 
 

@@ -24,6 +24,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
+from bigbatch.trainers.critical_batch import Phase
 from bigbatch.trainers.history import PHASE_NAMES, Columns, History, loss_ceiling
 
 # Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
@@ -186,6 +187,32 @@ def phases(history: History) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), reverse=True)
         return _svg(figure, "phases", "Time of a step by phase")
+
+
+def noise(history: History, phases: Sequence[Phase]) -> str:
+    """SVG of the noise scale over the steps and in each phase, with its interval; "" without."""
+    train = history.train
+    if "noise_scale" not in train or not np.isfinite(train["noise_scale"]).any():
+        return ""
+    with _figure(7.2, 3.0) as (figure, axes):
+        axes.set_title("Gradient noise scale, in samples")
+        axes.plot(*_thin(train["step"], train["noise_scale"]), color=BLUE, label="last 100 steps")
+        for number, phase in enumerate(phases):
+            if not 0 < phase.critical < np.inf:
+                continue
+            low, high = np.clip(phase.critical_interval, phase.critical / 100, phase.critical * 100)
+            span = [phase.first_step, phase.last_step]
+            label = None if number else f"{phase.name.split()[0]}, with 95 % interval"
+            axes.fill_between(span, low, high, color=ORANGE, alpha=0.25, linewidth=0)
+            axes.plot(span, [phase.critical] * 2, color=ORANGE, label=label)
+        axes.axhline(history.recipe.global_batch, color=MUTED, linestyle=":", label="global batch")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return _svg(figure, "noise-scale", "Gradient noise scale by phase")
 
 
 def trust(ratios: Columns) -> str:

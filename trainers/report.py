@@ -11,9 +11,11 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.trainers import plots
+from bigbatch.trainers.advise import measure_phases
 from bigbatch.trainers.diagnosis import diagnose
 from bigbatch.trainers.history import History, read_history, straggler
 from bigbatch.trainers.progress import duration
@@ -38,6 +40,7 @@ def write_report(run: RunDir) -> Path:
         ranks=_ranks(history),
         straggler=straggler(history.slowest),
         phases_plot=plots.phases(history),
+        noise_plot=_noise_plot(history),
         trust_plot=plots.trust(history.trust),
         rows=result_rows(history.summary or {}),
         members_plot=_members_plot(history),
@@ -170,6 +173,15 @@ def _short_count(count: int) -> str:
         if count >= 10 * size:
             return f"{count / size:,.1f}{unit}"
     return f"{count:,}"
+
+
+def _noise_plot(history: History) -> str:
+    """The gradient noise scale; its phases only where they are long enough to measure."""
+    try:
+        phases = measure_phases(history, None)
+    except UserError:
+        phases = []
+    return plots.noise(history, phases)
 
 
 def _members_plot(history: History) -> str:

@@ -58,6 +58,8 @@ def make_run(path: Path, steps: int = STEPS, finished: bool = True, seed: int = 
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": 0.4 + 3 * math.exp(-step / 20) * rng.uniform(0.8, 1.2),
+                "grad_sq_micro": 0.5 + 9 * math.exp(-step / 20) + abs(rng.normal(0, 0.05)),
+                "noise_scale": 200.0 + 2 * step,
                 "images_per_s": 256 / step_s,
                 "data_s": 0.002 * rng.uniform(0, 2),
                 "step_s": step_s,
@@ -158,7 +160,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
-    assert page.pictures == 10  # six curves, phases, trust ratios, members, confusion matrix
+    assert page.pictures == 11  # six curves, phases, noise scale, trust ratios, members, confusion
+    assert "Gradient noise scale" in text
+    assert "cycle, with 95 % interval" in text
     assert "Rank 1 is the slowest: 12% of a step" in text
     assert "shard 000003.tar" in text
     for wanted in ("98.30%", "cycle-01 (left out)", "resume", "soup", "Converged", "optimizer:"):
