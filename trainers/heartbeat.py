@@ -18,6 +18,7 @@ from bigbatch.configs.errors import UserError
 
 _SIZE = 512  # bytes; one write of it is seen whole
 _DYING_S = 5.0  # a killed process may take this long to let go of its files
+_LEASE_S = 120.0  # and an NFS server to notice that a machine is gone
 
 
 class Heartbeat:
@@ -44,15 +45,19 @@ class Heartbeat:
         do not reach other machines, a heartbeat from one that goes on within `silence_s`
         seconds is a holder too, unless it is this very job's, which was requeued.
         """
-        deadline = time.monotonic() + _DYING_S
+        first = self._read()
+        foreign = first.get("host", self.record["host"]) != self.record["host"]
+        deadline = time.monotonic() + (_LEASE_S if foreign else _DYING_S)
         while True:
             try:
                 # POSIX locks: the decoding processes, forked later, must not inherit it.
                 fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if time.monotonic() > deadline:
-                    raise self._refusal(self._read()) from error
+                holder = self._read()
+                goes_on = foreign and holder.get("beat") != first.get("beat")
+                if goes_on or time.monotonic() > deadline:
+                    raise self._refusal(holder) from error
                 time.sleep(0.1)
         holder = self._read()
         ours = (self.record["host"], holder.get("job") and self.record["job"])

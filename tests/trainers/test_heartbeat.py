@@ -9,14 +9,17 @@ import time
 import pytest
 
 from bigbatch.configs.errors import UserError
+from bigbatch.trainers import heartbeat as heartbeat_module
 from bigbatch.trainers.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
 from bigbatch.trainers.watchdog import DOING, find_missing
 
 HOLDER = """
 import sys, time
 from pathlib import Path
+from bigbatch.trainers import heartbeat as heartbeat_module
 from bigbatch.trainers.heartbeat import Heartbeat
 heartbeat = Heartbeat(Path(sys.argv[1]), 0)
+heartbeat.record.update(host=sys.argv[2]) if sys.argv[2:] else None
 heartbeat.lock()
 print("mine", flush=True)
 time.sleep(600)
@@ -43,6 +46,19 @@ def test_a_run_has_one_holder_until_it_dies(folder):
     successor = Heartbeat(folder, 0)
     successor.lock()
     assert read_heartbeat(folder, 0)["pid"] == successor.record["pid"]
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for(folder, monkeypatch):
+    monkeypatch.setattr(heartbeat_module, "_DYING_S", 0.0)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), "elsewhere"], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "mine\n"
+        threading.Timer(1.0, holder.kill).start()
+        heartbeat = Heartbeat(folder, 0)
+        heartbeat.lock(silence_s=0.2)
+        assert holder.wait(10) != 0
+    assert read_heartbeat(folder, 0)["host"] == heartbeat.record["host"]
 
 
 def foreign(folder, **fields):
