@@ -130,9 +130,9 @@ def attempt(
     ) as log:
         for problem in problems:
             log.event("damaged_checkpoint", problem=problem)
-        train_split = job.inputs.splits["train"]
-        shards = [file.name for file in train_split.shards]
-        monitor = Monitor(log, engine, recipe, len(train_split.classes), shards)
+        train_split = job.inputs.splits.get("train")  # a stream has none
+        shards = [file.name for file in train_split.shards] if train_split else []
+        monitor = Monitor(log, engine, recipe, len(job.inputs.classes), shards)
         log.event(
             "start",
             step=state.step,
