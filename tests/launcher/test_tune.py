@@ -179,7 +179,7 @@ def test_a_search_whose_trials_all_fail_gives_up(here: Path, monkeypatch) -> Non
     )
     for _ in range(2):
         found.tell(study.ask(found, space), state=TrialState.FAIL)
-    overrides = (*SMALL, "duration=2 steps", "model.checkpoint=no-such-weights.safetensors")
+    overrides = (*SMALL, "duration=2 steps", "model.options={no_such_option: 1}")
     search = tune.Search(
         "digits", overrides, space, folder, trials=9, parallel=1, nproc=1, slurm=None
     )
@@ -226,9 +226,9 @@ def test_an_orphan_is_waited_for_and_not_started_twice(here: Path) -> None:
     assert handle.running()
     handle.stop()
     deadline = time.monotonic() + 60
-    while child.running() and time.monotonic() < deadline:
+    while handle.running() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not handle.running()
+    assert not child.running()
 
 
 def test_a_trial_as_a_job_is_submitted_once_and_waited_for(here: Path, monkeypatch) -> None:
