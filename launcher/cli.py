@@ -30,6 +30,7 @@ SECTIONS = {
         cli_registry.status,
         cli_registry.logs,
         cli_registry.cancel,
+        cli_registry.sync,
         cli_registry.remove,
         cli_run.watch,
         cli_run.report,

@@ -1,5 +1,6 @@
 """Commands about recipes: nothing is started."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,48 @@ def _headline(path: Path) -> str:
 @click.command(short_help="Check a recipe and its data; start nothing.")
 @options.recipe
 @click.option("--nproc", type=click.IntRange(1), help="Also check that this many ranks can run.")
+@click.option("--nodes", type=click.IntRange(1), default=1, help="On each of so many nodes.")
+@click.option("--quick", is_flag=True, help="Leave out memory, disk, saving, wandb and sbatch.")
+@options.runs_folder
 @options.as_json
-def check(recipe: str, overrides: tuple[str, ...], nproc: int | None, as_json: bool) -> None:
-    """Open everything that RECIPE names and say what a run of it will do."""
+def check(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    nodes: int,
+    quick: bool,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Open everything that RECIPE names and say what a run of it will do, and need."""
+    from dataclasses import asdict
+
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import preflight
+    from bigbatch.launcher.env import start_variables
+    from bigbatch.launcher.submit import try_job
 
-    found = preflight.check(load_recipe(recipe, overrides), nproc)
+    loaded = load_recipe(recipe, overrides)
+    world = None if nproc is None and nodes == 1 else (nproc or 1) * nodes
+    found = preflight.check(loaded, world)
+    found["environment"] = start_variables(nproc or 1, nodes, None, os.environ)
+    findings = []
+    if not quick:
+        findings = preflight.estimate(loaded, runs_folder).findings
+        findings.append(try_job(loaded, nodes, nproc or 1, runs_folder))
     if as_json:
-        options.print_json(found)
+        options.print_json({**found, "findings": [asdict(finding) for finding in findings]})
         return
     from bigbatch.launcher.tables import show, two_columns
 
-    show(two_columns(_rows(found)))
+    marks = {"ok": "", "warning": "WARNING: ", "skipped": "skipped: "}
+    needs = {finding.name: marks[finding.state] + finding.text for finding in findings}
+    show(two_columns(_rows(found) | needs))
 
 
 def _rows(found: dict[str, Any]) -> dict[str, str]:
+    from bigbatch.launcher import preflight
+
     splits = [f"{n} {s['samples']:,} in {s['shards']} shards" for n, s in found["splits"].items()]
     rates = [f"{rate:.4g} at {step}" for step, rate in found["lr"].items()]
     rows = {
@@ -56,6 +83,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
         "samples": ", ".join(splits),
         "classes": f"{found['classes']}, with {found['smallest_class']:,} to "
         f"{found['largest_class']:,} samples in {found['counted']}",
+        "labels": preflight.spark(sorted(found["labels"], reverse=True)),
         "step": f"{found['global_batch']:,} samples in {found['micro_batches']} micro-batches of "
         f"{found['micro_batch']:,}: 1 to {found['micro_batches']} ranks",
         "length": f"{found['steps']:,} steps, {found['epochs']:g} epochs of "
@@ -64,6 +92,8 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
         "checkpoints": f"{found['checkpoints']:,}",
         "snapshots": "after step " + ", ".join(map(str, found["snapshots"])),
         "learning rate": ", ".join(rates),
+        "over the run": preflight.spark(found["lr_curve"]),
+        "chosen": ", ".join(f"{name}={value}" for name, value in found["environment"].items()),
     }
     if found["lr_depends_on_evaluations"]:
         rows["learning rate"] += "; lowered on plateaus, which only the run can find"

@@ -116,6 +116,29 @@ def cancel(run: str, runs_folder: Path) -> None:
     click.echo(stop(find_run(run, runs_folder)))
 
 
+@click.command(short_help="Send offline wandb records of runs.")
+@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@options.runs_folder
+def sync(names: tuple[str, ...], runs_folder: Path) -> None:
+    """Send to wandb what RUNs recorded offline: all attempts, as one wandb run each."""
+    import subprocess
+    import sys
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.launcher.launchers import python
+    from bigbatch.launcher.registry import find_run, look_up
+
+    found = [find_run(name, runs_folder) for name in names]
+    for run in found:
+        if look_up(run).state == "running":
+            raise UserError(f"{run.name} is running, and writes those files; sync it when it ends")
+    status = 0
+    for run in found:
+        command = [*python("bigbatch.trainers.wandb_sync"), str(run.path)]
+        status = max(status, subprocess.run(command, check=False).returncode)
+    sys.exit(1 if status else 0)
+
+
 @click.command("rm", short_help="Remove runs.")
 @click.argument("names", metavar="RUN...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")

@@ -1,7 +1,7 @@
 """The command that trains on SLURM."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -36,6 +36,7 @@ from bigbatch.launcher import options
     help="Seconds to save in before the time limit.  [default: estimated, at least 120]",
 )
 @click.option("--sbatch-arg", multiple=True, help="Any other option of sbatch; may be repeated.")
+@click.option("--no-check", is_flag=True, help="Submit without looking at memory, disk, wandb.")
 @click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
 @options.new_run
 @options.runs_folder
@@ -58,6 +59,7 @@ def submit(
     container: str | None,
     signal_lead: int | None,
     sbatch_arg: tuple[str, ...],
+    no_check: bool,
     dry_run: bool,
     run: str | None,
     run_dir: Path | None,
@@ -75,7 +77,7 @@ def submit(
     bigbatch submit imagenet.yaml --nodes 2-8 --gpus-per-node 8 --array 0-4
     """
     from bigbatch.configs.load import load_recipe
-    from bigbatch.launcher import slurm, start
+    from bigbatch.launcher import preflight, slurm, start
     from bigbatch.launcher import submit as submission
     from bigbatch.launcher.registry import job_number
     from bigbatch.launcher.site import read_site, site_file
@@ -83,26 +85,23 @@ def submit(
 
     loaded = load_recipe(recipe, overrides)
     site = read_site(site_file())
-    gpus = _first(gpus_per_node, site.gpus_per_node, 0)
-    lead = _first(signal_lead, site.signal_lead)
-    job = slurm.Job(
-        nodes=_first(nodes, site.nodes, "1"),
-        ranks_per_node=_first(ranks_per_node, site.ranks_per_node, max(1, gpus)),
-        gpus_per_node=gpus,
-        # Decoding threads, and one core that feeds the GPU.
-        cpus_per_rank=_first(
-            cpus_per_rank, site.cpus_per_rank, loaded.data.workers * loaded.data.threads + 1
-        ),
-        time=_first(time, site.time),
-        partition=_first(partition, site.partition),
-        account=_first(account, site.account),
-        qos=_first(qos, site.qos),
-        constraint=_first(constraint, site.constraint),
+    job = submission.make_job(
+        loaded,
+        site,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        cpus_per_rank=cpus_per_rank,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
         array=array,
         after=job_number(after, runs_folder) if after else None,
-        container=_first(container, site.container),
-        lead=_first(lead, 120),
-        options=(*site.sbatch_args, *sbatch_arg),
+        container=container,
+        signal_lead=signal_lead,
+        options=sbatch_arg,
     )
     check_world(loaded, job.most_ranks)
     recipes = submission.array_recipes(loaded, job, vary)
@@ -114,6 +113,12 @@ def submit(
         click.echo(submission.script_of(job, path, loaded, mounts), nl=False)
         return
     start.check_start(loaded)
+    if not no_check:
+        found = preflight.estimate(loaded, path.parent, signal_lead or site.signal_lead)
+        for finding in found.findings:
+            if finding.state != "ok":
+                click.echo(f"{finding.state}: {finding.name}: {finding.text}", err=True)
+        job = replace(job, lead=found.lead or job.lead)
     number = submission.submit(recipes, job, path, mounts)
     paths = [str(each) for each in slurm.run_paths(job, path)]
     if as_json:
@@ -122,8 +127,3 @@ def submit(
         click.echo(number)
         for each in paths:
             click.echo(f"run {each}; `bigbatch status {each}` follows it", err=True)
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is given; the last one where none is."""
-    return next((value for value in values if value is not None), values[-1])

@@ -145,11 +145,6 @@ def _expand(part: str, nodes: str) -> Iterator[str]:
             yield from _expand(f"{before}{number:0{len(first)}d}{after}", nodes)
 
 
-def first_host(nodes: str) -> str:
-    """The first host of SLURM's compressed list: ``gpu[07-09,12],cpu1`` gives ``gpu07``."""
-    return next(hosts(nodes))
-
-
 def start_variables(
     nproc: int, nnodes: int, endpoint: str | None, env: Mapping[str, str]
 ) -> dict[str, str]:

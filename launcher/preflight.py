@@ -1,18 +1,22 @@
 """What can be known of a run before it starts, on a machine without torch or GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.estimate import Estimate, look
 from bigbatch.trainers.inputs import fit, open_inputs
 from bigbatch.trainers.plan import Plan, check_world
 
 Rate = Callable[[int], float]  # the learning rate of the step after s finished ones
 
 _DRAWN_POINTS = 2000
+_CURVE_POINTS = 60
+_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def fit_rate(recipe: Recipe, epoch_samples: int) -> tuple[Plan, Rate]:
@@ -41,6 +45,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         },
         "classes": len(counts),
         "counted": counted,
+        "labels": counts.tolist(),
         "smallest_class": int(counts.min()),
         "largest_class": int(counts.max()),
         "global_batch": recipe.global_batch,
@@ -56,7 +61,25 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "lr_rule": lr_rule(recipe),
         "lr_depends_on_evaluations": depends_on_evaluations(recipe.schedule),
         "lr": key_rates(plan, rate),
+        "lr_curve": [rate(plan.total * i // _CURVE_POINTS) for i in range(_CURVE_POINTS)],
     }
+
+
+def estimate(recipe: Recipe, folder: Path, lead: int | None = None) -> Estimate:
+    """Memory, disk, time to save and wandb for a run in `folder`: takes some seconds."""
+    inputs = open_inputs(recipe)
+    plan, _ = fit_rate(recipe, inputs.epoch_samples)
+    classes = len(inputs.splits["val"].classes)
+    return look(recipe, plan, inputs.epoch_samples, classes, folder, lead)
+
+
+def spark(values: Sequence[float], width: int = 60) -> str:
+    """Values as a line of blocks, at most `width` of them, each the mean of its stretch."""
+    count = min(width, len(values))
+    ends = [len(values) * i // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
+    top = max(means) or 1.0
+    return "".join(_BLOCKS[round(max(0.0, mean) / top * (len(_BLOCKS) - 1))] for mean in means)
 
 
 def lr_rule(recipe: Recipe) -> str | None:

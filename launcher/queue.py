@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 
 from bigbatch.configs.errors import UserError
 
@@ -77,8 +78,11 @@ def submit(script: str, *options: str) -> str:
 
 
 def would_start(script: str) -> tuple[bool, str] | None:
-    """`sbatch --test-only`: whether the script is accepted, and sbatch's words."""
-    done = _call("sbatch", "--test-only", script)
+    """`sbatch --test-only`: whether the script's text is accepted, and sbatch's words."""
+    with NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(script)
+        file.flush()
+        done = _call("sbatch", "--test-only", file.name)
     if done is None:
         return None
     return done.returncode == 0, done.stderr.strip() or done.stdout.strip()

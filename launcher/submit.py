@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe
@@ -12,7 +13,9 @@ from bigbatch.configs.rundir import RunDir, create_run, read_jsonl, write_atomic
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.staging import is_url
 from bigbatch.launcher import queue
+from bigbatch.launcher.estimate import Finding
 from bigbatch.launcher.freeze import freeze_code
+from bigbatch.launcher.site import Site, read_site, site_file
 from bigbatch.launcher.slurm import Job, render, run_paths
 
 SCRIPT = "job.sbatch"
@@ -49,6 +52,40 @@ def script_of(job: Job, path: Path, recipe: Recipe, mounts: Sequence[Path] = ())
     data = recipe.data.path
     shards = [] if is_url(data) else [Path(data).absolute()]
     return render(job, path, Path.cwd(), mounts=(*shards, *mounts))
+
+
+def make_job(recipe: Recipe, site: Site, **given: Any) -> Job:
+    """A job from what a person gave, the site's defaults, and what follows from the recipe."""
+
+    def first(name: str, default: Any = None) -> Any:
+        values = (given.get(name), getattr(site, name, None), default)
+        return next((value for value in values if value is not None), None)
+
+    gpus = first("gpus_per_node", 0)
+    # Decoding threads, and one core that feeds the GPU.
+    cores = recipe.data.workers * recipe.data.threads + 1
+    words = ("time", "partition", "account", "qos", "constraint", "container", "array", "after")
+    return Job(
+        nodes=first("nodes", "1"),
+        ranks_per_node=first("ranks_per_node", max(1, gpus)),
+        gpus_per_node=gpus,
+        cpus_per_rank=first("cpus_per_rank", cores),
+        lead=first("signal_lead", 120),
+        options=(*site.sbatch_args, *given.get("options", ())),
+        **{word: first(word) for word in words},
+    )
+
+
+def try_job(recipe: Recipe, nodes: int, ranks_per_node: int, runs: Path) -> Finding:
+    """Whether sbatch would take a job of the site's defaults, and when it would start."""
+    site = read_site(site_file())
+    job = make_job(recipe, site, nodes=str(nodes), ranks_per_node=ranks_per_node)
+    script = script_of(job, runs.absolute() / recipe.name, recipe)
+    answer = queue.would_start(script)
+    if answer is None:
+        return Finding("sbatch", "skipped", "not on this machine")
+    accepted, said = answer
+    return Finding("sbatch", "ok" if accepted else "warning", said)
 
 
 def submit(recipes: Sequence[Recipe], job: Job, path: Path, mounts: Sequence[Path] = ()) -> str:

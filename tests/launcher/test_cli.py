@@ -152,12 +152,12 @@ def test_shard_index_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_check_says_what_a_run_will_do(here: Path) -> None:
-    found = json.loads(invoke("check", *DIGITS, "--nproc", "4", "--json").output)
+    found = json.loads(invoke("check", "--quick", *DIGITS, "--nproc", "4", "--json").output)
     assert (found["classes"], found["micro_batches"], found["world_size"]) == (10, 4, 4)
     assert found["steps"] == STEPS
     assert found["snapshots"][-1] == found["steps"]
     assert max(found["lr"].values()) == pytest.approx(6.0)
-    text = invoke("check", *DIGITS).output
+    text = invoke("check", "--quick", *DIGITS).output
     assert "1 to 4 ranks" in text
 
 
@@ -221,7 +221,7 @@ def test_dry_run_prints_the_script_and_does_nothing(here: Path) -> None:
 
 def test_the_batch_rule_is_shown_and_applied(here: Path) -> None:
     scaled = ["optimizer.lr=0.5", "optimizer.scale={rule: linear, base_batch: 64}"]
-    found = json.loads(invoke("check", *DIGITS, *scaled, "--json").output)
+    found = json.loads(invoke("check", "--quick", *DIGITS, *scaled, "--json").output)
     assert max(found["lr"].values()) == pytest.approx(2.0)
     assert "0.5 at a batch of 64" in found["lr_rule"]
     text = invoke("schedule", *DIGITS, *scaled, "optimizer.scale.rule=sqrt").output
@@ -234,5 +234,9 @@ def test_a_plateau_cannot_be_drawn_in_advance(here: Path) -> None:
     plateau = "schedule={name: plateau, warmup: 4 steps}"
     with pytest.raises(UserError, match="depends on what the run measures"):
         invoke("schedule", *DIGITS, plateau)
-    assert "lowered on plateaus" in " ".join(invoke("check", *DIGITS, plateau).output.split())
-    assert json.loads(invoke("check", *DIGITS, plateau, "--json").output)["lr"]["0"] == 0.0
+    assert "lowered on plateaus" in " ".join(
+        invoke("check", "--quick", *DIGITS, plateau).output.split()
+    )
+    assert (
+        json.loads(invoke("check", "--quick", *DIGITS, plateau, "--json").output)["lr"]["0"] == 0.0
+    )

@@ -11,7 +11,6 @@ from bigbatch.launcher.env import (
     Peers,
     default_nproc,
     find_peers,
-    first_host,
     hosts,
     interface_to,
     start_variables,
@@ -199,13 +198,13 @@ def test_no_environment_crashes(env: dict[str, str]) -> None:
     ],
 )
 def test_first_host(nodes: str, host: str) -> None:
-    assert first_host(nodes) == host
+    assert next(hosts(nodes)) == host
 
 
 @pytest.mark.parametrize("nodes", ["", ",", "n[", "n]1[", "a b", "$(id)", "[1-2"])
 def test_a_node_list_without_a_host(nodes: str) -> None:
     with pytest.raises(UserError, match="names no host"):
-        first_host(nodes)
+        next(hosts(nodes))
 
 
 def test_tasks_per_node() -> None:

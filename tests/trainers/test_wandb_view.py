@@ -102,6 +102,26 @@ def test_offline_each_step_once_over_kill_and_resume(
         check_uploaded(run, server)
 
 
+def test_segments_sent_at_different_times_leave_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = killed_stopped_finished(tmp_path / "digits", cut=True)
+    later = [file.parent for file in segments(run)][1:]
+    command = [sys.executable, "-m", "bigbatch.trainers.wandb_sync", str(run.path)]
+    with serve() as server:
+        log_in(monkeypatch, server)
+        aside = [folder.rename(tmp_path / folder.name) for folder in later]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        first = len(server.history())
+        assert 0 < first < STEPS
+        for folder, place in zip(aside, later, strict=True):
+            folder.rename(place)
+        for _ in range(2):  # the second time there is nothing left
+            done = subprocess.run(command, check=True, capture_output=True, timeout=120)
+            check_uploaded(run, server)
+    assert b"nothing left to send" in done.stdout
+
+
 def test_online_each_step_once_over_kill_and_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,188 @@
+"""What a run will need of memory, disk, time to save and network, before it starts.
+
+Free of torch: what needs it runs as a process, and is skipped, with the reason, without it.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.plan import Plan
+
+_PROBE_BYTES = 32 << 20
+_SIZE_PATIENCE_S = 120.0
+_NETWORK_PATIENCE_S = 2.0
+_MARGIN = 1.2  # on disk space: reports, metrics, wandb
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `state`: ok, warning, or skipped."""
+
+    name: str
+    state: str
+    text: str
+
+
+def model_size(recipe: Recipe, classes: int) -> dict[str, int] | str:
+    """Sizes as trainers/size.py finds them, or why they are not known here."""
+    if find_spec("torch") is None:
+        return "no torch on this machine"
+    command = [sys.executable, "-P", "-m", "bigbatch.trainers.size", str(classes)]
+    # No GPU is touched, and no server asked for weights.
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            input=recipe.model_dump_json(),
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_SIZE_PATIENCE_S,
+        )
+        sizes: dict[str, int] = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        timeout = isinstance(error, subprocess.TimeoutExpired)
+        lines = [] if timeout else done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"no answer within {_SIZE_PATIENCE_S:.0f} s"
+    return sizes
+
+
+def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
+    """Bytes of one rank while it trains, by what they are for.
+
+    `exact` keeps a float64 sum of the gradients; images are float32, before and after the
+    warp. Workspaces of kernels and the allocator's own losses come on top.
+    """
+    data, micro = recipe.data, recipe.micro_batch
+    image = 4 * data.channels * data.image_size**2
+    parts = {
+        "weights": size["weight_bytes"],
+        "gradients": size["gradient_bytes"],
+        "optimizer": size["optimizer_bytes"],
+        "exact sums": 8 * size["parameters"] if recipe.reduction == "exact" else 0,
+        "activations": micro * size["activation_bytes"],
+        "images": 2 * micro * image,
+    }
+    return {name: count for name, count in parts.items() if count}
+
+
+def disk_bytes(recipe: Recipe, plan: Plan, epoch_samples: int, size: dict[str, int]) -> int:
+    """What the run directory will hold: checkpoints, one more while it is written, snapshots."""
+    checkpoint = checkpoint_bytes(size)
+    snapshots = len(plan.snapshots) + (1 if recipe.ensemble.soup else 0)
+    rule = recipe.checkpoint
+    count = rule.keep + rule.keep_best + 1
+    if rule.keep_every is not None:
+        count += plan.total // max(1, rule.keep_every.steps(recipe.global_batch, epoch_samples))
+    kept = count * checkpoint + snapshots * size["weight_bytes"]
+    return round(_MARGIN * kept)
+
+
+def checkpoint_bytes(size: dict[str, int]) -> int:
+    return size["weight_bytes"] + size["optimizer_bytes"]
+
+
+def write_speed(folder: Path) -> float:
+    """Bytes per second at which a file reaches the disk under `folder`. Raises OSError."""
+    folder = _existing(folder)
+    probe = folder / f".bigbatch-probe-{os.getpid()}"
+    block = os.urandom(_PROBE_BYTES)  # zeros might be compressed away
+    try:
+        started = time.perf_counter()
+        with probe.open("wb") as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return _PROBE_BYTES / (time.perf_counter() - started)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def signal_lead(save_s: float) -> int:
+    """Seconds between SLURM's signal and the end: a slow step and evaluation, and two savings.
+
+    SLURM may signal up to a minute late (sbatch(1), --signal), so never below two minutes.
+    """
+    return max(120, 60 * -(-round(60 + 2 * save_s) // 60))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was found, and the signal lead that follows: None where saving was not measured."""
+
+    findings: list[Finding]
+    lead: int | None
+
+
+def look(
+    recipe: Recipe, plan: Plan, epoch_samples: int, classes: int, folder: Path, lead: int | None
+) -> Estimate:
+    """Memory, disk and saving time for a run below `folder`, and whether wandb answers."""
+    wandb = _wandb(recipe)
+    size = model_size(recipe, classes)
+    if isinstance(size, str):
+        return Estimate([Finding("memory, disk, saving", "skipped", size), wandb], None)
+    parts = memory(recipe, size)
+    each = ", ".join(f"{name} {_gb(count)}" for name, count in parts.items())
+    text = f"{size['parameters']:,} parameters; about {_gb(sum(parts.values()))} a rank: {each}"
+    found = [Finding("memory", "ok", text)]
+    need = disk_bytes(recipe, plan, epoch_samples, size)
+    try:
+        free = shutil.disk_usage(_existing(folder)).free
+        save_s = checkpoint_bytes(size) / write_speed(folder)
+    except OSError as error:
+        problem = Finding("disk", "warning", f"{folder} cannot be written: {error}")
+        return Estimate([*found, problem, wandb], None)
+    text = f"{_gb(need)} needed under {folder}, {_gb(free)} free"
+    if need > free:
+        found.append(Finding("disk", "warning", f"{text}; free some, or lower checkpoint.keep"))
+    else:
+        found.append(Finding("disk", "ok", text))
+    wanted = signal_lead(save_s)
+    text = f"about {save_s:.1f} s for a checkpoint of {_gb(checkpoint_bytes(size))}"
+    if lead is not None and lead < wanted:
+        text += f"; the signal comes only {lead} s before the end: use --signal-lead {wanted}"
+        found.append(Finding("saving", "warning", text))
+    else:
+        text += f"; SLURM signals {lead or wanted} s before the time limit"
+        found.append(Finding("saving", "ok", text))
+    return Estimate([*found, wandb], lead or wanted)
+
+
+def _wandb(recipe: Recipe) -> Finding:
+    from bigbatch.trainers.wandb_view import logged_in
+
+    mode = os.environ.get("WANDB_MODE") or recipe.log.wandb
+    if mode in ("off", "disabled"):
+        return Finding("wandb", "ok", "off")
+    if mode == "offline" or not logged_in():
+        why = "" if mode == "offline" else ": nobody is logged in"
+        return Finding("wandb", "ok", f"offline{why}; `bigbatch sync RUN` sends it later")
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), _NETWORK_PATIENCE_S).close()
+    except OSError as error:
+        text = f"{url.netloc} does not answer from here ({error}); the run would go on offline"
+        return Finding("wandb", "warning", text)
+    return Finding("wandb", "ok", f"online, {url.netloc} answers")
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,103 @@
+"""What a run will need, before it starts."""
+
+from pathlib import Path
+
+import pytest
+
+from bigbatch.configs.load import load_recipe
+from bigbatch.launcher import estimate
+from bigbatch.launcher.preflight import fit_rate, spark
+from bigbatch.trainers.size import measure
+
+RESNET = [
+    *("model.name=resnet50", "model.options={}", "data.channels=3", "data.image_size=224"),
+    *("augment.mean=[0,0,0]", "augment.std=[1,1,1]"),
+]
+SIZE = {
+    "parameters": 1_000,
+    "weight_bytes": 4_400,
+    "gradient_bytes": 4_000,
+    "optimizer_bytes": 8_000,
+    "activation_bytes": 10_000,
+}
+
+
+def test_sizes_of_a_known_model() -> None:
+    size = measure(load_recipe("digits", RESNET), 1000)
+    # torchvision's documentation: ResNet-50 has 25,557,032 parameters.
+    assert size["parameters"] == 25_557_032
+    assert size["gradient_bytes"] == size["optimizer_bytes"] == 4 * 25_557_032  # LARS: momentum
+    assert size["weight_bytes"] == 4 * (25_557_032 + 53_120) + 8 * 53  # BatchNorm: 53 layers
+    # Two kept maps of about 11 M values a convolution and its norm: some 90 MB an image.
+    assert 70e6 < size["activation_bytes"] < 110e6
+    half = measure(load_recipe("digits", [*RESNET, "precision=bf16"]), 1000)
+    assert half["activation_bytes"] == pytest.approx(size["activation_bytes"] / 2, abs=1)
+
+
+def test_memory_and_disk_add_up() -> None:
+    recipe = load_recipe("digits", ["micro_batch=64", "checkpoint.keep=2"])
+    assert estimate.memory(recipe, SIZE) == {
+        "weights": 4_400,
+        "gradients": 4_000,
+        "optimizer": 8_000,
+        "exact sums": 8_000,
+        "activations": 640_000,
+        "images": 2 * 64 * 4 * 32 * 32,
+    }
+    plan, _ = fit_rate(recipe, 1078)
+    checkpoints = 2 + recipe.checkpoint.keep_best + 1
+    kept = checkpoints * 12_400 + (3 + 1) * 4_400  # three cycles, and the soup
+    assert estimate.disk_bytes(recipe, plan, 1078, SIZE) == round(1.2 * kept)
+
+
+@pytest.mark.parametrize(("save_s", "lead"), [(0, 120), (30, 120), (31, 180), (600, 1260)])
+def test_the_signal_comes_early_enough_to_save_twice(save_s: float, lead: int) -> None:
+    assert estimate.signal_lead(save_s) == lead
+
+
+def test_a_lead_or_a_disk_that_does_not_suffice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "model_size", lambda *_: {**SIZE, "weight_bytes": 10**15})
+    recipe = load_recipe("digits", ["log.wandb=off"])
+    plan, _ = fit_rate(recipe, 1078)
+    found = estimate.look(recipe, plan, 1078, 10, tmp_path / "runs", 120)
+    states = {finding.name: (finding.state, finding.text) for finding in found.findings}
+    assert states["disk"][0] == states["saving"][0] == "warning"
+    assert "--signal-lead" in states["saving"][1]
+    assert states["wandb"] == ("ok", "off")
+    assert list(tmp_path.iterdir()) == []  # nothing is left of the measurement
+
+
+def test_without_torch_it_is_skipped_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "find_spec", lambda name: None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe = load_recipe("digits")
+    plan, _ = fit_rate(recipe, 1078)
+    found = estimate.look(recipe, plan, 1078, 10, tmp_path, None)
+    first = found.findings[0]
+    assert (first.state, first.text) == ("skipped", "no torch on this machine")
+    assert found.lead is None
+
+
+def test_a_model_that_cannot_be_built_says_why() -> None:
+    said = estimate.model_size(load_recipe("digits", ["model.name=resnet51"]), 10)
+    assert isinstance(said, str)
+    assert "resnet51" in said
+
+
+def test_a_wandb_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    finding = estimate._wandb(load_recipe("digits"))
+    assert finding.state == "warning"
+    assert "go on offline" in finding.text
+
+
+def test_sparklines() -> None:
+    assert spark([0, 1, 2, 4, 8]) == " ▁▂▄█"
+    assert spark([0.0, 0.0]) == "  "
+    assert len(spark(list(range(1000)))) == 60
