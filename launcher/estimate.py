@@ -163,11 +163,12 @@ def look(
 def _wandb(recipe: Recipe) -> Finding:
     from bigbatch.trainers.wandb_view import logged_in
 
-    mode = os.environ.get("WANDB_MODE") or recipe.log.wandb
-    if mode in ("off", "disabled"):
+    switch = os.environ.get("WANDB_MODE", "")
+    if recipe.log.wandb == "off" or switch == "disabled":
         return Finding("wandb", "ok", "off")
-    if mode == "offline" or not logged_in():
-        why = "" if mode == "offline" else ": nobody is logged in"
+    chosen = "offline" in (recipe.log.wandb, switch)
+    if chosen or not logged_in():
+        why = "" if chosen else ": nobody is logged in"
         return Finding("wandb", "ok", f"offline{why}; `bigbatch sync RUN` sends it later")
     url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     port = url.port or (443 if url.scheme == "https" else 80)
