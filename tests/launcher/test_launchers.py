@@ -56,18 +56,14 @@ def test_a_launcher_gives_the_same_weights(launcher: str, shards: str, local: Ru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed", "deepspeed with a hostfile"])
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_bigbatch_starts_a_launcher_that_gives_the_same_weights(
-    launcher: str, shards: str, local: RunDir, tmp_path: Path
+    launcher: str, shards: str, local: RunDir
 ) -> None:
-    options = ["--nproc", "2", "--launcher", launcher.split()[0]]
-    if "hostfile" in launcher:
-        (tmp_path / "hosts").write_text("localhost slots=2\n")
-        options += ["--hostfile", str(tmp_path / "hosts")]
-    name = launcher.replace(" ", "-") + "-2"
+    options, name = ["--nproc", "2", "--launcher", launcher], f"{launcher}-2"
     done = call(shards, "bigbatch", "train", "digits", *CHANGES, *options, "--run", name)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"ranks 2, launcher {launcher.split()[0]}" in done.stderr
+    assert f"ranks 2, launcher {launcher}" in done.stderr
     run = RunDir(local.path.with_name(name))
     assert json.loads(run.summary.read_text())["world_size"] == 2
     weights = "checkpoints/step-00000006/model.safetensors"
