@@ -108,6 +108,7 @@ class Retention:
     newest: int = 2
     best: int = 0  # by accuracy on the validation split, among those whose step was evaluated
     every: int | None = None  # steps: those at multiples of it stay for good
+    back: int = 0  # steps: the newest that is this much older than the last one, for a rollback
 
     def kept(self, accuracies: Mapping[int, float | None]) -> set[int]:
         """The steps that stay, of {step: accuracy or None}."""
@@ -115,6 +116,7 @@ class Retention:
         scored = [(a, -step) for step, a in accuracies.items() if a is not None]
         kept = set(steps[-self.newest :])
         kept |= {-step for _, step in sorted(scored, reverse=True)[: self.best]}
+        kept |= set([s for s in steps if s <= steps[-1] - self.back][-1:])
         return kept | {step for step in steps if self.every and step % self.every == 0}
 
 

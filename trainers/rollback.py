@@ -103,9 +103,8 @@ def remove_stale(folder: Path, over: list[Range]) -> None:
     paths = list_checkpoints(folder)
     stale = [p for p in paths if _is_stale(p, over)]
     if stale and len(stale) == len(paths):
-        first = min(first for first, _ in over)
         raise UserError(
-            f"no checkpoint in {folder} is from before step {first}, to go back to; set "
+            f"no checkpoint in {folder} is from before step {over[-1][0]}, to go back to; set "
             "checkpoint.keep higher, then start a new run"
         )
     for path in stale:

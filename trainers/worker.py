@@ -165,7 +165,8 @@ def attempt(
             engine.barrier()
 
         keep = recipe.checkpoint
-        retention = Retention(keep.keep, keep.keep_best, plan.keep_every)
+        back = recipe.recovery.step_over if recipe.recovery.max_rollbacks else 0
+        retention = Retention(keep.keep, keep.keep_best, plan.keep_every, back)
         name = engine.from_main(f"{time.time_ns()}-{os.getpid()}")
         try:
             with (

@@ -120,6 +120,12 @@ def test_the_best_and_every_nth_stay(tmp_path, state):
     assert names(tmp_path) == ["step-00000007", "step-00000004", "step-00000002"]
 
 
+def test_there_is_always_one_to_go_back_to():
+    kept = Retention(newest=2, back=5)
+    assert kept.kept(dict.fromkeys([0, 4, 7, 8])) == {0, 7, 8}
+    assert kept.kept(dict.fromkeys([0, 2, 4, 9, 10])) == {4, 9, 10}
+
+
 @given(
     st.dictionaries(st.integers(1, 99), st.none() | st.floats(0, 1), min_size=1),
     st.integers(1, 5),
