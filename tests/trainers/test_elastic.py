@@ -16,7 +16,7 @@ from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.data.shard import shard
 from bigbatch.launcher.start import agent_command, worker_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts one after another
 STEPS = 16
 
 

@@ -118,6 +118,7 @@ def train(run: RunDir, ranks: int, stop_at: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(tmp_path):
     shard("digits", tmp_path / "digits", progress=False)
     changes = [
