@@ -30,6 +30,8 @@ class ZeroEngine(ShardedEngine):
         self._stage = stage
         self._collected = ExitStack()
         logger.setLevel(logging.ERROR)
+        # On a CPU DeepSpeed would compile an operator for inference, which training never calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def shard(self, model: nn.Module) -> list[Piece]:
         self.module = self.accelerator.prepare_model(model, evaluation_mode=True)
