@@ -99,9 +99,9 @@ def test_nothing_is_known_before_the_first_step() -> None:
 
 
 def train_with_slow_rank(tmp_path: Path, phase: str) -> RunDir:
-    """Two real ranks over gloo, of which rank 1 sleeps 50 ms in a phase of each micro-batch."""
+    """Two real ranks over gloo, of which rank 1 sleeps 250 ms in a phase of each micro-batch."""
     shard("digits", tmp_path / "digits", progress=False)
-    changes = [f"data.path={tmp_path / 'digits'}", "log.wandb=off", "duration=24 steps"]
+    changes = [f"data.path={tmp_path / 'digits'}", "log.wandb=off", "duration=16 steps"]
     changes += ["schedule.cycles=1", "schedule.warmup=2 steps"]
     changes += ["log.details_every=8", "evaluate.every=1000 steps", "checkpoint.every=1000 steps"]
     run = create_run(tmp_path / "run", load_recipe("digits", changes))
@@ -116,7 +116,7 @@ def train_with_slow_rank(tmp_path: Path, phase: str) -> RunDir:
                 Path(__file__).with_name("slow_rank.py"),
                 phase,
                 "1",
-                "0.05",
+                "0.25",
                 run.path,
             ],
             env={**os.environ, **meeting, "RANK": str(r), "LOCAL_RANK": str(r)},
@@ -141,6 +141,6 @@ def test_a_slow_rank_of_a_real_run_is_named(tmp_path: Path, phase: str) -> None:
     assert slow[phase] > fast[phase]
     # Who is fast waits for the other in the exchange of gradients.
     assert fast["reduce"] > slow["reduce"]
-    assert [r["step"] for r in records if r["kind"] == "trust"] == [8, 16, 24]
+    assert [r["step"] for r in records if r["kind"] == "trust"] == [8, 16]
     assert all(ratio > 0 for r in records if r["kind"] == "trust" for ratio in r["ratios"].values())
     assert {r["kind"] for r in records} >= {"train", "ranks", "trust", "system"}
