@@ -41,6 +41,8 @@ RECIPE = [
     "recovery.stall_s=10",
     "log.wandb=off",
 ]
+# The rest of a record are times, and averages over the steps since the last start.
+RECORDED = ("kind", "step", "split", "epoch", "loss", "lr", "grad_norm", "accuracy", "nll", "ece")
 QUICK = ("kill rank 1", "kill agent", "kill in a checkpoint", "disk full", "flipped bit", "double")
 
 
@@ -116,15 +118,14 @@ def undisturbed(folder: Path) -> dict[str, Any]:
 
 
 def state(run: Run) -> dict[str, Any]:
-    """All that must not depend on faults: final files by hash, records without times."""
+    """All that must not depend on faults: final files by hash, and what records say of them."""
     (newest,) = run.run.checkpoints.glob(f"step-{STEPS:08d}")
     manifest = json.loads((newest / "manifest.json").read_text())["files"]
     records = read_jsonl(run.run.metrics)
-    times = ("images_per_s", "data_s", "step_s")
     return {
         "model": manifest["model.safetensors"]["sha256"],
         "optimizer": manifest["optimizer.safetensors"]["sha256"],
-        "records": [{k: v for k, v in r.items() if k not in times} for r in records],
+        "records": [{k: r.get(k) for k in RECORDED} for r in records],
     }
 
 
