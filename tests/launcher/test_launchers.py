@@ -87,20 +87,16 @@ def test_deepspeed_gives_no_name_to_a_run(shards: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nnodes", ["2", "2:3"])
-def test_two_agents_that_meet_give_the_same_weights(
-    nnodes: str, shards: str, local: RunDir
-) -> None:
+def test_two_agents_that_meet_give_the_same_weights(shards: str, local: RunDir) -> None:
     # As on two machines: the same command on each, here both on this one.
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"localhost:{server.getsockname()[1]}"
-    options = ["--nproc", "1", "--nnodes", nnodes, "--rdzv-endpoint", endpoint]
-    name = f"nodes-{nnodes.replace(':', '-')}"
-    command = [BIN / "bigbatch", "train", "digits", *CHANGES, *options, "--run", name]
+    options = ["--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", endpoint]
+    command = [BIN / "bigbatch", "train", "digits", *CHANGES, *options, "--run", "nodes"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     agents = [subprocess.Popen(list(map(str, command)), cwd=shards, env=env) for _ in range(2)]
     assert [agent.wait(240) for agent in agents] == [0, 0]
-    run = RunDir(local.path.with_name(name))
+    run = RunDir(local.path.with_name("nodes"))
     assert json.loads(run.summary.read_text())["world_size"] == 2
     weights = "checkpoints/step-00000006/model.safetensors"
     assert relative_difference(run.path / weights, local.path / weights) == 0.0
