@@ -17,8 +17,8 @@ import psutil
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import kill_tree
 from bigbatch.launcher.start import agent_command
-from bigbatch.trainers.checkpoint import Damaged, list_checkpoints, step_of, verify
-from bigbatch.trainers.signals import SAVED
+from bigbatch.trainers.recovery.checkpoint import Damaged, list_checkpoints, step_of, verify
+from bigbatch.trainers.recovery.signals import SAVED
 
 RANKS = 2
 # Moments of checkpointing: what is about to happen, part and end of its path, delay in s.

@@ -33,8 +33,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bigbatch.trainers import engine as engine_module
 from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.engine import ddp as engine_module
 from bigbatch.trainers.noise import MicroBatchNorms, NoiseScale
 
 MODEL, MICRO, SIZE = "resnet18", 32, 64

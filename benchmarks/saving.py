@@ -21,9 +21,9 @@ from typing import Any
 import timm
 import torch
 
-from bigbatch.trainers.checkpoint import Retention, TrainState
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.saving import Saver
+from bigbatch.trainers.recovery.checkpoint import Retention, TrainState
+from bigbatch.trainers.recovery.saving import Saver
 
 MODEL, MICRO, SIZE = "resnet50", 16, 96
 

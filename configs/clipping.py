@@ -1,4 +1,4 @@
-"""Gradient clipping as a recipe writes it; trainers/clip.py does it."""
+"""Gradient clipping as a recipe writes it; trainers/optim/clip.py does it."""
 
 from typing import Annotated, Literal
 

@@ -11,7 +11,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.launcher import options
 
 if TYPE_CHECKING:  # it imports numpy
-    from bigbatch.trainers.advise import Choice, PointsAdvice, RunAdvice
+    from bigbatch.trainers.advice.advise import Choice, PointsAdvice, RunAdvice
 
 _UNITS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
@@ -62,8 +62,8 @@ def advise(
             f"--bandwidth {bandwidth:g} must be above 0 and --latency {latency:g} at least 0"
         )
     from bigbatch.launcher.tables import show
-    from bigbatch.trainers import advise as work
-    from bigbatch.trainers import advise_plot
+    from bigbatch.trainers.advice import advise as work
+    from bigbatch.trainers.advice import advise_plot
 
     if points is not None:
         fit = work.advise_points(points, _range(hold_out))
@@ -171,7 +171,7 @@ def run_values(
 def run_tables(found: "RunAdvice", chosen: "Choice | None") -> list[Any]:
     from rich.table import Table
 
-    from bigbatch.trainers.progress import duration
+    from bigbatch.trainers.monitoring.progress import duration
 
     phases = Table(title=f"{found.name}: critical batch size", title_justify="left")
     for title in ("phase", "steps", "samples", "95 % interval"):
@@ -204,7 +204,7 @@ def run_tables(found: "RunAdvice", chosen: "Choice | None") -> list[Any]:
 
 def run_notes(found: "RunAdvice", target_s: float | None, chosen: "Choice | None") -> list[str]:
     """What the tables rest on, and the answer to --target-time."""
-    from bigbatch.trainers.progress import duration
+    from bigbatch.trainers.monitoring.progress import duration
 
     step = found.step_time
     rule = {"linear": "lr grows with the batch", "sqrt": "lr grows with the batch's square root"}

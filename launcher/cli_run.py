@@ -192,7 +192,7 @@ def prove(
 def watch(run: str, runs_folder: Path) -> None:
     """Follow RUN, a name or a directory, with plots, until it ends or Ctrl-C."""
     from bigbatch.launcher.registry import find_run
-    from bigbatch.trainers.watch import watch
+    from bigbatch.trainers.monitoring.watch import watch
 
     watch(find_run(run, runs_folder))
 
@@ -204,7 +204,7 @@ def watch(run: str, runs_folder: Path) -> None:
 def report(run: str, runs_folder: Path, as_json: bool) -> None:
     """Write report.html of RUN, finished or not: one self-contained page."""
     from bigbatch.launcher.registry import find_run
-    from bigbatch.trainers.report import write_report
+    from bigbatch.trainers.monitoring.report import write_report
 
     path = write_report(find_run(run, runs_folder))
     if as_json:

@@ -223,7 +223,7 @@ def tune(
     from bigbatch.launcher.trial import submit
     from bigbatch.launcher.tune_report import summarise, table, write_report
     from bigbatch.trainers.inputs import open_inputs
-    from bigbatch.trainers.signals import SAVED
+    from bigbatch.trainers.recovery.signals import SAVED
 
     base = load_recipe(recipe, overrides)
     searched = load_space(space, recipe, overrides)

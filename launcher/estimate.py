@@ -161,7 +161,7 @@ def look(
 
 
 def _wandb(recipe: Recipe) -> Finding:
-    from bigbatch.trainers.wandb_view import logged_in
+    from bigbatch.trainers.monitoring.wandb_view import logged_in
 
     switch = os.environ.get("WANDB_MODE", "")
     if recipe.log.wandb == "off" or switch == "disabled":

@@ -13,7 +13,7 @@ from bigbatch.configs.rundir import create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Child, RunFailed, events, losses, tail
 from bigbatch.trainers.lr_range import RangeTest, analyse, divergence
-from bigbatch.trainers.signals import SAVED
+from bigbatch.trainers.recovery.signals import SAVED
 
 
 def sweep_recipe(recipe: Recipe, low: float, high: float, steps: int) -> Recipe:

@@ -19,7 +19,7 @@ from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher import queue
 from bigbatch.launcher.queue import QueuedJob
 from bigbatch.launcher.submit import job_of
-from bigbatch.trainers.alerts import TITLES
+from bigbatch.trainers.monitoring.alerts import TITLES
 
 # A run on another machine cannot be asked whether it lives: this long without a record, and
 # it counts as killed.

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigbatch.launcher.registry import RunInfo
-from bigbatch.trainers.progress import duration
+from bigbatch.trainers.monitoring.progress import duration
 
 if TYPE_CHECKING:  # it imports numpy, psutil and safetensors
     from bigbatch.launcher.prove import Result

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from bigbatch.configs.rundir import RunDir, sync, write_atomically
 from bigbatch.configs.schema import Ensemble
 from bigbatch.data.index import Index
-from bigbatch.trainers.checkpoint import MODEL, load_weights, save_weights
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluate import Evaluator
 from bigbatch.trainers.metrics import confusion, score, softmax
 from bigbatch.trainers.norm import recompute_statistics
+from bigbatch.trainers.recovery.checkpoint import MODEL, load_weights, save_weights
 
 SOUP = "soup.safetensors"
 

@@ -16,13 +16,13 @@ from bigbatch.data.augment import Augmenter, contact_sheet
 from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import MicroBatch, train_batches
 from bigbatch.data.stream import stream_batches
-from bigbatch.trainers.checkpoint import TrainState
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluate import Evaluator, own_errors
 from bigbatch.trainers.inputs import Inputs, open_inputs
 from bigbatch.trainers.models import build_model
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.plan import check_world
+from bigbatch.trainers.recovery.checkpoint import TrainState
 
 _SHOWN_IMAGES = 32
 

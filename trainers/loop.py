@@ -10,20 +10,20 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter
 from bigbatch.data.loader import MicroBatch
 from bigbatch.data.rng import key64
-from bigbatch.trainers.checkpoint import TrainState
-from bigbatch.trainers.closure import Closure
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.log import Log
 from bigbatch.trainers.losses import LossFunction
-from bigbatch.trainers.monitor import Monitor
+from bigbatch.trainers.monitoring.log import Log
+from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.noise import NoiseScale
 from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import set_lr
+from bigbatch.trainers.optim.closure import Closure
 from bigbatch.trainers.plan import Plan
-from bigbatch.trainers.rollback import check_step
-from bigbatch.trainers.saving import Saver
-from bigbatch.trainers.signals import StopFlag
-from bigbatch.trainers.watchdog import Watchdog
+from bigbatch.trainers.recovery.checkpoint import TrainState
+from bigbatch.trainers.recovery.rollback import check_step
+from bigbatch.trainers.recovery.saving import Saver
+from bigbatch.trainers.recovery.signals import StopFlag
+from bigbatch.trainers.recovery.watchdog import Watchdog
 
 # fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
 _MAX_SKIPPED = 50

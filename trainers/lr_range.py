@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.history import smooth
+from bigbatch.trainers.monitoring.history import smooth
 
 Array = NDArray[np.float64]
 

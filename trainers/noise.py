@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from bigbatch.trainers.critical_batch import noise_and_signal
+from bigbatch.trainers.advice.critical_batch import noise_and_signal
 
 _MEMORY = 0.99  # weight of the past in the two averages: about a hundred steps
 

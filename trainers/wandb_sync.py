@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bigbatch.trainers.wandb_view import mend
+from bigbatch.trainers.monitoring.wandb_view import mend
 
 
 def sync(folder: Path) -> int:

@@ -25,22 +25,27 @@ from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble, memory
-from bigbatch.trainers.checkpoint import Retention, TrainState, load_checkpoint, newest_valid
 from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.heartbeat import Heartbeat
 from bigbatch.trainers.job import Job, build_job
-from bigbatch.trainers.log import Log, last_step, open_log
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
 from bigbatch.trainers.metrics import score, softmax
-from bigbatch.trainers.monitor import Monitor
+from bigbatch.trainers.monitoring.log import Log, last_step, open_log
+from bigbatch.trainers.monitoring.monitor import Monitor
+from bigbatch.trainers.monitoring.output import close_output, copy_output
 from bigbatch.trainers.norm import StepStatistics
-from bigbatch.trainers.output import close_output, copy_output
 from bigbatch.trainers.plateau import Evaluation, read_evaluations
-from bigbatch.trainers.rollback import Range, Rollback, read_rollbacks, remove_stale
-from bigbatch.trainers.saving import Saver
-from bigbatch.trainers.signals import SAVED, StopFlag, die_with_agent
-from bigbatch.trainers.watchdog import Watchdog, record_collectives
+from bigbatch.trainers.recovery.checkpoint import (
+    Retention,
+    TrainState,
+    load_checkpoint,
+    newest_valid,
+)
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
+from bigbatch.trainers.recovery.rollback import Range, Rollback, read_rollbacks, remove_stale
+from bigbatch.trainers.recovery.saving import Saver
+from bigbatch.trainers.recovery.signals import SAVED, StopFlag, die_with_agent
+from bigbatch.trainers.recovery.watchdog import Watchdog, record_collectives
 
 # Enough images to settle the BatchNorm statistics of a soup.
 _RECOMPUTE_IMAGES = 16_384
@@ -317,7 +322,10 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
     """The table and the paths that a user looks for when a run ends."""
     from rich.console import Console
 
-    from bigbatch.trainers.report import final_table, write_report  # matplotlib: only here
+    from bigbatch.trainers.monitoring.report import (  # matplotlib: only here
+        final_table,
+        write_report,
+    )
 
     console = Console(soft_wrap=True)
     console.print(final_table(summary))

@@ -14,7 +14,7 @@ import pytest
 from bigbatch.data.shard import shard
 from bigbatch.launcher import cli_data  # noqa: F401  # imported before anything is watched
 from bigbatch.launcher.cli import main
-from bigbatch.trainers import report  # noqa: F401
+from bigbatch.trainers.monitoring import report  # noqa: F401
 
 # What Python reports of processes started and objects unpickled (PEP 578). Hooks stay for
 # good, so this one listens only while a test asks it to.

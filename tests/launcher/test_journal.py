@@ -19,8 +19,8 @@ from bigbatch.data.journal import append, count, journal_file, kind, read_journa
 from bigbatch.data.order import build_order
 from bigbatch.launcher.cli import cli
 from bigbatch.launcher.start import agent_command
-from bigbatch.trainers.history import read_history
-from bigbatch.trainers.report import write_report
+from bigbatch.trainers.monitoring.history import read_history
+from bigbatch.trainers.monitoring.report import write_report
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 BAD = (3, 500, 501)  # samples of the training split

@@ -15,7 +15,7 @@ import pytest
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import relative_difference
-from bigbatch.trainers.wandb_view import history_steps
+from bigbatch.trainers.monitoring.wandb_view import history_steps
 from tests.slurm_cluster import missing, slurm_cluster
 
 pytestmark = [

@@ -14,7 +14,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.cli import cli
-from bigbatch.trainers.advise import (
+from bigbatch.trainers.advice.advise import (
     Cluster,
     StepTime,
     advise_points,
@@ -23,8 +23,8 @@ from bigbatch.trainers.advise import (
     count_parameters,
     measure_step,
 )
-from bigbatch.trainers.critical_batch import CostCurve
-from bigbatch.trainers.history import read_history
+from bigbatch.trainers.advice.critical_batch import CostCurve
+from bigbatch.trainers.monitoring.history import read_history
 
 ETHERNET = Cluster(bandwidth=12.5e9, latency=20e-6)
 NOISE, SIGNALS = 900.0, (3.0, 1.0, 0.5)  # critical batches of 300, 900 and 1800

@@ -16,7 +16,7 @@ from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.data.shard import shard
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.agent import FORWARD, explain
-from bigbatch.trainers.signals import CAUGHT, SAVED
+from bigbatch.trainers.recovery.signals import CAUGHT, SAVED
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bigbatch.trainers.alerts import Alerts
+from bigbatch.trainers.monitoring.alerts import Alerts
 
 
 def kinds(losses: list[float], speeds: list[float]) -> list[tuple[int, str]]:

@@ -20,7 +20,10 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from bigbatch.configs.clipping import ClipNorm
 from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion
-from bigbatch.trainers.checkpoint import (
+from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.norm import StepStatistics
+from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.recovery.checkpoint import (
     MODEL,
     OPTIMIZER,
     Retention,
@@ -29,9 +32,6 @@ from bigbatch.trainers.checkpoint import (
     load_checkpoint,
     write,
 )
-from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.norm import StepStatistics
-from bigbatch.trainers.optim import build_optimizer
 
 MICRO_BATCHES, MICRO = 4, 8
 OPTIMIZERS = {

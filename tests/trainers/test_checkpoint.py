@@ -9,8 +9,9 @@ from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.optimizers import LARS
-from bigbatch.trainers import checkpoint
-from bigbatch.trainers.checkpoint import (
+from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.recovery import checkpoint
+from bigbatch.trainers.recovery.checkpoint import (
     Retention,
     TrainState,
     capture,
@@ -19,7 +20,6 @@ from bigbatch.trainers.checkpoint import (
     newest_valid,
     write,
 )
-from bigbatch.trainers.optim import build_optimizer
 
 
 def make_state(seed=0, steps=0, fingerprint="abc"):

@@ -9,7 +9,7 @@ from torch import nn
 from bigbatch.configs.clipping import ClipAdaptive, ClipNorm, ClipValue
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
-from bigbatch.trainers.clip import clip_gradients, clip_units
+from bigbatch.trainers.optim.clip import clip_gradients, clip_units
 
 
 def with_gradients(seed: int = 0, size: float = 1.0) -> nn.Module:

@@ -15,7 +15,6 @@ from torch import nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.optimizers import LBFGS
-from bigbatch.trainers.closure import Closure
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import (
@@ -24,6 +23,7 @@ from bigbatch.trainers.optim import (
     optimizer_state_by_name,
     set_lr,
 )
+from bigbatch.trainers.optim.closure import Closure
 
 MICRO, PARTS, STEPS = 6, 4, 5
 CONFIG = LBFGS(name="lbfgs", lr=0.8, max_iter=3, history=4)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.critical_batch import (
+from bigbatch.trainers.advice.critical_batch import (
     curve_of_phases,
     fit_points,
     held_out_errors,

@@ -9,15 +9,15 @@ import time
 import pytest
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers import heartbeat as heartbeat_module
-from bigbatch.trainers.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
-from bigbatch.trainers.watchdog import DOING, find_missing
+from bigbatch.trainers.recovery import heartbeat as heartbeat_module
+from bigbatch.trainers.recovery.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
+from bigbatch.trainers.recovery.watchdog import DOING, find_missing
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bigbatch.trainers import heartbeat as heartbeat_module
-from bigbatch.trainers.heartbeat import Heartbeat
+from bigbatch.trainers.recovery import heartbeat as heartbeat_module
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
 heartbeat = Heartbeat(Path(sys.argv[1]), 0)
 heartbeat.record.update(host=sys.argv[2]) if sys.argv[2:] else None
 heartbeat.lock()

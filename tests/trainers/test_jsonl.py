@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bigbatch.configs.rundir import read_jsonl
-from bigbatch.trainers.jsonl import JsonLines
+from bigbatch.trainers.monitoring.jsonl import JsonLines
 
 
 def test_lines_wait_for_the_disk(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.trainers.log import Log, open_log
-from bigbatch.trainers.progress import Progress, duration
+from bigbatch.trainers.monitoring.log import Log, open_log
+from bigbatch.trainers.monitoring.progress import Progress, duration
 
 EPOCH = 1077
 
@@ -129,7 +129,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.log import open_log
+from bigbatch.trainers.monitoring.log import open_log
 run = RunDir(Path(sys.argv[1]))
 log = open_log(run, run.recipe(), rank=0, total_steps=100, start_step=0, epoch_samples=1077)
 log.event("start")
@@ -165,7 +165,7 @@ def test_an_exception_is_an_event_and_passes_on(tmp_path: Path) -> None:
 
 def test_the_log_is_free_of_torch_and_wandb(tmp_path: Path) -> None:
     code = (
-        "import sys, bigbatch.trainers.log, bigbatch.trainers.report, bigbatch.trainers.watch\n"
+        "import sys\nfrom bigbatch.trainers.monitoring import log, report, watch\n"
         "print(sorted({'torch', 'wandb'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -204,7 +204,9 @@ def test_progress_on_a_terminal_is_one_live_line() -> None:
 def test_plain_lines_keep_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 steps of 1 s: a line each 5 per cent, 50 s apart."""
     clock = iter(range(10_000))
-    monkeypatch.setattr("bigbatch.trainers.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        "bigbatch.trainers.monitoring.progress.time.monotonic", lambda: float(next(clock))
+    )
     console = Console(file=io.StringIO(), force_terminal=False, width=200)
     progress = Progress("run", 1000, 0, console)
     for step in range(1, 1001):

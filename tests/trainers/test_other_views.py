@@ -9,7 +9,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.log import open_log
+from bigbatch.trainers.monitoring.log import open_log
 
 
 def train(run: RunDir, first: int, last: int, end: str) -> None:
@@ -51,7 +51,7 @@ def test_prometheus_text_is_read_by_its_own_parser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
-    monkeypatch.setattr("bigbatch.trainers.prometheus.INTERVAL", 0.0)
+    monkeypatch.setattr("bigbatch.trainers.monitoring.prometheus.INTERVAL", 0.0)
     folder = tmp_path / "textfiles"
     folder.mkdir()
     changes = ["log.wandb=off", f"log.prometheus={folder}"]
@@ -80,7 +80,7 @@ def test_prometheus_text_is_read_by_its_own_parser(
 
 def test_label_values_are_escaped(tmp_path: Path) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
-    from bigbatch.trainers.prometheus import TextFile
+    from bigbatch.trainers.monitoring.prometheus import TextFile
 
     file = TextFile(tmp_path, "run", 10)
     evil = 'a"} 1\nevil{x="\\'

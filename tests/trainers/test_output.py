@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-START = "import sys, os; from pathlib import Path; from bigbatch.trainers.output import *; "
+START = (
+    "import sys, os; from pathlib import Path; from bigbatch.trainers.monitoring.output import *; "
+)
 COPY = "copy_output(Path(sys.argv[1])); "
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (.*)")
 

@@ -12,8 +12,8 @@ import torch
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.data.shard import shard
-from bigbatch.trainers import phases
-from bigbatch.trainers.phases import PHASES, Clock, Timings
+from bigbatch.trainers.monitoring import phases
+from bigbatch.trainers.monitoring.phases import PHASES, Clock, Timings
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.diagnosis import diagnose
-from bigbatch.trainers.history import read_history, smooth
-from bigbatch.trainers.report import final_table, result_rows, write_report
-from bigbatch.trainers.watch import watch
+from bigbatch.trainers.monitoring.diagnosis import diagnose
+from bigbatch.trainers.monitoring.history import read_history, smooth
+from bigbatch.trainers.monitoring.report import final_table, result_rows, write_report
+from bigbatch.trainers.monitoring.watch import watch
 
 STEPS, CYCLES = 300, 3
 PHASES_S = {

@@ -14,7 +14,13 @@ from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.schema import Recovery, Spike
 from bigbatch.data.shard import shard
 from bigbatch.launcher.start import agent_command
-from bigbatch.trainers.rollback import Rollback, check_step, read_rollbacks, remove_stale, spikes
+from bigbatch.trainers.recovery.rollback import (
+    Rollback,
+    check_step,
+    read_rollbacks,
+    remove_stale,
+    spikes,
+)
 
 SPIKE = Spike(factor=2, deviations=8, window=10)
 CALM = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.1, 0.9, 1.05, 0.95]

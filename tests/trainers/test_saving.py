@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers import saving
-from bigbatch.trainers.checkpoint import Retention, TrainState, list_checkpoints, write
-from bigbatch.trainers.saving import Saver
+from bigbatch.trainers.recovery import saving
+from bigbatch.trainers.recovery.checkpoint import Retention, TrainState, list_checkpoints, write
+from bigbatch.trainers.recovery.saving import Saver
 
 
 class Alone:

@@ -15,9 +15,9 @@ from wandb.proto import wandb_internal_pb2
 
 from bigbatch.configs.load import load_recipe, recipe_hash
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.trainers import wandb_view
-from bigbatch.trainers.log import open_log
-from bigbatch.trainers.wandb_view import history_steps, logged_in, open_wandb
+from bigbatch.trainers.monitoring import wandb_view
+from bigbatch.trainers.monitoring.log import open_log
+from bigbatch.trainers.monitoring.wandb_view import history_steps, logged_in, open_wandb
 from tests.trainers.wandb_server import Server, serve
 
 STEPS = 300
@@ -26,7 +26,7 @@ ATTEMPT = """
 import os, signal, sys, time
 from pathlib import Path
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.log import open_log
+from bigbatch.trainers.monitoring.log import open_log
 run, first, last, end = RunDir(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 log = open_log(run, run.recipe(), rank=0, total_steps=300, start_step=first, epoch_samples=1077)
 log.event("start")

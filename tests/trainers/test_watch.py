@@ -12,8 +12,8 @@ from rich.console import Console
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.history import read_history
-from bigbatch.trainers.watch import seconds_left, watch
+from bigbatch.trainers.monitoring.history import read_history
+from bigbatch.trainers.monitoring.watch import seconds_left, watch
 from tests.trainers.test_report import make_run
 
 

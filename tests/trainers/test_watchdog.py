@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
-from bigbatch.trainers.signals import SAVED
+from bigbatch.trainers.recovery.signals import SAVED
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.heartbeat import Heartbeat
-from bigbatch.trainers.watchdog import Watchdog
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
+from bigbatch.trainers.recovery.watchdog import Watchdog
 
 run = RunDir(Path(sys.argv[1]))
 with Watchdog(run, Heartbeat(run.heartbeats, 0), 1, "a", stall_s=0.4) as watchdog:

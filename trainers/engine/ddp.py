@@ -4,7 +4,6 @@ The only module that imports accelerate. The loop sees this class alone: it is D
 interface that the sharded backends (engine_zero, engine_fsdp) fill in their own way.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.clip import clip_gradients
+from bigbatch.trainers.engine.shards import Shards
 from bigbatch.trainers.noise import MicroBatchNorms
-from bigbatch.trainers.shards import Shards
+from bigbatch.trainers.optim.clip import clip_gradients
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -222,22 +221,3 @@ class Engine:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
-
-
-def open_engine(
-    backend: str, precision: str, reduction: str = "overlapped", timeout_s: float = 600
-) -> Engine:
-    """The engine of a recipe's `backend`: ddp, zero1, zero2 or fsdp2.
-
-    One rank has nobody to share with: it is plain training on any backend.
-    """
-    if backend == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Engine(precision, reduction, timeout_s)
-    # Imported here: deepspeed takes seconds to import.
-    if backend == "fsdp2":
-        from bigbatch.trainers.engine_fsdp import FsdpEngine
-
-        return FsdpEngine(precision, timeout_s)
-    from bigbatch.trainers.engine_zero import ZeroEngine
-
-    return ZeroEngine(precision, {"zero1": 1, "zero2": 2}[backend], timeout_s)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.flops import flops_per_image, peak_flops
-from bigbatch.trainers.log import Log
+from bigbatch.trainers.monitoring.flops import flops_per_image, peak_flops
+from bigbatch.trainers.monitoring.log import Log
+from bigbatch.trainers.monitoring.phases import PHASES, Clock, Timings
+from bigbatch.trainers.monitoring.system import System
 from bigbatch.trainers.optim import trust_ratios
-from bigbatch.trainers.phases import PHASES, Clock, Timings
-from bigbatch.trainers.system import System
 
 
 class Monitor:

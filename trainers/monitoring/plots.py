@@ -24,8 +24,8 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from bigbatch.trainers.critical_batch import Phase
-from bigbatch.trainers.history import PHASE_NAMES, Columns, History, loss_ceiling
+from bigbatch.trainers.advice.critical_batch import Phase
+from bigbatch.trainers.monitoring.history import PHASE_NAMES, Columns, History, loss_ceiling
 
 # Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
 INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))

@@ -18,8 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.history import History, loss_ceiling, read_history, smooth, straggler
-from bigbatch.trainers.progress import duration
+from bigbatch.trainers.monitoring.history import (
+    History,
+    loss_ceiling,
+    read_history,
+    smooth,
+    straggler,
+)
+from bigbatch.trainers.monitoring.progress import duration
 
 STALE = 120.0  # seconds without a record after which a run is called silent
 _EVENTS = 6  # as many of the newest are shown

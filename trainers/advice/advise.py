@@ -18,7 +18,7 @@ import numpy as np
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.critical_batch import (
+from bigbatch.trainers.advice.critical_batch import (
     Array,
     CostCurve,
     Phase,
@@ -28,7 +28,7 @@ from bigbatch.trainers.critical_batch import (
     measure_phase,
     noise_and_signal,
 )
-from bigbatch.trainers.history import Columns, History, read_history
+from bigbatch.trainers.monitoring.history import Columns, History, read_history
 
 Rule = Literal["linear", "sqrt"]
 

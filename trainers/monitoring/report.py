@@ -14,11 +14,11 @@ from rich.table import Table
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir, write_atomically
-from bigbatch.trainers import plots
-from bigbatch.trainers.advise import measure_phases
-from bigbatch.trainers.diagnosis import diagnose
-from bigbatch.trainers.history import History, read_history, straggler
-from bigbatch.trainers.progress import duration
+from bigbatch.trainers.advice.advise import measure_phases
+from bigbatch.trainers.monitoring import plots
+from bigbatch.trainers.monitoring.diagnosis import diagnose
+from bigbatch.trainers.monitoring.history import History, read_history, straggler
+from bigbatch.trainers.monitoring.progress import duration
 
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 COMBINED = ("ensemble", "soup")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.trainers.history import Columns, History, smooth
+from bigbatch.trainers.monitoring.history import Columns, History, smooth
 
 
 @dataclass(frozen=True)

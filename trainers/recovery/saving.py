@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.checkpoint import Capture, Retention, TrainState, capture, write
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.log import Log
+from bigbatch.trainers.monitoring.log import Log
+from bigbatch.trainers.recovery.checkpoint import Capture, Retention, TrainState, capture, write
 
 _NICE = 10  # the writer's share of a core comes after training's
 

@@ -13,12 +13,12 @@ from typing import Any, Self
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.alerts import TITLES, Alerts
-from bigbatch.trainers.jsonl import JsonLines, plain
-from bigbatch.trainers.progress import Progress
-from bigbatch.trainers.prometheus import TextFile
-from bigbatch.trainers.tensorboard_view import TensorBoardView
-from bigbatch.trainers.wandb_view import WandbView, open_wandb
+from bigbatch.trainers.monitoring.alerts import TITLES, Alerts
+from bigbatch.trainers.monitoring.jsonl import JsonLines, plain
+from bigbatch.trainers.monitoring.progress import Progress
+from bigbatch.trainers.monitoring.prometheus import TextFile
+from bigbatch.trainers.monitoring.tensorboard_view import TensorBoardView
+from bigbatch.trainers.monitoring.wandb_view import WandbView, open_wandb
 
 
 class Log:

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.heartbeat import Heartbeat, read_heartbeat
-from bigbatch.trainers.jsonl import JsonLines
-from bigbatch.trainers.signals import SAVED, STALLED
+from bigbatch.trainers.monitoring.jsonl import JsonLines
+from bigbatch.trainers.recovery.heartbeat import Heartbeat, read_heartbeat
+from bigbatch.trainers.recovery.signals import SAVED, STALLED
 
 # What a rank does, in the order of a step. Before "loading" come what may take long.
 DOING = ("starting", "evaluating", "saving", "loading", "computing", "reducing")

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bigbatch.trainers.advise import PointsAdvice, RunAdvice
-from bigbatch.trainers.critical_batch import CostCurve
-from bigbatch.trainers.progress import duration
+from bigbatch.trainers.advice.advise import PointsAdvice, RunAdvice
+from bigbatch.trainers.advice.critical_batch import CostCurve
+from bigbatch.trainers.monitoring.progress import duration
 
 
 def draw_points(fit: PointsAdvice, path: Path) -> None:

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bigbatch.trainers.engine_sharded import ShardedEngine
+from bigbatch.trainers.engine.sharded import ShardedEngine
+from bigbatch.trainers.engine.shards import Piece, row_piece
 from bigbatch.trainers.noise import MicroBatchNorms
-from bigbatch.trainers.shards import Piece, row_piece
 
 
 class FsdpEngine(ShardedEngine):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import sync
+from bigbatch.trainers.engine.shards import Shards
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
-from bigbatch.trainers.shards import Shards
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",

@@ -11,7 +11,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir, read_jsonl
-from bigbatch.trainers.wandb_view import flat_row
+from bigbatch.trainers.monitoring.wandb_view import flat_row
 
 
 class TensorBoardView:

@@ -1,0 +1,1 @@
+"""Batch size, rate and GPUs from the gradient noise scale or from measured points."""

@@ -1,0 +1,26 @@
+"""Engines: one Engine for the loop to see, whatever exchanges the gradients."""
+
+import os
+
+from bigbatch.trainers.engine.ddp import Engine
+
+__all__ = ["Engine", "open_engine"]
+
+
+def open_engine(
+    backend: str, precision: str, reduction: str = "overlapped", timeout_s: float = 600
+) -> Engine:
+    """The engine of a recipe's `backend`: ddp, zero1, zero2 or fsdp2.
+
+    One rank has nobody to share with: it is plain training on any backend.
+    """
+    if backend == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Engine(precision, reduction, timeout_s)
+    # Imported here: deepspeed takes seconds to import.
+    if backend == "fsdp2":
+        from bigbatch.trainers.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(precision, timeout_s)
+    from bigbatch.trainers.engine.zero import ZeroEngine
+
+    return ZeroEngine(precision, {"zero1": 1, "zero2": 2}[backend], timeout_s)

@@ -1,0 +1,1 @@
+"""What a run survives: checkpoints, rollback, locks, hung and lost ranks."""
