@@ -29,7 +29,7 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
     try:
         model = timm.create_model(
             config.name,
-            pretrained=config.pretrained,
+            pretrained=config.pretrained or config.checkpoint is not None,
             pretrained_cfg_overlay={"file": config.checkpoint} if config.checkpoint else None,
             num_classes=classes,
             in_chans=channels,
