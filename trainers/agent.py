@@ -13,8 +13,10 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +37,8 @@ from bigbatch.trainers.recovery.signals import SAVED, STALLED
 
 # How long the machines that are there wait for more, where fewer than all are enough.
 _LAST_CALL_S = 15
+# A machine may be up before its name is known to the others.
+_NAME_S = 20.0
 
 # What a rank is sent for what the agent gets. An interpreter that is still importing answers
 # SIGINT with a traceback, and a closed terminal (SIGHUP) is a reason to save like any other.
@@ -139,7 +143,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def meet(run: str, endpoint: str, fewest: int, most: int) -> RendezvousHandler:
-    """Where the machines of a run find each other; one of them keeps it, at HOST:PORT."""
+    """Where the machines of a run find each other; one of them keeps it, at HOST:PORT.
+
+    Raises RendezvousError for a host that nobody knows: torch would try it for minutes.
+    """
+    host = endpoint.rpartition(":")[0].strip("[]")
+    deadline = time.monotonic() + _NAME_S
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RendezvousError(f"{host}: {error.strerror}") from None
+            time.sleep(1)
     return get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",

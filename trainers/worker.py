@@ -25,7 +25,7 @@ from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble, memory
-from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.engine import Engine, is_lost_peer, open_engine
 from bigbatch.trainers.job import Job, build_job
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.losses import build_loss
@@ -76,11 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"bigbatch: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
         rank = 0 if engine is None else engine.rank
-        print(f"bigbatch: {memory.explain(error, rank)}", file=sys.stderr, flush=True)
-        return 2
+        if memory.is_out_of_memory(error):
+            print(f"bigbatch: {memory.explain(error, rank)}", file=sys.stderr, flush=True)
+            return 2
+        if not is_lost_peer(error):
+            raise
+        # Not this rank's doing: the one that ended, or its agent, says why.
+        print(f"bigbatch: rank {rank} lost another rank", file=sys.stderr, flush=True)
+        return 1
     finally:
         if heartbeat is not None:
             heartbeat.close()

@@ -127,6 +127,7 @@ def test_a_rank_says_what_it_alone_could_not_read(shards: str, tmp_path: Path) -
         check=False,
     )
     assert "bigbatch: rank 1: 1 samples could not be read" in done.stderr
+    assert "Traceback" not in done.stderr
     assert f"at byte {int(index.offset[of_rank_1]):,}" in done.stderr
     assert done.returncode == 2, done.stderr
     (entry,) = read_journal(run.path)

@@ -2,9 +2,9 @@
 
 import os
 
-from bigbatch.trainers.engine.ddp import Engine
+from bigbatch.trainers.engine.ddp import Engine, is_lost_peer
 
-__all__ = ["Engine", "open_engine"]
+__all__ = ["Engine", "is_lost_peer", "open_engine"]
 
 
 def open_engine(

@@ -221,3 +221,9 @@ class Engine:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, as gloo and NCCL say it."""
+    signs = "Connection closed by peer", "Connection reset by peer", "remote process exited"
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
