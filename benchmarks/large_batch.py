@@ -307,6 +307,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.set_visible(bool(result["finals"]))  # nothing to show while rates are still tried
     colors = dict(zip(OPTIMIZERS, ("#999999", "#0072b2", "#e69f00"), strict=True))
     for name, color in colors.items():
         arms = sorted(
