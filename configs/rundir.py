@@ -148,6 +148,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def event_record(kind: str, step: int, **fields: Any) -> dict[str, Any]:
+    """A record of events.jsonl: when, what, after how many steps, and any plain values."""
+    now = time.time()
+    date = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
+    return {"time": round(now, 3), "date": date, "kind": kind, "step": step, **fields}
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole records of a JSON-lines file; a last line cut short by a crash is left out."""
     if not path.exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.start import agent_command
 
 OUTPUT = "output.txt"  # what the processes of the run said, in its directory
@@ -49,6 +50,18 @@ class Child:
         finally:
             self.stop()
             self.process.wait()
+
+
+def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """The recipe's tree for a run of `steps` steps, and nothing beside them.
+
+    One step longer than what is to be run: a run that reaches its end would evaluate.
+    """
+    tree = recipe.model_dump(mode="json")
+    tree["duration"] = f"{steps + 1} steps"
+    tree["evaluate"]["every"] = tree["checkpoint"]["every"] = f"{steps + 1} steps"
+    tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
+    return tree
 
 
 def losses(run: RunDir) -> tuple[list[float], list[float]]:

@@ -11,7 +11,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import Child, RunFailed, events, losses, tail
+from bigbatch.launcher.child import Child, RunFailed, bare_recipe, events, losses, tail
 from bigbatch.trainers.lr_range import RangeTest, analyse, divergence
 from bigbatch.trainers.recovery.signals import SAVED
 
@@ -22,7 +22,7 @@ def sweep_recipe(recipe: Recipe, low: float, high: float, steps: int) -> Recipe:
         raise UserError(f"--from {low:g} must be above 0 and below --to {high:g}")
     if steps < 20:
         raise UserError(f"--steps {steps}: a sweep needs at least 20 steps to show a curve")
-    tree = recipe.model_dump(mode="json")
+    tree = bare_recipe(recipe, steps)
     optimizer = tree["optimizer"]
     if "adamw_lr" in optimizer:  # Muon's second rate keeps its ratio to the first
         optimizer["adamw_lr"] *= high / optimizer["lr"]
@@ -33,10 +33,6 @@ def sweep_recipe(recipe: Recipe, low: float, high: float, steps: int) -> Recipe:
         "warmup_start": low / high,
         "warmup_shape": "exponential",
     }
-    # One step longer than what is run: a run that reaches its end would evaluate.
-    tree["duration"] = f"{steps + 1} steps"
-    tree["evaluate"]["every"] = tree["checkpoint"]["every"] = f"{steps + 1} steps"
-    tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
     return parse_recipe(tree, "of the sweep")
 
 

@@ -16,7 +16,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import create_run, read_jsonl
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import Child, RunFailed, tail
+from bigbatch.launcher.child import Child, RunFailed, bare_recipe, tail
 from bigbatch.launcher.prove import kill_tree
 from bigbatch.trainers.memory import OUT_OF_MEMORY
 
@@ -56,15 +56,12 @@ def sizes(recipe: Recipe, world: int) -> list[int]:
 def probe_recipe(recipe: Recipe, micro_batch: int, world: int) -> Recipe:
     """A few steps with one or two micro-batches on each rank, and nothing beside them."""
     each = min(2, recipe.global_batch // (micro_batch * world))
-    tree = recipe.model_dump(mode="json")
+    tree = bare_recipe(recipe, _STEPS)
     tree["micro_batch"] = micro_batch
     tree["global_batch"] = micro_batch * world * each
     tree["data"]["lanes"] = 0  # they decide which samples come, and must divide the step
     tree["optimizer"]["lr"] *= 1e-6  # the loss is of no interest, but must stay finite
     tree["schedule"] = {"name": "constant"}
-    tree["duration"] = f"{_STEPS + 1} steps"
-    tree["evaluate"]["every"] = tree["checkpoint"]["every"] = f"{_STEPS + 1} steps"
-    tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
     return parse_recipe(tree, "of the probe")
 
 

@@ -2,14 +2,19 @@
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl, write_atomically
+from bigbatch.configs.rundir import (
+    RunDir,
+    create_run,
+    event_record,
+    read_jsonl,
+    write_atomically,
+)
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.staging import is_url
 from bigbatch.launcher import queue
@@ -152,11 +157,8 @@ def keep_code(run: RunDir) -> None:
 
 def note_job(run: RunDir, job: str) -> None:
     """Write into events.jsonl which job the run belongs to from now on."""
-    now = time.time()
-    date = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
-    record = {"time": round(now, 3), "date": date, "kind": "submitted", "step": 0, "job": job}
     with run.events.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(event_record("submitted", 0, job=job)) + "\n")
 
 
 def job_of(run: RunDir) -> str | None:

@@ -49,8 +49,7 @@ def summarise(search: Search, found: optuna.Study) -> dict[str, Any]:
 
 
 def _best(found: optuna.Study) -> list[FrozenTrial]:
-    complete = found.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if not complete:
+    if not _complete(found):
         return []
     return found.best_trials if len(found.directions) > 1 else [found.best_trial]
 
@@ -80,11 +79,19 @@ def table(summary: dict[str, Any]) -> Any:
     for name in names:
         found.add_column(name, justify="right")
     for t in shown:
-        values = [f"{t['values'][o]:.5g}" if t["values"] else "" for o in objectives]
-        params = [_short(t["params"][n]) if t["params"] else "" for n in names]
-        style = "bold green" if t["best"] else ""
-        found.add_row(str(t["number"]), t["state"], *values, *params, style=style)
+        found.add_row(*_cells(t, objectives, names), style="bold green" if t["best"] else "")
     return found
+
+
+def _cells(trial: dict[str, Any], objectives: list[str], names: list[str]) -> list[str]:
+    """One trial of a summary as text: number, state, objectives, parameters."""
+    values, params = trial["values"], trial["params"]
+    return [
+        str(trial["number"]),
+        trial["state"],
+        *(f"{values[o]:.5g}" if values else "" for o in objectives),
+        *(_short(params[n]) if params else "" for n in names),
+    ]
 
 
 def _short(value: Any) -> str:
@@ -130,9 +137,7 @@ def _html_table(summary: dict[str, Any]) -> str:
     head = "".join(f"<th>{html.escape(n)}</th>" for n in ("trial", "state", *objectives, *names))
     rows = []
     for t in summary["trials"]:
-        values = [f"{t['values'][o]:.5g}" if t["values"] else "" for o in objectives]
-        params = [_short(t["params"][n]) if t["params"] else "" for n in names]
-        cells = [str(t["number"]), t["state"], *values, *params]
+        cells = _cells(t, objectives, names)
         row = "".join(f"<td>{html.escape(c)}</td>" for c in cells)
         rows.append(f'<tr class="{"best" if t["best"] else ""}">{row}</tr>')
     return f"<h2>trials</h2><table><tr>{head}</tr>{''.join(rows)}</table>"

@@ -43,6 +43,29 @@ def here(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def open_study(
+    folder: Path,
+    space: Space,
+    *,
+    trials: int,
+    sampler: str = "random",
+    pruner: str = "none",
+    evaluations: int = 1,
+) -> optuna.Study:
+    folder.mkdir(exist_ok=True)
+    return study.open_study(
+        folder,
+        space,
+        "abc",
+        sampler=sampler,
+        pruner=pruner,
+        seed=0,
+        startup=1,
+        trials=trials,
+        evaluations=evaluations,
+    )
+
+
 def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
     command = [*COMMAND, *SMALL, "duration=6 steps", "--trials", "2", "--nproc", "1", "--json"]
     first = here / "studies/digits/trials/0000"
@@ -87,18 +110,7 @@ def test_a_pruned_trial_is_asked_to_stop_and_saves(here: Path) -> None:
         {"parameters": {"optimizer.lr": {"type": "float", "low": 1e-9, "high": 1e-8}}}
     )
     folder = here / "study"
-    folder.mkdir()
-    found = study.open_study(
-        folder,
-        space,
-        "abc",
-        sampler="random",
-        pruner="median",
-        seed=0,
-        startup=1,
-        trials=3,
-        evaluations=400,
-    )
+    found = open_study(folder, space, trials=3, pruner="median", evaluations=400)
     for _ in range(2):  # two good trials: at these rates none can come near
         trial = study.ask(found, space)
         for number in range(1, 400):
@@ -138,18 +150,7 @@ def test_values_that_do_not_go_together_are_a_trial_that_failed(here: Path) -> N
         }
     )
     folder = here / "study"
-    folder.mkdir()
-    found = study.open_study(
-        folder,
-        space,
-        "abc",
-        sampler="grid",
-        pruner="none",
-        seed=0,
-        startup=1,
-        trials=9,
-        evaluations=1,
-    )
+    found = open_study(folder, space, trials=9, sampler="grid")
     search = tune.Search(
         "digits", tuple(SMALL), space, folder, trials=9, parallel=2, nproc=1, slurm=None
     )
@@ -165,18 +166,7 @@ def test_a_search_whose_trials_all_fail_gives_up(here: Path, monkeypatch) -> Non
         {"parameters": {"optimizer.lr": {"type": "float", "low": 0.1, "high": 1}}}
     )
     folder = here / "study"
-    folder.mkdir()
-    found = study.open_study(
-        folder,
-        space,
-        "abc",
-        sampler="random",
-        pruner="none",
-        seed=0,
-        startup=1,
-        trials=9,
-        evaluations=1,
-    )
+    found = open_study(folder, space, trials=9)
     for _ in range(2):
         found.tell(study.ask(found, space), state=TrialState.FAIL)
     overrides = (*SMALL, "duration=2 steps", "model.options={no_such_option: 1}")
@@ -249,20 +239,9 @@ def test_a_trial_as_a_job_is_submitted_once_and_waited_for(here: Path, monkeypat
         {"parameters": {"optimizer.lr": {"type": "float", "low": 0.1, "high": 1}}}
     )
     folder = here / "study"
-    folder.mkdir()
 
     def open_() -> optuna.Study:
-        return study.open_study(
-            folder,
-            space,
-            "abc",
-            sampler="random",
-            pruner="none",
-            seed=0,
-            startup=1,
-            trials=1,
-            evaluations=1,
-        )
+        return open_study(folder, space, trials=1)
 
     options = ("--gpus-per-node", "2", "--time", "10")
     search = tune.Search(

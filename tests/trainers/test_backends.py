@@ -318,7 +318,9 @@ def check(folder: Path, world: int, job: dict[str, Any], one_rank: Any) -> None:
     double = job["case"]["dtype"] == "float64"
     for step in job["steps"]:
         limit = 1e-10 if double else {10: 1e-5, 50: 1e-3}[step]
-        assert difference(tensors, expected["tensors"], step) <= limit
+        found = difference(tensors, expected["tensors"], step)
+        print(f"{world} ranks, {name_of(job['case'])}, {step} steps: {found:.1e}")  # see docs
+        assert found <= limit
     norms = json.loads(Path(f"{stem}.json").read_text())
     for (norm, _), (expected_norm, _) in zip(norms[:10], expected["norms"], strict=False):
         assert norm == pytest.approx(expected_norm, rel=1e-4, nan_ok=True)

@@ -12,8 +12,9 @@ class JsonLines:
     """Appends whole lines to a file, in order, and holds them back while the disk takes none."""
 
     def __init__(self, path: Path) -> None:
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._handle).st_size
+        torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
         # A last line torn by a kill is ended first, so that it stands alone.
         self._waiting = b"\n" if torn else b""
         self._lock = threading.Lock()  # `sync` may come from another thread

@@ -5,13 +5,12 @@ views of it. Only rank 0 writes. Free of torch.
 """
 
 import json
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from bigbatch.configs.redact import redact
-from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
+from bigbatch.configs.rundir import RunDir, event_record, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.monitoring.alerts import TITLES, Alerts
 from bigbatch.trainers.monitoring.jsonl import JsonLines, plain
@@ -98,10 +97,7 @@ class Log:
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl: when, what, after how many steps, and any plain values."""
         if self._events:
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
-            record = {"time": round(now, 3), "date": stamp, "kind": kind, "step": self._step}
-            record = redact(record | fields)
+            record = redact(event_record(kind, self._step) | fields)
             self._events.append(record)
             if self._prometheus:
                 self._prometheus.event(kind)

@@ -13,10 +13,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.recovery.heartbeat import Heartbeat, read_heartbeat
 from bigbatch.trainers.recovery.signals import SAVED, STALLED
@@ -123,17 +122,8 @@ class Watchdog:
         )
         print(f"bigbatch: {text}", file=sys.stderr, flush=True)
         events = JsonLines(self._run.events)
-        events.append(
-            {
-                "time": round(time.time(), 3),
-                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "kind": "stall",
-                "step": step,
-                "doing": doing,
-                "missing": sorted(missing),
-                "error": text,
-            }
-        )
+        record = event_record("stall", step, doing=doing, missing=sorted(missing), error=text)
+        events.append(record)
         events.close()
 
     def _dump_collectives(self) -> None:
@@ -155,12 +145,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
