@@ -1,6 +1,7 @@
 """From encoded bytes to uint8 pixels, upright, gray or RGB."""
 
 import io
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,9 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit; a larger image is taken for a dec
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 LONGEST = 8  # times the training size, that the side of an image may be
 _ORIENTATION = 0x0112  # EXIF tag
-_IMAGE_MARKERS = (0xC0, 0xC1, 0xC2, 0xDA)  # of a JPEG: start of frame, start of scan
+_SEGMENT = struct.Struct(">BBH")  # of a JPEG: 255, marker, length
+_FRAME = struct.Struct(">HHB")  # height, width, colours
+_FRAME_STARTS = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 
 
 class Jpeg(NamedTuple):
@@ -121,22 +124,27 @@ def reduced(opened: Jpeg | Pixels, factor: int, channels: int) -> Pixels:
 
 
 def _open_jpeg(data: bytes) -> Jpeg | None:
-    """None where Pillow must decode it."""
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height)
-    if colours in ("CMYK", "YCCK") or _orientation(data) != 1:
-        return None
-    return Jpeg(height, width, data)
+    """The size in a JPEG's header (ITU-T T.81, B.2); None where Pillow must decode it.
 
-
-def _orientation(data: bytes) -> int:
-    """The EXIF orientation. Most images have no EXIF segment, which takes no time to see."""
+    simplejpeg reads a header, too, but says nothing of EXIF, so the segments are walked anyway.
+    """
     at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] not in _IMAGE_MARKERS:
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
-            return int(_open(data).getexif().get(_ORIENTATION, 1))
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 1
+    while at + 10 <= len(data):
+        start, marker, length = _SEGMENT.unpack_from(data, at)
+        if start != 0xFF:
+            break
+        if marker in _FRAME_STARTS:
+            height, width, colours = _FRAME.unpack_from(data, at + 5)
+            _check_pixels(width, height)
+            return Jpeg(height, width, data) if colours in (1, 3) else None  # else CMYK
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00" and _rotated(data):
+            return None
+        at += 2 + length
+    return None
+
+
+def _rotated(data: bytes) -> bool:
+    return _open(data).getexif().get(_ORIENTATION, 1) != 1
 
 
 def _open(data: bytes) -> Image.Image:

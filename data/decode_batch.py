@@ -7,9 +7,10 @@ more memory than it has pixels.
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,14 @@ class BatchDecoder:
         opened: list[Jpeg | Pixels] = [_NOTHING] * count
         frames = np.zeros(count, FRAME)
         bad: dict[int, str] = {}
-        seconds = np.zeros(count)
+        seconds = [0.0] * count
 
         def read(i: int) -> None:
+            started = time.perf_counter()
             try:
-                image = self._open(places[i], seconds[i : i + 1])
+                data = self._read(places[i])
+                seconds[i] = time.perf_counter() - started
+                image = open_pixels(data, channels)
                 if not isinstance(image, Jpeg):  # not kept at its full size
                     frames[i], image = self._stored(image, i, count, key)
                 opened[i] = image
@@ -100,16 +104,17 @@ class BatchDecoder:
         jpegs = [i for i, image in enumerate(opened) if isinstance(image, Jpeg)]
         sizes = np.array([opened[i][:2] for i in jpegs], np.int64).reshape(-1, 2)
         frames[jpegs] = self._frames(sizes, jpegs, count, key)
-        lengths = frames["height"].astype(np.int64) * frames["width"] * channels
-        ends = np.cumsum(lengths).tolist()
-        pixels = allocate(ends[-1])
         layout = frames.tolist()
+        ends = list(itertools.accumulate(h * w * channels for h, w, *_ in layout))
+        pixels = allocate(ends[-1])
+        targets = [
+            pixels[end - h * w * channels : end].reshape(h, w, channels)
+            for end, (h, w, *_) in zip(ends, layout, strict=True)
+        ]
 
         def write(i: int) -> None:
             height, width, _, _, factor, left, top = layout[i]
-            start = ends[i] - height * width * channels
-            target = pixels[start : ends[i]].reshape(height, width, channels)
-            image = opened[i]
+            image, target = opened[i], targets[i]
             try:
                 if not isinstance(image, Jpeg):
                     target[:] = image
@@ -122,7 +127,7 @@ class BatchDecoder:
                 bad[i] = str(error)
 
         self._each(count, write)
-        return Decoded(pixels, frames, bad, _slowest(extents["shard"], seconds))
+        return Decoded(pixels, frames, bad, _slowest((place[0] for place in places), seconds))
 
     def one(
         self, extent: tuple[int, int, int, int], place: int, count: int, key: Key
@@ -131,7 +136,7 @@ class BatchDecoder:
 
         Raises BadSample.
         """
-        image = self._open(extent, np.empty(1))
+        image = open_pixels(self._read(extent), self.source.channels)
         frame, pixels = self._stored(image, place, count, key)
         return pixels, frame
 
@@ -158,17 +163,11 @@ class BatchDecoder:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _open(
-        self, extent: tuple[int, int, int, int], seconds: npt.NDArray[np.float64]
-    ) -> Jpeg | Pixels:
-        """Open one image; the time that its bytes took goes into seconds[0]."""
+    def _read(self, extent: tuple[int, int, int, int]) -> bytes:
         size = extent[2]
         if size > MAX_BYTES:
             raise BadSample(f"{size:,} encoded bytes; the limit is {MAX_BYTES:,}")
-        started = time.perf_counter()
-        data = self._reader.read(*extent)
-        seconds[0] = time.perf_counter() - started
-        return open_pixels(data, self.source.channels)
+        return self._reader.read(*extent)
 
     def _each(self, count: int, work: Callable[[int], None]) -> None:
         """Call work(0) ... work(count - 1), whichever thread is free the next one."""
@@ -187,12 +186,12 @@ class BatchDecoder:
             done.result()
 
 
-def _slowest(shards: npt.NDArray[np.uint32], seconds: npt.NDArray[np.float64]) -> tuple[int, float]:
+def _slowest(shards: Iterable[int], seconds: Iterable[float]) -> tuple[int, float]:
     """The shard whose samples took longest to read, together, and how long."""
-    names, places = np.unique(shards, return_inverse=True)
-    sums = np.bincount(places, seconds)
-    worst = int(sums.argmax())
-    return int(names[worst]), float(sums[worst])
+    sums: dict[int, float] = {}
+    for shard, spent in zip(shards, seconds, strict=True):
+        sums[shard] = sums.get(shard, 0.0) + spent
+    return max(sums.items(), key=itemgetter(1))
 
 
 _NOTHING = np.zeros((0, 0, 1), np.uint8)

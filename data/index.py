@@ -374,7 +374,7 @@ def map_column(path: Path) -> npt.NDArray[Any]:
     # some machines), the first micro-batch of a large index takes seconds instead of
     # milliseconds.
     column._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-    return column
+    return np.asarray(column)  # np.memmap is slow to index
 
 
 def _open_column(root: Path, manifest: dict[str, Any], name: str) -> npt.NDArray[Any]:

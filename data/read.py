@@ -4,7 +4,6 @@ import errno
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ class ShardReader:
         self.paths = paths
         self._cache = cache
         self._most = _OPEN_FILES if cache is None else _OPEN_COPIES
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._files: dict[int, _File] = {}
         self._lock = threading.Lock()
 
     def read(self, shard: int, offset: int, size: int, crc: int) -> bytes:
@@ -69,32 +68,29 @@ class ShardReader:
             raise BadSample("the bytes differ from the index (CRC-32C)")
         return data
 
-    def in_memory(self, shard: int, offset: int, size: int) -> bool:
-        """Whether these bytes can be had without waiting for a disk; False where unknown."""
+    def in_memory(self, shard: int, offset: int) -> bool:
+        """Whether this byte can be had without waiting for a disk; False where unknown."""
         try:
-            found = os.preadv(self._file(shard).handle, [bytearray(size)], offset, os.RWF_NOWAIT)
+            return os.preadv(self._file(shard).handle, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return False
             raise
-        return found == size
 
     def expect(self, shard: int, offset: int, size: int) -> None:
         """Have the system read these bytes into its cache; does not wait for them."""
         os.posix_fadvise(self._file(shard).handle, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> "_File":
-        with self._lock:
-            file = self._files.get(shard)
-            if file is not None:
-                self._files.move_to_end(shard)
-                return file
+        file = self._files.get(shard)
+        if file is not None:
+            return file
         # Not under the lock: a remote shard may take a while.
         file = _File(self.paths[shard], self._cache)
         with self._lock:  # several threads may have opened files meanwhile
             self._files[shard] = file
             while len(self._files) > self._most:
-                self._files.popitem(last=False)
+                del self._files[next(iter(self._files))]  # the one that is open longest
         return file
 
 

@@ -20,20 +20,21 @@ _PROBES = 8  # ranges of a micro-batch that are looked at before any is asked fo
 def reading_ahead(index: Index) -> Iterator[Callable[[Positions], None]]:
     """A function that has samples of a local index brought into memory; it does not wait."""
     reader = ShardReader([index.root / file.name for file in index.shards])
+    columns = (index.shard, index.offset, index.size)
 
     def fetch(samples: Positions) -> None:
-        columns = (index.shard, index.offset, index.size)
-        ranges = list(zip(*(column[samples].tolist() for column in columns), strict=True))
-        probes = ranges[:: max(1, len(ranges) // _PROBES)]
-        with suppress(OSError):  # the reader of that shard meets it, too, and says it
-            if not all(reader.in_memory(*extent) for extent in probes):
-                for extent in ranges:
-                    reader.expect(*extent)
+        with suppress(OSError):
+            for extent in zip(*(column[samples].tolist() for column in columns), strict=True):
+                reader.expect(*extent)
 
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:  # asking for a range can wait for the disk, too
 
         def want(samples: Positions) -> None:
-            thread.submit(fetch, samples)
+            probes = samples[:: max(1, len(samples) // _PROBES)]
+            places = zip(index.shard[probes].tolist(), index.offset[probes].tolist(), strict=True)
+            with suppress(OSError):  # the reader of that shard meets it, too, and says it
+                if not all(reader.in_memory(*place) for place in places):
+                    thread.submit(fetch, samples)
 
         try:
             yield want

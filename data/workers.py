@@ -10,7 +10,6 @@ Each batch travels in a `Slab`, a stretch of anonymous shared memory (memfd, so 
 JPEG's decoding. A slab is free again when the last view of its pixels is gone.
 """
 
-import itertools
 import json
 import mmap
 import os
@@ -87,7 +86,7 @@ def _aligned(size: int) -> int:
 
 
 class WorkerPool:
-    """Decoding processes that take batches in turn, and hand them back in that order."""
+    """Decoding processes. Batches come back in the order in which they were submitted."""
 
     def __init__(self, source: Source, workers: int) -> None:
         settings = {**vars(source), "root": str(source.root), "shards": list(source.shards)}
@@ -99,12 +98,14 @@ class WorkerPool:
             self._workers = [_Worker(handle) for _ in range(workers)]
         finally:
             os.close(handle)
-        self._turn = itertools.cycle(self._workers)
         self._busy: deque[_Worker] = deque()
 
     def submit(self, extents: Extents, key: Key = (0, 0)) -> None:
-        """Give a micro-batch to the next worker. Does not wait."""
-        worker = next(self._turn)
+        """Give a micro-batch to the worker that has least to do. Does not wait.
+
+        Taking turns instead, all workers would be as slow as the one on the busiest core.
+        """
+        worker = min(self._workers, key=_Worker.left_to_do)
         worker.submit(extents, key)
         self._busy.append(worker)
 
@@ -124,6 +125,7 @@ class _Worker:
         self.slabs: list[Slab] = []
         self.free: deque[int] = deque()  # numbers of slabs
         self.busy: deque[tuple[int, int]] = deque()  # slab, samples
+        self.replies: deque[bytes] = deque()  # to the first of these
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The child inherits the mask, from its first instruction on.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
@@ -151,12 +153,19 @@ class _Worker:
         with suppress(ConnectionError):  # it is dead, and `receive` will say so
             socket.send_fds(self.socket, [_TASK.pack(number, len(extents), *key)], handles)
 
+    def left_to_do(self) -> int:
+        """How many batches it was given and has not decoded yet."""
+        with suppress(BlockingIOError, ConnectionError):  # `receive` meets a dead worker
+            while reply := self.socket.recv(_REPLY.size, socket.MSG_DONTWAIT):
+                self.replies.append(reply)
+        return len(self.busy) - len(self.replies)
+
     def receive(self) -> Decoded:
         number, samples = self.busy.popleft()
-        try:
-            reply = self.socket.recv(_REPLY.size)
-        except ConnectionError:
-            reply = b""
+        reply = self.replies.popleft() if self.replies else b""
+        if not reply:
+            with suppress(ConnectionError):
+                reply = self.socket.recv(_REPLY.size)
         if not reply:
             raise UserError(self._epitaph())
         size, length = _REPLY.unpack(reply)

@@ -74,7 +74,7 @@ def test_dtypes_and_mapping(digits_root: Path) -> None:
     assert [str(getattr(index, c).dtype) for c in columns] == (
         ["uint32", "uint64", "uint32", "int32", "uint32", "int64", "uint32"]
     )
-    assert all(isinstance(getattr(index, c), np.memmap) for c in columns)
+    assert all(isinstance(getattr(index, c).base, np.memmap) for c in columns)
     assert not index.label.flags.writeable
 
 

@@ -504,3 +504,28 @@ def test_a_pool_gives_batches_back_in_the_order_of_submission(index):
         assert [len(pool.receive().frames) for _ in sizes] == sizes
     finally:
         pool.close()
+
+
+def test_a_worker_on_a_busy_core_does_not_slow_the_others(index):
+    pool = WorkerPool(_source(index, SIZE, 3, 1), 2)
+    slow, fast = pool._workers
+    try:
+        os.kill(slow.process.pid, signal.SIGSTOP)
+        for count in (1, 2):
+            pool.submit(_extents(index, np.arange(count)))
+        for count in (3, 4):
+            wait_until(lambda: fast.left_to_do() == 0)
+            pool.submit(_extents(index, np.arange(count)))
+        wait_until(lambda: fast.left_to_do() == 0)
+        assert slow.left_to_do() == 1
+        os.kill(slow.process.pid, signal.SIGCONT)
+        assert [len(pool.receive().frames) for _ in range(4)] == [1, 2, 3, 4]
+    finally:
+        pool.close()
+
+
+def wait_until(done):
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
