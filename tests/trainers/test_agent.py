@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -67,6 +67,23 @@ def _ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return psutil.Process(process.pid).children()
     except psutil.NoSuchProcess:
         return []
+
+
+def rank_of_start(
+    run: RunDir, process: subprocess.Popen[str], rank: int, restart: int
+) -> psutil.Process:
+    """The process of a rank in the agent's start number `restart`, from 0, as soon as it is there.
+
+    By what its environment says: another rank of the start before may still be dying.
+    """
+    wanted = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restart)}
+    while True:
+        for child in _ranks(process):
+            with suppress(psutil.Error):
+                if wanted.items() <= child.environ().items():
+                    return child
+        assert process.poll() is None, said(run)
+        time.sleep(0.02)
 
 
 def _catches(pid: int, number: int) -> bool:
@@ -146,13 +163,8 @@ def test_a_hung_rank_is_named_and_the_run_goes_on(shards: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_an_error_that_repeats_ends_the_run(run: RunDir) -> None:
     with agent(run) as process:
-        for _ in range(4):  # the first start and three more
-            while not _ranks(process):
-                assert process.poll() is None, said(run)
-                time.sleep(0.02)
-            ranks = _ranks(process)
-            ranks[0].kill()
-            psutil.wait_procs(ranks, timeout=30)
+        for restart in range(4):  # the first start and three more
+            rank_of_start(run, process, 0, restart).kill()
         assert process.wait(120) == 128 + signal.SIGKILL
     assert said(run).count("start again from the beginning") == 3
 
