@@ -22,7 +22,7 @@ from bigbatch.configs.clipping import ClipNorm
 from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.norm import StepStatistics
-from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.optim import build_optimizer, trust_ratios
 from bigbatch.trainers.recovery.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -143,17 +143,19 @@ def whole(engine: Engine, state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
-    """{"STEP/NAME": tensor} after each of `steps`, and the norms on the way."""
+    """{"STEP/NAME": tensor} and trust ratios after each of `steps`, and the norms on the way."""
     engine, state = build(case)
     statistics = StepStatistics(engine.module)
-    tensors, norms = {}, []
+    tensors, norms, trust = {}, [], {}
+    names = engine.module if engine.shards is None else engine.shards.names
     for stop in steps:
         norms += train(engine, state, stop, statistics, case.get("clip"), case.get("overflow"))
+        trust[str(stop)] = trust_ratios(engine.optimizer, names)
         tensors |= {f"{stop}/{k}": v.clone() for k, v in whole(engine, state).items()}
     with engine.whole() as model:
         for name, value in model.state_dict().items():
             assert torch.equal(value, tensors[f"{steps[-1]}/{name}"]), name
-    return {"tensors": tensors, "norms": norms}
+    return {"tensors": tensors, "norms": norms, "trust": trust}
 
 
 def launch(folder: Path, world: int, jobs: list[dict[str, Any]]) -> None:
@@ -187,8 +189,8 @@ def main() -> None:
             result = run(job["case"], job["steps"])
             if os.environ["RANK"] == "0":
                 stem = folder / f"{world}-{name_of(job['case'])}"
-                save_file(result["tensors"], f"{stem}.safetensors")
-                Path(f"{stem}.json").write_text(json.dumps(result["norms"]))
+                save_file(result.pop("tensors"), f"{stem}.safetensors")
+                Path(f"{stem}.json").write_text(json.dumps(result))
         else:
             go_on(folder, job)
     torch.distributed.barrier()  # leave together
@@ -243,6 +245,7 @@ def go_on_job(backend: str, start: int, stop: int) -> dict[str, Any]:
 
 
 LAYERWISE = ("lars", "lamb")
+ADAPTED = {"stem.weight", "blocks.0.conv.weight", "blocks.1.conv.weight", "head.weight"}
 # Two ranks share four micro-batches evenly, and three do not.
 JOBS = [
     go_on_job("zero1", 4, 7),
@@ -321,7 +324,12 @@ def check(folder: Path, world: int, job: dict[str, Any], one_rank: Any) -> None:
         found = difference(tensors, expected["tensors"], step)
         print(f"{world} ranks, {name_of(job['case'])}, {step} steps: {found:.1e}")  # see docs
         assert found <= limit
-    norms = json.loads(Path(f"{stem}.json").read_text())
+    figures = json.loads(Path(f"{stem}.json").read_text())
+    for step in map(str, job["steps"]):
+        ratios = figures["trust"][step]
+        assert set(ratios) == (ADAPTED if job["case"]["optimizer"] in LAYERWISE else set())
+        assert ratios == pytest.approx(expected["trust"][step], rel=10 * limit)
+    norms = figures["norms"]
     for (norm, _), (expected_norm, _) in zip(norms[:10], expected["norms"], strict=False):
         assert norm == pytest.approx(expected_norm, rel=1e-4, nan_ok=True)
     if not double:  # which FSDP2 scales on the way, to no use of ours

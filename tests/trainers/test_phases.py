@@ -12,6 +12,7 @@ import torch
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.data.shard import shard
+from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.monitoring import phases
 from bigbatch.trainers.monitoring.phases import PHASES, Clock, Timings
 
@@ -144,3 +145,21 @@ def test_a_slow_rank_of_a_real_run_is_named(tmp_path: Path, phase: str) -> None:
     assert [r["step"] for r in records if r["kind"] == "trust"] == [8, 16]
     assert all(ratio > 0 for r in records if r["kind"] == "trust" for ratio in r["ratios"].values())
     assert {r["kind"] for r in records} >= {"train", "ranks", "trust", "system"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # four starts one after another
+def test_every_backend_records_the_same_trust_ratios(tmp_path: Path) -> None:
+    shard("digits", tmp_path / "digits", progress=False)
+    found = {}
+    for backend in ("ddp", "zero1", "zero2", "fsdp2"):
+        changes = [f"data.path={tmp_path / 'digits'}", "log.wandb=off", f"backend={backend}"]
+        changes += ["reduction=overlapped", "log.details_every=2"]
+        run = create_run(tmp_path / backend, load_recipe("digits", changes))
+        command = agent_command(run.path, 2, stop_at=4)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
+        records = [r for r in read_jsonl(run.metrics) if r["kind"] == "trust"]
+        found[backend] = {(r["step"], k): v for r in records for k, v in r["ratios"].items()}
+    assert {step for step, _ in found["ddp"]} == {2, 4}
+    for ratios in found.values():
+        assert ratios == pytest.approx(found["ddp"], rel=1e-4)
