@@ -98,7 +98,9 @@ class WorkerPool:
             self._workers = [_Worker(handle) for _ in range(workers)]
         finally:
             os.close(handle)
-        self._busy: deque[_Worker] = deque()
+        self._slabs: list[Slab] = []
+        self._free: deque[int] = deque()  # numbers of slabs
+        self._busy: deque[tuple[_Worker, int, int]] = deque()  # worker, slab, samples
 
     def submit(self, extents: Extents, key: Key = (0, 0)) -> None:
         """Give a micro-batch to the worker that has least to do. Does not wait.
@@ -106,12 +108,29 @@ class WorkerPool:
         Taking turns instead, all workers would be as slow as the one on the busiest core.
         """
         worker = min(self._workers, key=_Worker.left_to_do)
-        worker.submit(extents, key)
-        self._busy.append(worker)
+        try:
+            number = self._free.pop()  # the one used last: its pages are the likeliest in a cache
+        except IndexError:
+            number = len(self._slabs)
+            self._slabs.append(Slab(os.memfd_create("bigbatch-slab"), _FIRST_SIZE))
+        self._slabs[number].extents(len(extents))[:] = extents
+        worker.submit(number, self._slabs[number], len(extents), key)
+        self._busy.append((worker, number, len(extents)))
 
     def receive(self) -> Decoded:
         """The batch that was submitted first. Raises UserError where its worker cannot."""
-        return self._busy.popleft().receive()
+        worker, number, samples = self._busy.popleft()
+        size, length = worker.receive()
+        slab = self._slabs[number]
+        said = json.loads(slab.text(samples, size, length).tobytes())
+        if "error" in said:
+            raise UserError(said["error"])
+        pixels = slab.pixels(samples, size)
+        # All views of these pixels, NumPy's and torch's, keep this one buffer alive.
+        weakref.finalize(pixels.base, self._free.append, number).atexit = False
+        bad = {int(i): reason for i, reason in said["bad"].items()}
+        shard, seconds = said["slow_read"]
+        return Decoded(pixels, slab.frames(samples).copy(), bad, (shard, seconds))
 
     def close(self) -> None:
         for worker in self._workers:
@@ -122,11 +141,10 @@ class _Worker:
     """The trainer's end of one decoding process."""
 
     def __init__(self, settings: int) -> None:
-        self.slabs: list[Slab] = []
-        self.free: deque[int] = deque()  # numbers of slabs
-        self.busy: deque[tuple[int, int]] = deque()  # slab, samples
-        self.replies: deque[bytes] = deque()  # to the first of these
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._slabs: set[int] = set()  # that it has
+        self._waiting = 0  # tasks whose reply was not asked for yet
+        self._replies: deque[bytes] = deque()  # to the first of these
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The child inherits the mask, from its first instruction on.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
         try:
@@ -140,48 +158,34 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
 
-    def submit(self, extents: Extents, key: Key) -> None:
-        handles = []
-        try:
-            number = self.free.pop()  # the one used last: its pages are the likeliest in a cache
-        except IndexError:
-            number = len(self.slabs)
-            self.slabs.append(Slab(os.memfd_create("bigbatch-slab"), _FIRST_SIZE))
-            handles = [self.slabs[number].handle]
-        self.slabs[number].extents(len(extents))[:] = extents
-        self.busy.append((number, len(extents)))
+    def submit(self, number: int, slab: Slab, samples: int, key: Key) -> None:
+        handles = [] if number in self._slabs else [slab.handle]
+        self._slabs.add(number)
+        self._waiting += 1
         with suppress(ConnectionError):  # it is dead, and `receive` will say so
-            socket.send_fds(self.socket, [_TASK.pack(number, len(extents), *key)], handles)
+            socket.send_fds(self._socket, [_TASK.pack(number, samples, *key)], handles)
 
     def left_to_do(self) -> int:
         """How many batches it was given and has not decoded yet."""
         with suppress(BlockingIOError, ConnectionError):  # `receive` meets a dead worker
-            while reply := self.socket.recv(_REPLY.size, socket.MSG_DONTWAIT):
-                self.replies.append(reply)
-        return len(self.busy) - len(self.replies)
+            while reply := self._socket.recv(_REPLY.size, socket.MSG_DONTWAIT):
+                self._replies.append(reply)
+        return self._waiting - len(self._replies)
 
-    def receive(self) -> Decoded:
-        number, samples = self.busy.popleft()
-        reply = self.replies.popleft() if self.replies else b""
+    def receive(self) -> tuple[int, int]:
+        """Of the first task: bytes of pixels, and of the JSON text behind them."""
+        reply = self._replies.popleft() if self._replies else b""
         if not reply:
             with suppress(ConnectionError):
-                reply = self.socket.recv(_REPLY.size)
+                reply = self._socket.recv(_REPLY.size)
         if not reply:
             raise UserError(self._epitaph())
+        self._waiting -= 1
         size, length = _REPLY.unpack(reply)
-        slab = self.slabs[number]
-        said = json.loads(slab.text(samples, size, length).tobytes())
-        if "error" in said:
-            raise UserError(said["error"])
-        pixels = slab.pixels(samples, size)
-        # All views of these pixels, NumPy's and torch's, keep this one buffer alive.
-        weakref.finalize(pixels.base, self.free.append, number).atexit = False
-        bad = {int(i): reason for i, reason in said["bad"].items()}
-        shard, seconds = said["slow_read"]
-        return Decoded(pixels, slab.frames(samples).copy(), bad, (shard, seconds))
+        return size, length
 
     def close(self) -> None:
-        self.socket.close()
+        self._socket.close()
         self.process.kill()
         self.process.wait()
 
@@ -213,15 +217,16 @@ def main() -> None:
     settings["remote"] = settings["remote"] and Remote(*settings["remote"])
     settings["view"] = settings["view"] and _view(settings["view"])
     decoder = BatchDecoder(Source(**settings))
-    slabs: list[Slab] = []
+    slabs: dict[int, Slab] = {}
     with socket.socket(fileno=int(sys.argv[1])) as trainer:
         while True:
             try:
                 message, handles, *_ = socket.recv_fds(trainer, _TASK.size, 1)
                 if not message:
                     return
-                slabs += [Slab(handle) for handle in handles]
                 number, samples, *key = _TASK.unpack(message)
+                for handle in handles:  # one, where this worker meets the slab first
+                    slabs[number] = Slab(handle)
                 trainer.send(_make(decoder, slabs[number], samples, (key[0], key[1])))
             except ConnectionError:
                 return
