@@ -9,8 +9,7 @@ over the rounds with a bootstrap's 95 % interval:
 
     added    elapsed time of a step with the measurement over that of the one without it,
              in the same round, less one
-    inside   of the time of a step, the part spent in the measurement's own calls, the hook
-             with its launch of the all-reduce among them, which a step would have anyway
+    inside   of the time of a step, the part spent in the measurement's own calls
 
 On a GPU, where calls only queue work, `added` decides. On a CPU steps scatter by more than the
 limit and `inside` decides, whose two times are of the same step. Cases: both reductions; one
@@ -69,9 +68,9 @@ def timed(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
     def timed_call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         global inside
-        before, started = inside, time.perf_counter()
+        started = time.perf_counter()
         result = call(*arguments, **options)
-        inside = before + time.perf_counter() - started  # calls within this one count once
+        inside += time.perf_counter() - started
         return result
 
     return timed_call
@@ -79,7 +78,6 @@ def timed(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 class TimedNorms(MicroBatchNorms):
     add = timed(MicroBatchNorms.add)
-    hook = timed(MicroBatchNorms.hook)
 
 
 class NoNorms(MicroBatchNorms):

@@ -11,6 +11,7 @@ from bigbatch.trainers.optim.layerwise import (
     new_state,
     on_cpu,
     positive_or_one,
+    same_memory,
     upcast,
 )
 
@@ -86,35 +87,54 @@ class LAMB(LayerwiseOptimizer):
             torch._foreach_mul_(vectors, list((ratios * lr).unbind()))
             torch._foreach_sub_(params, vectors)
 
+    def update_unadapted(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """With a ratio of 1 this is AdamW, which torch has a kernel for."""
+        if same_memory(params, [self.state[p]["exp_avg"] for p in params]):
+            self._adamw(params, params, group, group["lr"], group["weight_decay"])
+        else:
+            super().update_unadapted(params, group)
+
     def vectors(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """u of each parameter; advances the moments by one step.
 
-        torch's fused AdamW kernel does the work: started from b w in place of the weights,
-        with rate -1 and no decay of its own, it leaves exactly u.
+        Started from b w in place of the weights, with rate -1 and no decay of its own,
+        AdamW's kernel leaves exactly u.
         """
+        means = [self.state[p]["exp_avg"] for p in params]
+        direction = self._decayed(params, means, group["weight_decay"])
+        self._adamw(params, direction, group, -1.0, 0.0)
+        return direction
+
+    def _adamw(
+        self,
+        params: list[Tensor],
+        targets: list[Tensor],
+        group: dict[str, Any],
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """One step of torch's fused AdamW by the parameters' gradients and state, on `targets`."""
         states = [self.state[p] for p in params]
         means = [s["exp_avg"] for s in states]
-        direction = self._decayed(params, means, group["weight_decay"])
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         if not group["bias_correction"]:
             steps = [torch.full_like(t, torch.inf) for t in steps]  # 1 - beta^inf = 1
         torch._fused_adamw_(
-            direction,
+            targets,
             upcast(gradients(params, means)),
             means,
             [s["exp_avg_sq"] for s in states],
             [],
             steps,
-            lr=-1.0,
+            lr=lr,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=0.0,
+            weight_decay=weight_decay,
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
         )
-        return direction
 
     def _decayed(self, params: list[Tensor], like: list[Tensor], decay: float) -> list[Tensor]:
         """b w, laid out as the state is. On a CPU in one buffer that stays as large as the

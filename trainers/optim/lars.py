@@ -11,6 +11,7 @@ from bigbatch.trainers.optim.layerwise import (
     new_state,
     on_cpu,
     positive_or_one,
+    same_memory,
     upcast,
 )
 
@@ -79,18 +80,10 @@ class LARS(LayerwiseOptimizer):
             ratios = _trust_ratios(*lengths, group)
             self.last_ratios.append((params, ratios))
         # Without momentum the kernel has no dampening, which carries the rate.
-        if on_cpu(params) and group["momentum"] != 0 and _same_memory(params, buffers):
+        if on_cpu(params) and group["momentum"] != 0 and same_memory(params, buffers):
             _fused_update(params, vectors, buffers, ratios, group)
         else:
             _foreach_update(params, vectors, buffers, ratios, group)
-
-
-def _same_memory(params: list[Tensor], buffers: list[Tensor]) -> bool:
-    """Whether a kernel that walks raw memory can take parameters and buffers together."""
-    return all(
-        p.dtype == v.dtype and p.stride() == v.stride()
-        for p, v in zip(params, buffers, strict=True)
-    )
 
 
 def _trust_ratios(w: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:

@@ -44,9 +44,11 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if self.sum_over_ranks is None:
             for params, group in work:
                 for bucket in buckets(params):
-                    vectors = self.vectors(bucket, group)
-                    lengths = (norms(bucket), norms(vectors)) if group["adapt"] else None
-                    self.update(bucket, vectors, lengths, group)
+                    if group["adapt"]:
+                        vectors = self.vectors(bucket, group)
+                        self.update(bucket, vectors, (norms(bucket), norms(vectors)), group)
+                    else:
+                        self.update_unadapted(bucket, group)
         else:
             self._sharded_step([(p, group) for p, group in work if p], self.sum_over_ranks)
         return loss
@@ -57,21 +59,19 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
         """The same for pieces of layers, with one all-reduce for all norms of the step."""
-        vectors = [self.vectors(params, group) for params, group in work]
-        pairs = list(zip(work, vectors, strict=True))
-        adapted = [(params, v) for (params, group), v in pairs if group["adapt"]]
-        lengths: Iterator[Tensor] = iter(())  # of each adapted group: |w| and |v| of its layers
+        adapted = [(p, self.vectors(p, group), group) for p, group in work if group["adapt"]]
         if adapted:
-            squares = [torch.stack([squared_norms(w), squared_norms(v)]) for w, v in adapted]
+            squares = [torch.stack([squared_norms(w), squared_norms(v)]) for w, v, _ in adapted]
             total = sum_over_ranks(torch.cat(squares, dim=1)).sqrt()
-            sizes = [len(w) for w, _ in adapted]
-            lengths = iter(total.to(state_dtype(adapted[0][0][0])).split(sizes, dim=1))
-        for (params, group), v in pairs:
-            if group["adapt"]:
-                w_length, v_length = next(lengths)
-                self.update(params, v, (w_length, v_length), group)
-            else:
-                self.update(params, v, None, group)
+            sizes = [len(w) for w, _, _ in adapted]
+            lengths = total.to(state_dtype(adapted[0][0][0])).split(sizes, dim=1)
+            for (params, vectors, group), (w_length, v_length) in zip(
+                adapted, lengths, strict=True
+            ):
+                self.update(params, vectors, (w_length, v_length), group)
+        for params, group in work:
+            if not group["adapt"]:
+                self.update_unadapted(params, group)
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -87,8 +87,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         lengths: tuple[Tensor, Tensor] | None,
         group: dict[str, Any],
     ) -> None:
-        """Update the parameters; `lengths` are the norms of layers and of their vectors."""
+        """Update the parameters; `lengths` are the norms of layers and of their vectors, and
+        None stands for a trust ratio of 1."""
         raise NotImplementedError
+
+    def update_unadapted(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the parameters of a group whose trust ratio is 1."""
+        self.update(params, self.vectors(params, group), None, group)
 
 
 def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -109,6 +114,13 @@ def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
             bucket.append(p)
             size += p.numel()
         yield bucket
+
+
+def same_memory(params: list[Tensor], states: list[Tensor]) -> bool:
+    """Whether a kernel that walks raw memory can take parameters and state together."""
+    return all(
+        p.dtype == s.dtype and p.stride() == s.stride() for p, s in zip(params, states, strict=True)
+    )
 
 
 def on_cpu(tensors: list[Tensor]) -> bool:
