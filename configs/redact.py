@@ -51,6 +51,7 @@ _FORMS = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|$))"
 )
 _PATTERNS = (_FORMS, _USER_INFO, _QUERY, _HEADER, _ASSIGNED, _OPTION)
+_FOLDERS = {"PWD", "OLDPWD"}  # where the shell is and was: no passwords
 _SHORTEST = 8  # of an environment variable's value that is masked wherever it turns up
 
 
@@ -104,7 +105,8 @@ def _mask(match: re.Match[str]) -> str:
 
 def _known(env: Mapping[str, str]) -> list[str]:
     """Secret values in the environment, longest first: one may hold another."""
-    values = {v for k, v in env.items() if _SECRET_NAME.search(k) and len(v) >= _SHORTEST}
+    names = [name for name in env if _SECRET_NAME.search(name) and name not in _FOLDERS]
+    values = {env[name] for name in names if len(env[name]) >= _SHORTEST}
     return sorted(values, key=len, reverse=True)
 
 

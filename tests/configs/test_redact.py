@@ -59,6 +59,12 @@ def test_values_of_the_environment_are_masked_wherever_they_turn_up() -> None:
     )
 
 
+def test_the_current_folder_is_no_password() -> None:
+    env = {"PWD": "/home/ada/photos", "OLDPWD": "/home/ada", "DB_PWD": "correct horse"}
+    text = "no folder /home/ada/photos; correct horse"
+    assert redact(text, env=env) == f"no folder /home/ada/photos; {MASK}"
+
+
 def test_values_of_secret_keys_are_masked_at_any_depth() -> None:
     found = redact({"a": [{"api_key": SECRET, "size": 3}], "tokens": 5, "token": True}, env={})
     assert found == {"a": [{"api_key": MASK, "size": 3}], "tokens": 5, "token": True}
