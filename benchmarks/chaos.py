@@ -1,6 +1,6 @@
 """Random faults while the digits recipe trains on two ranks; what was lost, and for how long.
 
-    python benchmarks/chaos.py [--quick] [--faults 100] [--seed 0] [--jobs 1] [--json FILE]
+    python benchmarks/chaos.py [--slurm] [--quick] [--faults 100] [--seed 0] [--json FILE]
 
 Each run trains 60 short steps with a checkpoint every 4 and meets five faults at random steps
 (--seed). Whatever ends is started again with the same command, as a queue would. A run passes
@@ -8,7 +8,9 @@ if it ends with the weights, the optimizer state and the records of a run that m
 bit for bit, with each step once, and if no restart began before the newest checkpoint that was
 whole at the fault. A run that makes no step for ten minutes counts as hung.
 
-SIGKILL of slurmd is not among the faults: it needs a SLURM (tests/launcher/test_slurm_cluster.py).
+With --slurm, on a SLURM of four nodes that it starts on this machine (as root, after
+tests/install_slurm.sh), the runs have two ranks on each of two nodes, and the faults are those
+of benchmarks/chaos_slurm.py; what the queue does not requeue is resubmitted.
 """
 
 import argparse
@@ -20,30 +22,21 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import chaos_faults
+import chaos_slurm
 import torch
-from chaos_faults import FAULTS, Run, small_disk, until
+from chaos_faults import RANKS, STEPS, NewRun, Run, until
 from rich.console import Console
 from rich.table import Table
 
-from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import create_run, read_jsonl
-from bigbatch.data.shard import shard
-
-STEPS, FAULTS_IN_A_RUN = 60, 5
-RECIPE = [
-    "evaluate.every=20 steps",
-    "checkpoint.every=4 steps",
-    "recovery.stall_s=10",
-    "log.wandb=off",
-]
-# The rest of a record are times, and averages over the steps since the last start.
-RECORDED = ("kind", "step", "split", "epoch", "loss", "lr", "grad_norm", "accuracy", "nll", "ece")
-QUICK = ("kill rank 1", "kill agent", "kill in a checkpoint", "disk full", "flipped bit", "double")
+FAULTS_IN_A_RUN = 5
+FAULTS = chaos_faults.FAULTS | chaos_slurm.FAULTS
 
 
 @dataclass
@@ -60,77 +53,65 @@ class Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="six faults of six kinds")
+    parser.add_argument("--quick", action="store_true", help="one fault of each of a few kinds")
+    parser.add_argument("--slurm", action="store_true", help="faults of a real SLURM, four ranks")
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=600, help="no new fault after these")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--json", type=Path, help="add the figures to those in this file")
     options = parser.parse_args()
+    if options.slurm and (reason := chaos_slurm.missing()):
+        print(f"skipped: SLURM {reason}")
+        return
+    kinds = chaos_slurm if options.slurm else chaos_faults
     deadline = time.monotonic() + 60 * options.minutes
-    names = plan(options.seed, 6 if options.quick else options.faults, options.quick)
+    names = plan(kinds.KINDS, options.seed, options.faults)
+    if options.quick:
+        names = list(kinds.QUICK)
     groups = [names[i : i + FAULTS_IN_A_RUN] for i in range(0, len(names), FAULTS_IN_A_RUN)]
-    with tempfile.TemporaryDirectory(prefix="bigbatch-chaos-") as name:
-        folder = Path(name)
-        shard("digits", folder / "digits", progress=False)
-        reference = undisturbed(folder)
-        outcomes: list[Outcome] = []
-        wrong: list[str] = []
-        with ThreadPoolExecutor(options.jobs) as pool:
-            jobs = [
-                pool.submit(disturbed, folder, number, group, options.seed, reference, deadline)
-                for number, group in enumerate(groups)
-            ]
-            for job in jobs:
-                found, problems = job.result()
-                outcomes += found
-                wrong += problems
+    outcomes: list[Outcome] = []
+    wrong: list[str] = []
+    runs = chaos_slurm.slurm_runs if options.slurm else chaos_faults.local_runs
+    with (
+        tempfile.TemporaryDirectory(prefix="bigbatch-chaos-") as folder,
+        runs(Path(folder)) as new_run,
+        ThreadPoolExecutor(1 if options.slurm else options.jobs) as pool,
+    ):
+        reference = undisturbed(new_run)
+        jobs = [
+            pool.submit(disturbed, new_run, number, group, options.seed, reference, deadline)
+            for number, group in enumerate(groups)
+        ]
+        for job in jobs:
+            found, problems = job.result()
+            outcomes += found
+            wrong += problems
     report(outcomes, wrong)
     if options.json:
-        options.json.write_text(json.dumps(figures(outcomes, wrong, options), indent=1) + "\n")
+        write(options.json, part(outcomes, wrong, options))
     if wrong or any(o.recover_s is None or o.lost_steps for o in outcomes):
         sys.exit("the run did not come through")
 
 
-def plan(seed: int, count: int, quick: bool) -> list[str]:
-    """The faults, in order: all kinds equally often, deaths in a checkpoint three times that."""
-    if quick:
-        return list(QUICK[:count])
-    kinds = [*FAULTS, "kill in a checkpoint", "kill in a checkpoint"]
+def plan(kinds: Sequence[str], seed: int, count: int) -> list[str]:
+    """The faults, in order: each kind as often as it stands in `kinds`."""
     names = [kinds[i % len(kinds)] for i in range(count)]
     random.Random(seed).shuffle(names)
     return names
 
 
-def new_run(folder: Path, name: str) -> Run:
-    changes = [f"data.path={folder.parent / 'digits'}", *RECIPE]
-    return Run(create_run(folder / name, load_recipe("digits", changes)), STEPS)
-
-
-def undisturbed(folder: Path) -> dict[str, Any]:
-    (folder / "undisturbed").mkdir()
-    run = new_run(folder / "undisturbed", "run")
-    run.start()
-    assert run.process is not None
-    if run.process.wait(600) != 0:
-        sys.exit((run.control / "output.txt").read_text())
-    return state(run)
-
-
-def state(run: Run) -> dict[str, Any]:
-    """All that must not depend on faults: final files by hash, and what records say of them."""
-    (newest,) = run.run.checkpoints.glob(f"step-{STEPS:08d}")
-    manifest = json.loads((newest / "manifest.json").read_text())["files"]
-    records = read_jsonl(run.run.metrics)
-    return {
-        "model": manifest["model.safetensors"]["sha256"],
-        "optimizer": manifest["optimizer.safetensors"]["sha256"],
-        "records": [{k: r.get(k) for k in RECORDED} for r in records],
-    }
+def undisturbed(new_run: NewRun) -> dict[str, Any]:
+    with new_run("undisturbed") as run:
+        run.start()
+        until(lambda: run.ended() is not None)
+        if run.ended() != 0:
+            sys.exit(run.output())
+        return run.state()
 
 
 def disturbed(
-    folder: Path,
+    new_run: NewRun,
     number: int,
     faults: list[str],
     seed: int,
@@ -142,30 +123,23 @@ def disturbed(
     outcomes: list[Outcome] = []
     if time.monotonic() > deadline:
         return [], []
-    place = folder / f"run-{number:03d}"
     share = STEPS // (len(faults) + 1)
-    with small_disk(place):
-        run = new_run(place, "run")
-        try:
-            run.start()
-            for index, name in enumerate(faults):
-                if time.monotonic() > deadline:
-                    break
-                aim = 5 + index * share + rng.randrange(share)
-                if not reach(run, aim):
-                    return outcomes, [f"run {number} hung before {name}: {tail(run)}"]
-                outcomes.append(meet(run, name, rng, number))
-                print(asdict(outcomes[-1]), flush=True)
-                if outcomes[-1].recover_s is None:
-                    return outcomes, [f"run {number} hung after {name}: {tail(run)}"]
-            if not reach(run, STEPS) or not until(lambda: ended_well(run)):
-                return outcomes, [f"run {number} hung at its end: {tail(run)}"]
-            found = state(run)
-            return outcomes, [
-                f"run {number}: {k} differ" for k in found if found[k] != reference[k]
-            ]
-        finally:
-            run.stop()
+    with new_run(f"run-{number:03d}") as run:
+        run.start()
+        for index, name in enumerate(faults):
+            if time.monotonic() > deadline:
+                break
+            aim = 5 + index * share + rng.randrange(share)
+            if not reach(run, aim):
+                return outcomes, [f"run {number} hung before {name}: {tail(run)}"]
+            outcomes.append(meet(run, name, rng, number))
+            print(asdict(outcomes[-1]), flush=True)
+            if outcomes[-1].recover_s is None:
+                return outcomes, [f"run {number} hung after {name}: {tail(run)}"]
+        if not reach(run, STEPS) or not until(lambda: ended_well(run)):
+            return outcomes, [f"run {number} hung at its end: {tail(run)}"]
+        found = run.state()
+        return outcomes, [f"run {number}: {k} differ" for k in found if found[k] != reference[k]]
 
 
 def meet(run: Run, name: str, rng: random.Random, number: int) -> Outcome:
@@ -189,7 +163,6 @@ def reach(run: Run, step: int) -> bool:
         if run.step() >= step and (status is None or status == 0):
             return True
         if status is not None:
-            run.statuses.append(status)
             run.start()
         return False
 
@@ -198,13 +171,12 @@ def reach(run: Run, step: int) -> bool:
 
 def ended_well(run: Run) -> bool:
     if run.ended() not in (None, 0):
-        run.statuses.append(run.ended() or 0)
         run.start()
     return run.ended() == 0
 
 
 def tail(run: Run) -> str:
-    return "\n".join((run.control / "output.txt").read_text().splitlines()[-20:])
+    return "\n".join(run.output().splitlines()[-20:])
 
 
 def report(outcomes: list[Outcome], wrong: list[str]) -> None:
@@ -237,27 +209,38 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return found
 
 
-def figures(
-    outcomes: list[Outcome], wrong: list[str], options: argparse.Namespace
-) -> dict[str, Any]:
+def part(outcomes: list[Outcome], wrong: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """One measurement: on what it was made, and what became of each fault."""
+    recipe = ["digits", *chaos_faults.LOCAL_RECIPE]
+    own = chaos_slurm.machine() if options.slurm else {"ranks": RANKS, "recipe": recipe}
     return {
         "machine": {
             "date": time.strftime("%Y-%m-%d"),
             "device": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
-            "recipe": ["digits", *RECIPE],
+            **own,
             "steps": STEPS,
-            "ranks": 2,
             "seed": options.seed,
             "runs_at_a_time": options.jobs,
         },
-        "hangs": sum(o.recover_s is None for o in outcomes),
-        "lost_steps": sum(o.lost_steps for o in outcomes),
         "wrong": wrong,
-        "table": rows(outcomes),
         "faults": [asdict(o) for o in outcomes],
     }
+
+
+def write(path: Path, new: dict[str, Any]) -> None:
+    """The table of all measurements in the file and this one, and each of them."""
+    parts = [*(json.loads(path.read_text())["parts"] if path.exists() else []), new]
+    outcomes = [Outcome(**fault) for each in parts for fault in each["faults"]]
+    figures = {
+        "hangs": sum(o.recover_s is None for o in outcomes),
+        "lost_steps": sum(o.lost_steps for o in outcomes),
+        "wrong": [problem for each in parts for problem in each["wrong"]],
+        "table": rows(outcomes),
+        "parts": parts,
+    }
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The faults of benchmarks/chaos.py, and the run that meets them."""
+"""The faults of benchmarks/chaos.py, and the runs that meet them."""
 
 import json
 import os
@@ -9,18 +9,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.data.shard import shard
 from bigbatch.launcher.prove import kill_tree
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.recovery.checkpoint import Damaged, list_checkpoints, step_of, verify
 from bigbatch.trainers.recovery.signals import SAVED
 
+STEPS = 60
 RANKS = 2
+RECIPE = ["evaluate.every=20 steps", "checkpoint.every=4 steps"]
+LOCAL_RECIPE = [*RECIPE, "recovery.stall_s=10", "log.wandb=off"]
+# The rest of a record are times, and averages over the steps since the last start.
+RECORDED = ("kind", "step", "split", "epoch", "loss", "lr", "grad_norm", "accuracy", "nll", "ece")
 # Moments of checkpointing: what is about to happen, part and end of its path, delay in s.
 PHASES = {
     "its folder": "os.mkdir .tmp- ",
@@ -38,54 +46,29 @@ PHASES = {
 
 
 class Run:
-    """A run directory, and the agent that works in it, started again as often as it takes."""
+    """A run directory, and what works in it, started again as often as it takes."""
 
-    def __init__(self, run: RunDir, steps: int) -> None:
+    def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.steps = steps
-        self.control = run.path.parent / f"{run.name}-control"
-        self.control.mkdir()
-        shutil.copy(Path(__file__).with_name("chaos_site.py"), self.control / "sitecustomize.py")
-        self.process: subprocess.Popen[bytes] | None = None
-        self.statuses: list[int] = []
 
     def start(self) -> None:
-        with (self.control / "output.txt").open("ab") as output:
-            self.process = subprocess.Popen(
-                self.command(), env=self.environment(), stdout=output, stderr=output
-            )
+        """Start, or go on from the newest checkpoint."""
+        raise NotImplementedError
 
-    def command(self) -> list[str]:
-        return agent_command(self.run.path, RANKS, stop_at=self.steps)
+    def ended(self) -> int | None:
+        """The exit status; None while it trains or waits in a queue."""
+        raise NotImplementedError
 
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, (str(self.control), os.environ.get("PYTHONPATH"))))
-        own = {"BIGBATCH_CHAOS": str(self.control), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        return {**os.environ, **own}
+    def stop(self) -> None:
+        """End it, whatever it does; nothing is saved."""
+        raise NotImplementedError
+
+    def output(self) -> str:
+        raise NotImplementedError
 
     def step(self) -> int:
         """The newest recorded step."""
         return max((r["step"] for r in read_jsonl(self.run.metrics)), default=0)
-
-    def ended(self) -> int | None:
-        assert self.process is not None
-        return self.process.poll()
-
-    def stop(self) -> None:
-        """As a power cut: nobody is left who could tidy up."""
-        assert self.process is not None
-        kill_tree(self.process.pid)
-        self.process.wait()
-
-    def rank(self, number: int) -> psutil.Process | None:
-        """A rank's process; None between two starts."""
-        assert self.process is not None
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children():
-                with suppress(psutil.Error):
-                    if child.environ().get("RANK") == str(number):
-                        return child
-        return None
 
     def durable(self) -> int:
         """The newest step that a whole checkpoint holds, with all its records."""
@@ -101,13 +84,74 @@ class Run:
         """The step that each start went on from."""
         return [e["step"] for e in read_jsonl(self.run.events) if e.get("kind") == "start"]
 
+    def state(self) -> dict[str, Any]:
+        """All that must not depend on faults: final files by hash, and what records say."""
+        (newest,) = self.run.checkpoints.glob(f"step-{STEPS:08d}")
+        manifest = json.loads((newest / "manifest.json").read_text())["files"]
+        records = read_jsonl(self.run.metrics)
+        return {
+            "model": manifest["model.safetensors"]["sha256"],
+            "optimizer": manifest["optimizer.safetensors"]["sha256"],
+            "records": [{k: r.get(k) for k in RECORDED} for r in records],
+        }
+
+
+class LocalRun(Run):
+    """A run of the agent, with two ranks."""
+
+    def __init__(self, run: RunDir) -> None:
+        super().__init__(run)
+        self.control = run.path.parent / f"{run.name}-control"
+        self.control.mkdir()
+        shutil.copy(Path(__file__).with_name("chaos_site.py"), self.control / "sitecustomize.py")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self.control / "output.txt").open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command(), env=self.environment(), stdout=output, stderr=output
+            )
+
+    def command(self) -> list[str]:
+        return agent_command(self.run.path, RANKS, stop_at=STEPS)
+
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, (str(self.control), os.environ.get("PYTHONPATH"))))
+        own = {"BIGBATCH_CHAOS": str(self.control), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **own}
+
+    def ended(self) -> int | None:
+        assert self.process is not None
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """As a power cut: nobody is left who could tidy up."""
+        assert self.process is not None
+        kill_tree(self.process.pid)
+        self.process.wait()
+
+    def output(self) -> str:
+        return (self.control / "output.txt").read_text()
+
+    def rank(self, number: int) -> psutil.Process | None:
+        """A rank's process; None between two starts."""
+        assert self.process is not None
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                with suppress(psutil.Error):
+                    if child.environ().get("RANK") == str(number):
+                        return child
+        return None
+
 
 # A fault happens to a run and says what it did; it may end processes, and starts none.
-Fault = Callable[[Run, random.Random], str]
+Fault = Callable[[Any, random.Random], str]
+# Makes a run of this name, and ends it for good behind it.
+NewRun = Callable[[str], AbstractContextManager[Run]]
 
 
 def kill_rank(number: int) -> Fault:
-    def fault(run: Run, rng: random.Random) -> str:
+    def fault(run: LocalRun, rng: random.Random) -> str:
         rank = run.rank(number)
         if rank is None:
             return "between two starts"
@@ -117,14 +161,14 @@ def kill_rank(number: int) -> Fault:
     return fault
 
 
-def kill_agent(run: Run, rng: random.Random) -> str:
+def kill_agent(run: LocalRun, rng: random.Random) -> str:
     assert run.process is not None
     run.process.kill()
     run.process.wait()
     return "SIGKILL; its ranks go with it"
 
 
-def kill_in_checkpoint(run: Run, rng: random.Random) -> str:
+def kill_in_checkpoint(run: LocalRun, rng: random.Random) -> str:
     phase = rng.choice(list(PHASES))
     kill, before = run.control / "kill", run.step()
     words = PHASES[phase].split(" ")
@@ -135,7 +179,7 @@ def kill_in_checkpoint(run: Run, rng: random.Random) -> str:
     return f"rank 0, before {phase}" if "within" not in phase else f"rank 0, {phase}"
 
 
-def disk_full(run: Run, rng: random.Random) -> str:
+def disk_full(run: LocalRun, rng: random.Random) -> str:
     """Fill the file system to its last byte for a while; or, where it is not a small one of
     ours, limit the size of rank 0's files."""
     rank = run.rank(0)
@@ -157,7 +201,7 @@ def disk_full(run: Run, rng: random.Random) -> str:
     return "RLIMIT_FSIZE of 64 bytes"
 
 
-def flipped_bit(run: Run, rng: random.Random) -> str:
+def flipped_bit(run: LocalRun, rng: random.Random) -> str:
     run.stop()
     checkpoints = list_checkpoints(run.run.checkpoints)
     if len(checkpoints) < 2:
@@ -169,7 +213,7 @@ def flipped_bit(run: Run, rng: random.Random) -> str:
     return f"in the newest {path.name}"
 
 
-def truncated_metrics(run: Run, rng: random.Random) -> str:
+def truncated_metrics(run: LocalRun, rng: random.Random) -> str:
     run.stop()
     checkpoints = list_checkpoints(run.run.checkpoints)
     oldest = step_of(checkpoints[-1]) if checkpoints else 0
@@ -182,7 +226,7 @@ def truncated_metrics(run: Run, rng: random.Random) -> str:
     return f"{len(text) - cut} bytes cut off"
 
 
-def hung_rank(run: Run, rng: random.Random) -> str:
+def hung_rank(run: LocalRun, rng: random.Random) -> str:
     number = rng.randrange(RANKS)
     rank = run.rank(number)
     if rank is None:
@@ -191,7 +235,7 @@ def hung_rank(run: Run, rng: random.Random) -> str:
     return f"SIGSTOP of rank {number}"
 
 
-def time_limit(run: Run, rng: random.Random) -> str:
+def time_limit(run: LocalRun, rng: random.Random) -> str:
     assert run.process is not None
     run.process.send_signal(signal.SIGUSR2)
     until(lambda: run.ended() is not None, 60)
@@ -201,7 +245,7 @@ def time_limit(run: Run, rng: random.Random) -> str:
     return f"SIGUSR2; status {run.ended()}" + ("" if run.ended() == SAVED else ", not 75")
 
 
-def double(run: Run, rng: random.Random) -> str:
+def double(run: LocalRun, rng: random.Random) -> str:
     """A second start. The first is slowed down, or its few steps would end before."""
     with subprocess.Popen(
         run.command(), env=run.environment(), stdout=subprocess.DEVNULL,
@@ -223,7 +267,7 @@ def double(run: Run, rng: random.Random) -> str:
     return "refused" if refused else "the first had ended"
 
 
-def clock_jump(run: Run, rng: random.Random) -> str:
+def clock_jump(run: LocalRun, rng: random.Random) -> str:
     days = rng.choice([-3650, -1, -0.04, 0.04, 1, 3650])
     (run.control / "clock").write_text(str(days * 86400))
     return f"by {days} days"
@@ -242,6 +286,27 @@ FAULTS: dict[str, Fault] = {
     "double": double,
     "clock jump": clock_jump,
 }
+# All kinds equally often, deaths in a checkpoint three times that.
+KINDS = [*FAULTS, "kill in a checkpoint", "kill in a checkpoint"]
+QUICK = ("kill rank 1", "kill agent", "kill in a checkpoint", "disk full", "flipped bit", "double")
+
+
+@contextmanager
+def local_runs(folder: Path) -> Iterator[NewRun]:
+    """Runs on this machine, each on a small disk of its own."""
+    shard("digits", folder / "digits", progress=False)
+    recipe = load_recipe("digits", [f"data.path={folder / 'digits'}", *LOCAL_RECIPE])
+
+    @contextmanager
+    def new_run(name: str) -> Iterator[Run]:
+        with small_disk(folder / name):
+            run = LocalRun(create_run(folder / name / "run", recipe))
+            try:
+                yield run
+            finally:
+                run.stop()
+
+    yield new_run
 
 
 def until(done: Callable[[], bool], limit_s: float = 600.0) -> bool:

@@ -4,18 +4,107 @@ As root, with Debian's slurm-wlm and munge. Nodes n1 to n4 differ by the port of
 slurmd. Jobs of the partition `urgent` preempt those of `batch`, which are requeued.
 """
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from bigbatch.configs.rundir import RunDir, read_jsonl
 
 HOSTS = Path("/etc/hosts")
 HOSTS_LINE = "127.0.0.1 n1 n2 n3 n4 # of tests/slurm_cluster.py\n"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue")
+NODES = ("n1", "n2", "n3", "n4")
+BIGBATCH = Path(sys.executable).parent / "bigbatch"
+WAITING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "PREEMPTED", "REQUEUED")
+
+
+@dataclass
+class Cluster:
+    """The daemons, by name or by node; clients find them through `env`."""
+
+    folder: Path
+    env: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *command: str) -> None:
+        with (self.folder / "log" / f"{name}.txt").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log)
+
+    def start_slurmd(self, node: str) -> None:
+        self.start(node, "slurmd", "-D", "-N", node, "-f", self.env["SLURM_CONF"])
+
+    def kill_slurmd(self, node: str) -> None:
+        """SIGKILL of the daemon alone; the steps on its node live on (KillMode=process)."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+
+
+@dataclass
+class Place:
+    """A folder that runs of digits are submitted from, with these changes to the recipe."""
+
+    folder: Path
+    cluster: Cluster
+    changes: Sequence[str]
+
+    def call(self, *command: object, status: int = 0) -> str:
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.cluster.env,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, name: str, *options: str, changes: Sequence[str] | None = None) -> str:
+        changes = self.changes if changes is None else changes
+        command = [BIGBATCH, "submit", "digits", *changes, "--run", name, "--json", "--no-check"]
+        command += options
+        return str(json.loads(self.call(*command, "--cpus-per-rank", "1"))["job"])
+
+    def state(self, job: str) -> str:
+        """The job's state and exit status, such as COMPLETED 0:0."""
+        words = self.call("scontrol", "show", "job", "-o", job).split()
+        fields = dict(word.split("=", 1) for word in words if "=" in word)
+        return f"{fields['JobState']} {fields['ExitCode']}"
+
+    def wait(self, job: str, state: str, limit_s: float = 240) -> None:
+        deadline = time.monotonic() + limit_s
+        while (now := self.state(job)) != state:
+            assert now.split()[0] in WAITING, f"{now}, not {state}"
+            assert time.monotonic() < deadline, f"{now}, not {state}"
+            time.sleep(0.5)
+
+    def wait_for_step(self, job: str, name: str, step: int) -> None:
+        """Until the run has a record of `step`, or its job runs where that is 0."""
+        while True:
+            state = self.state(job).split()[0]
+            assert state in WAITING, state
+            if any(r["step"] >= step for r in read_jsonl(self.run(name).metrics)):
+                return
+            if step == 0 and state == "RUNNING":
+                return
+            time.sleep(0.1)
+
+    def preempt(self) -> None:
+        """Take the whole cluster for a moment, at a higher priority."""
+        urgent = ["sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive", "--wrap=true"]
+        self.wait(self.call(*urgent, "--output=/dev/null").strip(), "COMPLETED 0:0")
+
+    def run(self, name: str) -> RunDir:
+        return RunDir(self.folder / "runs" / name)
 
 
 def missing() -> str | None:
@@ -27,8 +116,8 @@ def missing() -> str | None:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
-    """Start a cluster that keeps its files in `folder`; yields variables for its clients."""
+def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[Cluster]:
+    """Start a cluster that keeps its files in `folder`."""
     for name in ("ctld", "spool", "log"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
@@ -37,36 +126,32 @@ def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
-    env = {**os.environ, "PATH": _path(), "SLURM_CONF": str(config)}
+    env = {**os.environ, "PATH": f"{BIGBATCH.parent}:{_path()}", "SLURM_CONF": str(config)}
+    env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     hosts = HOSTS.read_text()
-    daemons: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str) -> None:
-        log = (folder / "log" / f"{len(daemons)}-{command[0]}.txt").open("wb")
-        daemons.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-
+    cluster = Cluster(folder, env)
     try:
         HOSTS.write_text(hosts + HOSTS_LINE)
-        start(
-            *("munged", "--foreground", "--force", f"--key-file={key}"),
+        cluster.start(
+            *("munged", "munged", "--foreground", "--force", f"--key-file={key}"),
             *(f"--socket={folder}/munge.sock", f"--pid-file={folder}/munge.pid"),
             *(f"--log-file={folder}/log/munge.log", f"--seed-file={folder}/munge.seed"),
         )
         _wait(lambda: (folder / "munge.sock").exists(), "munged", folder)
-        start("slurmctld", "-D", "-i", "-f", str(config))
-        for node in range(1, 5):
-            start("slurmd", "-D", "-N", f"n{node}", "-f", str(config))
+        cluster.start("slurmctld", "slurmctld", "-D", "-i", "-f", str(config))
+        for node in NODES:
+            cluster.start_slurmd(node)
         _wait(lambda: _idle(env) == 4, "the nodes", folder)
-        yield env
+        yield cluster
     finally:
         # A step outlives its slurmd; cancelled jobs take theirs along.
         subprocess.run(["scancel", "--user=root", "--quiet"], env=env, check=False, timeout=60)
         deadline = time.monotonic() + 40
         while _jobs(env) and time.monotonic() < deadline:
             time.sleep(0.2)
-        for daemon in reversed(daemons):
+        for daemon in reversed(cluster.daemons.values()):
             daemon.terminate()
-        for daemon in daemons:
+        for daemon in cluster.daemons.values():
             try:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:

@@ -4,11 +4,9 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,75 +14,15 @@ import pytest
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import relative_difference
 from bigbatch.trainers.monitoring.wandb_view import history_steps
-from tests.slurm_cluster import missing, slurm_cluster
+from tests.slurm_cluster import BIGBATCH, Place, missing, slurm_cluster
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(missing() is not None, reason=f"SLURM: {missing()}"),
 ]
-BIGBATCH = Path(sys.executable).parent / "bigbatch"
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 STEPS = 60
-WAITING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "PREEMPTED", "REQUEUED")
 CHANGES = [f"duration={STEPS} steps", "evaluate.every=20 steps", "checkpoint.every=1000 steps"]
-
-
-@dataclass
-class Place:
-    """A folder with the digits' shards, on a cluster, and a local run with four ranks."""
-
-    folder: Path
-    env: dict[str, str]
-
-    def call(self, *command: object, status: int = 0) -> str:
-        done = subprocess.run(
-            [str(word) for word in command],
-            cwd=self.folder,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout
-
-    def submit(self, name: str, *options: str, changes: Sequence[str] = CHANGES) -> str:
-        command = [BIGBATCH, "submit", "digits", *changes, "--run", name, "--json", "--no-check"]
-        command += options
-        return str(json.loads(self.call(*command, "--cpus-per-rank", "1"))["job"])
-
-    def state(self, job: str) -> str:
-        """The job's state and exit status, such as COMPLETED 0:0."""
-        words = self.call("scontrol", "show", "job", "-o", job).split()
-        fields = dict(word.split("=", 1) for word in words if "=" in word)
-        return f"{fields['JobState']} {fields['ExitCode']}"
-
-    def wait(self, job: str, state: str, limit_s: float = 240) -> None:
-        deadline = time.monotonic() + limit_s
-        while (now := self.state(job)) != state:
-            assert now.split()[0] in WAITING, f"{now}, not {state}"
-            assert time.monotonic() < deadline, f"{now}, not {state}"
-            time.sleep(0.5)
-
-    def wait_for_step(self, job: str, name: str, step: int) -> None:
-        """Until the run has a record of `step`, or its job runs where that is 0."""
-        while True:
-            state = self.state(job).split()[0]
-            assert state in WAITING, state
-            if any(r["step"] >= step for r in read_jsonl(self.run(name).metrics)):
-                return
-            if step == 0 and state == "RUNNING":
-                return
-            time.sleep(0.1)
-
-    def preempt(self) -> None:
-        """Take the whole cluster for a moment, at a higher priority."""
-        urgent = ["sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive", "--wrap=true"]
-        self.wait(self.call(*urgent, "--output=/dev/null").strip(), "COMPLETED 0:0")
-
-    def run(self, name: str) -> RunDir:
-        return RunDir(self.folder / "runs" / name)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +34,7 @@ def place(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
             cluster = stack.enter_context(slurm_cluster(tmp_path_factory.mktemp("slurm")))
         except (TimeoutError, OSError) as error:  # a container may forbid what daemons need
             pytest.skip(f"SLURM does not start here: {error}")
-        env = {**cluster, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-        env["PATH"] = f"{BIGBATCH.parent}:{env['PATH']}"
-        here = Place(folder, env)
+        here = Place(folder, cluster, CHANGES)
         here.call(BIGBATCH, "train", "digits", *CHANGES, "--run", "local", "--nproc", "4")
         yield here
 
@@ -246,7 +182,7 @@ def test_a_refused_job(place: Place) -> None:
     done = subprocess.run(
         list(map(str, command)),
         cwd=place.folder,
-        env=place.env,
+        env=place.cluster.env,
         capture_output=True,
         text=True,
         check=False,
