@@ -166,7 +166,7 @@ def slurm_runs(folder: Path) -> Iterator[NewRun]:
 
 
 def machine() -> dict[str, Any]:
-    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True)
+    version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True)
     return {
         "slurm": version.stdout.strip(),
         "ranks": NODES * RANKS_PER_NODE,

@@ -157,7 +157,7 @@ def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, ""))
+        HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, "", 1))
 
 
 def _config(folder: Path, cpus: int) -> str:
@@ -170,8 +170,10 @@ def _config(folder: Path, cpus: int) -> str:
     )
     # cred_expire bounds how long a requeued job waits before it may start again (default:
     # two minutes). A preempted job gets its own signal first, then SIGTERM, and GraceTime.
+    # Ranks meet at a port that follows from the job's number: two clusters here need others.
     return f"""\
 ClusterName=bigbatch-test
+FirstJobId={os.getpid() % 1000 + 1}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 AuthType=auth/munge

@@ -128,6 +128,15 @@ def test_cancelled_it_saves_and_goes_on_when_it_is_resumed(place: Place) -> None
     assert_every_step_once(run)
 
 
+def test_what_scancel_ends_is_not_requeued(place: Place) -> None:
+    job = place.submit("scancelled", "--nodes", "2", "--ranks-per-node", "1")
+    run = place.run("scancelled")
+    place.wait_for_step(job, "scancelled", 3)
+    place.call("scancel", job)
+    place.wait(job, "CANCELLED 0:0")
+    assert [e["state"] for e in read_jsonl(run.events) if e["kind"] == "end"] == ["stopped"]
+
+
 def test_an_array_with_frozen_code_and_a_job_after_it(place: Place) -> None:
     changes = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=0 steps"]
     options = ["--ranks-per-node", "1", "--sbatch-arg=--hold"]
