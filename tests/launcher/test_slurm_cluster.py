@@ -133,7 +133,7 @@ def test_what_scancel_ends_is_not_requeued(place: Place) -> None:
     run = place.run("scancelled")
     place.wait_for_step(job, "scancelled", 3)
     place.call("scancel", job)
-    place.wait(job, "CANCELLED 0:0")
+    place.wait(job, "CANCELLED 75:0")
     assert [e["state"] for e in read_jsonl(run.events) if e["kind"] == "end"] == ["stopped"]
 
 
