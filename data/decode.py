@@ -136,7 +136,8 @@ def _open_jpeg(data: bytes) -> Jpeg | None:
         if marker in _FRAME_STARTS:
             height, width, colours = _FRAME.unpack_from(data, at + 5)
             _check_pixels(width, height)
-            return Jpeg(height, width, data) if colours in (1, 3) else None  # else CMYK
+            usual = colours in (1, 3) and height > 0 < width  # neither CMYK nor damaged
+            return Jpeg(height, width, data) if usual else None
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00" and _rotated(data):
             return None
         at += 2 + length

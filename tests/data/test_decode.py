@@ -175,6 +175,8 @@ def jpeg_claiming(width, height):
         (png_claiming(20_000, 20_000), "pixels"),
         (png_claiming(2**31 - 1, 2**31 - 1), "pixels|large|exceed"),
         (jpeg_claiming(65_500, 65_500), "65500 x 65500 pixels; the limit"),
+        (jpeg_claiming(0, 40), "not an image|cannot be decoded"),
+        (jpeg_claiming(40, 0), "not an image|cannot be decoded"),
     ],
 )
 def test_what_is_no_image_is_bad(data, reason):
