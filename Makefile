@@ -38,7 +38,7 @@ check: setup
 	$(BIN)/python tests/check_wheel.py
 
 bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done
+	for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$script --quick || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info
