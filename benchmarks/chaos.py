@@ -132,6 +132,8 @@ def disturbed(
             aim = 5 + index * share + rng.randrange(share)
             if not reach(run, aim):
                 return outcomes, [f"run {number} hung before {name}: {tail(run)}"]
+            if run.step() >= STEPS:
+                break  # a fault before let it come so far; there is nothing left to disturb
             outcomes.append(meet(run, name, rng, number))
             print(asdict(outcomes[-1]), flush=True)
             if outcomes[-1].recover_s is None:

@@ -151,7 +151,8 @@ QUICK = ("preemption", "kill slurmd", "kill rank under SLURM")
 def slurm_runs(folder: Path) -> Iterator[NewRun]:
     """Runs on a SLURM of four nodes that lives as long."""
     shard("digits", folder / "shards/digits", progress=False)
-    with slurm_cluster(folder / "slurm") as cluster:
+    # With SLURM's minutes of patience a run would end before its node is down.
+    with slurm_cluster(folder / "slurm", patience_s=10) as cluster:
         place = Place(folder, cluster, SLURM_RECIPE)
 
         @contextmanager

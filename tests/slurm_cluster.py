@@ -116,13 +116,16 @@ def missing() -> str | None:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[Cluster]:
-    """Start a cluster that keeps its files in `folder`."""
+def slurm_cluster(folder: Path, cpus: int = 4, patience_s: int = 60) -> Iterator[Cluster]:
+    """Start a cluster that keeps its files in `folder`.
+
+    A node whose slurmd has not answered for `patience_s` is down.
+    """
     for name in ("ctld", "spool", "log"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
     config = folder / "slurm.conf"
-    config.write_text(_config(folder, cpus))
+    config.write_text(_config(folder, cpus, patience_s))
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
@@ -160,7 +163,7 @@ def slurm_cluster(folder: Path, cpus: int = 4) -> Iterator[Cluster]:
         HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, "", 1))
 
 
-def _config(folder: Path, cpus: int) -> str:
+def _config(folder: Path, cpus: int, patience_s: int) -> str:
     host = socket.gethostname().split(".")[0]
     controller, *nodes = _free_ports(5)
     node_lines = "\n".join(
@@ -196,7 +199,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=60
+SlurmdTimeout={patience_s}
 KillWait=30
 JobRequeue=1
 PreemptType=preempt/partition_prio
