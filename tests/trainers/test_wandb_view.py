@@ -14,7 +14,7 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from bigbatch.configs.load import load_recipe, recipe_hash
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run, event_record, read_jsonl
 from bigbatch.trainers.monitoring import wandb_view
 from bigbatch.trainers.monitoring.log import open_log
 from bigbatch.trainers.monitoring.wandb_view import history_steps, logged_in, open_wandb
@@ -219,6 +219,27 @@ def test_a_file_cut_short_gives_its_whole_rows(tmp_path: Path) -> None:
     assert len(steps) == STEPS
 
 
+def alerts_in(file: Path) -> dict[str, str]:
+    """Title and text of each alert in a .wandb file."""
+    protocol: Any = wandb_internal_pb2
+    payloads = wandb_view._payloads(file.read_bytes())
+    records = [protocol.Record.FromString(payload) for _, payload in payloads]
+    return {r.alert.title: r.alert.text for r in records if r.HasField("alert")}
+
+
+def test_a_hang_reaches_wandb_at_the_next_start_and_once(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=offline"]))
+    attempt(run, 0, 5, "kill")
+    hang = event_record("stall", 5, doing="reducing", missing=[1], error="step 6 hangs")
+    with run.events.open("a") as file:  # as the watchdog does, of whichever rank is left
+        print(json.dumps(hang), file=file)
+    attempt(run, 5, 8, "stopped")
+    attempt(run, 8, 9, "finished")
+    (second, third) = (alerts_in(file) for file in segments(run)[-2:])
+    assert f"run, step 5, {hang['date']}: doing reducing, missing [1]" in second["A step hangs"]
+    assert "A step hangs" not in third
+
+
 def test_alerts_and_pictures_reach_the_wandb_file(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=offline"]))
     Image.new("L", (8, 8)).save(run.contact_sheet)
@@ -229,13 +250,8 @@ def test_alerts_and_pictures_reach_the_wandb_file(tmp_path: Path) -> None:
         log.train(1, loss=1.0, lr=0.1)
         log.event("non_finite", loss="nan", note="password=hunter22")
         log.close("finished")
-    (file,) = (run.path / "wandb").glob("offline-run-*/*.wandb")
-    protocol: Any = wandb_internal_pb2
-    records = [
-        protocol.Record.FromString(payload)
-        for _, payload in wandb_view._payloads(file.read_bytes())
-    ]
-    alerts = {r.alert.title: r.alert.text for r in records if r.HasField("alert")}
+    (file,) = segments(run)
+    alerts = alerts_in(file)
     assert set(alerts) == {"Loss or gradient is not finite", "The run ended"}
     assert "hunter22" not in str(alerts)
     assert list((file.parent / "files" / "media" / "images").glob("augmented*.png"))

@@ -15,7 +15,6 @@ TITLES = {
     "slow": "Low throughput",
     "non_finite": "Loss or gradient is not finite",
     "rollback": "Rolled back",
-    "hung": "A step hangs",
     "stall": "A step hangs",
     "disk": "The disk takes no records",
     "save_failed": "A checkpoint could not be saved",

@@ -223,7 +223,25 @@ def open_log(
         prometheus=TextFile(Path(prometheus), run.name, total_steps) if prometheus else None,
     )
     log._step = start_step
+    if log._wandb:
+        for event in stalls(run.events):
+            log._wandb.alert(TITLES["stall"], redact(event))
     return log
+
+
+def stalls(events: Path) -> list[dict[str, Any]]:
+    """The hangs since the last start, of which wandb has not heard.
+
+    The watchdog ends a process that hangs, and perhaps it is another rank's that can still
+    write; waiting for wandb there would keep the queue waiting. So the next start tells it.
+    """
+    found: list[dict[str, Any]] = []
+    for event in read_jsonl(events):
+        if event.get("kind") == "start":
+            found = []
+        elif event.get("kind") == "stall":
+            found.append(event)
+    return found
 
 
 def cut_records(metrics: Path, step: int) -> None:

@@ -134,7 +134,7 @@ class WandbView:
     def _alert(self, wandb_run: Any, title: str, event: dict[str, Any]) -> None:
         known = ("time", "date", "kind", "step", "pid")
         details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
-        text = f"{self._run.name}, step {event['step']}: {details}"
+        text = f"{self._run.name}, step {event['step']}, {event['date']}: {details}"
         bad = event.get("state") not in ("finished", "stopped")
         wandb_run.alert(title=title, text=text, level="WARN" if bad else "INFO", wait_duration=0)
 
