@@ -110,6 +110,43 @@ def test_another_recipe_is_refused(tmp_path):
         load_checkpoint(tmp_path / "step-00000001", make_state(fingerprint="xyz"))
 
 
+def without(path, *keys):
+    """The checkpoint as a version would have written it that did not know these keys."""
+    content = json.loads((path / checkpoint.STATE).read_text())
+    kept = {k: v for k, v in content.items() if k not in keys}
+    (path / checkpoint.STATE).write_text(json.dumps(kept))
+    return path
+
+
+def test_what_an_older_version_did_not_keep_starts_empty(tmp_path):
+    state, other = make_state(steps=2), make_state(seed=1)
+    state.losses, other.losses, other.over = [1.0, 2.0], [3.0], [[4, 5]]
+    path = save_checkpoint(tmp_path, state, keep=1)
+    load_checkpoint(without(path, "losses", "over", "scaler", "accuracy"), other)
+    assert (other.step, other.losses, other.over) == (2, [], [])
+    step(state)
+    step(other)
+    assert torch.equal(other.model[0].weight, state.model[0].weight)
+
+
+@pytest.mark.parametrize("key", ["step", "optimizer", "fingerprint"])
+def test_what_no_version_can_do_without_is_named(tmp_path, key):
+    path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
+    with pytest.raises(UserError, match=f"state.json holds no {key}: another version wrote it"):
+        load_checkpoint(without(path, key), make_state())
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+def test_names_of_another_version_are_named(tmp_path, name):
+    path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
+    tensors = {n: value.clone() for n, value in load_file(path / name).items()}
+    old = next(n for n in tensors if n.endswith("0.weight"))
+    tensors[old.replace("0.weight", "stem.weight")] = tensors.pop(old)
+    checkpoint.write_tensors(path / name, tensors)
+    with pytest.raises(UserError, match=r"stem.weight.*: another version wrote it"):
+        load_checkpoint(path, make_state())
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path):
     save_checkpoint(tmp_path, make_state(seed=0, steps=1), keep=1)
     newer = make_state(seed=5, steps=1)

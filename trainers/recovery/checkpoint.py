@@ -43,6 +43,10 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _NAME = re.compile(r"step-(\d{8})")
+_OTHER_VERSION = (
+    ": another version wrote it; go on with those that manifest.json of the run names, "
+    "or start a new run"
+)
 
 
 class Damaged(Exception):
@@ -253,9 +257,13 @@ def newest_valid(
 def load_checkpoint(path: Path, state: TrainState) -> None:
     """Fill `state` from a verified checkpoint.
 
-    Raises UserError where it was written by another recipe or over other data.
+    Raises UserError where it was written by another recipe, over other data, or by a version
+    of bigbatch or timm whose names do not fit. What older versions did not keep starts empty.
     """
     content = json.loads((path / STATE).read_text())
+    lacking = [key for key in ("step", "optimizer", "fingerprint") if key not in content]
+    if lacking:
+        raise UserError(f"{path / STATE} holds no {' and no '.join(lacking)}{_OTHER_VERSION}")
     for what, value in state.fingerprint.items():
         if content["fingerprint"].get(what) != value:
             raise UserError(
@@ -263,21 +271,26 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
                 f"has {what} {value}: its steps would not be the same; start a new run instead"
             )
     tensors = load_file(path / OPTIMIZER)
-    if state.shards is not None:
-        state.shards.load(load_file(path / MODEL), tensors, content["optimizer"])
-    else:
-        load_weights(state.model, path / MODEL)
-        load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
-    if state.scaler is not None and content["scaler"] is not None:
+    try:
+        if state.shards is not None:
+            state.shards.load(load_file(path / MODEL), tensors, content["optimizer"])
+        else:
+            load_weights(state.model, path / MODEL)
+            load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}{_OTHER_VERSION}") from None
+    if state.scaler is not None and content.get("scaler") is not None:
         state.scaler.load_state_dict(content["scaler"])
-    state.losses[:] = content["losses"]
-    state.over[:] = content["over"]
+    state.losses[:] = content.get("losses", [])
+    state.over[:] = content.get("over", [])
     state.step = content["step"]
 
 
 def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Load weights strictly; returns them."""
+    """Load weights strictly; returns them. Raises ValueError where names do not fit."""
     tensors = load_file(path)
+    if odd := model.state_dict().keys() ^ tensors.keys():
+        raise ValueError(f"weights do not fit: {sorted(odd)[:8]}")
     model.load_state_dict(tensors)
     return tensors
 
