@@ -74,7 +74,8 @@ def rank_of_start(
 ) -> psutil.Process:
     """The process of a rank in the agent's start number `restart`, from 0, as soon as it is there.
 
-    By what its environment says: another rank of the start before may still be dying.
+    By what its environment says: importing torch has `ldconfig` for a child, for a moment, and
+    another rank of the start before may still be dying.
     """
     wanted = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restart)}
     while True:
