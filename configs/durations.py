@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 UNITS = ("epochs", "steps", "samples")
 _PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMG]?)\s*(epoch|step|sample)s?\s*$")
 _SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+_LONGEST = 1e15  # of any unit: steps and samples are still exact in float64
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ def parse(text: Any) -> Length:
             f"{text!r} is not a duration; write one number and one unit, such as "
             "'90 epochs', '2000 steps' or '1.2M samples'"
         )
-    return Length(float(match[1]) * _SCALE[match[2]], match[3] + "s")
+    value = float(match[1]) * _SCALE[match[2]]
+    if value > _LONGEST:
+        raise ValueError(f"it is longer than {_LONGEST:.0e} {match[3]}s; write a shorter one")
+    return Length(value, match[3] + "s")
 
 
 Duration = Annotated[

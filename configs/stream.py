@@ -1,5 +1,6 @@
 """What a recipe whose training data is a stream may not ask for."""
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"data.sampling {data.sampling.name} needs indexed shards: {_EXACT}; set it to "
             "uniform, or index the tars and set data.path"
         )
+    for url in data.stream:
+        if url.startswith("pipe:") and (problem := _command_problem(url.removeprefix("pipe:"))):
+            yield f"data.stream {url!r} {problem}"
     if data.lanes:
         yield f"data.lanes = {data.lanes} needs indexed shards: {_EXACT}; set it to 0"
     if recipe.reduction == "exact":
@@ -32,6 +36,15 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"a stream has no epochs, in which {' and '.join(places)} "
             f"{'is' if len(places) == 1 else 'are'} given; give steps or samples"
         )
+
+
+def _command_problem(text: str) -> str | None:
+    """Why a text cannot be split into a command's arguments; None where it can."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        return f"is no command: {error}; close each quotation"
+    return None if words else "names no command; write it behind pipe:"
 
 
 def _lengths(value: Any, place: str) -> Iterator[tuple[str, Length]]:

@@ -43,6 +43,11 @@ def batches(
     check_world(recipe, world)
     if rank is not None and not 0 <= rank < world:
         raise UserError(f"--rank {rank} must be from 0 to {world - 1} at --world-size {world}")
+    if steps.stop * recipe.global_batch >= 1 << 63:
+        raise UserError(
+            f"--steps up to {steps.stop} at global_batch {recipe.global_batch} is beyond position "
+            "2^63; give earlier steps"
+        )
     order = open_inputs(recipe).order
     if order is None:
         raise UserError(

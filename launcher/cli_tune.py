@@ -213,6 +213,7 @@ def tune(
     import os
     import shlex
 
+    from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe, recipe_hash
     from bigbatch.configs.rundir import RunDir
     from bigbatch.configs.space import load_space
@@ -235,7 +236,10 @@ def tune(
     if trials is None:
         trials = studies.grid_size(searched) if sampler == "grid" else 20
     folder = (study or Path("studies") / base.name).absolute()
-    asked = None if slurm is None else tuple(shlex.split(slurm))
+    try:
+        asked = None if slurm is None else tuple(shlex.split(slurm))
+    except ValueError as error:
+        raise UserError(f"--slurm {slurm!r}: {error}; close each quotation") from None
     if asked is not None:
         submit(recipe, overrides, RunDir(folder / "trials/0000"), asked, dry=True)
     folder.mkdir(parents=True, exist_ok=True)

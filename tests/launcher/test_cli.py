@@ -79,6 +79,7 @@ def test_deepspeeds_extra_argument_is_accepted() -> None:
         (["submit", *DIGITS, "--nodes", "3", "--ranks-per-node", "2"], "6 ranks"),
         (["submit", "digits", "--partition", "a;b", "--dry-run"], "--partition 'a;b'"),
         (["batches", "digits", "--steps", "5"], "shard"),
+        (["batches", "digits", "--steps", "9" * 30], "2^63"),
         (["prove", "digits", "--ranks", "1;2"], "not a list"),
         (["schedule", "digits", "--plot", "lr.exe"], ".png"),
         (["shard", "no-such-folder", "out"], "no-such-folder"),

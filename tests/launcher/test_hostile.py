@@ -164,6 +164,7 @@ RECIPES = {
     "seed-overflow": RECIPE + "seed: 9223372036854775808\n",
     "negative-duration": RECIPE.replace("5 epochs", "-5 epochs"),
     "endless-duration": RECIPE.replace("5 epochs", "1e999 epochs"),
+    "overflowing-duration": RECIPE.replace("5 epochs", "9" * 400 + " epochs"),
     "unicode-digits": RECIPE.replace("5 epochs", "٥ epochs"),
     "text-for-number": RECIPE.replace("64", "many"),
     "list-for-part": RECIPE.replace("{name: resnet18}", "[resnet18]"),

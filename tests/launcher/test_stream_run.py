@@ -112,6 +112,8 @@ def test_check_counts_classes_where_they_are_known(
         ("evaluate.every=1 epochs", "in which evaluate.every is given"),
         ("schedule={name: cosine, warmup: 1 epochs}", "in which schedule.warmup is given"),
         ("data.stream=[]", "data.stream"),
+        ("""data.stream=["pipe:cat 'x"]""", "close each quotation"),
+        ("data.stream=['pipe:']", "names no command"),
     ],
 )
 def test_what_a_stream_cannot_promise_is_refused(here: Path, change: str, message: str) -> None:

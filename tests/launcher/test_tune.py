@@ -185,6 +185,7 @@ def test_a_search_whose_trials_all_fail_gives_up(here: Path, monkeypatch) -> Non
         (["digits", "space.yaml", "--sampler", "grid"], "range without steps"),
         (["digits", "space.yaml", "--nproc", "9"], "9 ranks"),
         (["digits", "space.yaml", "--slurm", "--partition a;b"], "--partition"),
+        (["digits", "space.yaml", "--slurm", "--comment='x"], "close each quotation"),
     ],
 )
 def test_mistakes_are_said_before_anything_starts(here: Path, arguments, says) -> None:
