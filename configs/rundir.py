@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -124,8 +125,12 @@ def create_run(path: Path, recipe: Recipe) -> RunDir:
         "git": _git_revision(),
         "versions": {name: _version(name) for name in _VERSIONS},
     }
-    write_atomically(run.manifest, json.dumps(manifest, indent=2) + "\n")
-    write_atomically(run.recipe_file, dump_recipe(recipe))
+    try:
+        write_atomically(run.manifest, json.dumps(manifest, indent=2) + "\n")
+        write_atomically(run.recipe_file, dump_recipe(recipe))
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)  # half a run could neither start nor resume
+        raise UserError(f"cannot write the run directory {path}: {error}") from None
     return run
 
 

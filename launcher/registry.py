@@ -44,8 +44,14 @@ class RunInfo:
 def find_run(name: str, runs: Path) -> RunDir:
     """A run by its directory, or by its name below `runs`."""
     for path in (Path(name), runs / name):
-        if (path / "recipe.yaml").is_file():
-            return RunDir(path)
+        try:
+            if (path / "recipe.yaml").is_file():
+                return RunDir(path)
+        except PermissionError as error:
+            raise UserError(
+                f"{path} may not be read ({error.strerror}): a run belongs to who started it; "
+                "ask them to open it to you"
+            ) from None
     raise UserError(
         f"no run {name!r}: neither {name} nor {runs / name} holds a recipe.yaml; "
         "`bigbatch runs` lists the runs there are"
@@ -161,7 +167,10 @@ def cancel(run: RunDir) -> str:
             f"{run.name} runs on {host}, this is {socket.gethostname()}; cancel it there"
         )
     # One rank is enough: all of them learn of it in the same step.
-    os.kill(int(pid), signal.SIGTERM)
+    try:
+        os.kill(int(pid), signal.SIGTERM)
+    except OSError as error:  # another user's, or it ended just now
+        raise UserError(f"cannot signal process {pid} of {run.name}: {error.strerror}") from None
     return f"process {pid} finishes its step, saves and ends"
 
 

@@ -108,9 +108,11 @@ def submit(recipes: Sequence[Recipe], job: Job, path: Path, mounts: Sequence[Pat
             keep_code(made[-1])
             write_atomically(own / SCRIPT, script)
         number = queue.submit(str(made[0].path / SCRIPT))
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
         for run in made:
-            shutil.rmtree(run.path)
+            shutil.rmtree(run.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write the run directory {path}: {error}") from None
         raise
     jobs = [f"{number}_{index}" for index in job.indices] or [number]
     for run, own_number in zip(made, jobs, strict=True):

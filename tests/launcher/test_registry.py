@@ -1,5 +1,6 @@
 """Runs as their directories describe them."""
 
+import errno
 import io
 import json
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bigbatch.configs import rundir
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher import registry
 from bigbatch.launcher.registry import describe, find_run, list_runs, status
 from bigbatch.launcher.tables import status_table
 
@@ -125,3 +128,33 @@ def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     assert find_run(str(run.path), tmp_path / "other").path == run.path
     with pytest.raises(UserError, match="bigbatch runs"):
         find_run("b", tmp_path)
+
+
+def test_a_run_that_may_not_be_read_or_signalled_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Raised by hand: root, as whom tests may run, is refused nothing.
+    def refuse(*args: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    here = {**START, "host": socket.gethostname(), "pid": os.getpid()}
+    run = make(tmp_path, "a", [here], METRICS)
+    monkeypatch.setattr(registry, "_is_worker", lambda pid: True)
+    monkeypatch.setattr(os, "kill", refuse)
+    with pytest.raises(UserError, match="cannot signal process"):
+        registry.cancel(run)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match="may not be read"):
+        find_run("a", tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left"):
+        create_run(tmp_path / "a", load_recipe("digits"))
+    assert list(tmp_path.iterdir()) == []
