@@ -26,6 +26,8 @@ def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores
     """Keep the weights of a cycle's end as ``folder/cycle-NN``, all or nothing."""
     final = folder / f"cycle-{number:02d}"
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    for left_over in folder.glob(f"{final.name}.tmp-*"):  # of a killed attempt
+        shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
     save_weights(model, temporary / MODEL)
     write_atomically(temporary / "metrics.json", json.dumps({"step": step, **scores}))

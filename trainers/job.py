@@ -1,6 +1,7 @@
 """Everything that a run is built from, put together once from its recipe."""
 
 import json
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,10 @@ class Job:
         picture = Image.fromarray(sheet[..., 0] if data.channels == 1 else sheet)
         zoom = max(1, 96 // data.image_size)
         size = picture.width * zoom, picture.height * zoom
-        picture.resize(size, Image.Resampling.NEAREST).save(self.run.contact_sheet)
+        # By a rename: a start that finds the picture makes no other one.
+        temporary = self.run.contact_sheet.with_name(f".augmented.tmp-{os.getpid()}.png")
+        picture.resize(size, Image.Resampling.NEAREST).save(temporary)
+        temporary.replace(self.run.contact_sheet)
 
 
 def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) -> Job:

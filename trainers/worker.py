@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def hold(run: RunDir, engine: Engine) -> Heartbeat:
     """This rank's heartbeat. Rank 0's is the lock on the run; UserError where another has it."""
-    problem = None
+    problem = heartbeat = None
     try:
         heartbeat = Heartbeat(run.heartbeats, engine.rank)
         if engine.rank == 0:
@@ -104,9 +104,11 @@ def hold(run: RunDir, engine: Engine) -> Heartbeat:
         problem = f"cannot write in {run.path}: {error}; free some space or fix the permissions"
     except UserError as error:
         problem = str(error)
-    problem = engine.from_main(problem)
-    if problem:
-        raise UserError(problem)
+    said = engine.from_main(problem)
+    if said:
+        raise UserError(said)
+    if heartbeat is None:  # this machine alone cannot write there
+        raise RankError(str(problem))
     return heartbeat
 
 

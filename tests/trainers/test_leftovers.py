@@ -1,0 +1,32 @@
+"""What a killed or a lonely rank leaves behind must not stop the next start."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from bigbatch.configs.errors import RankError
+from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers import worker
+from bigbatch.trainers.ensemble import list_snapshots, save_snapshot
+
+
+def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
+    # Of the same process id, as containers give it at every start, and of another one.
+    for pid in (os.getpid(), 1):
+        (tmp_path / f"cycle-01.tmp-{pid}").mkdir()
+    save_snapshot(tmp_path, 1, 10, nn.Linear(2, 2), {"accuracy": 0.5})
+    assert [path.name for path in list_snapshots(tmp_path)] == ["cycle-01"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cycle-01"]
+
+
+def test_a_rank_whose_machine_cannot_write_says_so_itself(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(worker, "Heartbeat", refuse)
+    engine: Any = SimpleNamespace(rank=1, from_main=lambda value: None)  # rank 0 is well
+    with pytest.raises(RankError, match="Read-only file system"):
+        worker.hold(RunDir(tmp_path), engine)
