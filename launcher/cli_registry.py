@@ -73,7 +73,7 @@ def status(run: str, runs_folder: Path, as_json: bool) -> None:
 @click.command(short_help="Show what the ranks of a run said.")
 @click.argument("run")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the run ends, or Ctrl-C.")
-@click.option("--lines", "-n", type=click.IntRange(0), help="Only the last N lines.")
+@click.option("--lines", "-n", type=click.IntRange(0), help="Only the last N lines so far.")
 @click.option("--rank", "ranks", type=click.IntRange(0), multiple=True, help="May be repeated.")
 @options.runs_folder
 @options.as_json
@@ -92,9 +92,11 @@ def logs(
     from bigbatch.launcher.registry import find_run
 
     found = find_run(run, runs_folder)
-    source = reader.follow(found, ranks) if follow else reader.read(found, ranks)
-    if lines is not None:
-        source = reader.last(source, lines)
+    if follow:
+        source = reader.follow(found, ranks, past=lines)
+    else:
+        source = reader.read(found, ranks)
+        source = source if lines is None else reader.last(source, lines)
     for line in source:
         if as_json:
             click.echo(json.dumps(line._asdict()))

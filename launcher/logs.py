@@ -39,9 +39,12 @@ def read(run: RunDir, ranks: Sequence[int] = ()) -> Iterator[Line]:
 
 
 def follow(
-    run: RunDir, ranks: Sequence[int] = (), ended: Callable[[], bool] | None = None
+    run: RunDir,
+    ranks: Sequence[int] = (),
+    ended: Callable[[], bool] | None = None,
+    past: int | None = None,
 ) -> Iterator[Line]:
-    """The lines so far, then new ones as they come, until the run has ended.
+    """The lines so far, or the last `past` of them, then new ones until the run has ended.
 
     New lines of one look at the files are in order of time; ranks and files may appear late.
     """
@@ -56,7 +59,9 @@ def follow(
             whole, offsets[path] = _new_text(path, offsets.get(path, 0))
             found += _lines(whole.splitlines(), _rank(path))
         seen |= {line.text for line in found}
-        yield from sorted(found, key=lambda line: line.time)
+        found.sort(key=lambda line: line.time)
+        yield from found if past is None else found[max(0, len(found) - past) :]
+        past = None
         if last:
             yield from [] if ranks else _of_slurm(run, seen)
             return

@@ -62,6 +62,14 @@ def test_following_shows_each_line_once_until_the_end(run: RunDir) -> None:
     assert texts == [*past, "ten", "half and whole", "twelve", "late"]
 
 
+def test_following_from_the_last_lines_on_does_not_wait_for_the_end(run: RunDir) -> None:
+    lines = follow(run, ended=lambda: False, past=2)
+    assert [next(lines).text for _ in range(2)] == ["rank 0 at 4", "rank 1 at 5"]
+    with (run.path / "logs/rank-00000.log").open("a") as file:
+        file.write(f"{stamp(10)} ten\n{stamp(11)} eleven\n{stamp(12)} twelve\n")
+    assert [next(lines).text for _ in range(3)] == ["ten", "eleven", "twelve"]
+
+
 def test_a_run_without_logs(tmp_path: Path) -> None:
     assert list(read(RunDir(tmp_path))) == []
     assert list(follow(RunDir(tmp_path), ended=lambda: True)) == []
