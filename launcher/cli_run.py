@@ -100,6 +100,7 @@ def resume(
     floating-point sums alone, and not at all at the number that the run had before.
     KEY=VALUE changes keys that do not decide what is computed, such as backend=zero1.
     """
+    from bigbatch.configs.errors import UserError
     from bigbatch.launcher import start
     from bigbatch.launcher.env import find_peers
     from bigbatch.launcher.launchers import Launch
@@ -109,6 +110,8 @@ def resume(
     peers = find_peers(os.environ)
     start.hold_signals(peers)
     with start.one_voice(peers):
+        if sbatch_arg and not slurm:
+            raise UserError("--sbatch-arg needs --slurm, which submits the run again")
         found = find_run(run, runs_folder)
         if found.summary.exists():
             if peers is None or peers.rank == 0:

@@ -6,6 +6,7 @@ Pure functions; launcher/submit.py writes the script and hands it to sbatch.
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -66,13 +67,7 @@ class Job:
             value = getattr(self, name)
             if value is not None and not pattern.fullmatch(value):
                 raise UserError(f"--{name} {value!r} is not allowed; write it like {example}")
-        refuse_secrets(self.options, "--sbatch-arg")
-        for option in self.options:
-            if not _OPTION.fullmatch(option):
-                raise UserError(
-                    f"--sbatch-arg {option!r} is not allowed; write one long option, such as "
-                    "--sbatch-arg=--exclusive or --sbatch-arg=--mem=64G"
-                )
+        check_options(self.options)
         if self.ranks_per_node < 1 or self.cpus_per_rank < 1 or self.gpus_per_node < 0:
             raise UserError(
                 f"{self.ranks_per_node} ranks per node with {self.cpus_per_rank} cores each and "
@@ -114,6 +109,17 @@ class Job:
             parts = [0, *parts]  # minutes come first where no days or hours are written
         hours, minutes, seconds = [*parts, 0, 0][:3]
         return int(days or 0) * 86_400 + hours * 3_600 + minutes * 60 + seconds
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Raise UserError where a further option of sbatch is not one long option without a secret."""
+    refuse_secrets(options, "--sbatch-arg")
+    for option in options:
+        if not _OPTION.fullmatch(option):
+            raise UserError(
+                f"--sbatch-arg {option!r} is not allowed; write one long option, such as "
+                "--sbatch-arg=--exclusive or --sbatch-arg=--mem=64G"
+            )
 
 
 def run_paths(job: Job, run: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from bigbatch.launcher import queue
 from bigbatch.launcher.estimate import Finding
 from bigbatch.launcher.freeze import freeze_code
 from bigbatch.launcher.site import Site, read_site, site_file
-from bigbatch.launcher.slurm import Job, render, run_paths
+from bigbatch.launcher.slurm import Job, check_options, render, run_paths
 
 SCRIPT = "job.sbatch"
 
@@ -122,6 +122,7 @@ def submit(recipes: Sequence[Recipe], job: Job, path: Path, mounts: Sequence[Pat
 
 def resubmit(run: RunDir, options: Sequence[str] = ()) -> str:
     """Hand a run's own batch script to sbatch again; returns the job's number."""
+    check_options(options)
     script = run.path / SCRIPT
     if not script.is_file():
         raise UserError(

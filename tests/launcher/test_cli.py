@@ -75,6 +75,7 @@ def test_deepspeeds_extra_argument_is_accepted() -> None:
         (["train", "digits", "--nproc", "0"], "--nproc"),
         (["train", "digits", "--nnodes", "2"], "--rdzv-endpoint"),
         (["resume", "nothing"], "bigbatch runs"),
+        (["resume", "nothing", "--sbatch-arg=--time=10"], "needs --slurm"),
         (["check", *DIGITS, "--nproc", "5"], "5 ranks"),
         (["submit", *DIGITS, "--nodes", "3", "--ranks-per-node", "2"], "6 ranks"),
         (["submit", "digits", "--partition", "a;b", "--dry-run"], "--partition 'a;b'"),

@@ -238,6 +238,8 @@ def test_an_array_is_one_job_with_a_run_for_each_index(
         assert [e["job"] for e in read_jsonl(run.events)] == [f"4711_{index}"]
     # One of them again, alone.
     assert resubmit(run, ["--time=10"]) == "4711_1"
+    with pytest.raises(UserError, match=r"other\.sh' is not allowed"):
+        resubmit(run, ["other.sh"])  # sbatch would take it for the script
     assert (tmp_path / "arguments").read_text().splitlines() == [
         f"--parsable {tmp_path}/runs/a-0/job.sbatch",
         f"--parsable --time=10 --array=1 {tmp_path}/runs/a-1/job.sbatch",
