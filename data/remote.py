@@ -153,7 +153,7 @@ class _Fetcher:
         self._names = [remote.shard(shard.name) for shard in index.shards]
         self._wanted: dict[int, list[int]] = {}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bigbatch.data.remote", remote.cache, str(remote.limit)],
+            [sys.executable, "-P", "-m", "bigbatch.data.remote", remote.cache, str(remote.limit)],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a terminal's Ctrl-C is for the trainer, which ends us
