@@ -146,15 +146,16 @@ def disturbed(
 
 def meet(run: Run, name: str, rng: random.Random, number: int) -> Outcome:
     """Let a fault happen, and wait until the run is further than it was before."""
-    before, starts = run.step(), len(run.starts())
+    before, starts, held = run.step(), len(run.starts()), run.durable()
     detail = FAULTS[name](run, rng)
     began = time.monotonic()
-    durable = run.durable()
+    durable, at_once = run.durable(), len(run.starts())
     recovered = reach(run, min(max(before, run.step()) + 1, STEPS))
     seconds = time.monotonic() - began if recovered else None
-    later = run.starts()[starts:]
-    lost = max([0, *(durable - step for step in later)])
-    return Outcome(name, detail, number, before, seconds and round(seconds, 2), lost)
+    # A fault may start the run again itself, which can be far by now.
+    lost = [held - step for step in run.starts()[starts:at_once]]
+    lost += [durable - step for step in run.starts()[at_once:]]
+    return Outcome(name, detail, number, before, seconds and round(seconds, 2), max([0, *lost]))
 
 
 def reach(run: Run, step: int) -> bool:

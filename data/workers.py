@@ -149,7 +149,7 @@ class _Worker:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bigbatch.data.workers", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "bigbatch.data.workers", str(theirs.fileno())],
                 stdin=settings,
                 env={**_KEEP_MEMORY, **os.environ},
                 pass_fds=[theirs.fileno()],

@@ -50,7 +50,7 @@ class Heartbeat:
         deadline = time.monotonic() + (_LEASE_S if foreign else _DYING_S)
         while True:
             try:
-                # POSIX locks: the decoding processes, forked later, must not inherit it.
+                # POSIX locks: no process that is started later inherits them.
                 fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
