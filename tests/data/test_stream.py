@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -59,12 +60,10 @@ def batches_of(urls, **changes):
 )
 def test_samples_are_those_of_the_shards(digits, tmp_path, form):
     if "tar" in form:  # a command that makes its archive as it goes
-        import tarfile
-
         for path in digits.glob("*.tar"):
             folder = tmp_path / f"{path.name}.d"
-            with tarfile.open(path) as archive:
-                archive.extractall(folder, filter="data")
+            folder.mkdir()
+            subprocess.run(["tar", "-xf", path, "-C", folder], check=True)
         urls = [form.format(tmp_path / path.name) for path in digits.glob("*.tar")]
     else:
         urls = [form.format(path) for path in sorted(digits.glob("*.tar"))]

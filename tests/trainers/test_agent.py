@@ -32,14 +32,6 @@ def run(shards: Path, tmp_path: Path) -> RunDir:
     return create_run(tmp_path / "a", load_recipe("digits", changes))
 
 
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Agents of their own accord: a shell's background job ignores SIGINT, and hands that on."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @contextmanager
 def agent(run: RunDir, stop_at: int | None = None) -> Iterator[subprocess.Popen[str]]:
     """The agent of two ranks, with what it and they say in output.txt; killed at the end."""
