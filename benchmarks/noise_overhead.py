@@ -137,23 +137,25 @@ def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[]
 
 
 def measure(reduction: str, micro_batches: int, rounds: int) -> list[tuple[Times, Times]]:
-    """Times of a step with and without the measurement, a pair for each round."""
-    with_it = make_step(reduction, micro_batches, True)
-    without = make_step(reduction, micro_batches, False)
+    """Times of a step with and without the measurement, a pair for each round.
+
+    Either copy is the first to be made in half of the rounds: where its memory lies can
+    weigh more than the measurement.
+    """
     pairs: list[tuple[Times, Times]] = []
-    end = time.monotonic() + SECONDS
-    for number in range(-2, rounds):
-        if number % 2:
-            first, second = with_it(), without()
-        else:
-            second, first = without(), with_it()
-        if number >= 0:
-            pairs.append((first, second))
-        over = [time.monotonic() > end]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(over)  # all ranks end together
-        if over[0] and len(pairs) >= LEAST:
-            break
+    for made_first in (True, False):
+        order = (made_first, not made_first)
+        steps = {measured: make_step(reduction, micro_batches, measured) for measured in order}
+        end = time.monotonic() + SECONDS / 2
+        for number in range(-2, rounds // 2):
+            times = {measured: steps[measured]() for measured in (order, order[::-1])[number % 2]}
+            if number >= 0:
+                pairs.append((times[True], times[False]))
+            over = [time.monotonic() > end]
+            if torch.distributed.is_initialized():
+                torch.distributed.broadcast_object_list(over)  # all ranks end together
+            if over[0] and number >= LEAST // 2:
+                break
     return pairs
 
 
