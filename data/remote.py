@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ Prefetch = Callable[[int, Positions], None]
 
 def remote_at(url: str, cache: str | Path | None, cache_gb: float) -> Remote:
     """The folder at a URL, read through a cache of so many 1e9 bytes; see `default_cache`."""
+    if not 0 < cache_gb < math.inf:
+        raise UserError(f"a cache of {cache_gb:g} GB; give a size above 0, such as 100")
     folder = Path(cache or default_cache()).expanduser().absolute()
     return Remote(url.rstrip("/"), str(folder), int(cache_gb * 1e9))
 

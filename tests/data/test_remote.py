@@ -18,7 +18,7 @@ from bigbatch.data.index import open_index
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.loader import eval_batches, train_batches
 from bigbatch.data.order import build_order
-from bigbatch.data.remote import open_remote
+from bigbatch.data.remote import open_remote, remote_at
 from bigbatch.data.shard import shard
 from bigbatch.data.staging import ABOUT, Remote
 from tests.data.servers import Store
@@ -208,3 +208,9 @@ def open_root(store, remote):
     root = open_remote(remote).root
     store.fail = fail
     return root
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
+def test_the_size_of_a_cache_is_a_number_above_0(size):
+    with pytest.raises(UserError, match="size above 0"):
+        remote_at("s3://photos/train", None, size)
