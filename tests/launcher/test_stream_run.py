@@ -52,6 +52,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_from_a_pipe_and_one_goes_on(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_an_error_that_repeats_ends_the_run(run: RunDir) -> None:
     assert said(run).count("start again from the beginning") == 3
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_directory_is_refused(run: RunDir) -> None:
     with agent(run) as process:
         wait_for_step(run, process)

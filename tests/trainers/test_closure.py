@@ -167,6 +167,7 @@ RUN = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_with_lbfgs_and_a_plateau_resumes_bit_for_bit(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
