@@ -1,4 +1,8 @@
-"""The one error type for what a user can cause."""
+"""The one error type for what a user can cause, and what a disk can refuse."""
+
+import errno
+
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class UserError(ValueError):
@@ -11,3 +15,8 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """One that a rank of a run meets alone: the other ranks do not know of it, so it says it."""
+
+
+def is_refused(error: OSError) -> bool:
+    """Whether a disk was full, or a file was not to be written: space or rights mend it."""
+    return error.errno in _REFUSALS

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -134,14 +135,23 @@ def create_run(path: Path, recipe: Recipe) -> RunDir:
     return run
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file, so that a reader sees the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write through a temporary file, so that a reader sees the old content or the new one.
+
+    Raises OSError, which names the file; what was there is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the kernel names no file where a write fails
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def sync(path: Path) -> None:

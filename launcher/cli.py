@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.redact import message
 from bigbatch.launcher import (
     cli_advise,
@@ -74,6 +74,12 @@ def main() -> None:
         cli()
     except UserError as error:
         print(f"bigbatch: {message(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if not is_refused(error):
+            raise
+        remedy = "free some space or fix the permissions, then repeat the command"
+        print(f"bigbatch: {message(error)}; {remedy}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,9 +1,9 @@
 """Everything that a run is built from, put together once from its recipe."""
 
 import json
-import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from bigbatch.configs.load import recipe_hash
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter, contact_sheet
 from bigbatch.data.journal import journal_file
@@ -94,10 +94,10 @@ class Job:
         picture = Image.fromarray(sheet[..., 0] if data.channels == 1 else sheet)
         zoom = max(1, 96 // data.image_size)
         size = picture.width * zoom, picture.height * zoom
-        # By a rename: a start that finds the picture makes no other one.
-        temporary = self.run.contact_sheet.with_name(f".augmented.tmp-{os.getpid()}.png")
-        picture.resize(size, Image.Resampling.NEAREST).save(temporary)
-        temporary.replace(self.run.contact_sheet)
+        content = BytesIO()
+        picture.resize(size, Image.Resampling.NEAREST).save(content, "PNG")
+        # All or nothing: a start that finds the picture makes no other one.
+        write_atomically(self.run.contact_sheet, content.getvalue())
 
 
 def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) -> Job:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigbatch.configs.errors import RankError, UserError
+from bigbatch.configs.errors import RankError, UserError, is_refused
 from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
@@ -85,6 +85,17 @@ def main(arguments: list[str] | None = None) -> int:
         # Not this rank's doing: the one that ended, or its agent, says why.
         print(f"bigbatch: rank {rank} lost another rank", file=sys.stderr, flush=True)
         return 1
+    except OSError as error:
+        if not is_refused(error):
+            raise
+        print(
+            f"bigbatch: cannot go on with {options.run}: {error}; free some space or fix the "
+            f"permissions, then `bigbatch resume {options.run}` starts from the newest checkpoint "
+            "and writes what is missing",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
     finally:
         if heartbeat is not None:
             heartbeat.close()
@@ -156,8 +167,11 @@ def attempt(
             peak_flops=monitor.peak,
         )
         if engine.rank == 0 and not run.contact_sheet.exists():
-            job.save_contact_sheet()
-            log.picture("augmented", run.contact_sheet)
+            try:
+                job.save_contact_sheet()
+                log.picture("augmented", run.contact_sheet)
+            except OSError as error:  # a picture is worth no run; the next start makes it
+                log.problem("disk", f"no contact sheet: {error}")
 
         def evaluate() -> dict[str, float]:
             val = job.inputs.splits["val"]
