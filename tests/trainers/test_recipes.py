@@ -26,16 +26,16 @@ IMAGENET, CIFAR = 1_281_167, 45_000
 EXPECTED = {
     "imagenet-resnet50": (IMAGENET, 1024, 64, 90, 1e-4, 0.9, {5: 0.4}),
     "imagenet-resnet50-nesterov-8k": (IMAGENET, 8192, 64, 90, 1e-4, 0.9, {5: 3.2}),
-    "imagenet-resnet50-lars-4k": (IMAGENET, 4096, 64, 40, 2e-4, 0.9, {5: 10.0}),
-    "imagenet-resnet50-lars-8k": (IMAGENET, 8192, 64, 42, 2e-4, 0.9, {5: 17.0}),
-    "imagenet-resnet50-lars-32k": (IMAGENET, 32768, 128, 56, 2.5e-5, 0.94, {16: 21.2}),
-    "imagenet-resnet50-lars-64k": (IMAGENET, 65536, 128, 85, 1e-4, 0.951807, {31: 24.699}),
-    "imagenet-resnet50-lamb": (IMAGENET, 8192, 64, 90, 0.02, (0.9, 0.999), {5: 0.02}),
+    "imagenet-resnet50-lars-4k": (IMAGENET, 4096, 64, 42, 2e-4, 0.9, {5: 10.0}),
+    "imagenet-resnet50-lars-8k": (IMAGENET, 8192, 64, 44, 2e-4, 0.9, {5: 17.0}),
+    "imagenet-resnet50-lars-32k": (IMAGENET, 32768, 128, 58, 2.5e-5, 0.94, {16: 21.2}),
+    "imagenet-resnet50-lars-64k": (IMAGENET, 65536, 128, 89, 1e-4, 0.951807, {31: 24.699}),
+    "imagenet-resnet50-lamb": (IMAGENET, 8192, 64, 90, 1.5, (0.9, 0.999), {5: 0.02}),
     "imagenet-vit-s16-adamw": (
         IMAGENET, 1024, 64, 90, 0.1, (0.9, 0.999), {10_000 * 1024 / IMAGENET: 0.001},
     ),
     "imagenet-vit-s16-lamb": (
-        IMAGENET, 2048, 64, 800, 0.05, (0.9, 0.999), {0: 1e-6, 5: 0.004},
+        IMAGENET, 2048, 64, 800, 0.05, (0.9, 0.999), {0: 1e-6, 5: 0.004, 800: 1e-5},
     ),
     "imagenet-mobilenet-v2": (IMAGENET, 1024, 64, 150, 4e-5, 0.9, {0: 0.1, 5: 0.4}),
     "cifar10-resnet18": (CIFAR, 512, 128, 30, 5e-4, 0.9, {3: 0.4}),
@@ -67,7 +67,12 @@ def test_every_recipe_but_the_main_job_is_in_the_table():
     assert set(builtin_recipes()) - {"digits"} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("size", ["4k", "8k", "32k", "64k"])
+# The steps of MLPerf's decay after the warmup, from the hyperparameters of the runs in which they
+# stand as such; the others' are their epochs of training times the steps of an epoch.
+DECAY_STEPS = {"4k": 42 * 312.8 - 5 * 312.8, "8k": 6095, "32k": 2267 - 16 * 39.1, "64k": 1133}
+
+
+@pytest.mark.parametrize("size", DECAY_STEPS)
 def test_lars_decays_by_a_polynomial_of_power_two(size):
     recipe = load_recipe(f"imagenet-resnet50-lars-{size}")
     plan, rate = rates(recipe, IMAGENET)
@@ -75,8 +80,12 @@ def test_lars_decays_by_a_polynomial_of_power_two(size):
     assert rate(warmup // 2) == pytest.approx(recipe.optimizer.lr * (warmup // 2) / warmup)
     half = warmup + (plan.total - warmup) // 2
     left = (plan.total - half) / (plan.total - warmup)
-    assert rate(half) == pytest.approx(recipe.optimizer.lr * left**2)
+    lr, end = recipe.optimizer.lr, 1e-4
+    assert rate(half) == pytest.approx((lr - end) * left**2 + end, rel=1e-6)
+    assert rate(plan.total) == pytest.approx(end, rel=1e-3)
+    assert plan.total - warmup == pytest.approx(DECAY_STEPS[size], rel=0.002)
     assert recipe.optimizer.momentum_form == "lr_inside"
+    assert (recipe.optimizer.trust_coefficient, recipe.optimizer.eps) == (0.001, 0.0)
     assert recipe.loss.label_smoothing == 0.1
 
 
@@ -95,6 +104,24 @@ def test_nesterov_goes_over_to_the_square_root_rule():
     rule = "optimizer.scale={rule: sqrt, base_batch: 1024}"
     recipe = load_recipe("imagenet-resnet50-nesterov-8k", ["optimizer.lr=0.4", rule])
     assert recipe.optimizer.lr * recipe.lr_scale == pytest.approx(0.4 * math.sqrt(8))
+
+
+@pytest.mark.parametrize("power", range(7))
+def test_lamb_follows_the_untuned_rates(power):
+    batch = 512 * 2**power
+    recipe = load_recipe("imagenet-resnet50-lamb", [f"global_batch={batch}"])
+    untuned = 4 / (2 ** (3 - power / 2) * 100)  # You et al. 2020: 512 to 32k
+    assert recipe.optimizer.lr * recipe.lr_scale == pytest.approx(untuned)
+
+
+def test_lamb_at_32k_rises_and_falls_linearly_in_the_steps_of_the_authors():
+    overrides = ["global_batch=32768", "schedule.warmup=20 epochs"]
+    recipe = load_recipe("imagenet-resnet50-lamb", overrides)
+    plan, rate = rates(recipe, IMAGENET)
+    assert plan.total == 3519
+    assert rate(782) == pytest.approx(0.04)
+    assert rate(391) == pytest.approx(0.02)
+    assert rate(2150) == pytest.approx(0.04 * (3519 - 2150) / (3519 - 782), rel=1e-9)
 
 
 @pytest.fixture(scope="module")
