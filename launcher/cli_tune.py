@@ -241,8 +241,15 @@ def tune(
     except ValueError as error:
         raise UserError(f"--slurm {slurm!r}: {error}; close each quotation") from None
     if asked is not None:
-        submit(recipe, overrides, RunDir(folder / "trials/0000"), asked, dry=True)
+        for option in ("--array", "--vary", "--run", "--run-name", "--run-dir", "--dry-run"):
+            if any(word.split("=")[0] == option for word in asked):
+                raise UserError(
+                    f"--slurm: {option} cannot be given, each trial is one run; drop it"
+                )
+        trial = RunDir(folder / "trials/0000")
+        submit(recipe, overrides, trial, asked, "--dry-run", "--no-check")
     folder.mkdir(parents=True, exist_ok=True)
+    click.get_current_context().with_resource(studies.hold(folder))
     found = studies.open_study(
         folder,
         searched,

@@ -88,11 +88,10 @@ class _Ended:
         self._answer = False
 
     def __call__(self) -> bool:
-        from bigbatch.launcher.registry import look_up
+        from bigbatch.launcher.registry import has_ended
 
         if time.monotonic() >= self._next:
-            state = look_up(self._run).state
-            self._answer = state not in ("new", "queued", "running")
+            self._answer = has_ended(self._run)
             self._next = time.monotonic() + 2.0
         return self._answer
 

@@ -54,6 +54,23 @@ def find_jobs(numbers: Iterable[str]) -> dict[str, QueuedJob] | None:
     return found
 
 
+def job_of_script(script: str) -> str | None:
+    """The newest job of this user's that was made of a script; None where SLURM knows none.
+
+    Raises UserError where SLURM does not answer: nothing may be concluded then.
+    """
+    done = _call("squeue", "--noheader", "--me", "--states=all", "--format=%i|%o")
+    if done is None or done.returncode != 0:
+        said = done.stderr.strip() if done else "no answer"
+        raise UserError(f"cannot ask SLURM for the job of {script}: {said}; try again later")
+    jobs = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
+    return max((job for job, command in jobs if command.strip() == script), key=_age, default=None)
+
+
+def _age(job: str) -> int:
+    return int(job.split("_")[0])
+
+
 def how_it_ended(number: str) -> str | None:
     """sacct's word for a job that left the queue, such as NODE_FAIL 0:0; None: no accounting."""
     options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode")

@@ -114,6 +114,19 @@ def describe(
     return replace(info, state=gone.get(state, state))
 
 
+def has_ended(run: RunDir) -> bool:
+    """Whether nothing goes on with a run by itself: no process, and no job, not even a waiting one.
+
+    False while SLURM does not answer, since the files of a preempted run say no more than that
+    it stopped.
+    """
+    job = _live_job(run)
+    jobs = queue.find_jobs([job]) if job else None
+    if job and jobs is None and queue.available():
+        return False
+    return describe(run, jobs=jobs).state not in ("new", "queued", "running")
+
+
 def status(run: RunDir) -> dict[str, Any]:
     """All that a person asks of one run, in plain values."""
     info = look_up(run)

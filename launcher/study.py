@@ -1,9 +1,12 @@
 """The study of `bigbatch tune`: an Optuna study in a JSON journal, and what fills it."""
 
+import fcntl
 import importlib.util
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +149,20 @@ def make_pruner(pruner: Pruner, startup: int, evaluations: int) -> optuna.pruner
             return optuna.pruners.SuccessiveHalvingPruner(min_resource=1)
         case "hyperband":
             return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=evaluations)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep the study to this process, until it ends. Raises UserError where another one has it."""
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another search is at work on {folder}; wait for it, stop it, or name a new "
+                "folder with --study"
+            ) from None
+        yield
 
 
 def open_study(

@@ -1,6 +1,7 @@
 """One trial as a run: a child of this process, a job, or one that outlived a killed search."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -9,8 +10,9 @@ from typing import Protocol
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
-from bigbatch.launcher import registry
+from bigbatch.launcher import queue, registry
 from bigbatch.launcher.child import Child
+from bigbatch.launcher.submit import SCRIPT, job_of, note_job
 
 _ASK_S = 5.0  # seconds between questions to SLURM
 
@@ -49,9 +51,7 @@ class Elsewhere:
         now = time.monotonic()
         if self._running and now - self._asked >= _ASK_S:
             self._asked = now
-            state = registry.look_up(self._run).state
-            # "new": submitted, while SLURM cannot be asked.
-            self._running = state in ("running", "queued", "new")
+            self._running = not registry.has_ended(self._run)
         return self._running
 
     def stop(self) -> None:
@@ -59,16 +59,37 @@ class Elsewhere:
             registry.cancel(self._run)
 
 
+def is_submitted(run: RunDir) -> bool:
+    """Whether a trial has become a job, also where the search was killed before that was noted.
+
+    What a submission that never reached SLURM has left is removed. Raises UserError where
+    SLURM cannot be asked.
+    """
+    if not run.path.exists():
+        return False
+    if job_of(run) is not None or run.metrics.exists():
+        return True
+    job = queue.job_of_script(str(run.path / SCRIPT))
+    if job is not None:
+        note_job(run, job)
+        return True
+    shutil.rmtree(run.path)
+    return False
+
+
 def submit(
-    recipe: str, overrides: Sequence[str], run: RunDir, options: Sequence[str], dry: bool = False
+    recipe: str, overrides: Sequence[str], run: RunDir, options: Sequence[str], *flags: str
 ) -> None:
-    """Submit a trial by `bigbatch submit`; `dry`: only check that this would work.
+    """Submit a trial by `bigbatch submit`, to which `flags` go as well.
 
     Raises UserError with what `bigbatch submit` says.
     """
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "submit", *options, "--json"]
-    command += ["--run-dir", str(run.path), *(["--dry-run"] if dry else []), "--", recipe]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
+    command += ["--run-dir", str(run.path), *flags, "--", recipe, *overrides]
+    # A session of its own: Ctrl-C must not come between sbatch and the note of the job.
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, start_new_session=True
+    )
     if done.returncode != 0:
         said = done.stderr.strip().removeprefix("bigbatch: ")
         raise UserError(f"submitting {run.path.name}: {said}")

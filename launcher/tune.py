@@ -6,9 +6,10 @@ the run directories hold all that there is to know, so a killed search goes on f
 
 import json
 import math
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,8 @@ from bigbatch.configs.space import Space, override
 from bigbatch.launcher import study
 from bigbatch.launcher.child import events, tail
 from bigbatch.launcher.registry import describe
-from bigbatch.launcher.trial import Elsewhere, Handle, Here, submit
+from bigbatch.launcher.start import check_start
+from bigbatch.launcher.trial import Elsewhere, Handle, Here, is_submitted, submit
 from bigbatch.trainers.plateau import read_evaluations
 
 _POLL_S = 0.2
@@ -78,10 +80,11 @@ def run_search(
     active: list[_Active] = []
     try:
         for frozen in found.get_trials(states=[TrialState.RUNNING]):
-            _begin(search, found, study.again(found, search.space, frozen), active)
+            if not stopping:
+                _begin(search, found, study.again(found, search.space, frozen), active)
         while not stopping:
             while len(active) < search.parallel and _finished(found) + len(active) < search.trials:
-                if _exhausted(search, found):
+                if stopping or _exhausted(search, found):
                     break
                 _begin(search, found, study.ask(found, search.space), active)
             if not active:
@@ -130,32 +133,41 @@ def _exhausted(search: Search, found: optuna.Study) -> bool:
 def _begin(search: Search, found: optuna.Study, trial: Trial, active: list[_Active]) -> None:
     """Start the run of a trial, or find the one that was started before."""
     run = run_of(search, trial)
+    new = not run.path.exists() if search.slurm is None else not is_submitted(run)
     try:
-        recipe = load_recipe(search.recipe, changes(search, trial))
+        recipe = _check(search, changes(search, trial), run, new)
     except UserError as error:
+        _check(search, search.overrides, run, new)  # not the trial's fault: this raises as well
         # Each value is allowed, but not all of them together.
         trial.set_user_attr("reason", str(error))
         found.tell(trial, state=_bad(search))
         return
-    handle = _begin_here(search, recipe, run) if search.slurm is None else _submit(search, trial)
+    if search.slurm is None:
+        handle = _begin_here(search, recipe, run)
+    else:
+        if new:
+            submit(search.recipe, changes(search, trial), run, search.slurm)
+        handle = Elsewhere(run)
     known = found.get_trials(deepcopy=False)[trial.number].intermediate_values
     active.append(_Active(trial, run, handle, len(known), "pruned" in trial.user_attrs))
 
 
+def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> Recipe:
+    """The recipe with these changes. Raises UserError for what would end its run at the start."""
+    recipe = load_recipe(search.recipe, overrides)
+    check_start(recipe)
+    if search.slurm is not None and new:
+        submit(search.recipe, overrides, run, search.slurm, "--dry-run", "--no-check")
+    return recipe
+
+
 def _begin_here(search: Search, recipe: Recipe, run: RunDir) -> Handle:
     if not run.recipe_file.exists():
+        shutil.rmtree(run.path, ignore_errors=True)  # killed while it was made
         create_run(run.path, recipe)
     elif run.summary.exists() or describe(run).state == "running":
         return Elsewhere(run)
     return Here(run, search.nproc)
-
-
-def _submit(search: Search, trial: Trial) -> Handle:
-    run = run_of(search, trial)
-    if not run.recipe_file.exists():
-        assert search.slurm is not None
-        submit(search.recipe, changes(search, trial), run, search.slurm)
-    return Elsewhere(run)
 
 
 def _look(search: Search, found: optuna.Study, one: _Active) -> None:

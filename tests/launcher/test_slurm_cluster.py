@@ -3,17 +3,20 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import relative_difference
+from bigbatch.launcher.submit import job_of
 from bigbatch.trainers.monitoring.wandb_view import history_steps
+from bigbatch.trainers.recovery.signals import SAVED
 from tests.slurm_cluster import BIGBATCH, Place, missing, slurm_cluster
 
 pytestmark = [
@@ -22,6 +25,12 @@ pytestmark = [
 ]
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 STEPS = 60
+# Changes to digits for a trial of seconds, with an evaluation after each step.
+TRIAL = [
+    *(f"duration={STEPS} steps", "evaluate.every=1 steps", "checkpoint.every=1000 steps"),
+    *("data.image_size=16", "global_batch=256", "schedule={name: constant}", "log.wandb=off"),
+    *("optimizer={name: adamw, lr: 0.01}", "ensemble.soup=false"),
+]
 CHANGES = [f"duration={STEPS} steps", "evaluate.every=20 steps", "checkpoint.every=1000 steps"]
 
 
@@ -45,6 +54,18 @@ def assert_same_weights(run: RunDir, reference: RunDir) -> None:
     for file in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = run.checkpoints / name / file, reference.checkpoints / name / file
         assert relative_difference(ours, theirs) == 0.0
+
+
+@contextmanager
+def begun(place: Place, command: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
+    """A command in the background; what is left of it at the end is killed."""
+    words = [str(word) for word in command]
+    env, out = place.cluster.env, subprocess.PIPE
+    with subprocess.Popen(words, cwd=place.folder, env=env, stdout=out, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def assert_every_step_once(run: RunDir) -> None:
@@ -200,3 +221,71 @@ def test_a_refused_job(place: Place) -> None:
     assert "sbatch refused the job" in done.stderr
     assert not place.run("refused").path.exists()
     assert os.listdir(place.folder / "runs")
+
+
+def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
+    """Two good rates, then two hopeless ones, pruned: the seed gives that order."""
+    (place.folder / "space.yaml").write_text(
+        "parameters: {optimizer.lr: {type: choice, choices: [0.01, 0.02, 1e-8, 1e-9]}}"
+    )
+    options = "--ranks-per-node 2 --cpus-per-rank 1 --no-check"
+    command = [BIGBATCH, "tune", "digits", "space.yaml", *TRIAL, "--trials", "4", "--parallel", "2"]
+    command += ["--sampler", "grid", "--seed", "4", "--pruner", "median", "--startup", "1"]
+    runs = [RunDir(place.folder / f"studies/digits/trials/{i:04d}") for i in range(4)]
+
+    # Stopped while two jobs wait. Of one of them no note is left, as after a kill at that moment.
+    with begun(place, [*command, "--slurm", f"{options} --sbatch-arg=--hold"]) as search:
+        while search.poll() is None and not all(job_of(run) for run in runs[:2]):
+            time.sleep(0.1)
+        search.send_signal(signal.SIGINT)
+        assert search.wait(60) == SAVED
+    jobs = [job_of(run) for run in runs[:2]]
+    runs[1].events.unlink()
+    for job in jobs:
+        assert place.state(str(job)) == "PENDING 0:0"
+        place.call("scontrol", "release", job)
+
+    # Stopped while both train, at the same time.
+    command += ["--slurm", options, "--json"]
+    with begun(place, command) as search:
+        while search.poll() is None and not all(read_jsonl(run.metrics) for run in runs[:2]):
+            time.sleep(0.1)
+        search.send_signal(signal.SIGTERM)
+        stopped = json.loads(search.communicate(timeout=60)[0])
+        assert search.returncode == SAVED
+    assert [t["state"] for t in stopped["trials"]] == ["running", "running"]
+    assert [job_of(run) for run in runs[:2]] == jobs
+
+    found = json.loads(place.call(*command))
+    states = ["complete", "complete", "pruned", "pruned"]
+    assert [t["state"] for t in found["trials"]] == states
+    for run, trial in zip(runs, found["trials"], strict=True):
+        events = read_jsonl(run.events)
+        assert [e["kind"] for e in events].count("submitted") == 1
+        assert [e["kind"] for e in events].count("start") == 1
+        assert run.recipe().optimizer.lr == trial["params"]["optimizer.lr"]
+        job = place.call("scontrol", "show", "job", "-o", job_of(run))
+        assert f"Command={run.path}/job.sbatch" in job
+        ended = "FAILED Reason" if trial["state"] == "pruned" else "COMPLETED Reason"
+        assert f"JobState={ended}" in job
+        evaluations = [r for r in read_jsonl(run.metrics) if r["kind"] == "eval"]
+        if trial["state"] == "complete":
+            assert trial["values"] == {"accuracy": evaluations[-1]["accuracy"]}
+            assert evaluations[-1]["step"] == STEPS
+        else:
+            assert 1 <= trial["evaluations"] <= len(evaluations) < STEPS
+            assert [e["state"] for e in events if e["kind"] == "end"] == ["stopped"]
+            assert list(run.checkpoints.glob("step-????????"))
+    times = [{e["kind"]: e["time"] for e in read_jsonl(run.events)} for run in runs[:2]]
+    assert max(t["start"] for t in times) < min(t["end"] for t in times)
+    best = max(found["trials"][:2], key=lambda t: t["values"]["accuracy"])
+    assert found["best"][0]["overrides"] == [
+        *TRIAL,
+        f"optimizer.lr={best['params']['optimizer.lr']}",
+    ]
+    assert f"optimizer.lr={best['params']['optimizer.lr']}" in Path(found["report"]).read_text()
+
+    # Nothing is left to do, and no job was submitted that is not a trial's.
+    assert json.loads(place.call(*command))["trials"] == found["trials"]
+    known = place.call("scontrol", "show", "job", "-o").splitlines()
+    assert sum(f"Command={place.folder}/studies/" in job for job in known) == 4

@@ -14,12 +14,13 @@ from optuna.trial import TrialState
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.space import Space
 from bigbatch.launcher import study, tune
 from bigbatch.launcher import trial as trial_module
 from bigbatch.launcher.cli import cli
 from bigbatch.launcher.prove import kill_tree
+from bigbatch.launcher.submit import note_job
 
 COMMAND = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "tune", "digits", "space.yaml"]
 # A second or two of training, with an evaluation after each step.
@@ -186,6 +187,7 @@ def test_a_search_whose_trials_all_fail_gives_up(here: Path, monkeypatch) -> Non
         (["digits", "space.yaml", "--nproc", "9"], "9 ranks"),
         (["digits", "space.yaml", "--slurm", "--partition a;b"], "--partition"),
         (["digits", "space.yaml", "--slurm", "--comment='x"], "close each quotation"),
+        (["digits", "space.yaml", "--slurm", "--array=0-3"], "each trial is one run"),
     ],
 )
 def test_mistakes_are_said_before_anything_starts(here: Path, arguments, says) -> None:
@@ -222,20 +224,25 @@ def test_an_orphan_is_waited_for_and_not_started_twice(here: Path) -> None:
     assert not child.running()
 
 
-def test_a_trial_as_a_job_is_submitted_once_and_waited_for(here: Path, monkeypatch) -> None:
-    """With stand-ins for sbatch and squeue, which note their calls."""
-    tools = here / "tools"
+def stand_in(tools: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
+    """Programs of SLURM; tests/launcher/test_slurm_cluster.py has the real ones."""
     tools.mkdir()
-    bodies = {
-        "sbatch": 'echo "$@" >> "$(dirname "$0")/submitted"; echo 4711',
-        "squeue": 'if [ -e "$(dirname "$0")/ended" ]; then echo "4711|FAILED|"; '
-        'else echo "4711|PENDING|Resources"; fi',
-    }
     for name, body in bodies.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setattr(trial_module, "_ASK_S", 0.05)
+
+
+def test_a_trial_as_a_job_is_submitted_once_and_waited_for(here: Path, monkeypatch) -> None:
+    tools = here / "tools"
+    stand_in(
+        tools,
+        monkeypatch,
+        sbatch='echo "$@" >> "$(dirname "$0")/submitted"; echo 4711',
+        squeue='if [ -e "$(dirname "$0")/ended" ]; then echo "4711|FAILED|"; '
+        'else echo "4711|PENDING|Resources"; fi',
+    )
     space = Space.model_validate(
         {"parameters": {"optimizer.lr": {"type": "float", "low": 0.1, "high": 1}}}
     )
@@ -264,3 +271,57 @@ def test_a_trial_as_a_job_is_submitted_once_and_waited_for(here: Path, monkeypat
     tune.run_search(search, open_())
     assert len((tools / "submitted").read_text().splitlines()) == 1
     assert [t.state for t in open_().trials] == [TrialState.FAIL]  # it ended without a result
+
+
+def test_a_submission_that_was_killed_is_found_in_the_queue_or_made_again(
+    here: Path, monkeypatch
+) -> None:
+    tools = here / "tools"
+    stand_in(tools, monkeypatch, squeue='cat "$(dirname "$0")/queue"')
+    run = RunDir(here / "trials/0000")
+    assert not trial_module.is_submitted(run)
+    create_run(run.path, load_recipe("digits"))
+    with pytest.raises(UserError, match="cannot ask SLURM"):
+        trial_module.is_submitted(run)  # nothing is concluded
+    (tools / "queue").write_text(f"9|/x/job.sbatch\n7|{run.path}/job.sbatch\n")
+    assert trial_module.is_submitted(run)
+    assert [e["job"] for e in read_jsonl(run.events)] == ["7"]
+    run.events.unlink()
+    (tools / "queue").write_text("9|/x/job.sbatch\n")
+    assert not trial_module.is_submitted(run)
+    assert not run.path.exists()
+
+
+def test_a_job_is_waited_for_while_slurm_does_not_answer(here: Path, monkeypatch) -> None:
+    """Its files say that it stopped, as those of a preempted job do."""
+    tools = here / "tools"
+    stand_in(tools, monkeypatch, squeue='cat "$(dirname "$0")/queue"')
+    run = create_run(here / "preempted", load_recipe("digits"))
+    note_job(run, "7")
+    with run.events.open("a") as file:
+        file.write('{"kind": "start", "step": 0}\n{"kind": "end", "state": "stopped"}\n')
+    handle = trial_module.Elsewhere(run)
+    assert handle.running()
+    (tools / "queue").write_text("7|COMPLETED|None\n")
+    time.sleep(0.06)
+    assert not handle.running()
+
+
+def test_one_search_at_a_time(here: Path) -> None:
+    folder = here / "studies/digits"
+    folder.mkdir(parents=True)
+    with study.hold(folder), pytest.raises(UserError, match="another search"):
+        CliRunner().invoke(cli, ["tune", "digits", "space.yaml"], catch_exceptions=False)
+
+
+def test_what_is_not_the_trials_fault_ends_the_search(here: Path) -> None:
+    """Shards that are gone would fail every trial that is still to come."""
+    space = Space.model_validate({"parameters": {"seed": {"type": "int", "low": 1, "high": 9}}})
+    found = open_study(here / "study", space, trials=9)
+    (here / "shards").unlink()
+    search = tune.Search(
+        "digits", tuple(SMALL), space, here / "study", trials=9, parallel=1, nproc=1, slurm=None
+    )
+    with pytest.raises(UserError, match="shards/digits"):
+        tune.run_search(search, found)
+    assert [t.state for t in found.trials] == [TrialState.RUNNING]
