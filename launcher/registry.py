@@ -172,16 +172,18 @@ def cancel(run: RunDir) -> str:
                 return f"job {info.job} is out of the queue; nothing was lost"
             return f"job {info.job} finishes its step, saves and ends; it is not requeued"
     starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
-    host, pid = (starts[-1].get("host"), starts[-1].get("pid")) if starts else (None, None)
+    start: dict[str, Any] = starts[-1] if starts else {}
+    if info.state == "running" and start.get("host") != socket.gethostname():
+        raise UserError(
+            f"{run.name} runs on {start.get('host')}, this is {socket.gethostname()}; cancel it "
+            "there"
+        )
+    pid = _process(start)
     if info.state != "running" or pid is None:
         raise UserError(f"{run.name} is {info.state}: there is nothing to cancel")
-    if host != socket.gethostname():
-        raise UserError(
-            f"{run.name} runs on {host}, this is {socket.gethostname()}; cancel it there"
-        )
     # One rank is enough: all of them learn of it in the same step.
     try:
-        os.kill(int(pid), signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
     except OSError as error:  # another user's, or it ended just now
         raise UserError(f"cannot signal process {pid} of {run.name}: {error.strerror}") from None
     return f"process {pid} finishes its step, saves and ends"
@@ -220,17 +222,30 @@ def _state(run: RunDir, events: list[dict[str, Any]], age: float) -> str:
     last = [e for e in events if e.get("kind") in ("start", "end")]
     if not last:
         return "new"
-    if last[-1]["kind"] == "end":
-        return str(last[-1].get("state", "stopped"))
-    host, pid = last[-1].get("host"), last[-1].get("pid")
-    if host == socket.gethostname() and pid is not None:
-        return "running" if _is_worker(int(pid)) else "killed"
-    return "running" if age < _SILENT_S else "killed"
+    end = str(last[-1].get("state", "stopped")) if last[-1]["kind"] == "end" else None
+    if end == "finished":
+        return end
+    starts = [e for e in last if e["kind"] == "start"]
+    start = starts[-1] if starts else {}
+    if start.get("host") == socket.gethostname() and start.get("pid") is not None:
+        # A crashed rank may have noted its end; while its agent lives, it is started again.
+        return "running" if _process(start) else end or "killed"
+    return end or ("running" if age < _SILENT_S else "killed")
 
 
-def _is_worker(pid: int) -> bool:
+def _process(start: dict[str, Any]) -> int | None:
+    """What runs of a run that was started here: rank 0, or the agent that starts it again."""
+    for key, module in (("pid", "worker"), ("agent", "agent")):
+        pid = start.get(key)
+        if pid is not None and _runs(int(pid), f"bigbatch.trainers.{module}"):
+            return int(pid)
+    return None
+
+
+def _runs(pid: int, module: str) -> bool:
+    """Whether a process runs a module: its number may belong to another program by now."""
     try:
-        return b"bigbatch.trainers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 

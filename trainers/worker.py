@@ -44,7 +44,7 @@ from bigbatch.trainers.recovery.checkpoint import (
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.rollback import Range, Rollback, read_rollbacks, remove_stale
 from bigbatch.trainers.recovery.saving import Saver
-from bigbatch.trainers.recovery.signals import SAVED, StopFlag, die_with_agent
+from bigbatch.trainers.recovery.signals import SAVED, StopFlag, agent_pid, die_with_agent
 from bigbatch.trainers.recovery.watchdog import Watchdog, record_collectives
 
 # Enough images to settle the BatchNorm statistics of a soup.
@@ -163,6 +163,7 @@ def attempt(
             device=str(engine.device),
             host=socket.gethostname(),
             pid=os.getpid(),
+            agent=agent_pid(),
             flops_per_image=monitor.flops,
             peak_flops=monitor.peak,
         )

@@ -93,8 +93,27 @@ def test_a_process_on_this_machine_is_asked_whether_it_lives(tmp_path: Path) -> 
 
 
 def _until_started(pid: int) -> None:
-    while b"worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+    while b"bigbatch" not in Path(f"/proc/{pid}/cmdline").read_bytes():
         time.sleep(0.01)
+
+
+def test_between_a_crash_and_the_agents_restart_a_run_runs(tmp_path: Path) -> None:
+    sleep = "import sys, time; time.sleep(60)"
+    command = [sys.executable, "-c", sleep, "bigbatch.trainers.agent"]
+    with subprocess.Popen(command) as agent:
+        start = {**START, "host": socket.gethostname(), "pid": os.getpid(), "agent": agent.pid}
+        failed = {"kind": "end", "state": "failed"}
+        killed, crashed = make(tmp_path, "a", [start]), make(tmp_path, "b", [start, failed])
+        done = make(tmp_path, "c", [start, {"kind": "end", "state": "finished"}])
+        _until_started(agent.pid)
+        assert [describe(run).state for run in (killed, crashed, done)] == [
+            *("running", "running", "finished")
+        ]
+        assert not registry.has_ended(crashed)
+        assert "finishes its step" in registry.cancel(crashed)
+        agent.wait()
+        assert [describe(run).state for run in (killed, crashed)] == ["killed", "failed"]
+        assert registry.has_ended(crashed)
 
 
 def test_a_silent_run_on_another_machine_counts_as_killed(tmp_path: Path) -> None:
@@ -139,7 +158,7 @@ def test_a_run_that_may_not_be_read_or_signalled_is_one_message(
 
     here = {**START, "host": socket.gethostname(), "pid": os.getpid()}
     run = make(tmp_path, "a", [here], METRICS)
-    monkeypatch.setattr(registry, "_is_worker", lambda pid: True)
+    monkeypatch.setattr(registry, "_runs", lambda pid, module: True)
     monkeypatch.setattr(os, "kill", refuse)
     with pytest.raises(UserError, match="cannot signal process"):
         registry.cancel(run)

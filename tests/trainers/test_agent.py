@@ -14,6 +14,7 @@ import pytest
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.data.shard import shard
+from bigbatch.launcher.registry import describe
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.agent import FORWARD, explain
 from bigbatch.trainers.recovery.signals import CAUGHT, SAVED
@@ -124,10 +125,16 @@ def test_all_ranks_start_again_after_one_was_killed(shards: Path, tmp_path: Path
     with agent(run, stop_at=12) as process:
         wait_for_step(run, process, 4)
         ranks = _ranks(process)
-        ranks[1].kill()
+        rank_of_start(run, process, 0, 0).kill()
+        states = set()
+        while sum(e["kind"] == "start" for e in read_jsonl(run.events)) < 2:
+            states.add(describe(run).state)
+            assert process.poll() is None, said(run)
+        assert states == {"running"}  # also while nobody holds the lock
         assert process.wait(200) == 0, said(run)
         assert not psutil.wait_procs(ranks, timeout=30)[1]
-    assert "rank 1 was killed by SIGKILL" in said(run)
+    assert describe(run).state == "stopped"
+    assert "rank 0 was killed by SIGKILL" in said(run)
     assert "start again from step-" in said(run)
     assert [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"] == [*range(1, 13)]
     first, second = (e["step"] for e in read_jsonl(run.events) if e["kind"] == "start")

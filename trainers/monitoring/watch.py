@@ -176,7 +176,7 @@ def _events(history: History) -> RenderableType:
     # Checkpoints come and go by the hundred; what else happened must stay in sight.
     told = [event for event in history.events if event["kind"] != "checkpoint"]
     for event in told[-_EVENTS:]:
-        known = ("time", "date", "kind", "step", "pid")
+        known = ("time", "date", "kind", "step", "pid", "agent")
         details = ", ".join(
             f"{k} {v}" for k, v in event.items() if k not in known and v is not None
         )

@@ -33,10 +33,15 @@ class StopFlag:
             signal.signal(number, signal.SIG_IGN)
 
 
+def agent_pid() -> int | None:
+    """The agent that started this rank, and starts it again; None where another launcher did."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def die_with_agent() -> None:
     """Let the kernel kill this rank when the agent that started it dies, even by SIGKILL.
 
     A rank that went on alone would write into a run directory that the resumed run owns.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if agent_pid() is not None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
