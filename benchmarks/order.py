@@ -27,7 +27,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from bigbatch.configs.sampling import Sampling
-from bigbatch.data.index import Index, ShardFile, map_column
+from bigbatch.data.index import Index, ShardFile
+from bigbatch.data.index_files import map_column
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, build_order
 

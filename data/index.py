@@ -2,16 +2,12 @@
 
     SPLIT/000000.tar ...    SPLIT/index/{manifest.json, keys.parquet, *.npy}
 
-Columns are NumPy files, memory-mapped, 28 bytes a sample in all; training reads images by
-`pread` and never parses a tar header. An index is immutable: it is replaced, never edited.
+Training reads images by `pread` and never parses a tar header. An index is immutable: it is
+replaced, never edited (data/index_files.py).
 """
 
-import hashlib
-import json
-import mmap
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,30 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import sync
+from bigbatch.data.index_files import (
+    consistently,
+    read_columns,
+    read_keys,
+    read_manifest,
+    write_files,
+)
 from bigbatch.data.pool import map_all
 from bigbatch.data.staging import Remote
 from bigbatch.data.tar import Scan, scan_shard
 
-FORMAT = 1
-_COLUMNS = {
-    "shard": np.uint32,
-    "offset": np.uint64,
-    "size": np.uint32,
-    "label": np.int32,
-    "crc": np.uint32,
-    "class_starts": np.int64,
-    "class_members": np.uint32,
-}
-# Opening hashes columns up to this many bytes together (about five million samples, a
-# tenth of a second); `bigbatch inspect` checks larger ones.
-_HASH_AT_OPEN = 128 << 20
 _SHOWN_PROBLEMS = 20
-_REMAKE = "make it again with `bigbatch index"
 
 
 @dataclass(frozen=True)
@@ -94,16 +81,13 @@ class Index:
 
     def keys(self) -> list[str]:
         """The sample keys, in index order. Read from disk on every call."""
-        path = self.root / "index" / "keys.parquet"
-        try:
-            keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged ({error}); {_REMAKE} {self.root}`") from None
-        return keys
 
-    def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Path, Remote | None]]:
-        # Another process maps the same files; a pickled array would be a copy in memory.
-        return open_index, (self.root, self.remote)
+        def read() -> list[str]:
+            if read_manifest(self.root)["hash"] != self.hash:
+                raise UserError(f"the index of {self.root} was replaced meanwhile; start again")
+            return read_keys(self.root)
+
+        return consistently(self.root, read)
 
 
 def open_index(root: Path, remote: Remote | None = None) -> Index:
@@ -115,22 +99,25 @@ def open_index(root: Path, remote: Remote | None = None) -> Index:
     `remote` folder are not looked at; data/remote.py opens those.
     """
     root = Path(root)
-    manifest = _read_manifest(root)
-    columns = {name: _open_column(root, manifest, name) for name in _COLUMNS}
-    if sum(column.nbytes for column in columns.values()) <= _HASH_AT_OPEN:
-        verify_columns(root)
-    index = Index(
+    if not (root / "index").is_dir() and remote is None:
+        find_shards(root)
+    index = consistently(root, lambda: _open(root, remote))
+    if remote is None:
+        _check_shards(index)
+    return index
+
+
+def _open(root: Path, remote: Remote | None) -> Index:
+    manifest = read_manifest(root)
+    return Index(
         root=root,
         classes=tuple(manifest["classes"]),
         shards=tuple(ShardFile(**s) for s in manifest["shards"]),
         problems=tuple(manifest["problems"]),
         hash=manifest["hash"],
         remote=remote,
-        **columns,
+        **read_columns(root, manifest),
     )
-    if remote is None:
-        _check_shards(index)
-    return index
 
 
 def _check_shards(index: Index) -> None:
@@ -251,7 +238,13 @@ def write_index(
         ShardFile(name, scan.bytes, int(n))
         for name, scan, n in zip(shards, scans, samples, strict=True)
     ]
-    _write(root, columns, keys.filter(pa.array(good)), names, files, problems)
+    manifest = {
+        "samples": len(labels),
+        "classes": list(names),
+        "shards": [asdict(file) for file in files],
+        "problems": problems,
+    }
+    write_files(root, columns, keys.filter(pa.array(good)), manifest)
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -304,110 +297,3 @@ def _describe(
     shard = shards[columns["shard"][sample]]
     offset = columns["offset"][sample]
     return f"{shard} at byte {offset:,}: sample {keys[sample].as_py()!r} {problem}"
-
-
-def _write(
-    root: Path,
-    columns: dict[str, npt.NDArray[Any]],
-    keys: pa.StringArray,
-    classes: Sequence[str],
-    shards: Sequence[ShardFile],
-    problems: Sequence[str],
-) -> None:
-    """Write everything beside the old index, then put it in its place by rename."""
-    folder = root / f"index.tmp-{os.getpid()}"
-    try:
-        for left_over in root.glob("index.tmp-*"):
-            shutil.rmtree(left_over)
-        folder.mkdir()
-        for name, dtype in _COLUMNS.items():
-            np.save(folder / f"{name}.npy", columns[name].astype(dtype))
-        pq.write_table(pa.table({"key": keys}), folder / "keys.parquet")
-        manifest = {
-            "format": FORMAT,
-            "samples": len(keys),
-            "classes": list(classes),
-            "shards": [asdict(s) for s in shards],
-            "problems": list(problems),
-            "columns": {name: _digest(folder / f"{name}.npy") for name in _COLUMNS},
-        }
-        manifest["hash"] = _hash(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (*folder.iterdir(), folder):
-            sync(path)
-        old = root / f"index.tmp-old-{os.getpid()}"
-        if (root / "index").exists():
-            (root / "index").rename(old)
-        folder.rename(root / "index")
-        sync(root)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"cannot write the index of {root}: {error}") from None
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    path = root / "index" / "manifest.json"
-    if not path.is_file():
-        find_shards(root)
-        raise UserError(f"{root} has no index; make it with `bigbatch index {root}`")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {manifest['format']!r}; this version reads {FORMAT}; "
-                f"{_REMAKE} {root}`"
-            )
-        if _hash(manifest) != manifest["hash"]:
-            raise ValueError("its hash is not that of its contents")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
-    return manifest
-
-
-def map_column(path: Path) -> npt.NDArray[Any]:
-    """A column, memory-mapped for access here and there."""
-    column: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    # Training looks at samples in random order. Where the system reads ahead (megabytes, on
-    # some machines), the first micro-batch of a large index takes seconds instead of
-    # milliseconds.
-    column._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-    return np.asarray(column)  # np.memmap is slow to index
-
-
-def _open_column(root: Path, manifest: dict[str, Any], name: str) -> npt.NDArray[Any]:
-    path = root / "index" / f"{name}.npy"
-    length = len(manifest["classes"]) + 1 if name == "class_starts" else manifest["samples"]
-    try:
-        column = map_column(path)
-        if column.dtype != _COLUMNS[name] or column.shape != (length,):
-            raise ValueError(f"it holds {column.dtype} {column.shape}")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
-    return column
-
-
-def verify_columns(root: Path) -> None:
-    """Read all columns and compare their hashes with the manifest's; UserError where not."""
-    digests = _read_manifest(root)["columns"]
-    for name in _COLUMNS:
-        path = root / "index" / f"{name}.npy"
-        if _digest(path) != digests[name]:
-            raise UserError(
-                f"{path} is damaged (its hash is not the one in the manifest); {_REMAKE} {root}`"
-            )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash(manifest: dict[str, Any]) -> str:
-    """16 hex digits over the manifest: what the samples are, not how well they were found."""
-    text = json.dumps(
-        {k: v for k, v in manifest.items() if k not in ("hash", "problems")}, sort_keys=True
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index, open_index, verify_columns
+from bigbatch.data.index import Index, open_index
+from bigbatch.data.index_files import verify_columns
 from bigbatch.data.plan import SPLITS
 from bigbatch.data.recode import open_image, prepare
 

@@ -15,7 +15,8 @@ from queue import SimpleQueue
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import sync
-from bigbatch.data.index import Index, open_index, verify_columns
+from bigbatch.data.index import Index, open_index
+from bigbatch.data.index_files import verify_columns
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, Positions
 from bigbatch.data.readahead import reading_ahead

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import sync
+from bigbatch.configs.rundir import sync, write_atomically
 from bigbatch.data.retry import retry
 
 PIECE = 8 << 20  # bytes in one request
@@ -179,7 +180,7 @@ class Cache:
                 shutil.rmtree(folder)
                 return now
             about = {"url": file.url, "version": file.version, "crc32c": checksums}
-            _write(folder / ABOUT, json.dumps(about).encode())
+            write_atomically(folder / ABOUT, json.dumps(about))
             sync(folder)
             folder.rename(self.folder / "files" / file.key)
             sync(self.folder / "files")
@@ -248,7 +249,7 @@ class Cache:
 
     def _discard(self, folder: Path) -> None:
         """Remove a copy. Out of files/ by one rename: no half of it is ever found there."""
-        gone = self.folder / "partial" / f"{folder.name}.gone-{os.getpid()}"
+        gone = self.folder / "partial" / f"{folder.name}.gone-{uuid.uuid4().hex}"
         with suppress(FileNotFoundError):
             folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -396,10 +397,3 @@ def _checksums(handle: int) -> list[int]:
     """The CRC-32C of each piece of an open file."""
     size = os.fstat(handle).st_size
     return [crc32c(os.pread(handle, PIECE, start)) for start in range(0, size, PIECE)]
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

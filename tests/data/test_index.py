@@ -1,6 +1,5 @@
 import io
 import json
-import pickle
 import re
 import shutil
 import subprocess
@@ -76,13 +75,6 @@ def test_dtypes_and_mapping(digits_root: Path) -> None:
     )
     assert all(isinstance(getattr(index, c).base, np.memmap) for c in columns)
     assert not index.label.flags.writeable
-
-
-def test_pickle_maps_the_same_files(digits_root: Path) -> None:
-    index = open_index(digits_root / "val")
-    data = pickle.dumps(index)
-    assert len(data) < 1000
-    assert pickle.loads(data).hash == index.hash
 
 
 def test_foreign_archives(tmp_path: Path) -> None:

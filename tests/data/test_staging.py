@@ -169,6 +169,20 @@ def test_a_damaged_copy_is_told_from_a_damaged_source(tmp_path):
     assert content(cache, url) == noise(100_000, 0)
 
 
+def test_what_a_killed_process_was_removing_is_in_nobody_s_way(tmp_path):
+    (url,) = files_of(tmp_path / "source", 1)
+    cache = Cache(tmp_path / "cache", MB)
+    content(cache, url)
+    (path,) = (tmp_path / "cache" / "files").glob("*/000.tar")
+    # Of the same process id, as containers give it at every start.
+    left_over = tmp_path / "cache" / "partial" / f"{path.parent.name}.gone-{os.getpid()}"
+    left_over.mkdir()
+    (left_over / "000.tar").write_bytes(b"half")
+    path.write_bytes(b"cut short")
+    assert content(cache, url) == noise(100_000, 0)
+    assert not left_over.exists()
+
+
 def test_passing_failures_are_retried(tmp_path):
     data = noise(300_000)
     with Store({"x": data}) as store:

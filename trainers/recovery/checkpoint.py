@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import sync
+from bigbatch.configs.rundir import sync, write_atomically
 from bigbatch.trainers.engine.shards import Shards
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 
@@ -144,10 +144,10 @@ def write(
     files = {
         MODEL: write_tensors(temporary / MODEL, captured.model),
         OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
-        STATE: _write_text(temporary / STATE, json.dumps(captured.content, indent=1)),
+        STATE: _write(temporary / STATE, [json.dumps(captured.content, indent=1).encode()]),
     }
     manifest = {"step": captured.step, "files": files}
-    _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
     sync(temporary)
     if before is not None:
         before()
@@ -313,10 +313,6 @@ def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tens
             old = torch.empty(tensor.shape, dtype=tensor.dtype)
         copies[name] = old.copy_(tensor.detach())
     return copies
-
-
-def _write_text(path: Path, text: str) -> dict[str, int | str]:
-    return _write(path, [text.encode()])
 
 
 def _write(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, int | str]:

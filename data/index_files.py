@@ -1,0 +1,232 @@
+"""An index on the disk: columns, their manifest, and how one index takes another's place.
+
+    SPLIT/index/{manifest.json, keys.parquet, *.npy}
+
+Columns are NumPy files, memory-mapped, 28 bytes a sample in all. An index is never edited. A
+new one is written beside it and changes places with it in one step, so that a crash leaves
+one or the other; a reader that meets the change between two files begins again.
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import sync
+
+T = TypeVar("T")
+
+FORMAT = 1
+COLUMNS = {
+    "shard": np.uint32,
+    "offset": np.uint64,
+    "size": np.uint32,
+    "label": np.int32,
+    "crc": np.uint32,
+    "class_starts": np.int64,
+    "class_members": np.uint32,
+}
+# Opening hashes columns up to this many bytes together (about five million samples, a
+# tenth of a second); `bigbatch inspect` checks larger ones.
+_HASH_AT_OPEN = 128 << 20
+_REMAKE = "make it again with `bigbatch index"
+_TRIES = 20  # to read an index that is being replaced
+_PAUSE_S = 0.05
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
+
+
+def write_files(
+    root: Path,
+    columns: Mapping[str, npt.NDArray[Any]],
+    keys: pa.StringArray,
+    manifest: dict[str, Any],
+) -> None:
+    """Write root/index, in the place of one that is there; of several writers the last one wins.
+
+    `manifest` is what it holds beside the format and the hashes. Raises UserError.
+    """
+    folder = root / f"index.tmp-{os.getpid()}-{socket.gethostname()}"
+    try:
+        for left_over in root.glob("index.tmp-*"):
+            if left_over == folder or not _has_writer(left_over.name):
+                shutil.rmtree(left_over, ignore_errors=True)
+        folder.mkdir()
+        for name, dtype in COLUMNS.items():
+            np.save(folder / f"{name}.npy", columns[name].astype(dtype))
+        pq.write_table(pa.table({"key": keys}), folder / "keys.parquet")
+        digests = {name: _digest(folder / f"{name}.npy") for name in COLUMNS}
+        manifest = {"format": FORMAT, **manifest, "columns": digests}
+        manifest["hash"] = _hash(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in (*folder.iterdir(), folder):
+            sync(path)
+        _replace(folder, root / "index")
+        sync(root)
+    except OSError as error:
+        raise UserError(f"cannot write the index of {root}: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_writer(name: str) -> bool:
+    """Whether a folder index.tmp-PID-HOST may belong to a process that lives."""
+    found = re.fullmatch(r"index\.tmp-(\d+)-(.+)", name)
+    return found is not None and (
+        found[2] != socket.gethostname() or psutil.pid_exists(int(found[1]))
+    )
+
+
+def _replace(folder: Path, index: Path) -> None:
+    """Give `folder` the name `index`; what had it is then called `folder`, or is gone."""
+    while not _exchange(folder, index):
+        # There is none yet, or the file system cannot exchange (NFS). Readers wait this out.
+        old = folder.with_name(folder.name.replace("index.tmp-", "index.tmp-old-"))
+        with suppress(FileNotFoundError):
+            index.rename(old)
+        try:
+            folder.rename(index)
+            break
+        except OSError as error:  # another writer was faster
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where that cannot be."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    status: int = rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    return status == 0
+
+
+def consistently(root: Path, read: Callable[[], T]) -> T:
+    """What `read` finds in root/index, all of it in one index, though another may replace it."""
+    for left in reversed(range(_TRIES)):
+        before = _identity(root)
+        try:
+            found = read()
+        except UserError:
+            moving = before is None and any(root.glob("index.tmp-old-*"))
+            if left == 0 or (_identity(root) == before and not moving):
+                raise
+        else:
+            if _identity(root) == before:
+                return found
+        time.sleep(_PAUSE_S)
+    raise UserError(f"the index of {root} is replaced again and again; start when that is over")
+
+
+def _identity(root: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        found = (root / "index").stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest, checked against its own hash; UserError where it is damaged or missing."""
+    path = root / "index" / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{root} has no index; make it with `bigbatch index {root}`")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {manifest['format']!r}; this version reads {FORMAT}; "
+                f"{_REMAKE} {root}`"
+            )
+        if _hash(manifest) != manifest["hash"]:
+            raise ValueError("its hash is not that of its contents")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
+    return manifest
+
+
+def read_columns(root: Path, manifest: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """All columns, memory-mapped; UserError where one is damaged, as far as is quick."""
+    columns = {name: _open_column(root, manifest, name) for name in COLUMNS}
+    if sum(column.nbytes for column in columns.values()) <= _HASH_AT_OPEN:
+        verify_columns(root)
+    return columns
+
+
+def read_keys(root: Path) -> list[str]:
+    path = root / "index" / "keys.parquet"
+    try:
+        keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
+    return keys
+
+
+def verify_columns(root: Path) -> None:
+    """Read all columns and compare their hashes with the manifest's; UserError where not."""
+    digests = read_manifest(root)["columns"]
+    for name in COLUMNS:
+        path = root / "index" / f"{name}.npy"
+        try:
+            digest = _digest(path)
+        except OSError as error:
+            raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
+        if digest != digests[name]:
+            raise UserError(
+                f"{path} is damaged (its hash is not the one in the manifest); {_REMAKE} {root}`"
+            )
+
+
+def map_column(path: Path) -> npt.NDArray[Any]:
+    """A column, memory-mapped for access here and there."""
+    column: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Training looks at samples in random order. Where the system reads ahead (megabytes, on
+    # some machines), the first micro-batch of a large index takes seconds instead of
+    # milliseconds.
+    column._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return np.asarray(column)  # np.memmap is slow to index
+
+
+def _open_column(root: Path, manifest: dict[str, Any], name: str) -> npt.NDArray[Any]:
+    path = root / "index" / f"{name}.npy"
+    length = len(manifest["classes"]) + 1 if name == "class_starts" else manifest["samples"]
+    try:
+        column = map_column(path)
+        if column.dtype != COLUMNS[name] or column.shape != (length,):
+            raise ValueError(f"it holds {column.dtype} {column.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
+    return column
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(manifest: dict[str, Any]) -> str:
+    """16 hex digits over the manifest: what the samples are, not how well they were found."""
+    text = json.dumps(
+        {k: v for k, v in manifest.items() if k not in ("hash", "problems")}, sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
