@@ -1,8 +1,6 @@
 """From a recipe's name or file to a checked Recipe."""
 
 import difflib
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,17 +18,6 @@ _DEEPEST = 20  # parts of an override's key
 BUILTIN = Path(__file__).parent
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
-
-# What may change between two starts of one run: where it logs and saves, and how many
-# processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
-NO_EFFECT: dict[str, Any] = {
-    "name": True,
-    "backend": True,
-    "log": True,
-    "checkpoint": True,
-    "recovery": {"stall_s"},
-    "data": {"path", "cache", "cache_gb", "workers", "threads"},
-}
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -89,12 +76,6 @@ def find_recipe(name: str | Path) -> Path:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every value written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """16 hex digits over everything in the recipe that can reach a weight."""
-    tree = recipe.model_dump(mode="json", exclude=NO_EFFECT)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Loader(yaml.SafeLoader):

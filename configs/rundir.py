@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml, recipe_hash
+from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.schema import Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

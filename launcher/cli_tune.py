@@ -214,7 +214,7 @@ def tune(
     import shlex
 
     from bigbatch.configs.errors import UserError
-    from bigbatch.configs.load import load_recipe, recipe_hash
+    from bigbatch.configs.load import load_recipe
     from bigbatch.configs.rundir import RunDir
     from bigbatch.configs.space import load_space
     from bigbatch.launcher import start
@@ -253,7 +253,7 @@ def tune(
     found = studies.open_study(
         folder,
         searched,
-        recipe_hash(base),
+        base,
         sampler=sampler,
         pruner=pruner,
         seed=seed,

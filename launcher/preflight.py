@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.estimate import Estimate, look

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.load import NO_EFFECT, change_recipe, dump_recipe, recipe_hash
+from bigbatch.configs.identity import NO_EFFECT, differences, summary
+from bigbatch.configs.load import change_recipe, dump_recipe
 from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
@@ -146,12 +147,10 @@ def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
                 "choose another name with --run"
             )
         time.sleep(0.1)
-    stored = recipe_hash(run.recipe())
-    if stored != recipe_hash(recipe):
+    if found := differences(run.recipe(), recipe):
         raise UserError(
-            f"{path} was created with another recipe (hash {stored}, this one has "
-            f"{recipe_hash(recipe)}); go on with it by `bigbatch resume {path}`, or choose "
-            "another name with --run"
+            f"{path} was created with another recipe: {summary(found)}; go on with it by "
+            f"`bigbatch resume {path}`, or choose another name with --run"
         )
     return run
 
@@ -163,12 +162,12 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
     """
     before = run.recipe()
     changed = change_recipe(before, overrides)
-    if recipe_hash(changed) != recipe_hash(before):
+    if found := differences(before, changed):
         free = [key for key in NO_EFFECT if key != "data"]
         free += [f"data.{key}" for key in sorted(NO_EFFECT["data"])]
         raise UserError(
-            f"{' '.join(overrides)}: that changes what is computed, so this would not be the same "
-            f"run; you may change {', '.join(free)}, or start a new run"
+            f"{' '.join(overrides)}: that changes what is computed ({summary(found)}), so this "
+            f"would not be the same run; you may change {', '.join(free)}, or start a new run"
         )
     if peers is None or peers.rank == 0:
         write_atomically(run.recipe_file, dump_recipe(changed))

@@ -22,6 +22,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.identity import differences, summary, tree_differences
+from bigbatch.configs.load import parse_recipe
+from bigbatch.configs.schema import Recipe
 from bigbatch.configs.space import MAXIMISED, Choice, Float, Int, Space
 from bigbatch.launcher.cma import ReplayedCMA
 
@@ -168,7 +171,7 @@ def hold(folder: Path) -> Iterator[None]:
 def open_study(
     folder: Path,
     space: Space,
-    recipe_hash: str,
+    recipe: Recipe,
     *,
     sampler: Sampler,
     pruner: Pruner,
@@ -191,20 +194,30 @@ def open_study(
         study = optuna.create_study(
             storage=storage, study_name=_NAME, directions=directions, pruner=pruning
         )
-    settings = {"space": space.model_dump(mode="json"), "recipe_hash": recipe_hash}
-    for name, value in settings.items():
-        stored = study.user_attrs.get(name, value)
-        if stored != value:
-            what = "space" if name == "space" else "recipe"
+    for what, settings in (("recipe", recipe), ("space", space)):
+        stored = study.user_attrs.get(what)
+        if stored is None:
+            study.set_user_attr(what, settings.model_dump(mode="json"))
+        elif found := _changed(stored, settings, folder):
             raise UserError(
-                f"{folder} holds a study of another {what}; go on with the same files and "
-                "changes, or name a new folder with --study"
+                f"{folder} holds a study of another {what}: {summary(found)}; go on with the "
+                "same files and changes, or name a new folder with --study"
             )
-        study.set_user_attr(name, value)
     # A sampler starts anew with each process: with the same seed it would repeat itself.
     shift = 0 if sampler in ("grid", "cmaes") else len(study.trials)
     study.sampler = make_sampler(space, sampler, seed + shift, startup, trials)
     return study
+
+
+def _changed(stored: dict[str, Any], settings: Recipe | Space, folder: Path) -> list[str]:
+    """What differs between the settings that a study was started with, and those given now.
+
+    Both are read by the same schema, so a key that this version added is no difference.
+    """
+    if isinstance(settings, Recipe):
+        return differences(parse_recipe(stored, f"of the study in {folder}"), settings)
+    then = Space.model_validate(stored)
+    return tree_differences(then.model_dump(mode="json"), settings.model_dump(mode="json"))
 
 
 def ask(study: optuna.Study, space: Space) -> Trial:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import JsonValue
 from torch import nn
 
-from bigbatch.configs.load import recipe_hash
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter, contact_sheet
@@ -118,6 +118,9 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     )
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
-    fingerprint = {"recipe_hash": recipe_hash(recipe), "order_hash": order_hash}
+    fingerprint: dict[str, JsonValue] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "order_hash": order_hash,
+    }
     state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint, engine.shards)
     return Job(run, recipe, engine, inputs, model, augmenter, evaluator, state)

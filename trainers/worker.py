@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from bigbatch.configs.errors import RankError, UserError, is_refused
-from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.data.journal import count, read_journal

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.load import load_recipe, recipe_hash
+from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.load import load_recipe
 from bigbatch.launcher.prove import (
     Result,
     RunFailed,

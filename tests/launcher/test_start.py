@@ -202,7 +202,7 @@ def test_ranks_that_start_together_share_one_run(tmp_path: Path) -> None:
 
 def test_a_run_of_another_recipe_is_not_joined(tmp_path: Path) -> None:
     join_run(tmp_path / "a", DIGITS)
-    with pytest.raises(UserError, match="created with another recipe"):
+    with pytest.raises(UserError, match="created with another recipe: seed = 3 there, 12345 here;"):
         join_run(tmp_path / "a", load_recipe("digits", ["seed=12345"]))
     # How much is logged reaches no weight.
     join_run(tmp_path / "a", load_recipe("digits", ["log.every=5"]))

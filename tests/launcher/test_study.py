@@ -11,6 +11,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
 from bigbatch.configs.space import Space
 from bigbatch.launcher import study
 from bigbatch.launcher.cma import from_unit, to_unit
@@ -35,7 +36,10 @@ GRID = Space.model_validate(
 )
 
 
-def open_(folder: Path, space: Space, sampler="tpe", pruner="none", trials=40, recipe="abc"):
+DIGITS = load_recipe("digits")
+
+
+def open_(folder: Path, space: Space, sampler="tpe", pruner="none", trials=40, recipe=DIGITS):
     return study.open_study(
         folder,
         space,
@@ -143,10 +147,12 @@ def test_pruners_stop_the_worst(tmp_path: Path, pruner: str) -> None:
 def test_another_space_or_recipe_is_refused(tmp_path: Path) -> None:
     open_(tmp_path, NUMBERS)
     open_(tmp_path, NUMBERS)
-    with pytest.raises(UserError, match="another recipe"):
-        open_(tmp_path, NUMBERS, recipe="abd")
-    with pytest.raises(UserError, match="another space"):
+    other = load_recipe("digits", ["optimizer.lr=0.5"])
+    with pytest.raises(UserError, match=r"another recipe: optimizer\.lr = 2\.0 there, 0\.5 here;"):
+        open_(tmp_path, NUMBERS, recipe=other)
+    with pytest.raises(UserError, match=r"another space: .*parameters\."):
         open_(tmp_path, GRID)
+    open_(tmp_path, NUMBERS, recipe=load_recipe("digits", ["log.every=9"]))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def open_study(
     return study.open_study(
         folder,
         space,
-        "abc",
+        load_recipe("digits"),
         sampler=sampler,
         pruner=pruner,
         seed=0,
@@ -102,7 +102,7 @@ def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
     # A third start finds nothing left to do; another recipe is refused.
     again = CliRunner().invoke(cli, [*command[4:]], catch_exceptions=False)
     assert json.loads(again.stdout)["trials"] == found["trials"]
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match=r"another recipe: seed = 3 there, 1 here"):
         CliRunner().invoke(cli, [*command[4:], "seed=1"], catch_exceptions=False)
 
 

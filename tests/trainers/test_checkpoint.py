@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
 from bigbatch.configs.optimizers import LARS
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.recovery import checkpoint
@@ -22,7 +23,13 @@ from bigbatch.trainers.recovery.checkpoint import (
 )
 
 
-def make_state(seed=0, steps=0, fingerprint="abc"):
+def fingerprint_of(*overrides, order="abc"):
+    tree = load_recipe("digits", overrides).model_dump(mode="json")
+    return {"recipe": tree, "order_hash": order}
+
+
+def make_state(seed=0, steps=0, fingerprint=None):
+    fingerprint = fingerprint_of() if fingerprint is None else fingerprint
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
     optimizer = build_optimizer(model, LARS(name="lars", lr=1.0))
@@ -30,7 +37,7 @@ def make_state(seed=0, steps=0, fingerprint="abc"):
         optimizer.zero_grad()
         model(torch.randn(6, 1, 4, 4)).square().mean().backward()
         optimizer.step()
-    return TrainState(steps, model, optimizer, None, {"recipe_hash": fingerprint})
+    return TrainState(steps, model, optimizer, None, fingerprint)
 
 
 def save_checkpoint(folder, state, keep):
@@ -106,8 +113,30 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 def test_another_recipe_is_refused(tmp_path):
     save_checkpoint(tmp_path, make_state(steps=1), keep=1)
-    with pytest.raises(UserError, match="recipe_hash abc, this run has recipe_hash xyz"):
-        load_checkpoint(tmp_path / "step-00000001", make_state(fingerprint="xyz"))
+    path = tmp_path / "step-00000001"
+    other = make_state(fingerprint=fingerprint_of("optimizer.lr=1", "clip={name: value, limit: 1}"))
+    with pytest.raises(UserError, match=r"recipe: clip = null there, .*optimizer\.lr = 2\.0 there"):
+        load_checkpoint(path, other)
+    with pytest.raises(UserError, match=r"other data: its order_hash is abc, that .* here xyz"):
+        load_checkpoint(path, make_state(fingerprint=fingerprint_of(order="xyz")))
+    load_checkpoint(path, make_state(fingerprint=fingerprint_of("log.every=7", "name=other")))
+
+
+def test_keys_that_a_version_adds_are_no_other_recipe(tmp_path):
+    old = fingerprint_of()
+    del old["recipe"]["evaluate"]["crop_fraction"], old["recipe"]["recovery"]
+    path = save_checkpoint(tmp_path, make_state(steps=1, fingerprint=old), keep=1)
+    load_checkpoint(path, make_state())
+    with pytest.raises(UserError, match=r"evaluate\.crop_fraction = 1\.0 there, 0\.9 here"):
+        load_checkpoint(path, make_state(fingerprint=fingerprint_of("evaluate.crop_fraction=0.9")))
+
+
+def test_a_checkpoint_with_a_mere_hash_of_the_recipe_still_loads(tmp_path):
+    early = {"recipe_hash": "0123456789abcdef", "order_hash": "abc"}
+    path = save_checkpoint(tmp_path, make_state(steps=1, fingerprint=early), keep=1)
+    load_checkpoint(path, make_state())
+    with pytest.raises(UserError, match="other data"):
+        load_checkpoint(path, make_state(fingerprint=fingerprint_of(order="xyz")))
 
 
 def without(path, *keys):

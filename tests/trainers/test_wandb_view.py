@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
-from bigbatch.configs.load import load_recipe, recipe_hash
+from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, event_record, read_jsonl
 from bigbatch.trainers.monitoring import wandb_view
 from bigbatch.trainers.monitoring.log import open_log

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bigbatch.configs.load import recipe_hash
+from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
 from bigbatch.configs.schema import Recipe

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.identity import differences, summary
+from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import sync, write_atomically
 from bigbatch.trainers.engine.shards import Shards
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
@@ -61,7 +63,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any | None  # torch.amp.GradScaler under fp16
-    fingerprint: dict[str, str]  # hashes of recipe and order: what the weights depend on
+    fingerprint: dict[str, JsonValue]  # recipe, and hash of the order: what weights depend on
     shards: Shards | None = None  # where ranks hold pieces, how to gather and to cut them
     losses: list[float] = field(default_factory=list)  # the last ones, to tell a spike by
     over: list[list[int]] = field(default_factory=list)  # steps that make no update, as ranges
@@ -254,6 +256,27 @@ def newest_valid(
     return second_best, problems
 
 
+def _check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise UserError where a checkpoint's steps are not those of this run; it names why.
+
+    Recipes are compared key by key, so a key that this version added, at its default, is no
+    difference. Early checkpoints hold no recipe; theirs is the run's own recipe.yaml.
+    """
+    if "recipe" in there and "recipe" in here:
+        then, now = (parse_recipe(f["recipe"], f"in {path / STATE}") for f in (there, here))
+        if found := differences(then, now):
+            raise UserError(
+                f"{path} was written with another recipe: {summary(found)} (recipe.yaml of the "
+                "run); put the old values back, or start a new run"
+            )
+    if there.get("order_hash") != here.get("order_hash"):
+        raise UserError(
+            f"{path} was trained on other data: its order_hash is {there.get('order_hash')}, that "
+            f"of the training split here {here.get('order_hash')}; put the same shards and index "
+            "back, or start a new run"
+        )
+
+
 def load_checkpoint(path: Path, state: TrainState) -> None:
     """Fill `state` from a verified checkpoint.
 
@@ -264,12 +287,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     lacking = [key for key in ("step", "optimizer", "fingerprint") if key not in content]
     if lacking:
         raise UserError(f"{path / STATE} holds no {' and no '.join(lacking)}{_OTHER_VERSION}")
-    for what, value in state.fingerprint.items():
-        if content["fingerprint"].get(what) != value:
-            raise UserError(
-                f"{path} was written with {what} {content['fingerprint'].get(what)}, this run "
-                f"has {what} {value}: its steps would not be the same; start a new run instead"
-            )
+    _check_fingerprint(path, content["fingerprint"], state.fingerprint)
     tensors = load_file(path / OPTIMIZER)
     try:
         if state.shards is not None:

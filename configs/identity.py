@@ -1,0 +1,71 @@
+"""Whether two recipes are the same run: what differs, key by key, and a hash to call one by."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import JsonValue
+
+from bigbatch.configs.schema import Recipe
+
+# What may change between two starts of one run: where it logs and saves, and how many
+# processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
+NO_EFFECT: dict[str, Any] = {
+    "name": True,
+    "backend": True,
+    "log": True,
+    "checkpoint": True,
+    "recovery": {"stall_s"},
+    "data": {"path", "cache", "cache_gb", "workers", "threads"},
+}
+_SHOWN = 5  # differences that a message names
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits over everything in the recipe that can reach a weight.
+
+    Only what differs from the schema's defaults is counted, so a key that a later version adds
+    changes no hash. It is a name to tell runs apart by; `differences` decides.
+    """
+    tree = recipe.model_dump(mode="json", exclude=NO_EFFECT, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(there: Recipe, here: Recipe) -> list[str]:
+    """`key = A there, B here` for each key that can reach a weight and differs.
+
+    Where a part is of another kind (another `name`), only its kind is named.
+    """
+    trees = (r.model_dump(mode="json", exclude=NO_EFFECT) for r in (there, here))
+    return tree_differences(*trees)
+
+
+def tree_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The same of two trees of plain values."""
+    return list(_differences(there, here, ""))
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str) -> list[str]:
+    keys = list(dict.fromkeys((*there, *here)))
+    if there.get("name") != here.get("name"):
+        keys = ["name"]
+    found = []
+    for key in keys:
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} = {_shown(a)} there, {_shown(b)} here")
+    return found
+
+
+def summary(lines: list[str]) -> str:
+    """The first few differences, and how many more there are."""
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
+
+
+def _shown(value: JsonValue) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,67 @@
+"""Which recipes count as the same run, and how a difference is named."""
+
+from bigbatch.configs.identity import differences, recipe_hash, summary
+from bigbatch.configs.load import builtin_recipes, load_recipe, parse_recipe
+from bigbatch.configs.schema import Recipe
+
+
+def test_the_hash_sees_what_reaches_a_weight_and_nothing_else():
+    digits = recipe_hash(load_recipe("digits"))
+    for same in ("log.wandb=off", "checkpoint.keep=9", "data.workers=7", "name=x"):
+        assert recipe_hash(load_recipe("digits", [same])) == digits
+    sharded = load_recipe("digits", ["reduction=overlapped", "backend=zero1"])
+    assert recipe_hash(sharded) == recipe_hash(load_recipe("digits", ["reduction=overlapped"]))
+    for other in ("seed=1", "optimizer.lr=1", "micro_batch=32", "data.image_size=28"):
+        assert recipe_hash(load_recipe("digits", [other])) != digits
+
+
+def test_the_hash_does_not_see_a_default_that_is_written_out():
+    plain = load_recipe("digits")
+    written = parse_recipe(plain.model_dump(mode="json"), "digits")
+    assert recipe_hash(written) == recipe_hash(plain)
+
+
+def test_a_key_that_a_version_adds_changes_no_hash():
+    before = {name: recipe_hash(load_recipe(name)) for name in builtin_recipes()}
+
+    class Later(Recipe):
+        novelty: float = 0.5
+
+    for name, known in before.items():
+        tree = load_recipe(name).model_dump(mode="json")
+        assert recipe_hash(Later.model_validate(tree)) == known
+        assert recipe_hash(Later.model_validate(tree | {"novelty": 0.6})) != known
+
+
+def test_kinds_of_a_part_that_are_all_defaults_have_different_hashes():
+    options = ["sampling=uniform", "sampling=balanced", "sampling=label_shuffling"]
+    hashes = {recipe_hash(load_recipe("cifar10-resnet18", [f"data.{o}"])) for o in options}
+    kinds = ["constant", "cosine", "polynomial"]
+    hashes |= {recipe_hash(load_recipe("digits", [f"schedule={{name: {k}}}"])) for k in kinds}
+    assert len(hashes) == len(options) + len(kinds)
+
+
+def test_differences_name_each_key_and_both_values():
+    digits = load_recipe("digits")
+    assert differences(digits, digits) == []
+    other = load_recipe("digits", ["seed=4", "optimizer.lr=1", "log.every=3", "data.workers=5"])
+    assert differences(digits, other) == [
+        "seed = 3 there, 4 here",
+        "optimizer.lr = 2.0 there, 1.0 here",
+    ]
+    clipped = load_recipe("digits", ["clip={name: norm, limit: 1}"])
+    assert differences(digits, clipped) == [
+        'clip = null there, {"name": "norm", "limit": 1.0} here'
+    ]
+
+
+def test_of_a_part_of_another_kind_the_kind_is_named():
+    other = load_recipe("digits", ["optimizer={name: adamw, lr: 0.001}"])
+    assert differences(load_recipe("digits"), other) == [
+        'optimizer.name = "lars" there, "adamw" here'
+    ]
+
+
+def test_a_summary_names_five_and_counts_the_rest():
+    assert summary(list("abcde")) == "a; b; c; d; e"
+    assert summary(list("abcdefg")) == "a; b; c; d; e; and 2 more"
