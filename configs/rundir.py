@@ -155,6 +155,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def remove_leftovers(run: RunDir) -> None:
+    """Remove what a killed holder of the run's lock was writing, and nobody else writes."""
+    ours = run.contact_sheet, run.metrics, run.summary, run.ensemble / "*"
+    for path in ours:
+        for left_over in path.parent.glob(f".{path.name}.tmp-*"):
+            left_over.unlink()
+
+
 def sync(path: Path) -> None:
     """Put a file's bytes, or a folder's entries, onto the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import read_jsonl, write_atomically
+from bigbatch.configs.rundir import read_jsonl, sync, write_atomically
 from bigbatch.data.index import build_index
 from bigbatch.data.plan import SPLITS, assign_splits, parse_fractions, plan_shards
 from bigbatch.data.recode import prepare
@@ -304,4 +304,10 @@ def _finish(
     skipped = [f"{k}\t{why}\n" for k, why in source.skipped] + skipped
     if skipped:
         write_atomically(data / "skipped.txt", "".join(skipped))
+    # Records of the journal are checked by size alone: a power cut may leave the rest to chance.
+    for r in records:
+        sync(data / r["shard"])
+    for folder in (*data.iterdir(), data):
+        sync(folder)
     data.rename(dest)
+    sync(dest.parent)

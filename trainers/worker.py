@@ -22,7 +22,7 @@ import torch
 from bigbatch.configs.errors import RankError, UserError, is_refused
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import message
-from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
+from bigbatch.configs.rundir import RunDir, read_jsonl, remove_leftovers, write_atomically
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers import ensemble, memory
 from bigbatch.trainers.engine import Engine, is_lost_peer, open_engine
@@ -111,6 +111,7 @@ def hold(run: RunDir, engine: Engine) -> Heartbeat:
         heartbeat = Heartbeat(run.heartbeats, engine.rank)
         if engine.rank == 0:
             heartbeat.lock()
+            remove_leftovers(run)
     except OSError as error:
         problem = f"cannot write in {run.path}: {error}; free some space or fix the permissions"
     except UserError as error:

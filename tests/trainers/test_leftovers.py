@@ -22,6 +22,18 @@ def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cycle-01"]
 
 
+def test_files_that_a_killed_start_was_writing_go_at_the_next_one(tmp_path):
+    (tmp_path / "ensemble").mkdir()
+    half = [".augmented.png.tmp-7", ".metrics.jsonl.tmp-7", "ensemble/.confusion.json.tmp-7"]
+    others = [".recipe.yaml.tmp-7", ".manifest.json.tmp-7", ".report.html.tmp-7"]  # may be alive
+    for name in (*half, *others, "metrics.jsonl"):
+        (tmp_path / name).touch()
+    engine: Any = SimpleNamespace(rank=0, from_main=lambda value: value)
+    worker.hold(RunDir(tmp_path), engine).close()
+    assert not any((tmp_path / name).exists() for name in half)
+    assert all((tmp_path / name).exists() for name in (*others, "metrics.jsonl"))
+
+
 def test_a_rank_whose_machine_cannot_write_says_so_itself(tmp_path, monkeypatch):
     def refuse(*args: object) -> None:
         raise OSError(30, "Read-only file system")
