@@ -1,11 +1,14 @@
 """A run as a child of this process: started, watched through its files, stopped by a signal."""
 
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.configs.schema import Recipe
@@ -25,11 +28,16 @@ class Child:
     A Ctrl-C reaches the run as well: it saves, and ends by itself.
     """
 
-    def __init__(self, run: RunDir, nproc: int, stop_at: int | None = None) -> None:
+    def __init__(
+        self, run: RunDir, nproc: int, stop_at: int | None = None, threads: int | None = None
+    ) -> None:
         self.run = run
         command = agent_command(run.path.absolute(), nproc, stop_at=stop_at)
+        env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         with (run.path / OUTPUT).open("ab") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, env=env, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
@@ -39,6 +47,11 @@ class Child:
         """Ask it to save and end: a signal that the loop answers after the step."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL all its processes, the agent first: nobody is left who could tidy up."""
+        kill_tree(self.process.pid)
+        self.process.wait()
 
     def wait(self, watch: Callable[[], None] = lambda: None) -> int:
         """Wait for the end, calling `watch` meanwhile; an exception stops the run first."""
@@ -50,6 +63,21 @@ class Child:
         finally:
             self.stop()
             self.process.wait()
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and everything that it started, and wait until all are gone."""
+    try:
+        parent = psutil.Process(pid)
+        processes = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes[1:], timeout=60)
 
 
 def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:

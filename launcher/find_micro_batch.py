@@ -17,7 +17,6 @@ from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import create_run, read_jsonl
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Child, RunFailed, bare_recipe, tail
-from bigbatch.launcher.prove import kill_tree
 from bigbatch.trainers.memory import OUT_OF_MEMORY
 
 _STEPS = 3  # the first makes gradients and optimizer state, the second holds both at its peak
@@ -75,7 +74,7 @@ def probe(recipe: Recipe, micro_batch: int, world: int, folder: Path, limit: int
         nonlocal peak
         peak = max(peak, tree_memory(child.process.pid))
         if peak > limit:
-            kill_tree(child.process.pid)
+            child.kill()
 
     status = child.wait(watch)
     said = tail(run, 40)

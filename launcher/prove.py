@@ -6,9 +6,7 @@ trace that workers write) and the weights that came out. Runs are real ones, in 
 """
 
 import json
-import os
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from safetensors.numpy import load_file
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import RunFailed
-from bigbatch.launcher.start import agent_command
+from bigbatch.launcher.child import OUTPUT, Child, RunFailed, tail
 from bigbatch.trainers.plan import check_world
 
 # float32 sums in another order differ by some of its 6e-8 spacing a step; ten steps of a
@@ -121,55 +117,33 @@ def proof_recipe(recipe: Recipe) -> Recipe:
 
 def run_to_end(run: RunDir, ranks: int, steps: int) -> None:
     """Train up to `steps`; raise RunFailed with the end of what was said where it fails."""
-    log = run.path / "output.txt"
-    with log.open("ab") as output:
-        command = agent_command(run.path.absolute(), ranks, stop_at=steps)
-        done = subprocess.run(
-            command, env=_environment(), stdout=output, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    status = _start(run, ranks, steps).wait()
+    if status != 0:
         raise RunFailed(
-            f"training with {_ranks(ranks)} ended with status {done.returncode}:\n{tail}"
+            f"training with {_ranks(ranks)} ended with status {status}:\n{tail(run, 20)}"
         )
 
 
 def run_and_kill(run: RunDir, ranks: int, steps: int, aim: int, limit_s: float = 3600) -> int:
     """Start training, and SIGKILL all its processes once `aim` steps are finished.
 
-    Returns the number of steps that were finished at that moment. The agent goes first, so
-    that nobody is left who could tidy up.
+    Returns the number of steps that were finished at that moment.
     """
-    with (run.path / "output.txt").open("ab") as output:
-        command = agent_command(run.path.absolute(), ranks, stop_at=steps)
-        process = subprocess.Popen(
-            command, env=_environment(), stdout=output, stderr=subprocess.STDOUT
-        )
+    child = _start(run, ranks, steps)
     deadline = time.monotonic() + limit_s
-    while _finished_steps(run) < aim and process.poll() is None:
+    while _finished_steps(run) < aim and child.poll() is None:
         if time.monotonic() > deadline:
-            kill_tree(process.pid)
-            raise RunFailed(f"no step {aim} within {limit_s:.0f} s; see {run.path}/output.txt")
+            child.kill()
+            raise RunFailed(f"no step {aim} within {limit_s:.0f} s; see {run.path}/{OUTPUT}")
         time.sleep(0.005)
     at = _finished_steps(run)
-    kill_tree(process.pid)
-    process.wait()
+    child.kill()
     return at
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and everything that it started, and wait until all are gone."""
-    try:
-        parent = psutil.Process(pid)
-        processes = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes[1:], timeout=60)
+def _start(run: RunDir, ranks: int, steps: int) -> Child:
+    # One thread per rank: the order of the sums inside a rank is then the same on any machine.
+    return Child(run, ranks, stop_at=steps, threads=1)
 
 
 def compare(
@@ -246,11 +220,6 @@ def as_json(results: Sequence[Result], steps: int) -> str:
     rows = [asdict(r) | {"passed": r.passed} for r in results]
     proven = all(r.passed for r in results)
     return json.dumps({"proven": proven, "steps": steps, "results": rows}, indent=1)
-
-
-def _environment() -> dict[str, str]:
-    # One thread per rank: the order of the sums inside a rank is then the same on any machine.
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def _finished_steps(run: RunDir) -> int:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.launcher import find_micro_batch as work
-from bigbatch.launcher.child import RunFailed
+from bigbatch.launcher.child import RunFailed, kill_tree
 from bigbatch.launcher.cli import cli
 from bigbatch.launcher.find_micro_batch import Probe, find, probe_recipe, sizes
 from bigbatch.trainers.memory import OUT_OF_MEMORY, is_out_of_memory
@@ -73,7 +73,7 @@ def test_memory_of_a_process_tree_and_what_is_free() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert 100e6 < work.tree_memory(process.pid) < 250e6
-        work.kill_tree(process.pid)
+        kill_tree(process.pid)
     assert work.tree_memory(process.pid) == 0
     assert 0 < work.free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -18,8 +18,8 @@ from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.space import Space
 from bigbatch.launcher import study, tune
 from bigbatch.launcher import trial as trial_module
+from bigbatch.launcher.child import kill_tree
 from bigbatch.launcher.cli import cli
-from bigbatch.launcher.prove import kill_tree
 from bigbatch.launcher.submit import note_job
 
 COMMAND = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "tune", "digits", "space.yaml"]
