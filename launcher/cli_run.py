@@ -194,10 +194,16 @@ def prove(
 @options.runs_folder
 def watch(run: str, runs_folder: Path) -> None:
     """Follow RUN, a name or a directory, with plots, until it ends or Ctrl-C."""
-    from bigbatch.launcher.registry import find_run
+    from bigbatch.launcher.registry import ENDED, find_run, state_of
     from bigbatch.trainers.monitoring.watch import watch
 
-    watch(find_run(run, runs_folder))
+    found = find_run(run, runs_folder)
+
+    def ended() -> str | None:
+        state = state_of(found)
+        return state if state in ENDED else None
+
+    watch(found, ended=ended)
 
 
 @click.command(short_help="Write a run's report.html.")

@@ -37,7 +37,7 @@ from bigbatch.launcher import options
 )
 @click.option("--sbatch-arg", multiple=True, help="Any other option of sbatch; may be repeated.")
 @click.option("--no-check", is_flag=True, help="Submit without looking at memory, disk, wandb.")
-@click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
+@click.option("--dry-run", is_flag=True, help="Check, print the batch script; submit nothing.")
 @options.new_run
 @options.runs_folder
 @options.as_json
@@ -76,6 +76,7 @@ def submit(
     bigbatch submit imagenet.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00
     bigbatch submit imagenet.yaml --nodes 2-8 --gpus-per-node 8 --array 0-4
     """
+    from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import preflight, slurm, start
     from bigbatch.launcher import submit as submission
@@ -103,26 +104,39 @@ def submit(
         signal_lead=signal_lead,
         options=sbatch_arg,
     )
-    check_world(loaded, job.most_ranks)
     recipes = submission.array_recipes(loaded, job, vary)
     path = start.run_path(loaded, run, run_dir, None, runs_folder).absolute()
+    paths = slurm.run_paths(job, path)
     mounts = [Path(mount) for mount in site.mounts]
-    if dry_run:
-        if site_file().exists():
-            click.echo(f"defaults from {site_file()}", err=True)
-        click.echo(submission.script_of(job, path, loaded, mounts), nl=False)
-        return
-    start.check_start(loaded)
+    submission.script_of(job, path, loaded, mounts)  # refuses what no script can hold
+    bare = dry_run and no_check
+    # Runs that differ by their seed alone need one look at their shards.
+    for own, each in zip(recipes, paths, strict=True) if vary else [(recipes[0], path)]:
+        try:
+            check_world(own, job.most_ranks)
+            if not bare:
+                start.check_start(own)
+        except UserError as error:
+            raise UserError(f"{each.name}: {error}" if vary else str(error)) from None
     if not no_check:
         found = preflight.estimate(loaded, path.parent, signal_lead or site.signal_lead)
         for finding in found.findings:
             if finding.state != "ok":
                 click.echo(f"{finding.state}: {finding.name}: {finding.text}", err=True)
         job = replace(job, lead=found.lead or job.lead)
+    made = {"run": str(paths[0]), "runs": [str(each) for each in paths]}
+    if dry_run:
+        script = submission.script_of(job, path, loaded, mounts)
+        if site_file().exists():
+            click.echo(f"defaults from {site_file()}", err=True)
+        if as_json:
+            options.print_json({"job": None, "script": script, **made})
+        else:
+            click.echo(script, nl=False)
+        return
     number = submission.submit(recipes, job, path, mounts)
-    paths = [str(each) for each in slurm.run_paths(job, path)]
     if as_json:
-        options.print_json({"job": number, "run": paths[0], "runs": paths})
+        options.print_json({"job": number, **made})
     else:
         click.echo(number)
         for each in paths:

@@ -34,9 +34,13 @@ class Launch:
         match = _NODES.fullmatch(self.nnodes)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise UserError(f"--nnodes {self.nnodes!r} is not allowed; write it like 2, or 2:8")
-        if self.endpoint is not None and not _ENDPOINT.fullmatch(self.endpoint):
+        if self.endpoint is not None and not (
+            _ENDPOINT.fullmatch(self.endpoint)
+            and 1 <= int(self.endpoint.rpartition(":")[2]) <= 65_535
+        ):
             raise UserError(
-                f"--rdzv-endpoint {self.endpoint!r} is not allowed; write it like node1:29400"
+                f"--rdzv-endpoint {self.endpoint!r} is not allowed; write it like node1:29400, "
+                "with a port from 1 to 65535"
             )
         if match[2] and self.launcher != "torchrun":
             raise UserError(f"--nnodes MIN:MAX is torchrun's; {self.launcher} takes a number")

@@ -24,6 +24,7 @@ from bigbatch.trainers.monitoring.alerts import TITLES
 # A run on another machine cannot be asked whether it lives: this long without a record, and
 # it counts as killed.
 _SILENT_S = 900.0
+ENDED = ("stopped", "failed", "finished", "killed", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,21 @@ def describe(
     return replace(info, state=gone.get(state, state))
 
 
-def has_ended(run: RunDir) -> bool:
-    """Whether nothing goes on with a run by itself: no process, and no job, not even a waiting one.
+def state_of(run: RunDir) -> str:
+    """The state of one run; "unknown" while SLURM does not answer.
 
-    False while SLURM does not answer, since the files of a preempted run say no more than that
-    it stopped.
+    The files of a preempted run say no more than that it stopped.
     """
     job = _live_job(run)
     jobs = queue.find_jobs([job]) if job else None
     if job and jobs is None and queue.available():
-        return False
-    return describe(run, jobs=jobs).state not in ("new", "queued", "running")
+        return "unknown"
+    return describe(run, jobs=jobs).state
+
+
+def has_ended(run: RunDir) -> bool:
+    """Whether nothing goes on with a run by itself: no process, no job, not even a waiting one."""
+    return state_of(run) in ENDED
 
 
 def status(run: RunDir) -> dict[str, Any]:
@@ -201,9 +206,16 @@ def remove(run: RunDir) -> None:
     doomed = run.path.with_name(f".{run.name}.removed-{os.getpid()}")
     try:
         run.path.rename(doomed)
-        shutil.rmtree(doomed)
     except OSError as error:
         raise UserError(f"cannot remove {run.path}: {error}") from None
+    try:
+        shutil.rmtree(doomed)
+    except (OSError, KeyboardInterrupt) as error:
+        said = str(error) or "interrupted"
+        raise UserError(
+            f"{run.path} is removed in part ({said}); what is left is hidden as {doomed}: "
+            f"`rm -r {doomed}` removes it"
+        ) from None
 
 
 def _live_job(run: RunDir) -> str | None:

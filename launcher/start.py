@@ -170,7 +170,13 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
             f"would not be the same run; you may change {', '.join(free)}, or start a new run"
         )
     if peers is None or peers.rank == 0:
-        write_atomically(run.recipe_file, dump_recipe(changed))
+        try:
+            write_atomically(run.recipe_file, dump_recipe(changed))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {run.recipe_file}: {error}; free some space, or resume without "
+                f"{' '.join(overrides)}"
+            ) from None
     deadline = time.monotonic() + _WAIT_S
     while run.recipe() != changed:
         if time.monotonic() > deadline:

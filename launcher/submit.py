@@ -159,9 +159,20 @@ def keep_code(run: RunDir) -> None:
 
 
 def note_job(run: RunDir, job: str) -> None:
-    """Write into events.jsonl which job the run belongs to from now on."""
-    with run.events.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event_record("submitted", 0, job=job)) + "\n")
+    """Write into events.jsonl which job the run belongs to from now on.
+
+    Raises UserError, with the job to cancel, where that cannot be written.
+    """
+    try:
+        with run.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event_record("submitted", 0, job=job)) + "\n")
+    except OSError as error:
+        number = job.partition("_")[0]
+        raise UserError(
+            f"SLURM has taken {run.path} as job {job}, which cannot be noted there: {error}; end "
+            f"that job by `scancel {number}`, free some space, and submit the run again by "
+            f"`bigbatch resume {run.path} --slurm`"
+        ) from None
 
 
 def job_of(run: RunDir) -> str | None:

@@ -14,7 +14,9 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.data.index import open_index
 from bigbatch.data.order import build_order
+from bigbatch.launcher import preflight
 from bigbatch.launcher.cli import SECTIONS, cli
+from bigbatch.launcher.estimate import Estimate, Finding
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 # What these tests count on; the recipe itself may be tuned.
@@ -74,6 +76,8 @@ def test_deepspeeds_extra_argument_is_accepted() -> None:
         (["train", *DIGITS, "--nproc", "5"], "5 ranks"),
         (["train", "digits", "--nproc", "0"], "--nproc"),
         (["train", "digits", "--nnodes", "2"], "--rdzv-endpoint"),
+        (["train", "digits", "--nnodes", "2", "--rdzv-endpoint", "n1:65536"], "1 to 65535"),
+        (["train", "digits", "--nnodes", "2", "--rdzv-endpoint", "[::1]:0"], "1 to 65535"),
         (["resume", "nothing"], "bigbatch runs"),
         (["resume", "nothing", "--sbatch-arg=--time=10"], "needs --slurm"),
         (["check", *DIGITS, "--nproc", "5"], "5 ranks"),
@@ -214,10 +218,45 @@ def test_runs_and_status(here: Path) -> None:
     assert "state" in invoke("status", "runs/a").output
 
 
-def test_dry_run_prints_the_script_and_does_nothing(here: Path) -> None:
-    result = invoke("submit", "digits", "--nodes", "2", "--ranks-per-node", "2", "--dry-run")
-    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n" in result.output
-    assert f"run={here}/runs/digits\n" in result.output
+def test_dry_run_prints_the_script_and_does_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimate(*arguments: object) -> Estimate:
+        return Estimate([Finding("disk", "warning", "nearly full")], 480)
+
+    monkeypatch.setattr(preflight, "estimate", estimate)
+    command = ["submit", "digits", "--nodes", "2", "--ranks-per-node", "2", "--dry-run"]
+    result = invoke(*command)
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n" in result.stdout
+    assert f"run={here}/runs/digits\n" in result.stdout
+    # The lead that the job would have.
+    assert "#SBATCH --signal=USR2@480\n" in result.stdout
+    assert result.stderr == "warning: disk: nearly full\n"
+    found = json.loads(invoke(*command, "--json").stdout)
+    assert found["script"] == result.stdout
+    assert (found["job"], found["run"]) == (None, f"{here}/runs/digits")
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ("micro_batch=64,512", "not a multiple"),
+        ("micro_batch=64,256", "r-1: 2 ranks"),
+        ("data.path=shards/digits,/no", "r-1: data.path /no is no folder"),
+        ("duration=60 epochs,1 steps", "r-1: schedule.cycles"),
+    ],
+)
+def test_one_value_that_does_not_work_lets_no_run_of_an_array_start(
+    here: Path, monkeypatch: pytest.MonkeyPatch, vary: str, says: str
+) -> None:
+    (here / "sbatch").write_text("#!/bin/sh\ntouch submitted; echo 1\n")
+    (here / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:/usr/bin:/bin")
+    options = ["--array", "0-1", "--vary", vary, "--ranks-per-node", "2", "--run", "r"]
+    with pytest.raises(UserError, match=says):
+        invoke("submit", *DIGITS, *options, "--no-check")
+    assert not (here / "submitted").exists()
     assert not (here / "runs").exists()
 
 

@@ -46,7 +46,7 @@ NO_TORCH = "import sys; sys.modules['torch'] = None; from bigbatch.launcher.cli 
         ["check", "digits"],
         ["schedule", "digits"],
         ["batches", "digits", "--steps", "0:1"],
-        ["submit", "digits", "--dry-run"],
+        ["submit", "digits", "--dry-run", "--no-check"],
         ["runs"],
     ],
     ids=lambda a: a[0],

@@ -177,3 +177,21 @@ def test_a_full_disk_leaves_no_half_of_a_run(
     with pytest.raises(UserError, match="No space left"):
         create_run(tmp_path / "a", load_recipe("digits"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBUSY, "Device or resource busy"), KeyboardInterrupt()]
+)
+def test_what_a_removal_leaves_behind_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    run = make(tmp_path, "a", [])
+
+    def refuse(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(registry.shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"removed in part .*rm -r ") as said:
+        registry.remove(run)
+    (left,) = tmp_path.iterdir()
+    assert f"`rm -r {left}`" in str(said.value)

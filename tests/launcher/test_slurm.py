@@ -264,6 +264,17 @@ def test_a_refused_job_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_a_job_that_cannot_be_noted_is_named_with_the_way_to_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk; a folder in the place of the file says it as clearly."""
+    _sbatch(tmp_path, 'mkdir "${2%/*}/events.jsonl"; echo 4711', monkeypatch)
+    path = tmp_path / "runs" / "digits"
+    with pytest.raises(UserError, match=r"as job 4711, .*`scancel 4711`.*resume .*--slurm`"):
+        submit(load_recipe("digits"), SMALL, path)
+    assert (path / "recipe.yaml").exists()  # the job would need it
+
+
 def test_a_run_that_exists_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _sbatch(tmp_path, "echo 1", monkeypatch)
     path = tmp_path / "runs" / "digits"

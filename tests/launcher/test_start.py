@@ -1,5 +1,6 @@
 """Argument lists, where runs go, and how several ranks agree on one run."""
 
+import errno
 import sys
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
+from bigbatch.launcher import start
 from bigbatch.launcher.env import CHOSEN, Peers
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.launcher.start import (
@@ -265,3 +267,16 @@ def test_ranks_wait_for_the_one_that_changes_the_run(tmp_path) -> None:
     assert change_run(run, ("backend=fsdp2",), TWO).backend == "fsdp2"
     waiting.join(30)
     assert [recipe.backend for recipe in found] == ["fsdp2"]
+
+
+def test_a_full_disk_changes_no_run(tmp_path, monkeypatch) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
+    before = run.recipe()
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(start, "write_atomically", full)
+    with pytest.raises(UserError, match=r"No space left.*resume without backend=zero1"):
+        change_run(run, ("backend=zero1",), None)
+    assert run.recipe() == before

@@ -259,7 +259,7 @@ def test_a_run_without_one_finite_value(tmp_path: Path) -> None:
                     json.dumps({"kind": "eval", "split": "val", "step": step, **scores}), file=file
                 )
     assert "Non-finite loss or gradient" in write_report(run).read_text()
-    watch(run, console=Console(file=io.StringIO(), width=100))
+    watch(run, ended=lambda: None, console=Console(file=io.StringIO(), width=100))
 
 
 Curve = Callable[[float], float]  # of the share of the run that is done

@@ -2,16 +2,20 @@
 
 import io
 import json
+import os
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.registry import ENDED, state_of
 from bigbatch.trainers.monitoring.history import read_history
 from bigbatch.trainers.monitoring.watch import seconds_left, watch
 from tests.trainers.test_report import make_run
@@ -20,7 +24,12 @@ from tests.trainers.test_report import make_run
 def watched(run: RunDir, width: int = 120, terminal: bool = False) -> str:
     text = io.StringIO()
     console = Console(file=text, width=width, height=40, force_terminal=terminal)
-    watch(run, interval=0.05, console=console)
+
+    def ended() -> str | None:
+        state = state_of(run)
+        return state if state in ENDED else None
+
+    watch(run, ended=ended, interval=0.05, console=console)
     return text.getvalue()
 
 
@@ -75,6 +84,18 @@ def test_it_follows_until_the_run_ends(tmp_path: Path) -> None:
     thread.join()
     assert text.index("100/300") < text.index("300/300")
     assert "finished" in text
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed"])
+def test_it_ends_when_a_run_was_stopped_or_killed(tmp_path: Path, state: str) -> None:
+    """Of a killed run the files say no more than that it started."""
+    run = make_run(tmp_path / "digits", steps=100, finished=False)
+    event = {"kind": "end", "step": 100, "state": state}
+    if state == "killed":
+        event = {"kind": "start", "step": 100, "host": socket.gethostname(), "pid": os.getpid()}
+    with run.events.open("a") as file:
+        print(json.dumps(event), file=file)
+    assert f"digits  {state}" in Text.from_ansi(watched(run, terminal=True)).plain
 
 
 def test_time_left_is_the_pace_since_the_newest_start(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ user, and after the end.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import plotext
@@ -29,35 +30,50 @@ from bigbatch.trainers.monitoring.progress import duration
 
 STALE = 120.0  # seconds without a record after which a run is called silent
 _EVENTS = 6  # as many of the newest are shown
-_STYLES = {"finished": "green", "failed": "red", "stopped": "yellow", "running": "cyan"}
+_STYLES = {"finished": "green", "failed": "red", "stopped": "yellow", "killed": "red"}
+_STYLES |= {"running": "cyan"}
 
 
-def watch(run: RunDir, *, interval: float = 2.0, console: Console | None = None) -> None:
+def watch(
+    run: RunDir,
+    *,
+    ended: Callable[[], str | None],
+    interval: float = 2.0,
+    console: Console | None = None,
+) -> None:
     """Show a run until it ends or Ctrl-C; one picture of it where there is no terminal.
 
-    `interval` is in seconds. Raises UserError where `run` is no run directory.
+    `ended` gives the state in which a run has ended, which its files alone cannot tell of a
+    killed one, and None before. `interval` is in seconds. Raises UserError where `run` is no
+    run directory.
     """
     console = console or Console()
-    if not console.is_terminal:
-        console.print(picture(run, read_history(run), console.width, 40))
-        return
     history = read_history(run)
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        while history.state not in ("finished", "failed"):
+    if not console.is_terminal:
+        console.print(picture(run, history, console.width, 40, ended()))
+        return
+    state: str | None = None
+    live = Live(console=console, screen=True, auto_refresh=False)
+    with suppress(KeyboardInterrupt), live:
+        while (state := ended()) is None:
             live.update(picture(run, history, console.width, console.height), refresh=True)
-            try:
-                time.sleep(interval)
-            except KeyboardInterrupt:
-                break
+            time.sleep(interval)
             started = time.monotonic()
             history = read_history(run)
             # A run of a million steps takes seconds to read: do not do only that.
             interval = max(interval, 4 * (time.monotonic() - started))
-    console.print(picture(run, history, console.width, console.height))  # stays on the terminal
+    # The last records came after the last look. This picture stays on the terminal.
+    history = read_history(run)
+    console.print(picture(run, history, console.width, console.height, state))
 
 
-def picture(run: RunDir, history: History, width: int, height: int) -> RenderableType:
-    """The run as it stands, for a terminal of `width` x `height` characters."""
+def picture(
+    run: RunDir, history: History, width: int, height: int, state: str | None = None
+) -> RenderableType:
+    """The run as it stands, for a terminal of `width` x `height` characters.
+
+    `state` is what is known beside the files.
+    """
     age = time.time() - run.metrics.stat().st_mtime if run.metrics.exists() else None
     columns = 2 if width >= 90 else 1
     rows = 2 if columns == 2 else 3
@@ -65,13 +81,12 @@ def picture(run: RunDir, history: History, width: int, height: int) -> Renderabl
     grid = Table.grid(expand=True)
     for row in range(0, len(plots), columns):
         grid.add_row(*plots[row : row + columns])
-    return Group(_header(history, age), grid, _events(history))
+    return Group(_header(history, age, state or history.state), grid, _events(history))
 
 
-def _header(history: History, age: float | None) -> RenderableType:
+def _header(history: History, age: float | None, state: str) -> RenderableType:
     """Name, state, how far, how fast, how long yet."""
     train, total = history.train, history.total_steps
-    state = history.state
     title = Text.assemble((history.name, "bold"), "  ", (state, _STYLES.get(state, "")))
     if state == "running" and age is not None and age > STALE:
         title.append(f"  no record for {duration(age)}: stalled, or killed", style="red")
@@ -85,7 +100,7 @@ def _header(history: History, age: float | None) -> RenderableType:
         recent = train["images_per_s"][-20:]
         # The mean time of an image, not of the rate: see Progress.
         cells.append(f"{len(recent) / np.nansum(1 / recent):,.0f} img/s")
-    left = seconds_left(history, age)
+    left = seconds_left(history, age) if state == "running" else None
     if left is not None:
         cells.append(f"{duration(left)} left")
     if "mfu" in train:
