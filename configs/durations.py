@@ -21,13 +21,14 @@ class Length:
     unit: str
 
     def steps(self, global_batch: int, epoch_samples: int) -> int:
-        """Whole optimizer steps that cover this length (rounded up).
+        """Whole optimizer steps that cover this length (rounded up; 0 for no length at all).
 
         `epoch_samples` is the number of samples that the order policy puts in one epoch.
         """
         samples_per_unit = {"epochs": epoch_samples, "samples": 1, "steps": global_batch}
         # The epsilon keeps 0.1 epochs of 1000 samples at 100, not 100.00000000000001.
-        return math.ceil(self.value * samples_per_unit[self.unit] / global_batch - 1e-9)
+        steps = math.ceil(self.value * samples_per_unit[self.unit] / global_batch - 1e-9)
+        return max(steps, int(self.value > 0))
 
     def __str__(self) -> str:
         return f"{self.value:.12g} {self.unit}"
@@ -49,9 +50,17 @@ def parse(text: Any) -> Length:
     return Length(value, match[3] + "s")
 
 
-Duration = Annotated[
-    Length,
-    BeforeValidator(parse),
+def _parse_period(text: Any) -> Length:
+    length = parse(text)
+    if length.value == 0:
+        raise ValueError(
+            f"{length} is no time at all; write a longer one (an `every` as long as the run "
+            "means: at its end alone)"
+        )
+    return length
+
+
+_SHAPE = (
     PlainSerializer(str, return_type=str),
     WithJsonSchema(
         {
@@ -60,4 +69,6 @@ Duration = Annotated[
             "examples": ["90 epochs", "2000 steps", "1.2M samples"],
         }
     ),
-]
+)
+Duration = Annotated[Length, BeforeValidator(parse), *_SHAPE]
+Period = Annotated[Length, BeforeValidator(_parse_period), *_SHAPE]  # more than 0

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 
-Betas = tuple[Fraction, Fraction]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 an average never takes anything in
+Betas = tuple[Beta, Beta]
 
 
 class Scale(Part):
@@ -155,7 +156,7 @@ class SM3(OptimizerBase):
     """Anil et al. 2019: Adagrad in the memory of rows and columns; has no weight decay."""
 
     name: Literal["sm3"]
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Beta = 0.9
     beta: Fraction = 0.0
 
 
@@ -170,7 +171,7 @@ class Muon(Decaying):
     """Jordan et al. 2024: orthogonal steps for hidden matrices, AdamW for everything else."""
 
     name: Literal["muon"]
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    momentum: Beta = 0.95
     nesterov: bool = True
     match_adamw: bool = Field(
         False, description="scale steps to AdamW's size (Liu et al. 2025), so its rates carry over"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bigbatch.configs.durations import Duration, Length
+from bigbatch.configs.durations import Duration, Length, Period
 from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 
 _NONE = Length(0, "steps")
@@ -71,7 +71,7 @@ class Polynomial(Warmup):
     name: Literal["polynomial"]
     power: Positive = 2.0
     final: Fraction = 0.0
-    length: Duration | None = Field(None, description="steps that the decay takes")
+    length: Period | None = Field(None, description="steps that the decay takes")
     cycle: bool = Field(
         False, description="at the end of each `length`, go on towards the end of the next one"
     )
@@ -88,7 +88,7 @@ class Exponential(Warmup):
 
     name: Literal["exponential"]
     rate: Fraction
-    every: Duration
+    every: Period
     staircase: bool = False
 
 
@@ -97,7 +97,7 @@ class NaturalExponential(Warmup):
 
     name: Literal["natural_exponential"]
     rate: NonNegative
-    every: Duration
+    every: Period
     staircase: bool = False
 
 
@@ -106,7 +106,7 @@ class InverseTime(Warmup):
 
     name: Literal["inverse_time"]
     rate: NonNegative
-    every: Duration
+    every: Period
     staircase: bool = False
 
 
@@ -114,7 +114,7 @@ class Step(Warmup):
     """Times `gamma` after every `every`, counted from the start of the run."""
 
     name: Literal["step"]
-    every: Duration
+    every: Period
     gamma: Fraction = 0.1
 
 
@@ -148,7 +148,7 @@ class Triangular(Warmup):
     peak is half as high as the one before (triangular2)."""
 
     name: Literal["triangular"]
-    rise: Duration
+    rise: Period
     low: Fraction = 0.1
     halving: bool = False
 
@@ -186,7 +186,7 @@ class Plateau(Warmup):
 class Piece(Part):
     """One schedule of a sequence and how long it lasts; the last one lasts to the end."""
 
-    length: Duration | None = None
+    length: Period | None = None
     schedule: "Schedule"
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from bigbatch.configs.clipping import Clip
-from bigbatch.configs.durations import Duration, Length
+from bigbatch.configs.durations import Length, Period
 from bigbatch.configs.optimizers import SHARDABLE, Optimizer
 from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
 from bigbatch.configs.sampling import Sampling, Uniform
@@ -13,6 +13,7 @@ from bigbatch.configs.schedules import Cosine, Schedule
 from bigbatch.configs.stream import refusals
 
 Range = tuple[Positive, Positive]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Data(Part):
@@ -74,7 +75,7 @@ class Loss(Part):
 class Crop(Part):
     """Random resized crop: area as a fraction of the image, aspect ratio log-uniform."""
 
-    scale: tuple[Fraction, Fraction] = (0.35, 1.0)
+    scale: tuple[Share, Share] = (0.35, 1.0)
     ratio: Range = (3 / 4, 4 / 3)
 
 
@@ -109,20 +110,20 @@ class Augment(Part):
 
 
 class Evaluate(Part):
-    every: Duration = Length(1, "epochs")
+    every: Period = Field(Length(1, "epochs"), description="and at the run's end")
     batch: Count = Field(256, description="images per evaluation batch, on each rank")
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+    crop_fraction: Share = Field(
         1.0, description="share of the image's short side in the centre crop"
     )
 
 
 class Checkpoint(Part):
-    every: Duration = Length(1, "epochs")
+    every: Period = Field(Length(1, "epochs"), description="and at the run's end")
     keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
     keep_best: Annotated[int, Field(ge=0)] = Field(
         0, description="and how many of those with the best accuracy on the validation split"
     )
-    keep_every: Duration | None = Field(
+    keep_every: Period | None = Field(
         None, description="and one each time this much is done, for good"
     )
 
@@ -186,7 +187,7 @@ class Recipe(Part):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    duration: Duration
+    duration: Period
     global_batch: Count = Field(256, description="samples in one optimizer step")
     micro_batch: Count = Field(64, description="samples in one forward/backward pass")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -31,18 +31,16 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
     """The plan of a run over an order policy with `epoch_samples` samples in an epoch."""
     batch = recipe.global_batch
     total = recipe.duration.steps(batch, epoch_samples)
-    if total < 1:
-        raise UserError(f"duration = {recipe.duration} makes no step; make it longer")
     ends = cycle_ends(recipe.schedule, total)
     keep = recipe.checkpoint.keep_every
     return Plan(
         total=total,
         stop=min(total, stop_at or total),
         micro_batches=recipe.micro_batches,
-        evaluate_every=max(1, recipe.evaluate.every.steps(batch, epoch_samples)),
-        save_every=max(1, recipe.checkpoint.every.steps(batch, epoch_samples)),
+        evaluate_every=recipe.evaluate.every.steps(batch, epoch_samples),
+        save_every=recipe.checkpoint.every.steps(batch, epoch_samples),
         snapshots=frozenset(ends or [total]),
-        keep_every=None if keep is None else max(1, keep.steps(batch, epoch_samples)),
+        keep_every=None if keep is None else keep.steps(batch, epoch_samples),
     )
 
 

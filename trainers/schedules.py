@@ -68,7 +68,7 @@ def build_schedule(
     # over a length count from the end of the warmup.
     match config:
         case c.Step():
-            every = _at_least_one("every", config.every, steps)
+            every = steps(config.every)
             return _warmed(config, warmup, lambda t: config.gamma ** ((t + warmup) // every))
         case c.MultiStep():
             marks = _ascending("milestones", config.milestones, steps)
@@ -88,23 +88,21 @@ def build_schedule(
         case c.LinearCosine():
             return _warmed(config, warmup, lambda t: _linear_cosine(config, t, rest))
         case c.Polynomial():
-            length = (
-                rest if config.length is None else _at_least_one("length", config.length, steps)
-            )
+            length = rest if config.length is None else steps(config.length)
             return _warmed(config, warmup, lambda t: _polynomial(config, t, length))
         case c.Triangular():
-            rise = _at_least_one("rise", config.rise, steps)
+            rise = steps(config.rise)
             return _warmed(config, warmup, lambda t: _triangular(config, t, rise))
         case c.Exponential():
-            every = _at_least_one("every", config.every, steps)
+            every = steps(config.every)
             return _warmed(config, warmup, lambda t: config.rate ** _periods(config, t, every))
         case c.NaturalExponential():
-            every = _at_least_one("every", config.every, steps)
+            every = steps(config.every)
             return _warmed(
                 config, warmup, lambda t: math.exp(-config.rate * _periods(config, t, every))
             )
         case c.InverseTime():
-            every = _at_least_one("every", config.every, steps)
+            every = steps(config.every)
             return _warmed(
                 config, warmup, lambda t: 1.0 / (1.0 + config.rate * _periods(config, t, every))
             )
@@ -243,13 +241,6 @@ def _periods(
     config: c.Exponential | c.NaturalExponential | c.InverseTime, t: int, every: int
 ) -> float:
     return t // every if config.staircase else t / every
-
-
-def _at_least_one(name: str, length: Length, steps: Callable[[Length], int]) -> int:
-    n = steps(length)
-    if n < 1:
-        raise UserError(f"schedule.{name} = {length} is no step at all; make it longer")
-    return n
 
 
 def _ascending(name: str, lengths: list[Length], steps: Callable[[Length], int]) -> list[int]:

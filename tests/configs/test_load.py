@@ -82,6 +82,8 @@ def test_plain_values_are_read_as_yaml_1_2_reads_them(tmp_path, text, value):
         ("micro_batch=60", ["256", "60", "divides"]),
         ("duration=90", ["90", "one number and one unit", "'90 epochs'"]),
         ("duration=9 weeks", ["9 weeks", "one unit"]),
+        ("augment.crop={scale: [0, 1]}", ["augment.crop.scale", "greater than 0"]),
+        ("optimizer={name: adam, lr: 1, betas: [0.9, 1]}", ["optimizer.betas.1", "less than 1"]),
         ("data.sampling=fair", ["fair", "'balanced'"]),
         ("data.sampling={name: balanced, x: 1}", ["data.sampling.x", "unknown key"]),
         ("schedule.name=cosin", ["cosin", "'cosine'"]),
@@ -172,6 +174,41 @@ def test_any_override_is_a_user_error_or_a_recipe(text):
 def test_durations(text, length):
     assert parse(text) == length
     assert parse(str(length)) == length
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "duration",
+        "evaluate.every",
+        "checkpoint.every",
+        "checkpoint.keep_every",
+        "schedule={name: step, every: %s}",
+        "schedule={name: exponential, rate: 0.5, every: %s}",
+        "schedule={name: natural_exponential, rate: 0.5, every: %s}",
+        "schedule={name: inverse_time, rate: 0.5, every: %s}",
+        "schedule={name: triangular, rise: %s}",
+        "schedule={name: polynomial, length: %s}",
+        "schedule={name: sequence, pieces: [{length: %s, schedule: {name: constant}}, "
+        "{schedule: {name: cosine}}]}",
+    ],
+)
+@pytest.mark.parametrize("zero", ["0 steps", "0 epochs", "0.0k samples"])
+def test_an_interval_of_nothing_is_refused(key, zero):
+    change = key % zero if "%" in key else f"{key}={zero}"
+    with pytest.raises(UserError, match=r"0 \w+ is no time at all; write a longer one"):
+        load_recipe("digits", [change])
+
+
+@pytest.mark.parametrize("key", ["log.every", "log.details_every", "checkpoint.keep"])
+def test_a_count_of_nothing_is_refused(key):
+    with pytest.raises(UserError, match=f"{key} = 0: .*greater than or equal to 1"):
+        load_recipe("digits", [f"{key}=0"])
+
+
+def test_a_warmup_may_be_nothing_and_a_tiny_interval_is_a_step():
+    assert load_recipe("digits", ["schedule.warmup=0 steps"]).schedule.warmup.steps(256, 9) == 0
+    assert parse("0.000000000001 epochs").steps(256, 1000) == 1
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 200))

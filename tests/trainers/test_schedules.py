@@ -313,7 +313,6 @@ def test_factors_are_finite_at_every_step_and_after_the_end(case, total, t):
         (2, {"name": "cycles"}, "cycles = 3 for a run of 2 steps"),
         (3, {"name": "one_cycle"}, "no step to rise"),
         (30, {"name": "multi_step", "milestones": ["2 epochs", "1 epochs"]}, "20, 10"),
-        (30, {"name": "step", "every": "0 steps"}, "no step at all"),
         (
             30,
             {
