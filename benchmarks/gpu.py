@@ -99,8 +99,10 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 def section_optimizers(options: Options) -> dict[str, Any]:
     """LARS and LAMB in float32 on the GPU against float64 on the CPU, ten steps."""
-    from bigbatch.trainers.optim import build_optimizer
+    from bigbatch.trainers.optim import build_optimizer, gpu
 
+    refusal = gpu.refusal(DEVICE)
+    check(refusal is None, f"no Triton kernels: {refusal}")
     found = {}
     for name, config in optimizer_cases().items():
         ours, reference = small_model().to(DEVICE), small_model().double()

@@ -193,7 +193,7 @@ def main() -> None:
     if options.json:
         machine = {
             "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "timm": timm.__version__,

@@ -87,6 +87,26 @@ class LAMB(LayerwiseOptimizer):
             torch._foreach_mul_(vectors, list((ratios * lr).unbind()))
             torch._foreach_sub_(params, vectors)
 
+    def measure(self, params: list[Tensor], group: dict[str, Any]) -> tuple[Any, Tensor]:
+        states = [self.state[p] for p in params]
+        means = [s["exp_avg"] for s in states]
+        grads = gradients(params, means)
+        steps = [s["step"] for s in states]
+        tables = self.tables(params, grads, means, [s["exp_avg_sq"] for s in states], steps)
+        if tables is None:
+            return super().measure(params, group)
+        torch._foreach_add_(steps, 1)
+        return (tables, grads), tables.lamb_moments(group)
+
+    def finish(
+        self, params: list[Tensor], measured: Any, squares: Tensor, group: dict[str, Any]
+    ) -> None:
+        if isinstance(measured, list):
+            super().finish(params, measured, squares, group)
+        else:
+            tables, _ = measured
+            self.last_ratios.append((params, tables.lamb_update(squares, group)))
+
     def update_unadapted(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """With a ratio of 1 this is AdamW, which torch has a kernel for."""
         if same_memory(params, [self.state[p]["exp_avg"] for p in params]):

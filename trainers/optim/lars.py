@@ -1,6 +1,6 @@
 """LARS: layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from bigbatch.trainers.optim.layerwise import (
     same_memory,
     upcast,
 )
+
+if TYPE_CHECKING:
+    from bigbatch.trainers.optim.gpu import Tables
 
 
 class LARS(LayerwiseOptimizer):
@@ -84,6 +87,33 @@ class LARS(LayerwiseOptimizer):
             _fused_update(params, vectors, buffers, ratios, group)
         else:
             _foreach_update(params, vectors, buffers, ratios, group)
+
+    def measure(self, params: list[Tensor], group: dict[str, Any]) -> tuple[Any, Tensor]:
+        grads = self.vectors(params, group)
+        tables = self._tables_of(params, grads)
+        if tables is None:
+            return super().measure(params, group)
+        return (tables, grads), tables.lars_squares()  # gradients laid out anew must live on
+
+    def finish(
+        self, params: list[Tensor], measured: Any, squares: Tensor, group: dict[str, Any]
+    ) -> None:
+        if isinstance(measured, list):
+            super().finish(params, measured, squares, group)
+        else:
+            tables, _ = measured
+            self.last_ratios.append((params, tables.lars_update(squares, group)))
+
+    def update_unadapted(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = self.vectors(params, group)
+        tables = self._tables_of(params, grads)
+        if tables is None:
+            self.update(params, grads, None, group)
+        else:
+            tables.lars_update(None, group)
+
+    def _tables_of(self, params: list[Tensor], grads: list[Tensor]) -> "Tables | None":
+        return self.tables(params, grads, [self.state[p]["momentum_buffer"] for p in params])
 
 
 def _trust_ratios(w: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:

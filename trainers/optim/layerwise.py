@@ -1,10 +1,16 @@
-"""What LARS and LAMB share: float32 state, norms, and the walk over parameters in buckets."""
+"""What LARS and LAMB share: float32 state, norms, and the walk over parameters."""
 
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bigbatch.trainers.optim.gpu import Tables
 
 # On a CPU, parameters are handled a few at a time, so that what the norms have read is
 # still in the last-level cache when the update reads it again. A GPU gets them all at once:
@@ -25,6 +31,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         # Of the last step, for logging: tensors, so that nothing waits for the device.
         self.last_ratios: list[tuple[list[Tensor], Tensor]] = []
+        self._tables: dict[Tensor, Tables] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -34,44 +41,72 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.last_ratios = []
-        work = []
+        together = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = self.init_state(p)
-            work.append((params, group))
-        if self.sum_over_ranks is None:
-            for params, group in work:
-                for bucket in buckets(params):
-                    if group["adapt"]:
-                        vectors = self.vectors(bucket, group)
-                        self.update(bucket, vectors, (norms(bucket), norms(vectors)), group)
-                    else:
-                        self.update_unadapted(bucket, group)
-        else:
-            self._sharded_step([(p, group) for p, group in work if p], self.sum_over_ranks)
+            for same in of_one_kind(params):
+                if self.sum_over_ranks is None and on_cpu(same):
+                    self._step_in_buckets(same, group)
+                else:
+                    together.append((same, group))
+        self._step_together(together)
         return loss
 
-    def _sharded_step(
-        self,
-        work: list[tuple[list[Tensor], dict[str, Any]]],
-        sum_over_ranks: Callable[[Tensor], Tensor],
-    ) -> None:
-        """The same for pieces of layers, with one all-reduce for all norms of the step."""
-        adapted = [(p, self.vectors(p, group), group) for p, group in work if group["adapt"]]
+    def _step_in_buckets(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for bucket in buckets(params):
+            if group["adapt"]:
+                vectors = self.vectors(bucket, group)
+                self.update(bucket, vectors, (norms(bucket), norms(vectors)), group)
+            else:
+                self.update_unadapted(bucket, group)
+
+    def _step_together(self, work: list[tuple[list[Tensor], dict[str, Any]]]) -> None:
+        """First all norms, then all updates: one all-reduce in between serves all layers."""
+        adapted = [(p, group, *self.measure(p, group)) for p, group in work if group["adapt"]]
         if adapted:
-            squares = [torch.stack([squared_norms(w), squared_norms(v)]) for w, v, _ in adapted]
-            total = sum_over_ranks(torch.cat(squares, dim=1)).sqrt()
-            sizes = [len(w) for w, _, _ in adapted]
-            lengths = total.to(state_dtype(adapted[0][0][0])).split(sizes, dim=1)
-            for (params, vectors, group), (w_length, v_length) in zip(
-                adapted, lengths, strict=True
-            ):
-                self.update(params, vectors, (w_length, v_length), group)
+            squares = torch.cat([of_group for *_, of_group in adapted])
+            if self.sum_over_ranks is not None:
+                squares = self.sum_over_ranks(squares)
+            of_groups = squares.split([len(params) for params, *_ in adapted])
+            for (params, group, measured, _), of_group in zip(adapted, of_groups, strict=True):
+                self.finish(params, measured, of_group, group)
         for params, group in work:
             if not group["adapt"]:
                 self.update_unadapted(params, group)
+
+    def measure(self, params: list[Tensor], group: dict[str, Any]) -> tuple[Any, Tensor]:
+        """The first half of a step: what `finish` needs of it, and the squared norms of layers
+        and of the vectors that the trust ratio compares them with, float64 [layers, 2]."""
+        vectors = self.vectors(params, group)
+        return vectors, torch.stack([squared_norms(params), squared_norms(vectors)], dim=1)
+
+    def finish(
+        self, params: list[Tensor], measured: Any, squares: Tensor, group: dict[str, Any]
+    ) -> None:
+        """The second half: update the parameters."""
+        w_length, v_length = squares.sqrt().to(state_dtype(params[0])).unbind(1)
+        self.update(params, measured, (w_length, v_length), group)
+
+    def tables(self, *roles: list[Tensor]) -> "Tables | None":
+        """Parameters of one kind, and what else there is of each (tensors of its shape or
+        numbers), for the kernels of `gpu`; None where these do not run, or do not know the
+        dtype or the memory layout."""
+        params = roles[0]
+        kernels = gpu_kernels(params[0].device)
+        if kernels is None or params[0].dtype not in kernels.KINDS:
+            return None
+        for role in roles:
+            pairs = zip(params, role, strict=True)
+            if any(t.ndim and p.stride() != t.stride() for p, t in pairs):
+                return None
+        tables = self._tables.get(params[0])
+        if tables is None or not tables.are_of(params):
+            tables = self._tables[params[0]] = kernels.Tables(params)
+        tables.point_at(*roles)
+        return tables
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -96,23 +131,43 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self.update(params, self.vectors(params, group), None, group)
 
 
-def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of one device and dtype; on a CPU of at most CPU_BUCKET elements, or one tensor."""
+@cache
+def gpu_kernels(device: torch.device) -> ModuleType | None:
+    """The module `gpu` where its kernels run on this device; where they should and do not, the
+    reason is said once, and torch's multi-tensor operations serve."""
+    if device.type != "cuda":
+        return None
+    try:
+        from bigbatch.trainers.optim import gpu
+
+        reason = gpu.refusal(device)
+    except ImportError as error:  # torch comes with Triton on Linux
+        reason = str(error)
+    if reason is None:
+        return gpu
+    warnings.warn(f"LARS and LAMB step without Triton, which is slower: {reason}", stacklevel=2)
+    return None
+
+
+def of_one_kind(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters by device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
         kinds.setdefault((p.device, p.dtype), []).append(p)
-    for same in kinds.values():
-        if not on_cpu(same):
-            yield same
-            continue
-        bucket: list[Tensor] = []
-        size = 0
-        for p in same:
-            if bucket and size + p.numel() > CPU_BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(p)
-            size += p.numel()
+    return list(kinds.values())
+
+
+def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of at most CPU_BUCKET elements, or of one tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for p in params:
+        if bucket and size + p.numel() > CPU_BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += p.numel()
+    if bucket:
         yield bucket
 
 
