@@ -15,8 +15,6 @@ of benchmarks/chaos_slurm.py; what the queue does not requeue is resubmitted.
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -30,8 +28,8 @@ from typing import Any
 
 import chaos_faults
 import chaos_slurm
-import torch
 from chaos_faults import RANKS, STEPS, NewRun, Run, until
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -218,10 +216,7 @@ def part(outcomes: list[Outcome], wrong: list[str], options: argparse.Namespace)
     own = chaos_slurm.machine() if options.slurm else {"ranks": RANKS, "recipe": recipe}
     return {
         "machine": {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
+            **machine("bigbatch", "torch"),
             **own,
             "steps": STEPS,
             "seed": options.seed,

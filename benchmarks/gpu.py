@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from torch import Tensor, nn
 
 BENCHMARKS = Path(__file__).parent
@@ -398,9 +399,7 @@ def main() -> None:
         return
     os.environ.setdefault("WANDB_MODE", "disabled")
     results: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        "machine": machine("timm", "torch"),
         "quick": chosen.quick,
         "sections": {},
     }

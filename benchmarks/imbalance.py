@@ -16,11 +16,9 @@ number of steps. Recall is that of the final weights on the test split.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,7 +26,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from machine import machine
 
 POLICIES = ("uniform", "balanced", "label_shuffling")
 IMBALANCE = 100.0
@@ -255,11 +253,7 @@ def main() -> None:
         run(folder, "shard", "longtail.parquet", "longtail", "--json")
         inspections["longtail"] = inspected(folder, "longtail")
         result: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-            "python": platform.python_version(),
-            "versions": {p: version(p) for p in ("bigbatch", "timm", "torch", "numpy", "pyarrow")},
-            "load_before_training": os.getloadavg()[0],
+            "machine": machine("bigbatch", "timm", "torch", "numpy", "pyarrow"),
             "quick": options.quick,
             "processes": PROCESSES,
             "imbalance": IMBALANCE,

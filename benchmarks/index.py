@@ -20,7 +20,6 @@ cores and of open_index are of the clock. Full: 3.9 GB on disk, about three minu
 import argparse
 import json
 import os
-import platform
 import tarfile
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from google_crc32c import value as crc32c
+from machine import machine
 
 from bigbatch.data.index import build_index, open_index
 from bigbatch.data.tar import scan_shard, write_end, write_member
@@ -125,13 +125,11 @@ def main() -> None:
         for what, value in figures[name].items():
             print(f"  {what:30}{value:>12,}")
     if options.json:
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "system": platform.platform(),
+        where = {
+            **machine("bigbatch", "numpy", "webdataset"),
             "quick": options.quick,
         }
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2))
+        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=2))
 
 
 if __name__ == "__main__":

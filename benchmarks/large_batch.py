@@ -20,10 +20,8 @@ residual net and few epochs, one trial per core; --gpu: ResNet-18 and 30 epochs.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,7 +29,6 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from machine import machine
 
 BIN = Path(sys.executable).parent
 BASE_BATCH = 256
@@ -407,10 +405,7 @@ def main() -> None:
                     finals += run_all(pool, plan, trials, folder)
                 arms = arms_of(finals)
                 result = {
-                    "date": datetime.date.today().isoformat(),
-                    "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-                    "python": platform.python_version(),
-                    "versions": {p: version(p) for p in ("bigbatch", "timm", "torch", "numpy")},
+                    "machine": machine("bigbatch", "timm", "torch", "numpy"),
                     "scale": name,
                     "plan": asdict(plan),
                     "recipe": recipe_tree(plan, tuning_trials(plan)[0], Path("shards")),

@@ -35,14 +35,12 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,6 +49,7 @@ import psutil
 import simplejpeg
 import torch
 from loader_contestants import BATCH, CONTESTANTS, SHARDS, encoded, make_augmenter
+from machine import machine
 from PIL import Image
 
 from bigbatch.data.augment import Augmenter
@@ -278,19 +277,15 @@ def main() -> None:
     report(medians, shares)
     if options.json:
         packages = ("torch", "torchvision", "webdataset", "timm", "simplejpeg", "pillow")
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
+        where = {
+            **machine(*packages),
             "workers": options.workers,
             "photos": len(photos),
             "bytes_per_photo": round(statistics.mean(map(len, photos))),
             "rounds": rounds,
             "seconds": seconds,
-            "versions": {name: version(name) for name in packages},
         }
-        figures = {"machine": machine, "figures": medians, "share_of_limit": shares}
+        figures = {"machine": where, "figures": medians, "share_of_limit": shares}
         options.json.write_text(json.dumps(figures, indent=1))
 
 

@@ -20,7 +20,6 @@ ends after its rounds, or after a minute.
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -35,6 +34,7 @@ import numpy as np
 import timm
 import torch
 import torch.multiprocessing as mp
+from machine import machine
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -224,15 +224,13 @@ def main() -> None:
             print(shown, flush=True)
             figures[name] = row
     if options.json:
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if gpus else platform.processor(),
+        where = {
+            **machine("bigbatch", "timm", "torch"),
             "threads": options.threads,
-            "torch": torch.__version__,
             "model": f"{MODEL}, {MICRO} images of {SIZE} pixels a micro-batch",
             "rounds": rounds,
         }
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
+        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
     if not options.quick and any(row[decides]["share"] > LIMIT for row in figures.values()):
         sys.exit(f"more than {LIMIT:.0%} of a step")
 

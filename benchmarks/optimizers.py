@@ -13,7 +13,6 @@ temporary. On a GPU the steps captured in a CUDA graph are measured as well.
 import argparse
 import ctypes
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 import timm
 import timm.optim
 import torch
+from machine import machine
 from torch import nn
 
 from bigbatch.configs import optimizers as c
@@ -191,15 +191,11 @@ def main() -> None:
         cases = [case for case in CASES if not case.endswith("timm")]
         figures["captured step"] = table(measure_time(cases, repeats, device, True), {})
     if options.json:
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
+        where = {
+            **machine("bigbatch", "timm", "torch"),
             "rounds": repeats,
         }
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
+        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ to the ten-thousandth epoch, without the imports. "lanes" is the order for netwo
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from pydantic import TypeAdapter
 
 from bigbatch.configs.sampling import Sampling
@@ -179,14 +179,11 @@ def main() -> None:
         firsts = {policy: in_own_process("first", policy, folder) for policy in NAMES}
     table(f"first batch of {ON_DISK:,}", firsts)
     if options.json:
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "system": platform.platform(),
+        where = {
+            **machine("bigbatch", "numpy"),
             "seconds": seconds,
         }
-        figures = {"machine": machine, "rates": rates, "first_batch": firsts}
+        figures = {"machine": where, "rates": rates, "first_batch": firsts}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

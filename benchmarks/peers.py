@@ -17,20 +17,18 @@ Commands are run in turn, A B A B; figures are medians of whole commands, in sec
 
 import argparse
 import csv
-import datetime
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from machine import machine
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -164,9 +162,7 @@ def main() -> None:
         for who, runs in found.items()
     }
     result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "versions": {p: version(p) for p in ("bigbatch", "timm", "torch", "torchvision")},
+        "machine": machine("bigbatch", "timm", "torch", "torchvision"),
         "images": {"train": train, "val": val},
         "pairs": pairs,
         "recipe": RECIPE,

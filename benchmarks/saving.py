@@ -11,7 +11,6 @@ without saving is the cost of one checkpoint: the pause and all that the backgro
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+from machine import machine
 
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.recovery.checkpoint import Retention, TrainState
@@ -116,16 +116,13 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=1))
     if options.json:
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+        where = {
+            **machine("bigbatch", "timm", "torch"),
             "threads": options.threads,
-            "torch": torch.__version__,
             "model": f"{MODEL}, {MICRO} images of {SIZE} pixels a step, SGD with momentum",
             "rounds": len(times["none"]),
         }
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
+        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
 
 
 def peer_save(state: TrainState, path: Path) -> None:

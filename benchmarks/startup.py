@@ -9,12 +9,13 @@ Median, lowest and highest of 20 processes each (5 with --quick): `bigbatch --he
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import machine
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 CASES = {
@@ -52,13 +53,11 @@ def main() -> None:
         }
         print(f"{name:30}" + "".join(f"{value:8.3f}" for value in figures[name].values()))
     if options.json:
-        machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "system": platform.platform(),
+        where = {
+            **machine("bigbatch"),
             "repeats": repeats,
         }
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
+        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":

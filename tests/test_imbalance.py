@@ -1,7 +1,8 @@
 """The long-tailed data of benchmarks/imbalance.py: exactly the intended counts, no leak."""
 
-import importlib.util
+import importlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +19,10 @@ TRAIN, TEST = 30, 8  # images of each class in the source
 
 
 @pytest.fixture(scope="module")
-def imbalance() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "imbalance.py"
-    spec = importlib.util.spec_from_file_location("imbalance", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def imbalance() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")  # as for a script there
+        yield importlib.import_module("imbalance")
 
 
 def write_source(path: Path, order: np.random.Generator | None = None) -> Path:
