@@ -1,12 +1,15 @@
 """Small real data sets that the tests of this folder share."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bigbatch.data.index import Index
 from bigbatch.data.shard import shard
+from tests.data.micro_batches import batches_of, by_place, pictures, write_shards
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +36,15 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image = image.convert("L")
             image.save(root / name / f"{i:02d}.{'jpg' if i % 2 else 'png'}")
     return root
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """41 small pictures in three classes."""
+    return write_shards(tmp_path_factory.mktemp("data") / "train", pictures())
+
+
+@pytest.fixture(scope="session")
+def reference(index: Index) -> dict[tuple[int, int], Any]:
+    """Its micro-batches, by step and number, as one process makes them."""
+    return by_place(batches_of(index))

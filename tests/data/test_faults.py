@@ -20,7 +20,7 @@ from bigbatch.data.decode import MAX_PIXELS
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.loader import train_batches
 from bigbatch.data.order import build_order
-from tests.data.test_loader import (
+from tests.data.micro_batches import (
     SIZE,
     batches_of,
     by_place,
