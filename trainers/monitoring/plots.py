@@ -1,19 +1,10 @@
-"""The report's plots: matplotlib figures as SVG that takes its colours from the page.
+"""The report's plots, as SVG. Free of torch."""
 
-Figures are drawn in stand-in colours, which become CSS variables in the SVG text, and with
-text as text; so one picture serves light and dark mode, in the page's own font. Free of torch.
-"""
-
-import io
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import (
     FuncFormatter,
@@ -26,45 +17,8 @@ from numpy.typing import NDArray
 
 from bigbatch.trainers.advice.critical_batch import Phase
 from bigbatch.trainers.monitoring.history import PHASE_NAMES, Columns, History, loss_ceiling
+from bigbatch.trainers.monitoring.svg import BLUE, GREEN, INK, MUTED, ORANGE, figure, to_svg
 
-# Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
-INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))
-_VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "grid",
-    BLUE: "blue",
-    ORANGE: "orange",
-    GREEN: "green",
-}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a class may be called $x$
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 10.5,
-    "legend.labelcolor": MUTED,
-}
 _SHOWN_LAYERS = 60
 _LAYERS = [(ORANGE, 0.95), (ORANGE, 0.5), (GREEN, 0.6), (BLUE, 0.75), (MUTED, 0.6), (BLUE, 0.3)]
 _POINTS = 500  # more than a plot this wide can show
@@ -86,16 +40,16 @@ def curves(history: History) -> list[str]:
         plots.append(("throughput", _throughput))
     if "data_s" in train and "step_s" in train:
         plots.append(("waiting", _waiting))
-    drawn = []
+    found = []
     for name, draw in plots:
-        with _figure(4.6, 2.9) as (figure, axes):
+        with figure(4.6, 2.9) as (drawn, axes):
             draw(axes, history)
             _mark_snapshots(axes, history.snapshots)
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
-            drawn.append(_svg(figure, name, axes.get_title(loc="left")))
-    return drawn
+            found.append(to_svg(drawn, name, axes.get_title(loc="left")))
+    return found
 
 
 def _loss(axes: Axes, history: History) -> None:
@@ -171,7 +125,7 @@ def phases(history: History) -> str:
     names = [name for name in PHASE_NAMES if f"phases.{name}" in train]
     if not names:
         return ""
-    with _figure(6.4, 3.0) as (figure, axes):
+    with figure(6.4, 3.0) as (drawn, axes):
         axes.set_title("Time of a step, mean of the ranks")
         layers = [_centred_mean(train[f"phases.{n}"], len(train["step"]) // 80) for n in names]
         thin = slice(None, None, max(1, len(train["step"]) // _POINTS))
@@ -186,7 +140,7 @@ def phases(history: History) -> str:
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), reverse=True)
-        return _svg(figure, "phases", "Time of a step by phase")
+        return to_svg(drawn, "phases", "Time of a step by phase")
 
 
 def noise(history: History, phases: Sequence[Phase]) -> str:
@@ -194,7 +148,7 @@ def noise(history: History, phases: Sequence[Phase]) -> str:
     train = history.train
     if "noise_scale" not in train or not np.isfinite(train["noise_scale"]).any():
         return ""
-    with _figure(7.2, 3.0) as (figure, axes):
+    with figure(7.2, 3.0) as (drawn, axes):
         axes.set_title("Gradient noise scale, in samples")
         axes.plot(*_thin(train["step"], train["noise_scale"]), color=BLUE, label="last 100 steps")
         for number, phase in enumerate(phases):
@@ -212,7 +166,7 @@ def noise(history: History, phases: Sequence[Phase]) -> str:
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-        return _svg(figure, "noise-scale", "Gradient noise scale by phase")
+        return to_svg(drawn, "noise-scale", "Gradient noise scale by phase")
 
 
 def trust(ratios: Columns) -> str:
@@ -227,7 +181,7 @@ def trust(ratios: Columns) -> str:
     logs = np.log10(np.where(values > 0, values, np.nan))
     low, high = np.nanmin(logs), np.nanmax(logs)
     shade = (logs - low) / max(high - low, 1e-9)
-    with _figure(7.2, 1.0 + 0.2 * len(picked)) as (figure, axes):
+    with figure(7.2, 1.0 + 0.2 * len(picked)) as (drawn, axes):
         axes.set_title(f"Trust ratios, {10**low:.2g} (faint) to {10**high:.2g} (solid)")
         for row, column in np.argwhere(np.isfinite(shade)).tolist():
             cell = Rectangle((column, row - 0.46), 1, 0.92, linewidth=0, facecolor=BLUE)
@@ -241,13 +195,13 @@ def trust(ratios: Columns) -> str:
         axes.set_xticks(ticks + 0.5, labels)
         axes.set_xlabel("step")
         axes.grid(visible=False)
-        return _svg(figure, "trust", "Trust ratios by layer")
+        return to_svg(drawn, "trust", "Trust ratios by layer")
 
 
 def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> str:
     """SVG of the accuracies of members, ensemble and soup, one row each, by split."""
     rows = list(reversed(rows))
-    with _figure(5.2, 0.9 + 0.36 * len(rows)) as (figure, axes):
+    with figure(5.2, 0.9 + 0.36 * len(rows)) as (drawn, axes):
         axes.set_title("Accuracy")
         # A little apart, so that equal accuracies do not hide one another.
         for split, colour, marker, shift in (
@@ -279,7 +233,7 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-        return _svg(figure, "members", "Accuracy of members, ensemble and soup")
+        return to_svg(drawn, "members", "Accuracy of members, ensemble and soup")
 
 
 def confusion(classes: Sequence[str], matrix: NDArray[np.int64]) -> str:
@@ -291,7 +245,7 @@ def confusion(classes: Sequence[str], matrix: NDArray[np.int64]) -> str:
     count = len(classes)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(6.4, 2.2 + 0.36 * count)
-    with _figure(side, side) as (figure, axes):
+    with figure(side, side) as (drawn, axes):
         axes.grid(visible=False)
         axes.set_aspect("equal")
         axes.set_xlim(-0.5, count - 0.5)
@@ -313,15 +267,7 @@ def confusion(classes: Sequence[str], matrix: NDArray[np.int64]) -> str:
         axes.set_ylabel("true")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        return _svg(figure, "confusion", "Confusion matrix")
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of its own, without pyplot's global state; sizes in inches."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.add_subplot()
+        return to_svg(drawn, "confusion", "Confusion matrix")
 
 
 def _noisy(axes: Axes, columns: Columns, key: str, colour: str, label: str | None) -> None:
@@ -382,24 +328,3 @@ def _tail(name: str) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 16 else name[:15] + "\u2026"
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an SVG element for inlining: no prolog, own ids, the page's colours."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var(--{variable})")
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(
-        r'<svg\b(.*?)width="[^"]+"(.*?)>',
-        rf'<svg role="img" aria-label="{label}"\1\2>',
-        re.sub(r'(<svg\b[^>]*?)\sheight="[^"]+"', r"\1", text, count=1),
-        count=1,
-        flags=re.DOTALL,
-    )
