@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from large_batch_report import arms_of, draw, markdown, tuning_table
 from machine import machine
 
 BIN = Path(sys.executable).parent
@@ -227,119 +228,6 @@ def best_rates(tuning: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
         if r["val"] is not None and (arm not in best or r["val"] > best[arm]["val"]):
             best[arm] = r
     return {arm: r["lr"] for arm, r in best.items()}
-
-
-def arms_of(finals: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
-    """Of each arm: mean and standard deviation of test accuracy over seeds, %, and `loss`:
-    points below the best arm of the smallest batch."""
-    if not finals:
-        return {}
-    accuracies: dict[tuple[str, int], list[float]] = {}
-    for r in finals:
-        accuracies.setdefault((r["optimizer"], r["batch"]), []).append(100 * (r["test"] or 0.0))
-    arms = {
-        arm: {
-            "mean": float(np.mean(values)),
-            "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
-            "seeds": len(values),
-        }
-        for arm, values in accuracies.items()
-    }
-    smallest = min(batch for _, batch in arms)
-    reference = max(a["mean"] for (_, batch), a in arms.items() if batch == smallest)
-    for a in arms.values():
-        a["loss"] = reference - a["mean"]
-    return arms
-
-
-def tuning_table(result: dict[str, Any]) -> str:
-    """Validation accuracy of each rate that was tried, in the order of the rates."""
-    lines = [f"| batch | {' | '.join(OPTIMIZERS)} |", "|---:|" + "---|" * len(OPTIMIZERS)]
-    for batch in result["plan"]["batches"]:
-        cells = []
-        for name in OPTIMIZERS:
-            tried = sorted(
-                (r["lr"], r["val"])
-                for r in result["tuning"]
-                if (r["optimizer"], r["batch"]) == (name, batch)
-            )
-            cells.append(
-                ", ".join(
-                    f"{lr:g}: " + ("diverged" if val is None else f"{100 * val:.1f}")
-                    for lr, val in tried
-                )
-            )
-        lines.append(f"| {batch:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """A row for each batch size, a column for each optimizer."""
-    rates = {(r["optimizer"], r["batch"]): r["lr"] for r in result["finals"]}
-    arms = {(a["optimizer"], a["batch"]): a for a in result["arms"]}
-    lines = [
-        f"| batch | steps | {' | '.join(OPTIMIZERS)} | best loses |",
-        "|---:|---:|" + "---:|" * (len(OPTIMIZERS) + 1),
-    ]
-    steps = {r["batch"]: r["steps"] for r in result["finals"] if "steps" in r}
-    for batch in result["plan"]["batches"]:
-        cells = []
-        for name in OPTIMIZERS:
-            arm = arms.get((name, batch))
-            cells.append(
-                ("diverged" if result["finals"] else "")
-                if arm is None
-                else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} (lr {rates[name, batch]:g})"
-            )
-        losses = [a["loss"] for (_, b), a in arms.items() if b == batch]
-        cells.append(f"{min(losses):.2f}" if losses else "")
-        lines.append(f"| {batch:,} | {steps.get(batch, '')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(result: dict[str, Any], file: Path) -> None:
-    """Left: test accuracy by batch size, a dot for each seed. Right: what tuning found."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.set_visible(bool(result["finals"]))  # nothing to show while rates are still tried
-    colors = dict(zip(OPTIMIZERS, ("#999999", "#0072b2", "#e69f00"), strict=True))
-    for name, color in colors.items():
-        arms = sorted(
-            (a for a in result["arms"] if a["optimizer"] == name), key=lambda a: a["batch"]
-        )
-        left.plot([a["batch"] for a in arms], [a["mean"] for a in arms], color=color, label=name)
-        for r in result["finals"]:
-            if r["optimizer"] == name and r["test"] is not None:
-                left.plot(r["batch"], 100 * r["test"], ".", color=color)
-        for batch, style in zip(result["plan"]["batches"], ("-", "--", "-.", ":"), strict=False):
-            tried = [
-                (r["lr"] / OPTIMIZERS[name][1], 100 * r["val"])
-                for r in sorted(result["tuning"], key=lambda r: r["lr"])
-                if (r["optimizer"], r["batch"]) == (name, batch) and r["val"] is not None
-            ]
-            label = f"{batch:,}" if name == "nesterov" else None
-            if tried:
-                right.plot(
-                    *zip(*tried, strict=True), style, color=color, lw=1, marker=".", label=label
-                )
-    left.set_xscale("log", base=2)
-    left.set_xticks(result["plan"]["batches"], [f"{b:,}" for b in result["plan"]["batches"]])
-    left.set(xlabel="global batch", ylabel="test accuracy, %", title="best rate, other seeds")
-    right.set_xscale("log")
-    right.set(
-        xlabel="learning rate / centre at batch 256",
-        ylabel="validation accuracy, %",
-        title="tuning",
-    )
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def write_shards(source: Path, folder: Path, images: int | None) -> None:
