@@ -4,6 +4,7 @@ Written apart from the implementation, in scalars and plain arrays, so that agre
 something.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,33 @@ def run(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+
+
+def assert_alike(
+    ours: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    theirs: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    without: Sequence[str] = (),
+    start: int = 0,
+    scale: float = 1.0,
+    rtol: float = 1e-10,
+    atol: float = 1e-13,
+) -> list[nn.Parameter]:
+    """Two optimizers, each built over its own copy of the layers, end with the same weights.
+
+    They make the steps from `start` with `scale` times RATES; `without` names layers to leave
+    out. Returns ours.
+    """
+    ends = []
+    for build in (ours, theirs):
+        params, grads = make_layers(torch.float64)
+        params = {name: p for name, p in params.items() if name not in without}
+        rates = [scale * rate for rate in RATES[start:]]
+        run(build(list(params.values())), params, grads[start:], rates)
+        ends.append(list(params.values()))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    return ends[0]
 
 
 def run_reference(

@@ -1,5 +1,6 @@
 """LAMB against NumPy in float64, against its peers, and each known trap."""
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ from .optim_reference import (
     RATES,
     ReferenceLAMB,
     as_array,
+    assert_alike,
     make_layers,
     run,
     run_reference,
@@ -83,48 +85,34 @@ def test_half_precision_weights_keep_float32_state_and_norms(dtype, path, monkey
 
 @pytest.mark.parametrize("correction", [True, False])
 def test_equals_timm(correction):
-    ours, grads = make_layers(torch.float64)
-    theirs, _ = make_layers(torch.float64)
     # max_grad_norm and always_adapt: timm clips the global norm to 1 and leaves layers
     # without decay unadapted, unless told otherwise.
-    options = {"weight_decay": 0.02, "bias_correction": correction}
-    peer = timm.optim.Lamb(
-        list(theirs.values()), lr=1.0, max_grad_norm=None, always_adapt=True, **options
+    options = {"lr": 1.0, "weight_decay": 0.02, "bias_correction": correction}
+    assert_alike(
+        partial(LAMB, **options),
+        partial(timm.optim.Lamb, max_grad_norm=None, always_adapt=True, **options),
     )
-    optimizer = LAMB(list(ours.values()), lr=1.0, **options)
-    run(optimizer, ours, grads, RATES)
-    run(peer, theirs, grads, RATES)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-13)
 
 
 def test_equals_pytorch_optimizer_for_small_weights_without_bias_correction():
-    ours, grads = make_layers(torch.float64)
-    theirs, _ = make_layers(torch.float64)
-    options = {"weight_decay": 0.02, "eps": 1e-12}  # theirs adds eps to |u| as well
-    # adam_debias: otherwise theirs divides the rate by 1 - beta1^t, after the trust ratio.
-    peer = pytorch_optimizer.Lamb(
-        list(theirs.values()), lr=1.0, weight_decouple=False, adam_debias=True, **options
+    options = {"lr": 1.0, "weight_decay": 0.02, "eps": 1e-12}  # theirs adds eps to |u| as well
+    ours = assert_alike(
+        partial(LAMB, bias_correction=False, **options),
+        # adam_debias: otherwise theirs divides the rate by 1 - beta1^t, after the trust ratio.
+        partial(pytorch_optimizer.Lamb, weight_decouple=False, adam_debias=True, **options),
+        scale=0.01,
+        rtol=1e-8,
+        atol=1e-9,
     )
-    optimizer = LAMB(list(ours.values()), lr=1.0, bias_correction=False, **options)
-    rates = [0.01 * lr for lr in RATES]
-    run(optimizer, ours, grads, rates)
-    run(peer, theirs, grads, rates)
-    assert all(torch.linalg.vector_norm(p) < 10 for p in ours.values())  # theirs clamps |w| there
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=1e-9)
+    assert all(torch.linalg.vector_norm(p) < 10 for p in ours)  # theirs clamps |w| there
 
 
 def test_unadapted_is_torch_adamw():
-    ours, grads = make_layers(torch.float64)
-    theirs, _ = make_layers(torch.float64)
-    groups = [{"params": list(ours.values()), "adapt": False}]
-    optimizer = LAMB(groups, lr=1.0, weight_decay=0.02, eps=1e-8)
-    peer = torch.optim.AdamW(list(theirs.values()), lr=1.0, weight_decay=0.02, eps=1e-8)
-    run(optimizer, ours, grads, RATES)
-    run(peer, theirs, grads, RATES)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-13)
+    options = {"lr": 1.0, "weight_decay": 0.02, "eps": 1e-8}
+    assert_alike(
+        lambda layers: LAMB([{"params": layers, "adapt": False}], **options),
+        partial(torch.optim.AdamW, **options),
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -146,16 +134,6 @@ def test_the_length_of_a_step_is_lr_times_the_length_of_the_weights(shape, lr, d
     torch.testing.assert_close(moved, lr * torch.linalg.vector_norm(before), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("zero", ["weights", "gradient", "both"])
-def test_zero_norms_give_ratio_one_and_finite_weights(zero):
-    p = nn.Parameter(torch.zeros(3, 3) if zero != "gradient" else torch.ones(3, 3))
-    p.grad = torch.ones(3, 3) if zero == "weights" else torch.zeros(3, 3)
-    optimizer = LAMB([p], lr=0.5)
-    optimizer.step()
-    assert optimizer.last_ratios[0][1].item() == 1.0
-    assert torch.isfinite(p).all()
-
-
 def test_layers_without_decay_are_adapted_too():
     """timm skips the trust ratio where weight decay is 0."""
     p = nn.Parameter(torch.full((4, 4), 0.5))
@@ -172,14 +150,6 @@ def test_bounds_hold_and_a_zero_layer_is_outside_them():
     ratios = dict(zip(params, torch.cat([r for _, r in optimizer.last_ratios]), strict=True))
     assert ratios.pop("zeros") == 1.0
     assert all(0.2 <= r <= 0.3 for r in ratios.values())
-
-
-def test_the_gradient_stays_as_it_was():
-    params, grads = make_layers(torch.float32)
-    optimizer = LAMB(list(params.values()), lr=1.0, weight_decay=0.01)
-    run(optimizer, params, grads[:1], [1.0])
-    for name, p in params.items():
-        assert torch.equal(p.grad, grads[0][name])
 
 
 def test_a_step_on_a_device_reads_nothing_back():
@@ -202,32 +172,3 @@ def test_dtypes_may_be_mixed():
     LAMB([a, b, c], lr=0.125).step()
     for p in (a, b, c):
         torch.testing.assert_close(p.detach().double(), torch.full((3, 3), 0.875).double())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_gives_the_weights_of_a_plain_one():
-    plain, grads = make_layers(torch.float32, "cuda")
-    captured, _ = make_layers(torch.float32, "cuda")
-    lr = torch.tensor(0.5, device="cuda")
-    optimizer = LAMB(list(captured.values()), lr=lr, weight_decay=0.01)
-    for name, p in captured.items():
-        p.grad = grads[0][name].clone()
-    before = {name: p.detach().clone() for name, p in captured.items()}
-    optimizer.step()  # makes the state
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    with torch.no_grad():
-        for name, p in captured.items():
-            p.copy_(before[name])
-            for value in optimizer.state[p].values():
-                value.zero_()
-    other = LAMB(list(plain.values()), lr=0.5, weight_decay=0.01)
-    for row, rate in zip(grads, (0.5, 0.7, 1.0, 0.2, 0.1, 0.0), strict=True):
-        lr.fill_(rate)
-        for name, p in captured.items():
-            p.grad.copy_(row[name])
-        graph.replay()
-        run(other, plain, [row], [rate])
-    for name in plain:
-        torch.testing.assert_close(plain[name], captured[name], rtol=1e-5, atol=1e-6)
