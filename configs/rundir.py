@@ -180,15 +180,17 @@ def event_record(kind: str, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a JSON-lines file; a last line cut short by a crash is left out."""
+    """All whole records of a JSON-lines file; a line cut short, or no record, is left out."""
     if not path.exists():
         return []
     records = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue  # torn by a power cut; the next attempt writes that step again
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

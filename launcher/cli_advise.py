@@ -13,6 +13,7 @@ from bigbatch.launcher import options
 if TYPE_CHECKING:  # it imports numpy
     from bigbatch.trainers.advice.advise import Choice, PointsAdvice, RunAdvice
 
+_POOR = 0.25  # relative error of a fitted point from which the model is called wrong
 _UNITS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -56,6 +57,7 @@ def advise(
     """
     if (run is None) == (points is None):
         raise UserError("name either a RUN or --points FILE.csv, not both and not neither")
+    _check_options(points is not None)
     options.check_picture(plot)
     if not (0 < bandwidth < math.inf and 0 <= latency < math.inf):
         raise UserError(
@@ -73,6 +75,8 @@ def advise(
             options.print_json(_finite(points_values(fit)))
         else:
             show(*points_tables(fit))
+            for line in points_notes(fit):
+                click.echo(line)
         return
     from bigbatch.launcher.registry import find_run
 
@@ -95,6 +99,27 @@ def advise(
         show(*run_tables(found, chosen))
         for line in run_notes(found, target_s, chosen):
             click.echo(line)
+
+
+_OF_POINTS = ("hold_out",)
+_OF_RUNS = ("target_time", "lr_rule", "phases", "bandwidth", "latency", "parameters", "max_gpus")
+
+
+def _check_options(of_points: bool) -> None:
+    """Raise UserError for an option that the advice asked for does not read."""
+    context = click.get_current_context()
+    other = _OF_RUNS if of_points else _OF_POINTS
+    given = [
+        "--" + name.replace("_", "-")
+        for name in other
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        belongs, asked = ("a RUN", "--points") if of_points else ("--points", "a RUN")
+        raise UserError(
+            f"{', '.join(given)}: read for advice from {belongs}, and this is from {asked}; leave "
+            "that out"
+        )
 
 
 def _range(text: str | None) -> tuple[float, float] | None:
@@ -219,8 +244,9 @@ def run_notes(found: "RunAdvice", target_s: float | None, chosen: "Choice | None
     ]
     if target_s is not None and chosen is not None:
         unscaled = " optimizer.scale=null" if found.scaled else ""
+        gpus = f"{chosen.gpus} GPU" + ("s" if chosen.gpus > 1 else "")
         lines.append(
-            f"within {duration(target_s)}: {chosen.gpus} GPUs, global_batch={chosen.batch} "
+            f"within {duration(target_s)}: {gpus}, global_batch={chosen.batch} "
             f"optimizer.lr={chosen.lr:.4g}{unscaled}, about {duration(chosen.seconds)}"
         )
     elif target_s is not None:
@@ -264,7 +290,8 @@ def points_tables(fit: "PointsAdvice") -> list[Any]:
         {
             "critical batch": f"{_samples(fit.curve.critical)}, 95 % interval "
             f"{_interval(fit.curve.critical_interval)}",
-            "least cost": f"{fit.curve.floor:.4g}, 95 % interval {low:.4g} to {high:.4g}",
+            "least cost": f"{fit.curve.floor:.4g} {fit.unit}, 95 % interval {low:.4g} to "
+            f"{high:.4g}",
         }
     )
     table = Table()
@@ -276,6 +303,23 @@ def points_tables(fit: "PointsAdvice") -> list[Any]:
         predicted = f"{fit.curve.cost(batch):.4g}"
         table.add_row(f"{batch:,.0f}", f"{cost:g}", predicted, f"{error:+.1%}", alone)
     return [summary, table]
+
+
+def points_notes(fit: "PointsAdvice") -> list[str]:
+    """What speaks against the fit, if anything does."""
+    notes = []
+    if not math.isfinite(fit.curve.critical):
+        notes.append(
+            "the cost does not rise with the batch: these points lie below the critical batch, or "
+            "say nothing about it; measure larger batches"
+        )
+    worst = max(abs(float(e)) for e, fitted in zip(fit.errors, fit.fitted, strict=True) if fitted)
+    if worst > _POOR:
+        notes.append(
+            f"the model misses a fitted point by {worst:.0%}: it does not describe these costs; "
+            "check that they are epochs or samples to the same quality, each with a tuned rate"
+        )
+    return notes
 
 
 def _samples(value: float) -> str:

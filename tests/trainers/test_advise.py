@@ -154,6 +154,34 @@ def test_records_without_norms_or_too_few_are_refused(run):
         advise(run)
 
 
+def rewrite(run: RunDir, **fields):
+    """The run's records with these fields changed, or without them where they are None."""
+    lines = [json.loads(line) | fields for line in run.metrics.read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if v is not None} for line in lines]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def test_records_that_tell_nothing_are_one_message(run):
+    good = run.metrics.read_text()
+    rewrite(run, step_s=None)
+    with pytest.raises(UserError, match="run known recorded no step time since its newest start"):
+        advise(run)
+    run.metrics.write_text(good)
+    rewrite(run, grad_sq_micro=0.0, grad_norm=0.0)
+    with pytest.raises(UserError, match="gradients of steps 1 to 80 are 0"):
+        advise(run)
+    run.metrics.write_text('garbage\n[]\n{"step": 3}\n{"kind": "eval"}\n' + good)
+    assert len(advise(run).phases) == 3
+
+
+def test_a_run_of_one_micro_batch_is_told_why(run):
+    run.recipe_file.write_text(
+        run.recipe_file.read_text().replace("micro_batch: 64", "micro_batch: 256")
+    )
+    with pytest.raises(UserError, match="each of its steps is one micro-batch"):
+        advise(run)
+
+
 def write_points(path, text):
     path.write_text(text)
     return path
@@ -175,12 +203,15 @@ def test_points_are_read_fitted_and_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("size,epochs\n1,2\n", r"has columns \['size', 'epochs'\]; it needs exactly one of batch"),
+        ("size,epochs\n1,2\n", r"has columns \['size', 'epochs'\]; it needs, parted by commas"),
         ("batch,epochs,samples\n1,2,3\n", "exactly one of"),
         ("batch,epochs\n1,2\n2,many\n", r"\['2', 'many'\] is not two numbers above 0"),
         ("batch,epochs\n1,2\n2\n", r"\['2', None\] is not two numbers above 0"),
         ("batch,epochs\n1,-2\n", "is not two numbers above 0"),
-        ("batch,epochs\n", "0 different batch sizes"),
+        ("batch,epochs\n", "at 0 different batch sizes; .*need at least 3"),
+        ("batch,epochs\n256,10\n256,11\n512,12\n", "points at 2 different batch sizes"),
+        ("batch,epochs\n1,10,5\n2,11,5\n", "the row of batch 1 has more than the 2 columns"),
+        ("batch;epochs\n1;2\n", "needs, parted by commas, exactly one"),
         ("", r"has columns \[\]"),
     ],
 )
@@ -195,6 +226,24 @@ def test_files_and_ranges_that_do_not_fit(tmp_path):
     path = write_points(tmp_path / "p.csv", "batch,epochs\n1,2\n2,3\n3,4\n")
     with pytest.raises(UserError, match="--hold-out 7:9 names no point"):
         advise_points(path, (7, 9))
+    with pytest.raises(UserError, match="at 2 different batch sizes outside --hold-out"):
+        advise_points(path, (3, 3))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    path = write_points(tmp_path / "p.csv", "\ufeffbatch,epochs\n1,2\n2,3\n3,4\n")
+    assert advise_points(path).batch.tolist() == [1, 2, 3]
+
+
+def test_a_poor_fit_says_so(tmp_path):
+    falling = write_points(tmp_path / "f.csv", "batch,epochs\n256,40\n512,20\n1024,10\n")
+    output = CliRunner().invoke(cli, ["advise", "--points", str(falling)]).output
+    assert "the cost does not rise with the batch" in output
+    assert "the model misses a fitted point by 100%" in output
+    rising = write_points(tmp_path / "r.csv", "batch,epochs\n256,10\n512,11\n1024,13\n")
+    output = CliRunner().invoke(cli, ["advise", "--points", str(rising)]).output
+    assert "does not rise" not in output
+    assert "misses" not in output
 
 
 def test_the_command_on_a_run(run):
@@ -235,6 +284,11 @@ def test_the_command_on_points(tmp_path):
         (["a", "--bandwidth", "0"], "--bandwidth 0 must be above 0"),
         (["a", "--target-time", "soon"], "--target-time 'soon' is no time"),
         (["--points", "b.csv", "--hold-out", "9:1"], "--hold-out '9:1' is not A:B"),
+        (["a", "--hold-out", "1:2"], "--hold-out: read for advice from --points"),
+        (
+            ["--points", "b.csv", "--phases", "2", "--target-time", "1h"],
+            "--target-time, --phases: read for advice from a RUN",
+        ),
         (["absent"], "no run 'absent'"),
     ],
 )

@@ -8,7 +8,6 @@ Free of torch.
 
 import csv
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ from bigbatch.trainers.advice.critical_batch import (
     measure_phase,
     noise_and_signal,
 )
-from bigbatch.trainers.monitoring.history import Columns, History, read_history
+from bigbatch.trainers.monitoring.history import History, read_history
 
 Rule = Literal["linear", "sqrt"]
 
@@ -166,7 +165,7 @@ def advise_run(
 def measure_phases(history: History, count: int | None) -> list[Phase]:
     """The noise scale by phase: cycles, or `count` equal parts of the recorded steps."""
     train, recipe = history.train, history.recipe
-    if "grad_sq_micro" not in train:
+    if "grad_sq_micro" not in train or recipe.micro_batches == 1:
         why = (
             "each of its steps is one micro-batch, with nothing to compare it to; train with "
             f"a micro_batch below the global_batch of {recipe.global_batch}"
@@ -193,6 +192,12 @@ def measure_phases(history: History, count: int | None) -> list[Phase]:
             f"run {history.name}: {shortest} usable records in one of {len(parts)} phases, at "
             f"least {_MIN_STEPS} are needed; train longer, lower log.every, or lower --phases"
         )
+    for part in parts:
+        if max(noise[part].mean(), signal[part].mean()) <= 0:
+            raise UserError(
+                f"run {history.name}: the gradients of steps {steps[part[0]]:.0f} to "
+                f"{steps[part[-1]]:.0f} are 0, which tells nothing; train with another rate"
+            )
     generator = np.random.default_rng(0)
     word = "cycle" if cycles else "part"
     return [
@@ -209,7 +214,7 @@ def measure_step(
     From the newest start that recorded steps, since each start may have other ranks.
     """
     recipe = history.recipe
-    seconds, ranks = _newest_steps(history.train, history.events)
+    seconds, ranks = _newest_steps(history)
     size = parameters * (8 if recipe.reduction == "exact" else 4)
     hiding = _HIDING if recipe.reduction == "overlapped" else 0.0
     exchange = cluster.all_reduce_s(size, ranks)
@@ -225,9 +230,10 @@ def measure_step(
     return StepTime(recipe.micro_batch, micro_s, size, hiding, cluster), seconds, ranks
 
 
-def _newest_steps(train: Columns, events: Sequence[dict[str, object]]) -> tuple[float, int]:
+def _newest_steps(history: History) -> tuple[float, int]:
     """Median step time after the newest start with steps, its first one left out; ranks."""
-    starts = [e for e in events if e["kind"] == "start"]
+    train = history.train
+    starts = [e for e in history.events if e["kind"] == "start" and "step_s" in train]
     end = np.inf
     for start in reversed(starts):
         first = float(str(start.get("step", 0)))
@@ -235,7 +241,9 @@ def _newest_steps(train: Columns, events: Sequence[dict[str, object]]) -> tuple[
         if np.isfinite(seconds).any():
             return float(np.nanmedian(seconds)), int(str(start.get("world_size", 1)))
         end = first
-    raise UserError("the run recorded no step time; train a few dozen steps first")
+    raise UserError(
+        f"run {history.name} recorded no step time since its newest start; train a few dozen steps"
+    )
 
 
 def count_parameters(run: RunDir) -> int:
@@ -321,6 +329,13 @@ def advise_points(path: Path, hold_out: tuple[float, float] | None = None) -> Po
     fitted = (batch < low) | (batch > high)
     if hold_out and fitted.all():
         raise UserError(f"--hold-out {low:g}:{high:g} names no point of {path}")
+    sizes = len(set(batch[fitted].tolist()))
+    if sizes < 3:
+        left = " outside --hold-out" if hold_out else ""
+        raise UserError(
+            f"--points {path}: points at {sizes} different batch sizes{left}; two parameters and "
+            "their intervals need at least 3"
+        )
     curve = fit_points(batch[fitted], cost[fitted])
     left_out = np.full(len(batch), np.nan)
     if len(set(batch[fitted].tolist())) > 3:
@@ -336,7 +351,7 @@ def read_points(path: Path) -> tuple[Array, Array, str]:
     with `epochs_to` in it, such as epochs_to_75.9. Others are ignored.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
             reader = csv.DictReader(file)
             names = list(reader.fieldnames or [])
             rows = list(reader)
@@ -346,8 +361,9 @@ def read_points(path: Path) -> tuple[Array, Array, str]:
     costs = [n for n in names if n in ("epochs", "samples") or "epochs_to" in n]
     if len(batches) != 1 or len(costs) != 1:
         raise UserError(
-            f"--points {path} has columns {names}; it needs exactly one of batch, batch_size, "
-            "global_batch, and one of epochs, samples, or a name with epochs_to in it"
+            f"--points {path} has columns {names}; it needs, parted by commas, exactly one of "
+            "batch, batch_size, global_batch, and one of epochs, samples, or a name with epochs_to "
+            "in it"
         )
     points = []
     for row in rows:
@@ -355,6 +371,11 @@ def read_points(path: Path) -> tuple[Array, Array, str]:
             point = float(row[batches[0]]), float(row[costs[0]])
         except (TypeError, ValueError):
             point = math.nan, math.nan
+        if None in row:  # such as 256,10,5 where 10.5 was meant
+            raise UserError(
+                f"--points {path}: the row of batch {row[batches[0]]} has more than the "
+                f"{len(names)} columns named at the top; mend it (numbers are written 10.5)"
+            )
         if not all(0 < value < math.inf for value in point):
             shown = [row[batches[0]], row[costs[0]]]
             raise UserError(f"--points {path}: {shown} is not two numbers above 0; mend that row")

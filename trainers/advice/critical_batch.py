@@ -12,8 +12,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.configs.errors import UserError
-
 Array = NDArray[np.float64]
 Number = TypeVar("Number", float, Array)
 
@@ -148,11 +146,7 @@ def fit_points(batch: Array, cost: Array) -> CostCurve:
     replicas fit residuals drawn anew, widened by sqrt(n / (n - 2)) for the two parameters.
     """
     n = len(batch)
-    if len(set(batch.tolist())) < 3:
-        raise UserError(
-            f"{len(set(batch.tolist()))} different batch sizes; a fit of two parameters with "
-            "an interval needs at least 3"
-        )
+    assert len(set(batch.tolist())) >= 3, "two parameters and their intervals need three sizes"
     floor, slope = _fit(batch, np.log(cost)[None])[0].tolist()
     fitted = np.log(floor + slope * batch)
     residuals = (np.log(cost) - fitted) * np.sqrt(n / (n - 2))
@@ -178,9 +172,9 @@ def _fit(batch: Array, log_costs: Array) -> Array:
     bend = np.maximum(left - 2 * middle + right, 1e-300)
     shift = (0.5 * (left - right) / bend).clip(-1, 1)[:, 0]
     critical = np.exp(grid[inner] + shift * (grid[1] - grid[0]))
+    critical[best == _GRID - 1] = np.inf  # the points do not rise
     floor = np.exp((log_costs - np.log1p(batch / critical[:, None])).mean(axis=1))
-    slope = np.where(best == _GRID - 1, 0.0, floor / critical)  # the points do not rise
-    return np.stack([floor, slope], axis=1)
+    return np.stack([floor, floor / critical], axis=1)
 
 
 def held_out_errors(batch: Array, cost: Array) -> Array:

@@ -70,8 +70,8 @@ class History:
 def read_history(run: RunDir) -> History:
     """Read a run directory. Raises UserError where it is none."""
     recipe = run.recipe()
-    records = read_jsonl(run.metrics)
-    splits = dict.fromkeys(str(r["split"]) for r in records if r["kind"] == "eval")
+    records = [r for r in read_jsonl(run.metrics) if "kind" in r]
+    splits = dict.fromkeys(str(r.get("split")) for r in records if r["kind"] == "eval")
     journal = read_journal(run.path)
     snapshots = [read_json(path) for path in run.snapshots.glob("cycle-*/metrics.json")]
     return History(
