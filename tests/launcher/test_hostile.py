@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from bigbatch.data.shard import shard
 from bigbatch.launcher import cli_data  # noqa: F401  # imported before anything is watched
 from bigbatch.launcher.cli import main
 from bigbatch.trainers.monitoring import report  # noqa: F401
@@ -43,20 +42,12 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sound data, so that nothing but what is hostile stops a command."""
-    folder = tmp_path_factory.mktemp("shards") / "digits"
-    shard("digits", folder, progress=False)
-    return folder
-
-
 @pytest.fixture
-def place(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to work in, beside canaries; nothing outside `runs` may change, nor there."""
     home = tmp_path / "canary" / "home"
     home.mkdir(parents=True)
-    sound = {"path": str(shards), "channels": 1, "image_size": 8}
+    sound = {"path": str(digits), "channels": 1, "image_size": 8}
     recipe = RECIPE.replace("{path: shards/mine}", json.dumps(sound))
     (home / "mine.yaml").write_text(recipe + "augment: {mean: [0.5], std: [0.2]}\n")
     (tmp_path / "canary" / "untouched").write_text("as it was")

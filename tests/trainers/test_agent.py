@@ -13,23 +13,16 @@ import pytest
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.data.shard import shard
 from bigbatch.launcher.registry import describe
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.agent import FORWARD, explain
 from bigbatch.trainers.recovery.signals import CAUGHT, SAVED
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "digits"
-    shard("digits", folder, progress=False)
-    return folder
+from tests.ranks import free_port
 
 
 @pytest.fixture
-def run(shards: Path, tmp_path: Path) -> RunDir:
-    changes = [f"data.path={shards}", "log.wandb=off", "checkpoint.every=1000 steps"]
+def run(digits: Path, tmp_path: Path) -> RunDir:
+    changes = [f"data.path={digits}", "log.wandb=off", "checkpoint.every=1000 steps"]
     return create_run(tmp_path / "a", load_recipe("digits", changes))
 
 
@@ -119,8 +112,8 @@ def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Si
     assert "Traceback" not in said(run)
 
 
-def test_all_ranks_start_again_after_one_was_killed(shards: Path, tmp_path: Path) -> None:
-    changes = [f"data.path={shards}", "log.wandb=off", "checkpoint.every=3 steps"]
+def test_all_ranks_start_again_after_one_was_killed(digits: Path, tmp_path: Path) -> None:
+    changes = [f"data.path={digits}", "log.wandb=off", "checkpoint.every=3 steps"]
     run = create_run(tmp_path / "a", load_recipe("digits", changes))
     with agent(run, stop_at=12) as process:
         wait_for_step(run, process, 4)
@@ -143,8 +136,8 @@ def test_all_ranks_start_again_after_one_was_killed(shards: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_hung_rank_is_named_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
-    changes = [f"data.path={shards}", "log.wandb=off", "checkpoint.every=3 steps"]
+def test_a_hung_rank_is_named_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    changes = [f"data.path={digits}", "log.wandb=off", "checkpoint.every=3 steps"]
     changes += ["recovery.stall_s=5"]
     run = create_run(tmp_path / "a", load_recipe("digits", changes))
     with agent(run, stop_at=12) as process:
@@ -214,7 +207,8 @@ def test_machines_that_do_not_meet(run: RunDir) -> None:
 
 
 def test_a_signal_before_all_machines_are_there(run: RunDir) -> None:
-    command = agent_command(run.path, 1, nnodes=2, rdzv_endpoint="localhost:0")
+    endpoint = f"localhost:{free_port()}"
+    command = agent_command(run.path, 1, nnodes=2, rdzv_endpoint=endpoint)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not _catches(process.pid, signal.SIGUSR2):
             time.sleep(0.05)

@@ -6,8 +6,6 @@ The ranks of one world size run all its cases in one process group (`main`).
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from bigbatch.trainers.recovery.checkpoint import (
     load_checkpoint,
     write,
 )
+from tests.ranks import run_ranks
 
 MICRO_BATCHES, MICRO = 4, 8
 OPTIMIZERS = {
@@ -160,20 +159,8 @@ def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
 
 def launch(folder: Path, world: int, jobs: list[dict[str, Any]]) -> None:
     """Run jobs, one after the other, in one process group of `world` ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     (folder / f"jobs-{world}.json").write_text(json.dumps(jobs))
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(world)],
-            env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}
-            | {"OMP_NUM_THREADS": "1"},
-        )
-        for r in range(world)
-    ]
-    assert [rank.wait(280) for rank in ranks] == [0] * world
+    run_ranks(world, Path(__file__), folder, str(world))
 
 
 def name_of(case: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from bigbatch.trainers.optim import (
     set_lr,
 )
 from bigbatch.trainers.optim.closure import Closure
+from tests.ranks import run_ranks
 
 MICRO, PARTS, STEPS = 6, 4, 5
 CONFIG = LBFGS(name="lbfgs", lr=0.8, max_iter=3, history=4)
@@ -122,18 +122,7 @@ def test_it_goes_on_bit_for_bit_from_its_state_by_name() -> None:
 def test_several_ranks_take_the_same_steps(world: int, tmp_path: Path) -> None:
     alone = start(norm=True)
     train(*alone, range(STEPS))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / str(rank))],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
-        )
-        for rank in range(world)
-    ]
-    assert [p.wait(timeout=200) for p in processes] == [0] * world
+    run_ranks(world, Path(__file__), tmp_path)
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(world)]
     assert all(f == found[0] for f in found)
     assert found[0] == pytest.approx(weights(alone[0].module), rel=1e-9, abs=1e-12)
@@ -168,15 +157,13 @@ RUN = [
 
 
 @pytest.mark.slow
-def test_a_run_with_lbfgs_and_a_plateau_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_with_lbfgs_and_a_plateau_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     from bigbatch.configs.rundir import create_run, read_jsonl
-    from bigbatch.data.shard import shard
     from bigbatch.launcher.start import worker_command
 
-    shard("digits", tmp_path / "shards/digits", progress=False)
-    recipe = load_recipe("digits", RUN)
+    recipe = load_recipe("digits", [*RUN, f"data.path={digits}"])
     found = {}
     for name, stops in (("whole", [7]), ("parts", [4, 7])):
         run = create_run(tmp_path / name, recipe)
@@ -206,7 +193,7 @@ def test_a_run_with_lbfgs_and_a_plateau_resumes_bit_for_bit(tmp_path: Path) -> N
 if __name__ == "__main__":
     parts = start(norm=True)
     train(*parts, range(STEPS))
-    Path(sys.argv[1]).write_text(json.dumps(weights(parts[0].module)))
+    (Path(sys.argv[1]) / os.environ["RANK"]).write_text(json.dumps(weights(parts[0].module)))
     parts[0].close()
     sys.stdout.flush()
     os._exit(0)

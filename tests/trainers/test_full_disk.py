@@ -12,7 +12,6 @@ import pytest
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.data.shard import shard
 from bigbatch.launcher import cli
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
@@ -22,11 +21,10 @@ RESULTS = ("ensemble/members.json", "ensemble/confusion.json", "summary.json", "
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(digits: Path, tmp_path: Path) -> RunDir:
     """A run of one step, with one snapshot."""
-    shard("digits", tmp_path / "digits", progress=False)
     changes = ["duration=1 steps", "schedule={name: cosine}", "global_batch=8", "micro_batch=4"]
-    changes += [f"data.path={tmp_path / 'digits'}", "data.workers=0", "log.wandb=off"]
+    changes += [f"data.path={digits}", "data.workers=0", "log.wandb=off"]
     return create_run(tmp_path / "run", load_recipe("digits", changes))
 
 

@@ -3,9 +3,8 @@
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.noise import NoiseScale
+from tests.ranks import run_ranks
 
 MICRO = 8
 FEATURES = 20
@@ -105,18 +105,7 @@ CASES = [("exact", 4), ("overlapped", 3), ("overlapped", 4), ("overlapped", 7)]
 
 
 def test_three_ranks_measure_single_micro_batches_also_inside_the_all_reduce(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "found.json")],
-            env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(3)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
+    run_ranks(3, Path(__file__), tmp_path / "found.json")
     for case, found in json.loads((tmp_path / "found.json").read_text()):
         check_against_formula(found, case[0], 3, case[1])
 

@@ -1,9 +1,6 @@
 """Phases of a step by rank, and the straggler among them."""
 
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +8,10 @@ import torch
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.data.shard import shard
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.monitoring import phases
 from bigbatch.trainers.monitoring.phases import PHASES, Clock, Timings
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -99,39 +96,19 @@ def test_nothing_is_known_before_the_first_step() -> None:
     assert timings.slowest() is None
 
 
-def train_with_slow_rank(tmp_path: Path, phase: str) -> RunDir:
+def train_with_slow_rank(digits: Path, tmp_path: Path, phase: str) -> RunDir:
     """Two real ranks over gloo, of which rank 1 sleeps 250 ms in a phase of each micro-batch."""
-    shard("digits", tmp_path / "digits", progress=False)
-    changes = [f"data.path={tmp_path / 'digits'}", "log.wandb=off", "duration=16 steps"]
+    changes = [f"data.path={digits}", "log.wandb=off", "duration=16 steps"]
     changes += ["schedule.cycles=1", "schedule.warmup=2 steps"]
     changes += ["log.details_every=8", "evaluate.every=1000 steps", "checkpoint.every=1000 steps"]
     run = create_run(tmp_path / "run", load_recipe("digits", changes))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                Path(__file__).with_name("slow_rank.py"),
-                phase,
-                "1",
-                "0.25",
-                run.path,
-            ],
-            env={**os.environ, **meeting, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.DEVNULL,
-        )
-        for r in range(2)
-    ]
-    assert [rank.wait() for rank in ranks] == [0, 0]
+    run_ranks(2, Path(__file__).with_name("slow_rank.py"), phase, "1", "0.25", run.path)
     return run
 
 
 @pytest.mark.parametrize("phase", ["data", pytest.param("model", marks=pytest.mark.slow)])
-def test_a_slow_rank_of_a_real_run_is_named(tmp_path: Path, phase: str) -> None:
-    run = train_with_slow_rank(tmp_path, phase)
+def test_a_slow_rank_of_a_real_run_is_named(digits: Path, tmp_path: Path, phase: str) -> None:
+    run = train_with_slow_rank(digits, tmp_path, phase)
     records = read_jsonl(run.metrics)
     last = [r for r in records if r["kind"] == "train"][-1]
     assert (last["slowest"]["rank"], last["slowest"]["phase"]) == (1, phase)
@@ -149,11 +126,10 @@ def test_a_slow_rank_of_a_real_run_is_named(tmp_path: Path, phase: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # four starts one after another
-def test_every_backend_records_the_same_trust_ratios(tmp_path: Path) -> None:
-    shard("digits", tmp_path / "digits", progress=False)
+def test_every_backend_records_the_same_trust_ratios(digits: Path, tmp_path: Path) -> None:
     found = {}
     for backend in ("ddp", "zero1", "zero2", "fsdp2"):
-        changes = [f"data.path={tmp_path / 'digits'}", "log.wandb=off", f"backend={backend}"]
+        changes = [f"data.path={digits}", "log.wandb=off", f"backend={backend}"]
         changes += ["reduction=overlapped", "log.details_every=2"]
         run = create_run(tmp_path / backend, load_recipe("digits", changes))
         command = agent_command(run.path, 2, stop_at=4)

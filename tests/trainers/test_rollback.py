@@ -12,7 +12,6 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.schema import Recovery, Spike
-from bigbatch.data.shard import shard
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.recovery.rollback import (
     Rollback,
@@ -125,10 +124,9 @@ def train(run: RunDir, ranks: int, stop_at: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(tmp_path):
-    shard("digits", tmp_path / "digits", progress=False)
+def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tmp_path):
     changes = [
-        f"data.path={tmp_path / 'digits'}", "log.wandb=off", "checkpoint.every=4 steps",
+        f"data.path={digits}", "log.wandb=off", "checkpoint.every=4 steps",
         "optimizer.lr=30", "schedule.warmup=1 epochs", "recovery.max_rollbacks=50",
         "recovery.spike={factor: 1.02, deviations: 1, window: 5}", "recovery.step_over=3",
     ]  # fmt: skip
