@@ -10,7 +10,17 @@ from bigbatch.configs.errors import UserError
 
 _PATIENCE_S = 60.0
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
-ACTIVE = (*WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "SIGNALING", "STAGE_OUT")
+# A job whose node failed is on its way back into the queue; if not, squeue soon forgets it.
+ACTIVE = (
+    *WAITING,
+    "NODE_FAIL",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "PREEMPTED",
+    "SIGNALING",
+    "STAGE_OUT",
+)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 
@@ -45,6 +47,24 @@ class Cluster:
         """SIGKILL of the daemon alone; the steps on its node live on (KillMode=process)."""
         self.daemons[node].kill()
         self.daemons[node].wait()
+
+    def wait_until_idle(self) -> None:
+        _wait(lambda: _idle(self.env) == len(NODES), "the nodes", self.folder)
+
+    def cut_power(self, node: str) -> None:
+        """SIGKILL of all that runs on a node: its daemon, its steps, and what these started."""
+        mine = {"SLURMD_NODENAME": node, "SLURM_CONF": self.env["SLURM_CONF"]}
+        tasks = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if mine.items() <= process.environ().items():
+                    tasks.append(process)
+        steps = {p for task in tasks for p in [task.parent()] if p and "slurmstepd" in p.name()}
+        # Who would report the deaths dies first.
+        self.kill_slurmd(node)
+        for process in (*steps, *tasks):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @dataclass
@@ -144,7 +164,7 @@ def slurm_cluster(folder: Path, cpus: int = 4, patience_s: int = 60) -> Iterator
         cluster.start("slurmctld", "slurmctld", "-D", "-i", "-f", str(config))
         for node in NODES:
             cluster.start_slurmd(node)
-        _wait(lambda: _idle(env) == 4, "the nodes", folder)
+        cluster.wait_until_idle()
         yield cluster
     finally:
         # A step outlives its slurmd; cancelled jobs take theirs along.

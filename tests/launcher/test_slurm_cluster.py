@@ -113,6 +113,35 @@ def test_preempted_and_requeued_five_times(place: Place) -> None:
     assert len(list(run.path.glob("slurm-*.out"))) == 1
 
 
+def test_two_nodes_are_lost_one_after_the_other(place: Place) -> None:
+    """The first with the batch script and rank 0, the second with rank 1."""
+    changes = [*CHANGES[:2], "checkpoint.every=5 steps"]
+    size = ["--nodes", "2", "--ranks-per-node", "1"]
+    job = place.submit("unlucky", *size, changes=changes)
+    run, lost, states = place.run("unlucky"), [], set()
+    for number, step in enumerate((8, 28)):
+        place.wait_for_step(job, "unlucky", step)
+        nodes = place.call("squeue", "-h", "-j", job, "-o", "%N").strip()
+        lost.append(place.call("scontrol", "show", "hostnames", nodes).split()[number])
+        place.cluster.cut_power(lost[-1])
+        # What SLURM concludes by itself when the node has not answered for SlurmdTimeout.
+        down = [f"nodename={lost[-1]}", "state=down", "reason=power"]
+        place.call("scontrol", "update", *down)
+        while sum(e["kind"] == "start" for e in read_jsonl(run.events)) < number + 2:
+            status = json.loads(place.call(BIGBATCH, "status", "unlucky", "--json"))
+            states.add(status["state"])
+    place.wait(job, "COMPLETED 0:0")
+    assert states <= {"queued", "running"}  # it never counted as ended
+    for node in lost:
+        place.cluster.start_slurmd(node)
+    place.cluster.wait_until_idle()
+    assert_same_weights(run, place.run("local"))
+    assert_every_step_once(run)
+    starts = [e["step"] for e in read_jsonl(run.events) if e["kind"] == "start"]
+    assert len(starts) == 3
+    assert starts[0] == 0 < starts[1] < starts[2]
+
+
 def test_a_range_of_nodes_trains_with_what_is_free(place: Place) -> None:
     busy = place.call(
         *("sbatch", "--parsable", "-N", "1", "--exclusive", "--output=/dev/null"),
