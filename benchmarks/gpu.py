@@ -299,19 +299,25 @@ def section_table(options: Options) -> dict[str, Any]:
 
 def section_resnet50(options: Options) -> dict[str, Any]:
     """Images a second of the engine's step: ResNet-50, bf16, LARS, images in GPU memory."""
+    layouts = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+    return {name: resnet50_steps(layout, options) for name, layout in layouts.items()}
+
+
+def resnet50_steps(layout: torch.memory_format, options: Options) -> dict[str, float]:
     import timm
 
     from bigbatch.trainers.engine import Engine
     from bigbatch.trainers.optim import build_optimizer
 
     engine = Engine("bf16", "overlapped")
-    model = timm.create_model("resnet50")
+    model = timm.create_model("resnet50").to(memory_format=layout)
     micro, steps = 256, 10 if options.quick else 50
     engine.prepare(model, build_optimizer(model, optimizer_cases()["lars"]), 1)
     model.train()
-    images = torch.randn(micro, 3, 224, 224, device=DEVICE)
+    images = torch.randn(micro, 3, 224, 224, device=DEVICE).contiguous(memory_format=layout)
     labels = torch.randint(1000, (micro,), device=DEVICE)
     seconds = []
+    torch.cuda.reset_peak_memory_stats()
     for number in range(-5, steps):
         torch.cuda.synchronize()
         started = time.perf_counter()

@@ -26,7 +26,10 @@ _MAX_SHRINK = 1.3
 
 
 class Augmenter:
-    """Turns canvases of uint8 into normalised float images [B, C, out, out] on a device."""
+    """Turns canvases of uint8 into normalised float images [B, C, out, out] on a device.
+
+    `layout` is the memory order of what `train` and `evaluate` give.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class Augmenter:
         classes: int,
         seed: int,
         device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.augment = augment
         self.image_size = image_size
@@ -48,6 +52,7 @@ class Augmenter:
         self.classes = classes
         self.seed = seed
         self.device = device
+        self.layout = layout
         self.mean = torch.tensor(augment.mean, device=device)
         self.std = torch.tensor(augment.std, device=device)
 
@@ -83,7 +88,8 @@ class Augmenter:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Overwrites `images`: on a CPU, fresh memory costs more than the arithmetic."""
-        return images.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+        images = images.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+        return images.contiguous(memory_format=self.layout)
 
     def _warp(self, batch: MicroBatch, matrices: geometry.Matrices) -> Tensor:
         canvas = batch.canvas(self.device)

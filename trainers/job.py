@@ -20,7 +20,7 @@ from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluate import Evaluator, own_errors
 from bigbatch.trainers.inputs import Inputs, open_inputs
-from bigbatch.trainers.models import build_model
+from bigbatch.trainers.models import build_model, memory_layout
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.plan import check_world
 from bigbatch.trainers.recovery.checkpoint import TrainState
@@ -107,6 +107,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     inputs = open_inputs(recipe, stop_at)
     classes = len(inputs.classes)
     model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
+    layout = memory_layout(recipe.model, engine.device)
+    model.to(memory_format=layout)
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
     augmenter = Augmenter(
         recipe.augment,
@@ -115,6 +117,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         classes=classes,
         seed=recipe.seed,
         device=engine.device,
+        layout=layout,
     )
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash

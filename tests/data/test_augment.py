@@ -21,7 +21,7 @@ ALL = Augment(
 )
 
 
-def augmenter(augment, out=16, crop_fraction=1.0, seed=0):
+def augmenter(augment, out=16, crop_fraction=1.0, seed=0, **options):
     return Augmenter(
         augment,
         image_size=out,
@@ -29,6 +29,7 @@ def augmenter(augment, out=16, crop_fraction=1.0, seed=0):
         classes=4,
         seed=seed,
         device=torch.device("cpu"),
+        **options,
     )
 
 
@@ -143,3 +144,14 @@ def test_jitter_stays_in_range_and_grayscale_works():
 def test_contact_sheet_is_one_picture():
     sheet = contact_sheet(torch.rand(20, 3, 5, 6), columns=8)
     assert (sheet.shape, sheet.dtype) == ((10, 48, 3), np.uint8)
+
+
+def test_the_memory_order_of_images_changes_none():
+    batch = batch_of([(20, 24), (30, 18)])
+    plain = augmenter(ALL)
+    ordered = augmenter(ALL, layout=torch.channels_last)
+    for a, b in ((plain.train(batch)[0], ordered.train(batch)[0]),
+                 (plain.evaluate(batch), ordered.evaluate(batch))):  # fmt: skip
+        assert a.is_contiguous()
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a, b)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Model
-from bigbatch.trainers.models import build_model
+from bigbatch.trainers.models import build_model, memory_layout
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -24,3 +24,10 @@ def test_a_checkpoint_is_where_training_starts(tmp_path: Path, pretrained: bool)
     missing = Model(name="resnet10t", checkpoint=str(tmp_path / "none.safetensors"))
     with pytest.raises(UserError, match=r"none\.safetensors"):
         build_model(missing, classes=7, channels=3, seed=0)
+
+
+def test_only_a_gpu_keeps_channels_last() -> None:
+    model = Model(name="resnet10t", channels_last=True)
+    assert memory_layout(model, torch.device("cuda")) is torch.channels_last
+    assert memory_layout(model, torch.device("cpu")) is torch.contiguous_format
+    assert memory_layout(Model(name="resnet10t"), torch.device("cuda")) is torch.contiguous_format

@@ -15,7 +15,7 @@ from torch import nn
 
 from bigbatch.trainers.optim import LARS
 from bigbatch.trainers.optim.lars import _foreach_update, _fused_update
-from bigbatch.trainers.optim.layerwise import norms
+from bigbatch.trainers.optim.layerwise import gradients, new_state, norms
 
 from .optim_reference import (
     PATHS,
@@ -256,3 +256,14 @@ def test_groups_may_mix_dtypes_and_parameters_without_gradient():
     assert torch.equal(unused.data, torch.ones(3, 3))
     torch.testing.assert_close(a.detach(), torch.full((3, 3), 0.9))
     torch.testing.assert_close(b.detach().float(), torch.full((3, 3), 0.9), rtol=1e-2, atol=0)
+
+
+def test_gradients_of_1x1_convolutions_are_taken_as_they_are_in_either_memory_order() -> None:
+    """NHWC gives their last two strides other values, which say nothing of the order."""
+    p = nn.Parameter(torch.randn(8, 4, 1, 1))
+    p.grad = torch.randn(8, 1, 1, 4).permute(0, 3, 1, 2)
+    assert p.grad.stride() != p.stride()
+    assert gradients([p], [new_state(p)])[0] is p.grad
+    turned = nn.Parameter(torch.randn(8, 4, 3, 3))
+    turned.grad = torch.randn(8, 3, 3, 4).permute(0, 3, 1, 2)
+    assert gradients([turned], [new_state(turned)])[0].stride() == turned.stride()

@@ -56,6 +56,8 @@ class Engine:
             kwargs_handlers=[ddp, group],
         )
         self.device: torch.device = self.accelerator.device
+        # The fastest kernels, found by trying; a run and its resumption may choose differently.
+        torch.backends.cudnn.benchmark = not self.exact
         # Called when the last of a step's gradients are on their way and the host only waits.
         self.on_sent: Callable[[], None] = lambda: None
         self.rank: int = self.accelerator.process_index
@@ -78,7 +80,7 @@ class Engine:
             sizes = [p.numel() for p in self._trained]
             self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
             parts = zip(self._sum.split(sizes), self._trained, strict=True)
-            self._sums = [part.view_as(p) for part, p in parts]
+            self._sums = [part.as_strided(p.shape, p.stride()) for part, p in parts]
         self._begin_norms()
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             self.model.register_comm_hook(None, self._send)

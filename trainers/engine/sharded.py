@@ -36,7 +36,8 @@ class ShardedEngine(Engine):
         self.optimizer = optimizer
         self._begin_norms()
         parameters = dict(model.named_parameters())
-        pieces = self.shard(model.to(self.device))
+        # FSDP2 takes no other layout, and DeepSpeed flattens to this one.
+        pieces = self.shard(model.to(memory_format=torch.contiguous_format).to(self.device))
         self.shards = Shards(self.module, pieces)
         self.shards.adopt(optimizer, parameters)
         self._pieces = [piece.tensor for piece in pieces]

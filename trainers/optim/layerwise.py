@@ -100,7 +100,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             return None
         for role in roles:
             pairs = zip(params, role, strict=True)
-            if any(t.ndim and p.stride() != t.stride() for p, t in pairs):
+            if not all(t.ndim == 0 or same_layout(p, t) for p, t in pairs):
                 return None
         tables = self._tables.get(params[0])
         if tables is None or not tables.are_of(params):
@@ -174,8 +174,17 @@ def buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
 def same_memory(params: list[Tensor], states: list[Tensor]) -> bool:
     """Whether a kernel that walks raw memory can take parameters and state together."""
     return all(
-        p.dtype == s.dtype and p.stride() == s.stride() for p, s in zip(params, states, strict=True)
+        p.dtype == s.dtype and same_layout(p, s) for p, s in zip(params, states, strict=True)
     )
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether elements of two dense tensors of one shape lie in the same order. The stride of
+    a dimension of size 1 says nothing: 1x1 convolutions get different ones under NHWC."""
+    if a.stride() == b.stride():
+        return True
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(n == 1 or own == other for n, own, other in strides)
 
 
 def on_cpu(tensors: list[Tensor]) -> bool:
@@ -209,7 +218,7 @@ def gradients(params: list[Tensor], states: list[Tensor]) -> list[Tensor]:
     for p, state in zip(params, states, strict=True):
         assert p.grad is not None
         assert not p.grad.is_sparse, "layer-wise optimizers need dense gradients"
-        same = p.grad.stride() == state.stride()
+        same = same_layout(p.grad, state)
         grads.append(p.grad if same else torch.empty_like(state, dtype=p.dtype).copy_(p.grad))
     return grads
 
