@@ -124,7 +124,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error}") from None
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no mapping; a recipe is lines of `key: value`")
+        raise UserError(f"{path} holds no mapping; write lines of `key: value`")
     return tree
 
 

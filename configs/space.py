@@ -12,6 +12,7 @@ from bigbatch.configs.load import load_recipe, read_yaml
 from bigbatch.configs.part import Part, Positive
 
 Objective = Literal["accuracy", "nll", "ece", "seconds"]
+_EXAMPLE = "optimizer.lr: {type: float, low: 0.1, high: 10, log: true}"
 MAXIMISED = ("accuracy",)  # the others are minimised
 
 
@@ -29,6 +30,11 @@ class Float(Part):
         _check_range(self.low, self.high, self.log)
         if self.log and self.step is not None:
             raise ValueError("log: true and step exclude each other; drop one of them")
+        if self.step is not None and self.step > self.high - self.low:
+            raise ValueError(
+                f"step {self.step:g} is longer than the way from {self.low:g} to {self.high:g}; "
+                "write a shorter one"
+            )
         return self
 
     @property
@@ -126,9 +132,12 @@ def _explain(error: Any) -> str:
     tags = {"float", "int", "choice"}
     place = [str(p) for i, p in enumerate(error["loc"]) if not (i == 2 and p in tags)]
     where = ".".join(place) or "space"
-    message = error["msg"].removeprefix("Value error, ")
+    absent = error["type"] == "missing"
+    message = "missing" if absent else error["msg"].removeprefix("Value error, ")
+    if place == ["parameters"] or error["type"] == "model_attributes_type":
+        return f"{where}: {message}; write recipe keys with their ranges, such as {_EXAMPLE}"
     if error["type"] == "extra_forbidden":
         models: dict[str, type[Part]] = {"float": Float, "int": Int, "choice": Choice}
         model = models.get(str(error["loc"][2]), Space) if len(error["loc"]) > 2 else Space
         return f"{where}: unknown key; valid keys: {', '.join(model.model_fields)}"
-    return f"{where}: missing" if error["type"] == "missing" else f"{where}: {message}"
+    return f"{where}: {message}"

@@ -8,6 +8,8 @@ import click
 
 from bigbatch.launcher import options
 
+_LISTED_STEPS = 10_000_000
+
 
 @click.command(short_help="List the built-in recipes.")
 @options.as_json
@@ -135,12 +137,20 @@ def schedule(
             "its rates in metrics.jsonl"
         )
     if epoch_samples is None:
-        epoch_samples = open_inputs(loaded).epoch_samples
+        try:
+            epoch_samples = open_inputs(loaded).epoch_samples
+        except UserError as error:
+            raise UserError(f"{error}; or say how long an epoch is by --epoch-samples N") from None
     plan, rate = preflight.fit_rate(loaded, epoch_samples)
     if plot is not None:
         options.write_picture(plot, lambda: preflight.draw(loaded.name, plan, rate, plot))
     rule = preflight.lr_rule(loaded)
     if as_json:
+        if plan.total > _LISTED_STEPS:
+            raise UserError(
+                f"--json lists every step, and duration {loaded.duration} makes {plan.total:,}; "
+                f"at most {_LISTED_STEPS:,} are listed: leave out --json, or shorten duration"
+            )
         rates = [rate(s) for s in range(plan.total)]
         options.print_json({"steps": plan.total, "lr_rule": rule, "lr": rates})
         return

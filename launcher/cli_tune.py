@@ -43,6 +43,9 @@ def find_lr(
 
     loaded = load_recipe(recipe, overrides)
     options.check_picture(plot)
+    low = loaded.optimizer.lr / 1000 if low is None else low
+    high = loaded.optimizer.lr * 100 if high is None else high
+    work.sweep_recipe(loaded, low, high, steps)  # refuses what cannot be swept
     nproc = start.ranks_here(loaded, None, nproc, 1, os.environ)
     assert nproc is not None
     start.check_start(loaded)
@@ -52,8 +55,8 @@ def find_lr(
                 found = work.find_lr(
                     loaded,
                     Path(folder),
-                    low=loaded.optimizer.lr / 1000 if low is None else low,
-                    high=loaded.optimizer.lr * 100 if high is None else high,
+                    low=low,
+                    high=high,
                     steps=steps,
                     nproc=nproc,
                     progress=progress,
@@ -105,6 +108,7 @@ def find_micro_batch(
     option of training: BatchNorm's statistics are those of a micro-batch, so another size
     computes something else. The change to use is printed.
     """
+    import math
     import os
     import tempfile
     from dataclasses import asdict
@@ -117,7 +121,7 @@ def find_micro_batch(
     from bigbatch.launcher.env import default_nproc
 
     loaded = load_recipe(recipe, overrides)
-    if memory is not None and not memory > 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise UserError(f"--memory {memory:g}: give the GB that all processes together may take")
     world = nproc or min(default_nproc(os.environ), loaded.global_batch)
     sizes = work.sizes(loaded, world)
@@ -248,7 +252,12 @@ def tune(
                 )
         trial = RunDir(folder / "trials/0000")
         submit(recipe, overrides, trial, asked, "--dry-run", "--no-check")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the study's folder {folder}: {error.strerror}; name another by --study"
+        ) from None
     click.get_current_context().with_resource(studies.hold(folder))
     found = studies.open_study(
         folder,

@@ -4,6 +4,7 @@ The sweep is the recipe itself under another schedule, a constant one behind an 
 warmup, so it goes through the same launcher, engine and order of samples as training does.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from bigbatch.trainers.recovery.signals import SAVED
 
 def sweep_recipe(recipe: Recipe, low: float, high: float, steps: int) -> Recipe:
     """The recipe with its rate rising from `low` to `high` by equal factors in `steps` steps."""
-    if not 0 < low < high:
-        raise UserError(f"--from {low:g} must be above 0 and below --to {high:g}")
+    if not (0 < low < high < math.inf and low / high > 0):
+        raise UserError(
+            f"--from {low:g} must be above 0 and below --to {high:g}, and their ratio a number"
+        )
     if steps < 20:
         raise UserError(f"--steps {steps}: a sweep needs at least 20 steps to show a curve")
     tree = bare_recipe(recipe, steps)

@@ -15,6 +15,7 @@ from bigbatch.trainers.plan import Plan, check_world
 Rate = Callable[[int], float]  # the learning rate of the step after s finished ones
 
 _DRAWN_POINTS = 2000
+_SEARCHED_STEPS = 1_000_000  # for the highest rate: all of them, in all but the longest runs
 _CURVE_POINTS = 60
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -96,11 +97,11 @@ def lr_rule(recipe: Recipe) -> str | None:
 
 def key_rates(plan: Plan, rate: Rate) -> dict[int, float]:
     """The learning rate where it says most: first, last, highest, and around cycle ends."""
-    rates = [rate(step) for step in range(plan.total)]
-    steps = {0, plan.total - 1, plan.total // 2, rates.index(max(rates))}
+    searched = range(0, plan.total, max(1, plan.total // _SEARCHED_STEPS))
+    steps = {0, plan.total - 1, plan.total // 2, max(searched, key=rate)}
     for end in plan.snapshots:
         steps |= {end - 1, end}
-    return {step: rates[step] for step in sorted(steps) if 0 <= step < plan.total}
+    return {step: rate(step) for step in sorted(steps) if 0 <= step < plan.total}
 
 
 def draw(name: str, plan: Plan, rate: Rate, path: Path) -> None:

@@ -56,8 +56,11 @@ LR = "parameters: {optimizer.lr: {type: float, low: 1, high: 2"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("parameters: {}", "parameters"),
-        ("objectives: [accuracy]", "parameters: missing"),
+        ("", "holds no mapping; write lines of"),
+        ("parameters: {}", r"parameters: .*at least 1 item.*such as optimizer\.lr: {type: float"),
+        ("objectives: [accuracy]", "parameters: missing; write recipe keys with their ranges"),
+        ("parameters: {optimizer.lr: [0.1, 1]}", "write recipe keys with their ranges, such as"),
+        (LR + ", step: 5}}", "step 5 is longer than the way from 1 to 2"),
         (LR + "}}\nobjectives: [speed]", "objectives"),
         (LR + "}}\nobjectives: [nll, nll]", "name each one once"),
         (LR + "}}\nobjective: nll", "objective: unknown key"),

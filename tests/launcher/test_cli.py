@@ -87,6 +87,12 @@ def test_deepspeeds_extra_argument_is_accepted() -> None:
         (["batches", "digits", "--steps", "9" * 30], "2^63"),
         (["prove", "digits", "--ranks", "1;2"], "not a list"),
         (["schedule", "digits", "--plot", "lr.exe"], ".png"),
+        (["schedule", "digits", "data.path=nowhere"], "--epoch-samples N"),
+        (
+            ["schedule", "digits", "--json", "--epoch-samples", "256", "duration=1G steps"],
+            "at most 10,000,000 are listed",
+        ),
+        (["find-micro-batch", "digits", "--memory", "inf"], "--memory inf"),
         (["shard", "no-such-folder", "out"], "no-such-folder"),
         (["index", "no-such-folder"], "no-such-folder"),
         (["inspect", "no-such-folder"], "no-such-folder"),
@@ -177,6 +183,8 @@ def test_schedule_numbers_and_picture(here: Path) -> None:
     assert json.loads(invoke(*alone, "--json").output)["lr"] == rates
     result = invoke(*alone, "--plot", "lr.png")
     assert result.output.splitlines()[-1] == "lr.png"
+    endless = invoke(*alone, "duration=1G epochs").output  # no list of all its steps is made
+    assert endless.splitlines()[-1].startswith("step 4,210,9")
     assert (here / "lr.png").read_bytes()[:4] == b"\x89PNG"
 
 

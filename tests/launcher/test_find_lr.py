@@ -43,6 +43,8 @@ def test_muons_second_rate_keeps_its_ratio() -> None:
     [
         (["--from", "2", "--to", "1"], "--from 2"),
         (["--from", "0"], "--from 0"),
+        (["--to", "inf"], "below --to inf"),
+        (["--from", "1e-320", "--to", "1e300"], "their ratio a number"),
         (["--steps", "5"], "--steps 5"),
         (["--plot", "lr.txt"], "--plot lr.txt"),
         (["--nproc", "9"], "9 ranks"),
