@@ -72,6 +72,21 @@ def test_only_the_newest_are_kept_and_killed_attempts_are_cleared(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
 
 
+def test_what_lies_beyond_the_step_that_is_saved_counts_for_nothing(tmp_path):
+    # A damaged checkpoint, before which the run had to go back, must not displace new ones.
+    state = make_state(steps=1)
+    for state.step in (4, 8):
+        save_checkpoint(tmp_path, state, keep=2)
+    (tmp_path / "step-00000008" / checkpoint.MODEL).unlink()
+    for state.step in (5, 6):
+        save_checkpoint(tmp_path, state, keep=1)
+        assert newest_valid(tmp_path)[0] == tmp_path / f"step-{state.step:08d}"
+    state.step = 8
+    save_checkpoint(tmp_path, state, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000008"]
+    assert newest_valid(tmp_path)[1] == []
+
+
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
 def test_one_flipped_bit_is_found_and_the_older_checkpoint_is_used(tmp_path, name):
     state = make_state(steps=1)

@@ -157,7 +157,7 @@ def write(
         shutil.rmtree(final)
     temporary.rename(final)
     sync(folder)
-    prune(folder, retention)
+    prune(folder, retention, captured.step)
     return final
 
 
@@ -192,12 +192,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int | str
     )
 
 
-def prune(folder: Path, retention: Retention) -> None:
-    """Remove what `retention` does not keep, and what killed attempts left behind."""
-    paths = {step_of(path): path for path in list_checkpoints(folder)}
+def prune(folder: Path, retention: Retention, step: int) -> None:
+    """Remove what `retention` does not keep, and what killed attempts left behind.
+
+    Checkpoints beyond `step`, the one just written, are those that the run could not go on
+    from: they stay until it comes there, and do not count as the newest.
+    """
+    found = {step_of(path): path for path in list_checkpoints(folder)}
+    paths = {number: path for number, path in found.items() if number <= step}
     scores = {s: _accuracy(p) if retention.best else None for s, p in paths.items()}
-    for step in paths.keys() - retention.kept(scores):
-        shutil.rmtree(paths[step])
+    for number in paths.keys() - retention.kept(scores):
+        shutil.rmtree(paths[number])
     for path in folder.glob("step-*.tmp-*"):
         shutil.rmtree(path)
 
