@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir, sync, write_atomically
 from bigbatch.configs.schema import Ensemble
 from bigbatch.data.index import Index
@@ -50,6 +51,7 @@ def combine(
     engine: Engine,
     evaluator: Evaluator,
     splits: dict[str, Index],
+    snapshots: int,
     *,
     recompute_images: Callable[[], Iterator[Tensor]],
     recompute_batches: int,
@@ -58,11 +60,19 @@ def combine(
 
     `splits` holds the validation split first: it alone decides on members and soup; the
     other splits are only reported. Collective; the result, scores by split of members,
-    ensemble and soup, is rank 0's, None elsewhere.
+    ensemble and soup, is rank 0's, None elsewhere. Raises UserError on all ranks where fewer
+    than `snapshots` are there.
     """
+    # Rank 0's list: on a network file system another machine may not see the last one yet.
+    names = engine.from_main([path.name for path in list_snapshots(run.snapshots)])
+    paths = [run.snapshots / name for name in names]
+    if len(paths) < snapshots:
+        raise UserError(
+            f"{run.snapshots} holds {len(paths)} of {snapshots} snapshots; restore the others, or "
+            "start a new run"
+        )
     model = engine.module
     val, *others = splits
-    paths = list_snapshots(run.snapshots)
     labels = {name: np.asarray(index.label, np.int64) for name, index in splits.items()}
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in splits}
     for path in paths:

@@ -197,8 +197,9 @@ def attempt(
         name = engine.from_main(f"{time.time_ns()}-{os.getpid()}")
         try:
             with (
-                Watchdog(run, heartbeat, engine.world, name, recipe.recovery.stall_s) as watchdog,
+                # Last to end: its wait for a slow disk, after an error, is no step that hangs.
                 Saver(run.checkpoints, engine, log, retention) as saver,
+                Watchdog(run, heartbeat, engine.world, name, recipe.recovery.stall_s) as watchdog,
                 closing(job.traced_batches(state.step, plan.stop)) as batches,
             ):
                 if recipe.recovery.max_rollbacks and state.step == 0:
@@ -222,6 +223,7 @@ def attempt(
                     monitor=monitor,
                 )
         except Rollback as error:
+            engine.skip()  # otherwise a loss scaler takes the next gradients for unscaled ones
             first, last = error.steps
             log.problem(
                 "rollback", f"{error}; stepping over {first} to {last}", first=first, last=last
@@ -305,6 +307,7 @@ def finish(job: Job, log: Log) -> None:
         job.engine,
         job.evaluator,
         {role: index for role, index in splits.items() if role != "train"},
+        len(job.inputs.plan.snapshots),
         recompute_images=recompute_images,
         recompute_batches=steps * recipe.micro_batches,
     )

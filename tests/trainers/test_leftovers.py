@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from bigbatch.configs.errors import RankError
+from bigbatch.configs.errors import RankError, UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers import worker
-from bigbatch.trainers.ensemble import list_snapshots, save_snapshot
+from bigbatch.trainers.ensemble import combine, list_snapshots, save_snapshot
 
 
 def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
@@ -20,6 +20,15 @@ def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
     save_snapshot(tmp_path, 1, 10, nn.Linear(2, 2), {"accuracy": 0.5})
     assert [path.name for path in list_snapshots(tmp_path)] == ["cycle-01"]
     assert [path.name for path in tmp_path.iterdir()] == ["cycle-01"]
+
+
+def test_a_lost_snapshot_is_missed_on_every_rank(tmp_path):
+    save_snapshot(tmp_path / "snapshots", 1, 10, nn.Linear(2, 2), {"accuracy": 0.5})
+    for rank in (0, 1):  # what rank 0 sees counts: another machine may see it later
+        engine: Any = SimpleNamespace(rank=rank, module=None, from_main=lambda value: ["cycle-01"])
+        run = RunDir(tmp_path if rank == 0 else tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="snapshots holds 1 of 3 snapshots"):
+            combine(run, None, engine, None, {}, 3, recompute_images=None, recompute_batches=0)  # type: ignore[arg-type]
 
 
 def test_files_that_a_killed_start_was_writing_go_at_the_next_one(tmp_path):

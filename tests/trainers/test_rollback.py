@@ -5,6 +5,7 @@ import math
 import subprocess
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.schema import Recovery, Spike
 from bigbatch.launcher.start import agent_command
+from bigbatch.trainers import worker
+from bigbatch.trainers.engine import open_engine
 from bigbatch.trainers.recovery.rollback import (
     Rollback,
     check_step,
@@ -143,3 +146,23 @@ def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tm
     for run in runs:
         steps = [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"]
         assert steps == list(range(1, 25))
+
+
+def test_a_rollback_leaves_a_loss_scaler_ready_for_the_next_try(digits, tmp_path, monkeypatch):
+    def as_fp16(*arguments):  # on a CPU, where the recipe may not ask for it
+        engine = open_engine(*arguments)
+        accelerator = engine.accelerator
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+        monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+        return engine
+
+    monkeypatch.setattr(worker, "open_engine", as_fp16)
+    changes = [
+        f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=40 steps",
+        "global_batch=8", "micro_batch=8", "schedule={name: constant}", "optimizer.lr=30",
+        "checkpoint.every=2 steps", "recovery.max_rollbacks=50", "recovery.step_over=1",
+        "recovery.spike={factor: 1.02, deviations: 1, window: 5}",
+    ]  # fmt: skip
+    run = create_run(tmp_path / "run", load_recipe("digits", changes))
+    assert worker.main([str(run.path), "--stop-at", "16"]) == 0
+    assert read_rollbacks(run)

@@ -23,6 +23,12 @@ from bigbatch.trainers.engine.shards import Shards
 from bigbatch.trainers.noise import MicroBatchNorms
 from bigbatch.trainers.optim.clip import clip_gradients
 
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",  # gloo, to a peer that went while it was sent to
+    "remote process exited",  # NCCL
+)
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -227,5 +233,4 @@ class Engine:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone, as gloo and NCCL say it."""
-    signs = "Connection closed by peer", "Connection reset by peer", "remote process exited"
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)

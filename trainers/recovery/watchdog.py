@@ -66,9 +66,13 @@ class Watchdog:
         now = time.monotonic()
         if self._strict():
             self._longest = max(self._longest, now - self._moved)
-        if self._place[1] == "reducing" and doing != "reducing":
+        first_ends = self._place[1] == "reducing" and doing != "reducing"
+        # The time before the rest: the thread may look in between, and what becomes strict now
+        # must not be judged by how long something patient took.
+        self._moved = now
+        self._place = (step, doing)
+        if first_ends:
             self._first = False
-        self._place, self._moved = (step, doing), now
 
     def limit(self) -> float:
         """Seconds without a beat after which this rank counts as hung."""
