@@ -41,10 +41,11 @@ POINTERS = {"addresses": "*i64", "chunks": "*i64", "sizes": "*i64", "first": "*i
             "partial": "*fp32", "ratios": "*fp32", "squares": "*fp64", "out": "*fp64",
             "layers": "i32", "count": "i32"}  # fmt: skip
 
+LARS_FLAGS = ("ADAPT", "INSIDE", "NESTEROV", "CLIP", "LR_ON_DEVICE")
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_kernels_compile_for_gpus_and_read_16_bytes_at_a_time(capability: int, kind: str) -> None:
+
+@pytest.mark.parametrize(("kind", "capability"), [("float32", 80), ("bfloat16", 90)])
+def test_kernels_compile_for_gpus_and_read_16_bytes_at_a_time(kind: str, capability: int) -> None:
     """Needs no GPU: Triton brings its compiler and assembler."""
     import triton
     import triton.language as tl
@@ -53,14 +54,16 @@ def test_kernels_compile_for_gpus_and_read_16_bytes_at_a_time(capability: int, k
 
     from bigbatch.trainers.optim import gpu, kernels
 
-    lars = {"ADAPT": True, "INSIDE": True, "NESTEROV": True, "CLIP": True}
-    lamb = {"CORRECT": True}
-    for name, flags in {
-        "lars_squares": {},
-        "lars_update": lars | {"LR_ON_DEVICE": True},
-        "lamb_moments": lamb,
-        "lamb_update": lamb | {"LR_ON_DEVICE": False},
-    }.items():
+    on, off = dict.fromkeys(LARS_FLAGS, True), dict.fromkeys(LARS_FLAGS, False)
+    for name, flags in [
+        ("lars_squares", {}),
+        ("lars_update", on),
+        ("lars_update", off),
+        ("lamb_moments", {"CORRECT": True}),
+        ("lamb_moments", {"CORRECT": False}),
+        ("lamb_update", {"CORRECT": True, "LR_ON_DEVICE": True}),
+        ("lamb_update", {"CORRECT": False, "LR_ON_DEVICE": False}),
+    ]:
         kernel = getattr(kernels, name)
         constants = {"kind": getattr(tl, kind), "CHUNK": gpu.CHUNK, **flags}
         types = {n: POINTERS.get(n, "fp32") for n in kernel.arg_names}
