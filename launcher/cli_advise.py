@@ -77,6 +77,8 @@ def advise(
             show(*points_tables(fit))
             for line in points_notes(fit):
                 click.echo(line)
+            if plot is not None:
+                click.echo(plot)
         return
     from bigbatch.launcher.registry import find_run
 
@@ -99,6 +101,8 @@ def advise(
         show(*run_tables(found, chosen))
         for line in run_notes(found, target_s, chosen):
             click.echo(line)
+        if plot is not None:
+            click.echo(plot)
 
 
 _OF_POINTS = ("hold_out",)

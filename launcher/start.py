@@ -163,8 +163,11 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
     before = run.recipe()
     changed = change_recipe(before, overrides)
     if found := differences(before, changed):
-        free = [key for key in NO_EFFECT if key != "data"]
-        free += [f"data.{key}" for key in sorted(NO_EFFECT["data"])]
+        free = [
+            key if part is None else f"{key}.{part}"
+            for key, parts in NO_EFFECT.items()
+            for part in ([None] if parts is True else sorted(parts))
+        ]
         raise UserError(
             f"{' '.join(overrides)}: that changes what is computed ({summary(found)}), so this "
             f"would not be the same run; you may change {', '.join(free)}, or start a new run"

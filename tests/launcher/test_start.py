@@ -249,7 +249,11 @@ def test_a_run_that_exists_may_change_its_backend_and_nothing_that_it_computes(t
     changed = change_run(run, ("backend=zero1", "data.workers=1"), None)
     assert (changed.backend, changed.data.workers) == ("zero1", 1)
     assert run.recipe() == changed
-    with pytest.raises(UserError, match=r"optimizer.lr=3: that changes what is computed.*backend"):
+    said = (
+        r"optimizer\.lr=3: that changes what is computed \(optimizer\.lr = 2\.0 there, 3\.0 here\)"
+        r".* you may change name, backend, log, checkpoint, recovery\.stall_s, data\.cache,"
+    )
+    with pytest.raises(UserError, match=said):
         change_run(run, ("optimizer.lr=3",), None)
     assert run.recipe() == changed
 
