@@ -183,7 +183,7 @@ class Agent(LocalElasticAgent):
         super().__init__(spec, logs)
         self._run_path = run
         self._signals = signals
-        self._saved = ""
+        self._seen: set[str] = set()  # names of checkpoints
         self.started = False
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -194,8 +194,10 @@ class Agent(LocalElasticAgent):
         statuses = {rank: failure.exitcode for rank, failure in result.failures.items()}
         checkpoints = list_checkpoints(RunDir(self._run_path).checkpoints)
         newest = checkpoints[0].name if checkpoints else ""
-        if newest > self._saved:
-            self._saved, self._remaining_restarts = newest, worker_group.spec.max_restarts
+        names = {path.name for path in checkpoints}
+        if not names <= self._seen:
+            self._seen |= names
+            self._remaining_restarts = worker_group.spec.max_restarts
         if self._signals.sent or {2, SAVED} & set(statuses.values()):
             self._remaining_restarts = 0
         if self._remaining_restarts > 0:

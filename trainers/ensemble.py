@@ -30,13 +30,16 @@ def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores
     for left_over in folder.glob(f"{final.name}.tmp-*"):  # of a killed attempt
         shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
-    save_weights(model, temporary / MODEL)
-    write_atomically(temporary / "metrics.json", json.dumps({"step": step, **scores}))
-    sync(temporary / MODEL)
-    sync(temporary)
-    if final.exists():  # an attempt that was killed before its next checkpoint
-        shutil.rmtree(final)
-    temporary.rename(final)
+    try:
+        save_weights(model, temporary / MODEL)
+        write_atomically(temporary / "metrics.json", json.dumps({"step": step, **scores}))
+        sync(temporary)
+        if final.exists():  # an attempt that was killed before its next checkpoint
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half of one
+        raise
     sync(folder)
     return final
 

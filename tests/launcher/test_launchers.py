@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import relative_difference
+from tests.ranks import free_port
 
 BIN = Path(sys.executable).parent
 MODULE = "bigbatch.launcher.cli"
@@ -89,8 +89,7 @@ def test_deepspeed_gives_no_name_to_a_run(shards: str) -> None:
 @pytest.mark.slow
 def test_two_agents_that_meet_give_the_same_weights(shards: str, local: RunDir) -> None:
     # As on two machines: the same command on each, here both on this one.
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"localhost:{server.getsockname()[1]}"
+    endpoint = f"localhost:{free_port()}"
     options = ["--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", endpoint]
     command = [BIN / "bigbatch", "train", "digits", *CHANGES, *options, "--run", "nodes"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

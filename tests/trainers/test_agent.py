@@ -7,15 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.launcher.registry import describe
 from bigbatch.launcher.start import agent_command
-from bigbatch.trainers.agent import FORWARD, explain
+from bigbatch.trainers.agent import FORWARD, Agent, explain
 from bigbatch.trainers.recovery.signals import CAUGHT, SAVED
 from tests.ranks import free_port
 
@@ -225,6 +229,25 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain(-signal.SIGTERM, 0, set(), run) == 128 + signal.SIGTERM
     assert explain(-signal.SIGKILL, 1, set(), run) == 128 + signal.SIGKILL
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_restarts_are_counted_from_the_last_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = RunResult(WorkerState.FAILED, failures={0: SimpleNamespace(exitcode=1)})  # type: ignore[dict-item]
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: failed)
+    group: Any = SimpleNamespace(spec=SimpleNamespace(max_restarts=3))
+    agent = Agent.__new__(Agent)
+    agent._run_path, agent._signals = tmp_path, SimpleNamespace(sent=set())  # type: ignore[assignment]
+    agent._seen = set()
+    # A damaged checkpoint, which the run went back from, stays ahead of it.
+    left = []
+    for step in (8, 8, 5, 5, 6):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
+        agent._remaining_restarts = left[-1] - 1 if left else 0
+        agent._monitor_workers(group)
+        left.append(agent._remaining_restarts)
+    assert left == [3, 2, 3, 2, 3]
 
 
 def test_every_signal_that_a_rank_listens_to_is_passed_on() -> None:

@@ -242,8 +242,9 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         write(tmp_path, capture(state), Retention(1), fail)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
-    save_checkpoint(tmp_path, state, keep=1)  # the try after that finds its way free
+    # Half a checkpoint may be what the disk lacks for the next one.
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    save_checkpoint(tmp_path, state, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 

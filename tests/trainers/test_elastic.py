@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.launcher.start import agent_command, worker_command
+from tests.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts one after another
 STEPS = 16
@@ -78,11 +78,9 @@ def test_other_world_sizes_and_another_launcher(folder: Path, undisturbed: RunDi
 
 def test_a_lost_machine_leaves_the_others_training(folder: Path, undisturbed: RunDir) -> None:
     run = new_run(folder, "nodes")
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
     command = [
         *(sys.executable, "-P", "-m", "bigbatch.trainers.agent", "--nproc", "1"),
-        *("--nnodes", "1:2", "--rdzv-endpoint", f"localhost:{port}"),
+        *("--nnodes", "1:2", "--rdzv-endpoint", f"localhost:{free_port()}"),
         *("--stop-at", str(STEPS), str(run.path)),
     ]
     output = folder / "nodes.txt"

@@ -1,5 +1,6 @@
 """What a killed or a lonely rank leaves behind must not stop the next start."""
 
+import errno
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from bigbatch.configs.errors import RankError, UserError
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers import worker
+from bigbatch.trainers import ensemble, worker
 from bigbatch.trainers.ensemble import combine, list_snapshots, save_snapshot
 
 
@@ -20,6 +21,16 @@ def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
     save_snapshot(tmp_path, 1, 10, nn.Linear(2, 2), {"accuracy": 0.5})
     assert [path.name for path in list_snapshots(tmp_path)] == ["cycle-01"]
     assert [path.name for path in tmp_path.iterdir()] == ["cycle-01"]
+
+
+def test_a_snapshot_that_the_disk_refuses_takes_no_room(tmp_path, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ensemble, "sync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        save_snapshot(tmp_path, 1, 10, nn.Linear(2, 2), {"accuracy": 0.5})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lost_snapshot_is_missed_on_every_rank(tmp_path):

@@ -141,21 +141,25 @@ def write(
     final = folder / f"step-{captured.step:08d}"
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
     folder.mkdir(exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)  # an earlier try's, on a full disk
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process's of the same number
     temporary.mkdir()
-    files = {
-        MODEL: write_tensors(temporary / MODEL, captured.model),
-        OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
-        STATE: _write(temporary / STATE, [json.dumps(captured.content, indent=1).encode()]),
-    }
-    manifest = {"step": captured.step, "files": files}
-    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    sync(temporary)
-    if before is not None:
-        before()
-    if final.exists():  # an older attempt's, from a run that was rolled back or damaged
-        shutil.rmtree(final)
-    temporary.rename(final)
+    try:
+        files = {
+            MODEL: write_tensors(temporary / MODEL, captured.model),
+            OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
+            STATE: _write(temporary / STATE, [json.dumps(captured.content, indent=1).encode()]),
+        }
+        manifest = {"step": captured.step, "files": files}
+        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        sync(temporary)
+        if before is not None:
+            before()
+        if final.exists():  # an older attempt's, from a run that was rolled back or damaged
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # the next try may need its room
+        raise
     sync(folder)
     prune(folder, retention, captured.step)
     return final
