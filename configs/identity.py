@@ -29,6 +29,8 @@ def recipe_hash(recipe: Recipe) -> str:
     changes no hash. It is a name to tell runs apart by; `differences` decides.
     """
     tree = recipe.model_dump(mode="json", exclude=NO_EFFECT, exclude_defaults=True)
+    # A part of which only what has no effect was set counts as one that was not set.
+    tree = {key: value for key, value in tree.items() if value or key not in NO_EFFECT}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,10 @@
 """Which recipes count as the same run, and how a difference is named."""
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bigbatch.configs.identity import differences, recipe_hash, summary
-from bigbatch.configs.load import builtin_recipes, load_recipe, parse_recipe
+from bigbatch.configs.load import builtin_recipes, change_recipe, load_recipe, parse_recipe
 from bigbatch.configs.schema import Recipe
 
 
@@ -39,6 +42,37 @@ def test_kinds_of_a_part_that_are_all_defaults_have_different_hashes():
     kinds = ["constant", "cosine", "polynomial"]
     hashes |= {recipe_hash(load_recipe("digits", [f"schedule={{name: {k}}}"])) for k in kinds}
     assert len(hashes) == len(options) + len(kinds)
+
+
+DIGITS = load_recipe("digits")
+CHANGES = [
+    "seed=3",
+    "seed=4",
+    "optimizer={name: sgd, lr: 2}",
+    "optimizer.momentum=0.8",
+    "schedule={name: cosine}",
+    "schedule.warmup=0 steps",
+    "data.sampling=uniform",
+    "clip={name: adaptive}",
+    "clip=null",
+    "evaluate.every=1 epochs",
+    "log.every=3",
+    "data.workers=3",
+    "recovery.stall_s=9",
+    "recovery.max_rollbacks=2",
+    "augment.crop={}",
+    "augment.crop=null",
+    "backend=ddp",
+]
+some_changes = st.lists(st.sampled_from(CHANGES), max_size=4)
+
+
+@given(some_changes, some_changes)
+@settings(max_examples=60, deadline=None)
+def test_hashes_agree_exactly_where_nothing_differs(one, other):
+    a, b = change_recipe(DIGITS, one), change_recipe(DIGITS, other)
+    assert (recipe_hash(a) == recipe_hash(b)) == (differences(a, b) == [])
+    assert len(differences(a, b)) == len(differences(b, a))
 
 
 def test_differences_name_each_key_and_both_values():
