@@ -1,10 +1,10 @@
-"""Faults of runs on SLURM: preemption, and the death of a slurmd, of a rank, of srun."""
+"""Faults of runs on SLURM: preemption, and the death of a node, of a slurmd, of a rank, of srun."""
 
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,19 @@ def kill_slurmd(run: SlurmRun, rng: random.Random) -> str:
 
 def lose_slurmd(run: SlurmRun, rng: random.Random) -> str:
     """Its ranks live on while SLURM gives the node up, and the job to others."""
+    return lose(run, rng, run.place.cluster.kill_slurmd)
+
+
+def lose_node(run: SlurmRun, rng: random.Random) -> str:
+    """Its daemon, steps and ranks are gone at once, as by a power cut."""
+    return lose(run, rng, run.place.cluster.cut_power)
+
+
+def lose(run: SlurmRun, rng: random.Random, end: Callable[[str], None]) -> str:
     node = run.node(rng)
     if node is None:
         return "between two starts"
-    run.place.cluster.kill_slurmd(node)
+    end(node)
     began = time.monotonic()
     down = until(lambda: "DOWN" in node_state(run.place, node), 240)
     run.place.cluster.start_slurmd(node)
@@ -140,6 +149,7 @@ FAULTS: dict[str, Fault] = {
     "preemption": preempt,
     "kill slurmd": kill_slurmd,
     "lose slurmd": lose_slurmd,
+    "lose node": lose_node,
     "kill rank under SLURM": kill_rank,
     "kill srun": kill_srun,
 }
