@@ -152,6 +152,17 @@ def test_pieces_of_layers_step_as_the_whole_does(
         torch.testing.assert_close(torch.cat(joined), p.data, rtol=1e-6, atol=1e-7)
 
 
+def test_a_step_is_checked_before_kernels_are_trusted(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    assert interpreted.refusal.__wrapped__(device) is None
+    monkeypatch.setattr(interpreted.Tables, "lamb_update", lambda self, squares, group: None)
+    assert "off by" in interpreted.refusal.__wrapped__(device)
+    monkeypatch.setattr(interpreted.kernels, "lars_squares", None)
+    assert "TypeError" in interpreted.refusal.__wrapped__(device)
+
+
 def test_addresses_are_copied_only_where_one_has_moved(interpreted: ModuleType) -> None:
     params = make_params()
     tables = interpreted.Tables(params)
