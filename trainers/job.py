@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import JsonValue
 from torch import nn
 
+from bigbatch.configs.errors import RankError
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter, contact_sheet
@@ -105,6 +106,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     check_world(recipe, engine.world)
     data = recipe.data
     inputs = open_inputs(recipe, stop_at)
+    check_same_data(inputs, engine)
     classes = len(inputs.classes)
     model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
     layout = memory_layout(recipe.model, engine.device)
@@ -127,3 +129,18 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     }
     state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint, engine.shards)
     return Job(run, recipe, engine, inputs, model, augmenter, evaluator, state)
+
+
+def check_same_data(inputs: Inputs, engine: Engine) -> None:
+    """Raise RankError where this rank opened other shards than rank 0. Collective.
+
+    Copies on the disks of machines may differ, and an index may be replaced while ranks start.
+    """
+    hashes = {role: index.hash for role, index in inputs.splits.items()}
+    for role, expected in engine.from_main(hashes).items():
+        if hashes[role] != expected:
+            index = inputs.splits[role]
+            raise RankError(
+                f"{index.place} has index {hashes[role]} here, rank 0 has {expected}; give every "
+                "machine the same shards and index, then start again"
+            )
