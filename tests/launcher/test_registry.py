@@ -127,7 +127,8 @@ def test_the_newest_run_comes_first_and_damage_is_listed(tmp_path: Path) -> None
         run = make(tmp_path, name, [START])
         for path in (run.recipe_file, run.events, run.metrics):
             os.utime(path, (time.time() - 100 * age,) * 2)
-    (tmp_path / "old" / "events.jsonl").write_text("[1]\n")
+    damaged = {"kind": "start", "total_steps": "many"}
+    (tmp_path / "old" / "events.jsonl").write_text(json.dumps(damaged) + "\n")
     (tmp_path / "no-run").mkdir()
     found = list_runs(tmp_path)
     assert {i.name: i.state for i in found}["old"] == "unreadable"
