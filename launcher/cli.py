@@ -1,7 +1,8 @@
 """`bigbatch`: the command line. Commands import what they need when they run.
 
 Exit status: 0 done, 1 no (a proof that failed, a check that found something), 2 the user's
-error, 75 stopped by a signal and saved. Anything unforeseen keeps its traceback.
+error or a disk that refuses, 75 stopped by a signal and saved. Anything unforeseen keeps its
+traceback.
 """
 
 import sys
