@@ -44,7 +44,15 @@ def pictures():
     return [(image_bytes(i), label) for i, label in enumerate(labels)]
 
 
-def batches_of(index, sampling=BALANCED, **changes):
+def damage(index, samples):
+    """Change bytes of samples in the shards; a reader finds another CRC."""
+    for sample in samples:
+        with (index.root / index.shards[index.shard[sample]].name).open("r+b") as file:
+            file.seek(int(index.offset[sample]) + 20)
+            file.write(b"damage")
+
+
+def batches_of(index, sampling=BALANCED, order=None, **changes):
     options = {
         "global_batch": 32,
         "micro_batch": 4,
@@ -59,7 +67,8 @@ def batches_of(index, sampling=BALANCED, **changes):
         "bad_samples": 0,
         "journal": None,
     }
-    return train_batches(index, build_order(sampling, index, 5), **{**options, **changes})
+    order = order or build_order(sampling, index, 5)
+    return train_batches(index, order, **{**options, **changes})
 
 
 def content(batch):

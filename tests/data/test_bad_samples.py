@@ -19,6 +19,7 @@ from tests.data.micro_batches import (
     all_ranks,
     batches_of,
     by_place,
+    damage,
     image_bytes,
     pictures,
     write_shards,
@@ -29,11 +30,7 @@ from tests.data.micro_batches import (
 def damaged(tmp_path):
     """Shards in which samples 3, 4 and 30 no longer hold what was indexed."""
     index = write_shards(tmp_path / "train", pictures())
-    for sample in (3, 4, 30):
-        path = index.root / index.shards[index.shard[sample]].name
-        with path.open("r+b") as file:
-            file.seek(int(index.offset[sample]) + 50)
-            file.write(b"damage")
+    damage(index, (3, 4, 30))
     return index
 
 

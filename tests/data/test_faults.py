@@ -18,7 +18,6 @@ from bigbatch.configs.sampling import Uniform
 from bigbatch.data import decode_batch, read
 from bigbatch.data.decode import MAX_PIXELS
 from bigbatch.data.lanes import LaneOrder
-from bigbatch.data.loader import train_batches
 from bigbatch.data.order import build_order
 from tests.data.micro_batches import (
     SIZE,
@@ -184,22 +183,8 @@ def test_with_lanes_a_shard_is_opened_by_at_most_two_ranks(tmp_path, monkeypatch
     monkeypatch.setattr(read, "_File", Counted)
     seen = {}
     for rank in range(world):
-        batches = train_batches(
-            index,
-            order,
-            global_batch=16,
-            micro_batch=2,
-            rank=rank,
-            world=world,
-            start_step=0,
-            stop_step=8,  # one epoch
-            image_size=SIZE,
-            channels=3,
-            workers=0,
-            threads=1,
-            bad_samples=0,
-            journal=None,
-        )
+        options = {"global_batch": 16, "micro_batch": 2, "stop_step": 8}  # one epoch
+        batches = batches_of(index, order=order, rank=rank, world=world, **options)
         seen |= {(b.step, b.index): b.samples.tolist() for b in batches}
     assert sorted(s for batch in seen.values() for s in batch) == list(range(128))
     assert len(opened) == 32

@@ -26,6 +26,7 @@ from tests.data.micro_batches import (
     batches_of,
     by_place,
     content,
+    damage,
     image_bytes,
     write_shards,
 )
@@ -132,11 +133,7 @@ def test_a_substitute_is_stored_as_its_place_asks(large, tmp_path):
     root = tmp_path / "train"
     shutil.copytree(large.root, root)
     broken = open_index(root)
-    for sample in (2, 9, 10):
-        path = root / broken.shards[broken.shard[sample]].name
-        with path.open("r+b") as file:
-            file.seek(int(broken.offset[sample]) + 50)
-            file.write(b"damage")
+    damage(broken, (2, 9, 10))
     intact = {(b.step, b.index): b for b in batches_of(large, view=SEEN)}
     substituted = 0
     for batch in batches_of(broken, view=SEEN, bad_samples=100, workers=1):

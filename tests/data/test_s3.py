@@ -12,11 +12,11 @@ from moto.server import ThreadedMotoServer
 from bigbatch.configs.errors import UserError
 from bigbatch.data import retry, staging
 from bigbatch.data.index import open_index
-from bigbatch.data.loader import train_batches
 from bigbatch.data.remote import open_remote
 from bigbatch.data.remote_index import build_remote_index
 from bigbatch.data.shard import shard
 from bigbatch.data.staging import Cache, Remote
+from tests.data import micro_batches
 from tests.data.servers import Proxy
 from tests.data.test_remote import GB, order_of
 
@@ -74,21 +74,10 @@ def bucket(server, tmp_path_factory):
 
 
 def batches_of(index, lanes, workers):
-    for batch in train_batches(
-        index,
-        order_of(index, lanes),
-        global_batch=128,
-        micro_batch=16,
-        rank=0,
-        world=1,
-        start_step=0,
-        stop_step=10,
-        image_size=8,
-        channels=1,
-        workers=workers,
-        threads=2,
-        bad_samples=0,
-        journal=None,
+    sizes = {"global_batch": 128, "micro_batch": 16, "image_size": 8, "channels": 1, "threads": 2}
+    order = order_of(index, lanes)
+    for batch in micro_batches.batches_of(
+        index, order=order, stop_step=10, workers=workers, **sizes
     ):
         yield batch.samples.tolist(), batch.pixels.numpy().tobytes()
 

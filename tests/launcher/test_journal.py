@@ -21,6 +21,7 @@ from bigbatch.launcher.cli import cli
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.monitoring.history import read_history
 from bigbatch.trainers.monitoring.report import write_report
+from tests.data.micro_batches import damage
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 BAD = (3, 500, 501)  # samples of the training split
@@ -31,20 +32,13 @@ def inspect(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def damage(index: Index, sample: int) -> None:
-    with (index.root / index.shards[index.shard[sample]].name).open("r+b") as file:
-        file.seek(int(index.offset[sample]) + 20)
-        file.write(b"damage")
-
-
 @pytest.fixture(scope="module")
 def finished(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Index]:
     """Two epochs on two ranks over damaged shards: the run, what it said, and the index."""
     here = tmp_path_factory.mktemp("damaged")
     shutil.copytree(Path(shards) / "shards", here / "shards")
     index = open_index(here / "shards/digits/train")
-    for sample in BAD:
-        damage(index, sample)
+    damage(index, BAD)
     changes = ("duration=2 epochs", "data.sampling=uniform", "log.wandb=off", "ensemble.soup=false")
     done = subprocess.run(
         [BIGBATCH, "train", "digits", *changes, "schedule={name: cosine}", "--nproc", "2"],
@@ -116,7 +110,7 @@ def test_a_rank_says_what_it_alone_could_not_read(shards: str, tmp_path: Path) -
     index = open_index(tmp_path / "shards/digits/train")
     order = build_order(recipe.data.sampling, index, recipe.seed)
     of_rank_1 = int(order.samples(np.array([recipe.micro_batch]))[0])  # of step 0
-    damage(index, of_rank_1)
+    damage(index, [of_rank_1])
     run = create_run(tmp_path / "runs/alone", recipe)
     done = subprocess.run(
         agent_command(run.path, 2),
