@@ -17,7 +17,7 @@ MAX_MESSAGE = 3000  # characters
 # The end of a name that promises a secret value: WANDB_API_KEY, db-password, sessionToken.
 _NAME = (
     r"(?:api|access|secret|private|signing|encryption|account)[_-]?key(?:[_-]?id)?|secret|token|"
-    r"password|passwd|pwd|passphrase|credentials?|authorization|auth|cookie|signature"
+    r"password|(?<!/)passwd|pwd|passphrase|credentials?|authorization|auth|cookie|signature"
 )
 _SECRET_NAME = re.compile(rf"(?:{_NAME})$", re.I)
 # The value of such a name, in NAME=value, name: value, "name": "value" ...

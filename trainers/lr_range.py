@@ -47,7 +47,7 @@ def divergence(loss: Sequence[float]) -> int | None:
 
 
 def analyse(lr: Sequence[float], loss: Sequence[float]) -> RangeTest:
-    """Read a sweep. Raises UserError where the loss never fell, or diverged at once."""
+    """Read a sweep. Raises UserError where the loss did not fall, or diverged at once."""
     end = divergence(loss)
     rates, values = np.array(lr[:end]), np.array(loss[:end])
     if len(values) < _LEAST:
@@ -62,6 +62,14 @@ def analyse(lr: Sequence[float], loss: Sequence[float]) -> RangeTest:
         raise UserError(
             f"the loss did not fall anywhere between {rates[0]:.3g} and {rates[-1]:.3g}; start "
             "from a smaller rate with --from"
+        )
+    fall = path[0] - path[bottom]
+    noise = (values - path)[: bottom + 1].std()
+    if fall < noise:
+        raise UserError(
+            f"the loss fell by {fall:.2g} between {rates[0]:.3g} and {rates[-1]:.3g}, less than it "
+            f"varies from step to step ({noise:.2g}); go to higher rates with --to, or take more "
+            "--steps"
         )
     slope = np.gradient(path, np.log(rates))
     return RangeTest(

@@ -42,6 +42,7 @@ def test_secrets_are_known_by_their_form(secret: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "cannot read '/etc/passwd': give a file",
         "s3://bucket/photos", "https://example.org/a?page=2", "shards/digits", "rank 3 of 8",
         "loss 0.5, lr 0.1", "vit_base_patch16_224", "4 epochs", "key=value", "step 12: saved",
     ],

@@ -35,6 +35,9 @@ def test_divergence() -> None:
 
 
 def test_what_cannot_be_read_is_said() -> None:
+    flat = 2.3 + 0.1 * np.random.default_rng(0).standard_normal(100)
+    with pytest.raises(UserError, match=r"less than it varies .* higher rates with --to"):
+        analyse(np.logspace(-8, -6, 100).tolist(), flat.tolist())
     with pytest.raises(UserError, match="did not fall"):
         analyse(LR.tolist(), np.linspace(1, 3, len(LR)).tolist())
     with pytest.raises(UserError, match="diverged after 3 steps"):
