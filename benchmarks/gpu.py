@@ -404,6 +404,8 @@ def main() -> None:
         print("skipped: torch finds no GPU here, and every section of this script needs one")
         return
     os.environ.setdefault("WANDB_MODE", "disabled")
+    if path := os.environ.get("PYTHONPATH"):  # runs start in another folder
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     results: dict[str, Any] = {
         "machine": machine("timm", "torch"),
         "quick": chosen.quick,

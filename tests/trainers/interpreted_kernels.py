@@ -173,3 +173,76 @@ def test_addresses_are_copied_only_where_one_has_moved(interpreted: ModuleType) 
     params[1].data = params[1].data.clone()
     tables.point_at(params, params)
     assert tables.addresses.tolist() == [[p.data_ptr() for p in params]] * 2
+
+
+def test_a_copy_of_addresses_that_a_graph_captured_serves_that_graph_alone(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs when the graph does: a step before that would read what nobody has written."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    params: list[Tensor] = [torch.empty(4, device="meta")]
+    tables = interpreted.Tables(params)
+    tables.point_at(params)
+    captured = tables.addresses
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tables.point_at(params)
+    copied = tables.addresses
+    assert copied is not captured
+    tables.point_at(params)
+    assert tables.addresses is copied
+    assert interpreted.Tables(params, tables)._captured == [tables]  # the graph still reads it
+
+
+def test_kernels_start_on_the_device_of_their_tensors(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton would take the current device, where these addresses mean nothing."""
+    entered: list[int] = []
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            entered.append(self.index)
+
+        def __exit__(self, *exception: object) -> None:
+            entered.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **options: started.append((grid, list(entered)))
+
+    started: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    for name in ("lars_squares", "layer_sums", "lars_update", "lamb_moments", "lamb_update"):
+        monkeypatch.setattr(interpreted.kernels, name, Kernel())
+    tables = interpreted.Tables(make_params())
+    tables._on_device = Device(1)
+    lars, lamb = LARS(make_params(), lr=0.1), LAMB(make_params(), lr=0.1)
+    tables.lars_update(tables.lars_squares(), lars.param_groups[0])
+    tables.lamb_update(tables.lamb_moments(lamb.param_groups[0]), lamb.param_groups[0])
+    assert len(started) == 6
+    assert all(devices == [1] for _, devices in started)
+
+
+def test_state_of_another_dtype_is_left_to_torch(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own `load_state_dict` rounds state to the dtype of the weights; kernels that take
+    its addresses would read beyond its end."""
+    stepped = []
+    for kernels in (None, interpreted):
+        use_kernels(monkeypatch, kernels)
+        monkeypatch.setattr(layerwise, "on_cpu", lambda tensors: False)
+        params = make_params(torch.float16)
+        optimizer = OPTIMIZERS["lars"](params)
+        for step in range(2):
+            set_gradients(params, step)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.state[params[1]]["momentum_buffer"].dtype == torch.float16
+        stepped.append(params)
+    for a, b in zip(*stepped, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-3)

@@ -1,12 +1,13 @@
 """What LARS and LAMB have in common."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from bigbatch.trainers.optim import LAMB, LARS
+from bigbatch.trainers.optim import LAMB, LARS, layerwise
 
 from .optim_reference import make_layers, run
 
@@ -60,3 +61,26 @@ def test_a_captured_step_gives_the_weights_of_a_plain_one(optimizer_class):
         run(other, plain, [row], [rate])
     for name in plain:
         torch.testing.assert_close(plain[name], captured[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_copied_optimizer_goes_on_as_the_original(optimizer_class):
+    """torch copies groups and state alone."""
+    params, grads = make_layers(torch.float32)
+    optimizer = optimizer_class(list(params.values()), lr=1.0, weight_decay=0.01)
+    run(optimizer, params, grads[:1], [1.0])
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    run(optimizer, params, grads[1:2], [1.0])
+    run(copied, copied_params, grads[1:2], [1.0])
+    for name, p in params.items():
+        assert torch.equal(p, copied_params[name])
+
+
+def test_layers_may_lie_on_several_devices(optimizer_class, monkeypatch):
+    monkeypatch.setattr(layerwise, "on_cpu", lambda tensors: False)  # a GPU's path
+    params = [nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "meta")]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = optimizer_class(params, lr=0.5)
+    optimizer.step()
+    assert [ratios.device.type for _, ratios in optimizer.last_ratios] == ["cpu", "meta"]
+    assert (params[0] < 1).all()

@@ -62,17 +62,20 @@ def _error(kind: type[LARS] | type[LAMB], device: torch.device) -> float:
             tables.lamb_moments(optimizer.param_groups[0]), optimizer.param_groups[0]
         )
     pairs = zip(weights, reference, strict=True)
-    return max(float((w.cpu() - p).norm() / p.norm()) for w, p in pairs)
+    return max(float((w.cpu() - p.detach()).norm() / p.detach().norm()) for w, p in pairs)
 
 
 class Tables:
     """Tensors of one device and dtype, a layer or a piece of one each, as the kernels see them."""
 
-    def __init__(self, params: list[Tensor]) -> None:
+    def __init__(self, params: list[Tensor], replaced: "Tables | None" = None) -> None:
         self.params = params
         self.layers = len(params)
-        self.kind = KINDS[params[0].dtype]
+        self.dtype = params[0].dtype
+        self.kind = KINDS[self.dtype]
         self.device = params[0].device
+        # Triton launches on the current device, whatever it is given.
+        self._on_device = torch.cuda.device(self.device.index if params[0].is_cuda else -1)
         sizes = torch.tensor([p.numel() for p in params])
         # An empty piece of a layer has a chunk too: the one that writes the layer's ratio.
         counts = ((sizes + CHUNK - 1) // CHUNK).clamp(min=1)
@@ -86,10 +89,11 @@ class Tables:
         self.addresses = torch.empty(0, dtype=torch.int64)
         self._pointers: list[int] = []
         self._host = self.addresses
-        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._captured: list[Any] = [replaced] if replaced and replaced._captured else []
 
     def are_of(self, params: list[Tensor]) -> bool:
-        return len(params) == self.layers and all(map(operator.is_, params, self.params))
+        same = (params[0].device, params[0].dtype) == (self.device, self.dtype)
+        return same and len(params) == self.layers and all(map(operator.is_, params, self.params))
 
     def point_at(self, *roles: list[Tensor]) -> None:
         """Set `addresses`, int64 [roles, layers] on the device, to where the roles' tensors lie.
@@ -99,13 +103,20 @@ class Tables:
         """
         pointers = [t.data_ptr() for role in roles for t in role]
         on_gpu = self.device.type != "cpu"
-        if pointers != self._pointers:
-            self._pointers = pointers
-            host = torch.tensor(pointers).view(len(roles), self.layers)
-            self._host = host.pin_memory() if on_gpu else host
-            self.addresses = self._host.to(self.device, non_blocking=True)
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        with self._on_device:
+            capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+            if pointers != self._pointers:
+                # A captured copy runs with its graph: any other step needs one of its own.
+                self._pointers = [] if capturing else pointers
+                host = torch.tensor(pointers).view(len(roles), self.layers)
+                self._host = host.pin_memory() if on_gpu else host
+                self.addresses = self._host.to(self.device, non_blocking=True)
+        if capturing:
             self._captured.append((self._host, self.addresses))
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        with self._on_device:
+            kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
     def partial(self) -> Tensor:
         """Room for two sums of each chunk."""
@@ -114,9 +125,10 @@ class Tables:
     def sums(self, partial: Tensor) -> Tensor:
         """The sums of each layer's chunks, float64 [layers, 2]."""
         out = torch.empty(self.layers, 2, dtype=torch.float64, device=self.device)
-        kernels.layer_sums[(self.layers,)](
-            partial, self.first, out, self.count, BLOCK=SUMMED, **OPTIONS
-        )
+        self._launch(
+            kernels.layer_sums, self.layers,
+            partial, self.first, out, self.count, BLOCK=SUMMED,
+        )  # fmt: skip
         return out
 
     def ratios(self) -> Tensor:
@@ -129,9 +141,10 @@ class Tables:
         Roles of the tables: weights, gradients, momentum buffers.
         """
         partial = self.partial()
-        kernels.lars_squares[(self.count,)](
+        self._launch(
+            kernels.lars_squares, self.count,
             self.addresses, self.chunks, self.sizes, partial, self.layers, self.count,
-            self.kind, CHUNK=CHUNK, **OPTIONS,
+            self.kind, CHUNK=CHUNK,
         )  # fmt: skip
         return self.sums(partial)
 
@@ -139,7 +152,8 @@ class Tables:
         """Update weights and momentum; the trust ratios, all 1 where `squares` is None."""
         ratios = self.ratios()
         lr = _rate(group["lr"])
-        kernels.lars_update[(self.count,)](
+        self._launch(
+            kernels.lars_update, self.count,
             self.addresses, self.chunks, self.sizes, ratios if squares is None else squares,
             ratios, lr, float(group["momentum"]), float(group["weight_decay"]),
             float(group["trust_coefficient"]), float(group["eps"]), self.layers, self.kind,
@@ -148,7 +162,7 @@ class Tables:
             NESTEROV=group["nesterov"],
             CLIP=group["trust_clip"],
             LR_ON_DEVICE=isinstance(lr, Tensor),
-            CHUNK=CHUNK, **OPTIONS,
+            CHUNK=CHUNK,
         )  # fmt: skip
         return ratios
 
@@ -159,12 +173,13 @@ class Tables:
         """
         partial = self.partial()
         beta1, beta2 = map(float, group["betas"])
-        kernels.lamb_moments[(self.count,)](
+        self._launch(
+            kernels.lamb_moments, self.count,
             self.addresses, self.chunks, self.sizes, partial,
             beta1, beta2, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), float(group["eps"]),
             float(group["weight_decay"]), self.layers, self.count, self.kind,
             CORRECT=group["bias_correction"],
-            CHUNK=CHUNK, **OPTIONS,
+            CHUNK=CHUNK,
         )  # fmt: skip
         return self.sums(partial)
 
@@ -174,13 +189,14 @@ class Tables:
         lr = _rate(group["lr"])
         low, high = map(float, group["trust_bounds"] or (0, math.inf))
         beta1, beta2 = map(float, group["betas"])
-        kernels.lamb_update[(self.count,)](
+        self._launch(
+            kernels.lamb_update, self.count,
             self.addresses, self.chunks, self.sizes, squares, ratios, lr, low, high,
             _log(beta1), _log(beta2), float(group["eps"]),
             float(group["weight_decay"]), self.layers, self.kind,
             CORRECT=group["bias_correction"],
             LR_ON_DEVICE=isinstance(lr, Tensor),
-            CHUNK=CHUNK, **OPTIONS,
+            CHUNK=CHUNK,
         )  # fmt: skip
         return ratios
 

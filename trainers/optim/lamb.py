@@ -53,6 +53,9 @@ class LAMB(LayerwiseOptimizer):
             "capturable": True,  # torch's sign that `step` lives on the parameter's device
         }
         super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        super()._begin()
         self._scratch = torch.empty(0)
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ class LAMB(LayerwiseOptimizer):
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         if not group["bias_correction"]:
-            steps = [torch.full_like(t, torch.inf) for t in steps]  # 1 - beta^inf = 1
+            steps = [torch.full_like(steps[0], torch.inf)] * len(steps)  # 1 - beta^inf = 1
         torch._fused_adamw_(
             targets,
             upcast(gradients(params, means)),

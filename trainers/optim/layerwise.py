@@ -29,9 +29,19 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
         # Of the last step, for logging: tensors, so that nothing waits for the device.
         self.last_ratios: list[tuple[list[Tensor], Tensor]] = []
         self._tables: dict[Tensor, Tables] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which torch makes from groups and state alone, and of `load_state_dict`."""
+        super().__setstate__(state)
+        if "_tables" not in self.__dict__:
+            self.sum_over_ranks = None
+            self._begin()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -66,13 +76,12 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _step_together(self, work: list[tuple[list[Tensor], dict[str, Any]]]) -> None:
         """First all norms, then all updates: one all-reduce in between serves all layers."""
         adapted = [(p, group, *self.measure(p, group)) for p, group in work if group["adapt"]]
-        if adapted:
-            squares = torch.cat([of_group for *_, of_group in adapted])
-            if self.sum_over_ranks is not None:
-                squares = self.sum_over_ranks(squares)
-            of_groups = squares.split([len(params) for params, *_ in adapted])
-            for (params, group, measured, _), of_group in zip(adapted, of_groups, strict=True):
-                self.finish(params, measured, of_group, group)
+        squares = [of_group for *_, of_group in adapted]
+        if adapted and self.sum_over_ranks is not None:
+            lengths = [len(params) for params, *_ in adapted]
+            squares = list(self.sum_over_ranks(torch.cat(squares)).split(lengths))
+        for (params, group, measured, _), of_group in zip(adapted, squares, strict=True):
+            self.finish(params, measured, of_group, group)
         for params, group in work:
             if not group["adapt"]:
                 self.update_unadapted(params, group)
@@ -92,19 +101,25 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def tables(self, *roles: list[Tensor]) -> "Tables | None":
         """Parameters of one kind, and what else there is of each (tensors of its shape or
-        numbers), for the kernels of `gpu`; None where these do not run, or do not know the
-        dtype or the memory layout."""
+        numbers), for the kernels of `gpu`: gradients and then state. None where these do not
+        run, or do not know the dtype or the memory layout."""
         params = roles[0]
-        kernels = gpu_kernels(params[0].device)
-        if kernels is None or params[0].dtype not in kernels.KINDS:
+        device, dtype = params[0].device, params[0].dtype
+        kernels = gpu_kernels(device)
+        if kernels is None or dtype not in kernels.KINDS:
             return None
-        for role in roles:
+        for number, role in enumerate(roles[1:]):
+            # Kernels take addresses: what lies elsewhere or is of another dtype is not noticed.
+            known = dtype if number == 0 else torch.float32
             pairs = zip(params, role, strict=True)
-            if not all(t.ndim == 0 or same_layout(p, t) for p, t in pairs):
+            if not all(
+                t.dtype == known and t.device == device and (t.ndim == 0 or same_layout(p, t))
+                for p, t in pairs
+            ):
                 return None
         tables = self._tables.get(params[0])
         if tables is None or not tables.are_of(params):
-            tables = self._tables[params[0]] = kernels.Tables(params)
+            tables = self._tables[params[0]] = kernels.Tables(params, tables)
         tables.point_at(*roles)
         return tables
 
