@@ -85,6 +85,7 @@ def test_batches_that_are_kept_are_not_overwritten(index, reference):
     assert by_place(kept) == reference
 
 
+@pytest.mark.slow
 def test_memory_is_used_again_only_when_its_last_view_is_gone(index):
     batches = batches_of(index, workers=1, stop_step=100)
     first = next(batches)

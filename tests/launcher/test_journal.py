@@ -104,6 +104,7 @@ def test_the_run_says_so_at_its_end(finished: tuple[Path, str, Index]) -> None:
     assert read_history(RunDir(run)).bad_samples == summary["bad_samples"]
 
 
+@pytest.mark.slow
 def test_a_rank_says_what_it_alone_could_not_read(shards: str, tmp_path: Path) -> None:
     shutil.copytree(Path(shards) / "shards", tmp_path / "shards")
     recipe = load_recipe("digits", ["data.sampling=uniform", "data.bad_samples=0", "log.wandb=off"])

@@ -67,6 +67,7 @@ def open_study(
     )
 
 
+@pytest.mark.slow
 def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
     command = [*COMMAND, *SMALL, "duration=6 steps", "--trials", "2", "--nproc", "1", "--json"]
     first = here / "studies/digits/trials/0000"

@@ -178,6 +178,7 @@ def test_a_second_run_in_one_directory_is_refused(run: RunDir) -> None:
         assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_its_agent(run: RunDir) -> None:
     with agent(run) as process:
         wait_for_step(run, process)
