@@ -107,7 +107,7 @@ def train_with_slow_rank(digits: Path, tmp_path: Path, phase: str) -> RunDir:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["data", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("phase", ["data", "model"])
 def test_a_slow_rank_of_a_real_run_is_named(digits: Path, tmp_path: Path, phase: str) -> None:
     run = train_with_slow_rank(digits, tmp_path, phase)
     records = read_jsonl(run.metrics)
