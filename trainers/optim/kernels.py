@@ -36,11 +36,17 @@ def _store(
 
 
 @triton.jit
-def _chunk(chunks, sizes, CHUNK: tl.constexpr):
-    """This program's layer, where its chunk starts, and how much of the layer is left there."""
-    layer = tl.load(chunks + 2 * tl.program_id(0))
-    start = tl.load(chunks + 2 * tl.program_id(0) + 1) * CHUNK
+def _chunk(number, chunks, sizes, CHUNK: tl.constexpr):
+    """The layer of a chunk, where the chunk starts, and how much of the layer is left there."""
+    layer = tl.load(chunks + 2 * number)
+    start = tl.load(chunks + 2 * number + 1) * CHUNK
     return layer, start, tl.load(sizes + layer) - start
+
+
+@triton.jit
+def _from_the_end():
+    """The chunk of a program of an update: the cache still holds what the squares read last."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
@@ -62,7 +68,7 @@ def layer_sums(partial, first, out, chunks, BLOCK: tl.constexpr):
 def lars_squares(
     addresses, chunks, sizes, partial, layers, count, kind: tl.constexpr, CHUNK: tl.constexpr
 ):
-    layer, start, left = _chunk(chunks, sizes, CHUNK)
+    layer, start, left = _chunk(tl.program_id(0), chunks, sizes, CHUNK)
     w_at = tl.load(addresses + layer)
     g_at = tl.load(addresses + layers + layer)
     sums = partial + tl.program_id(0)
@@ -89,7 +95,7 @@ def lars_update(
     kind: tl.constexpr, ADAPT: tl.constexpr, INSIDE: tl.constexpr, NESTEROV: tl.constexpr,
     CLIP: tl.constexpr, LR_ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, left = _chunk(chunks, sizes, CHUNK)
+    layer, start, left = _chunk(_from_the_end(), chunks, sizes, CHUNK)
     if LR_ON_DEVICE:
         rate = tl.load(lr).to(tl.float32)
     else:
@@ -162,7 +168,7 @@ def lamb_moments(
     addresses, chunks, sizes, partial, beta1, beta2, rest1, rest2, log_beta1, log_beta2, eps,
     decay, layers, count, kind: tl.constexpr, CORRECT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, left = _chunk(chunks, sizes, CHUNK)
+    layer, start, left = _chunk(tl.program_id(0), chunks, sizes, CHUNK)
     w_at = tl.load(addresses + layer)
     g_at = tl.load(addresses + layers + layer)
     m_at = tl.load(addresses + 2 * layers + layer)
@@ -206,7 +212,7 @@ def lamb_update(
     layers, kind: tl.constexpr, CORRECT: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, left = _chunk(chunks, sizes, CHUNK)
+    layer, start, left = _chunk(_from_the_end(), chunks, sizes, CHUNK)
     if LR_ON_DEVICE:
         rate = tl.load(lr).to(tl.float32)
     else:
