@@ -13,10 +13,6 @@ class UserError(ValueError):
     """
 
 
-class RankError(UserError):
-    """One that a rank of a run meets alone: the other ranks do not know of it, so it says it."""
-
-
 def is_refused(error: OSError) -> bool:
     """Whether a disk was full, or a file was not to be written: space or rights mend it."""
     return error.errno in _REFUSALS

@@ -16,6 +16,11 @@ def free_port() -> int:
 
 def run_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> None:
     """Run `script` as `world` ranks that can meet; every one has to end with status 0."""
+    assert end_ranks(world, script, *arguments, timeout=timeout) == [0] * world
+
+
+def end_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> list[int]:
+    """The same, with the status that each ends with."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # The script is often the test itself, which imports this module.
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
@@ -29,7 +34,7 @@ def run_ranks(world: int, script: Path, *arguments: str | Path, timeout: float =
         for rank in range(world)
     ]
     try:
-        assert [rank.wait(timeout) for rank in ranks] == [0] * world
+        return [rank.wait(timeout) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -1,28 +1,17 @@
 """Exact distributed evaluation: every sample once, at any world size."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import nn
 
-from bigbatch.configs.errors import RankError, UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter
 from bigbatch.data.index import Index
-from bigbatch.data.loader import MicroBatch, eval_batches
+from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
 
 # Below this many images a rank decodes them itself, faster than workers could start.
 _FEW_IMAGES = 2000
-
-
-def own_errors(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """The same batches; what a user can mend about them, this rank meets alone."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise RankError(str(error)) from error
 
 
 class Evaluator:
@@ -54,7 +43,7 @@ class Evaluator:
         was_training = model.training
         model.eval()
         outputs, numbers = [], []
-        for batch in own_errors(batches):
+        for batch in batches:
             with engine.autocast():
                 outputs.append(model(self.augmenter.evaluate(batch)).float())
             numbers.append(batch.samples)

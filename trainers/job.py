@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import JsonValue
 from torch import nn
 
-from bigbatch.configs.errors import RankError
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment import Augmenter, contact_sheet
@@ -19,7 +19,7 @@ from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import MicroBatch, train_batches
 from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.evaluate import Evaluator, own_errors
+from bigbatch.trainers.evaluate import Evaluator
 from bigbatch.trainers.inputs import Inputs, open_inputs
 from bigbatch.trainers.models import build_model, memory_layout
 from bigbatch.trainers.optim import build_optimizer
@@ -46,7 +46,7 @@ class Job:
         """This rank's micro-batches of steps `start` to `stop`."""
         rank, world = self.engine.rank, self.engine.world
         journal = journal_file(self.run.path, rank)
-        return own_errors(self._batches(start, stop, rank, world, journal))
+        return self._batches(start, stop, rank, world, journal)
 
     def _batches(
         self, start: int, stop: int, rank: int, world: int, journal: Path | None
@@ -132,7 +132,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
 
 
 def check_same_data(inputs: Inputs, engine: Engine) -> None:
-    """Raise RankError where this rank opened other shards than rank 0. Collective.
+    """Raise UserError where this rank opened other shards than rank 0. Collective.
 
     Copies on the disks of machines may differ, and an index may be replaced while ranks start.
     """
@@ -140,7 +140,7 @@ def check_same_data(inputs: Inputs, engine: Engine) -> None:
     for role, expected in engine.from_main(hashes).items():
         if hashes[role] != expected:
             index = inputs.splits[role]
-            raise RankError(
+            raise UserError(
                 f"{index.place} has index {hashes[role]} here, rank 0 has {expected}; give every "
                 "machine the same shards and index, then start again"
             )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigbatch.configs.errors import RankError, UserError, is_refused
+from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, remove_leftovers, write_atomically
@@ -69,11 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         heartbeat = hold(run, engine)
         return work(build_job(run, recipe, engine, options.stop_at), stop, heartbeat)
     except UserError as error:
-        # Every rank meets the same error, or learns of it; one of them says it.
-        if engine is None or engine.rank == 0:
-            print(f"bigbatch: {message(error)}", file=sys.stderr, flush=True)
-        elif isinstance(error, RankError):
-            print(f"bigbatch: rank {engine.rank}: {error}", file=sys.stderr, flush=True)
+        if engine is None or engine.speaks():
+            who = f"rank {engine.rank}: " if engine is not None and engine.rank > 0 else ""
+            print(f"bigbatch: {who}{message(error)}", file=sys.stderr, flush=True)
         return 2
     except (RuntimeError, MemoryError) as error:
         rank = 0 if engine is None else engine.rank
@@ -120,7 +118,7 @@ def hold(run: RunDir, engine: Engine) -> Heartbeat:
     if said:
         raise UserError(said)
     if heartbeat is None:  # this machine alone cannot write there
-        raise RankError(str(problem))
+        raise UserError(str(problem))
     return heartbeat
 
 

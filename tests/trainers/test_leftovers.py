@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from bigbatch.configs.errors import RankError, UserError
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers import ensemble, worker
 from bigbatch.trainers.ensemble import combine, list_snapshots, save_snapshot
@@ -60,5 +60,5 @@ def test_a_rank_whose_machine_cannot_write_says_so_itself(tmp_path, monkeypatch)
 
     monkeypatch.setattr(worker, "Heartbeat", refuse)
     engine: Any = SimpleNamespace(rank=1, from_main=lambda value: None)  # rank 0 is well
-    with pytest.raises(RankError, match="Read-only file system"):
+    with pytest.raises(UserError, match="Read-only file system"):
         worker.hold(RunDir(tmp_path), engine)

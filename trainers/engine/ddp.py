@@ -29,6 +29,8 @@ _LOST_PEER = (
     "Broken pipe",  # gloo, to a peer that went while it was sent to
     "remote process exited",  # NCCL
 )
+_TOLD = "bigbatch/told"  # the store's key for: rank 0 has told of an error
+_RANK_0_SPEAKS_IN_S = 3
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -225,6 +227,26 @@ class Engine:
             return None
         arrays = [part.cpu().numpy() for part in parts]
         return [a[: int(a[-1].flat[0])] for a in arrays]
+
+    def speaks(self) -> bool:
+        """Whether this rank tells the user of the error that ends it.
+
+        Most errors meet all ranks, and rank 0 tells them; another rank speaks where rank 0
+        says nothing within seconds, for then it has met the error alone.
+        """
+        if self.world == 1:
+            return True
+        store = dist.distributed_c10d._get_default_store()
+        if self.rank == 0:
+            store.set(_TOLD, "")
+            return True
+        try:
+            store.wait([_TOLD], timedelta(seconds=_RANK_0_SPEAKS_IN_S))
+        except dist.DistStoreError:  # the wait has timed out
+            return True
+        except dist.DistError:  # the store went with rank 0, which has spoken
+            pass
+        return False
 
     def close(self) -> None:
         if self.world > 1:
