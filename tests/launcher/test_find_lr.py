@@ -57,6 +57,7 @@ def test_mistakes(shards: str, options: list[str], says: str, monkeypatch) -> No
         CliRunner().invoke(cli, ["find-lr", "digits", *options], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_two_ranks_stops_where_the_loss_explodes(shards: str, tmp_path: Path) -> None:
     adamw = ["optimizer={name: adamw, lr: 0.01}", "global_batch=128", "data.image_size=16"]
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "find-lr", "digits", *adamw]

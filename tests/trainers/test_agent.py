@@ -116,6 +116,7 @@ def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Si
     assert "Traceback" not in said(run)
 
 
+@pytest.mark.slow
 def test_all_ranks_start_again_after_one_was_killed(digits: Path, tmp_path: Path) -> None:
     changes = [f"data.path={digits}", "log.wandb=off", "checkpoint.every=3 steps"]
     run = create_run(tmp_path / "a", load_recipe("digits", changes))
