@@ -1,0 +1,91 @@
+"""Whether a change of the code changes any weight: short runs of two commits, bit for bit.
+
+    python benchmarks/same_weights.py --against REV [--quick] [--json FILE]
+
+Each case trains the digits for some steps from a checkout of REV and from this tree, on this
+machine, and compares the SHA-256 of the weights. Exit status 0: all the same, 1: some differ.
+--quick runs two of the cases.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import machine
+
+ROOT = Path(__file__).parents[1]
+SHORT = ("duration=30 steps", "schedule.warmup=3 steps", "schedule.rewarmup=1 steps")
+TEN = ("duration=10 steps", "reduction=overlapped", "schedule={name: cosine, warmup: 2 steps}")
+LAMB = "optimizer={name: lamb, lr: 0.02, weight_decay: 0.01}"
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, changes to the digits recipe
+    "digits, 1 rank": (1, SHORT),
+    "digits, 2 ranks": (2, SHORT),
+    "lamb": (1, (*TEN, LAMB)),
+    "uniform, crop, flip": (
+        1,
+        (*TEN, "data.sampling=uniform", "augment={crop: {}, flip: 0.5, mean: [0.3], std: [0.4]}"),
+    ),
+    "balanced, jitter, affine, mixup": (2, (*TEN, "augment.mixup=0.4")),
+    "zero1, 2 ranks": (2, (*TEN, "backend=zero1")),
+    "zero2, lamb, 2 ranks": (2, (*TEN, "backend=zero2", LAMB)),
+    "fsdp2, 2 ranks": (2, (*TEN, "backend=fsdp2")),
+    "lbfgs": (1, (*TEN, "optimizer={name: lbfgs, lr: 0.1}")),
+}
+QUICK = ("digits, 2 ranks", "lamb")
+
+
+def weights(tree: Path, shards: Path, folder: Path, ranks: int, changes: tuple[str, ...]) -> str:
+    """SHA-256 of the weights that the code in `tree` trains."""
+    # typings/ maps the import name onto the folders, before an installed package is asked.
+    environment = {**os.environ, "PYTHONPATH": str(tree / "typings"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "train", "digits", *changes]
+    command += [f"data.path={shards}", "log.wandb=off", "--nproc", str(ranks)]
+    command += ["--run-dir", str(folder)]
+    done = subprocess.run(
+        command, env=environment, cwd=shards.parent, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
+    newest = max((folder / "checkpoints").glob("step-*/model.safetensors"))
+    return hashlib.sha256(newest.read_bytes()).hexdigest()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--against", default="HEAD", metavar="REV", help="commit to compare with")
+    parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK)}")
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    options = parser.parse_args()
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="same-weights-") as temporary:
+        folder = Path(temporary)
+        old, shards = folder / "old", folder / "shards"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(old), options.against], check=True)
+        try:
+            shard = [sys.executable, "-m", "bigbatch.launcher.cli", "shard", "digits", str(shards)]
+            subprocess.run(shard, check=True, capture_output=True)
+            for number, (name, (ranks, changes)) in enumerate(CASES.items()):
+                if options.quick and name not in QUICK:
+                    continue
+                then, now = (
+                    weights(tree, shards, folder / f"{which}-{number}", ranks, changes)
+                    for which, tree in (("old-run", old), ("new-run", ROOT))
+                )
+                found[name] = {"old": then, "new": now, "same": then == now}
+                print(f"{name:32} {'same' if then == now else 'DIFFERENT':10} {now[:16]}")
+        finally:
+            subprocess.run([*git, "remove", "--force", str(old)], check=False)
+    if options.json:
+        where = {**machine("torch", "timm", "accelerate", "deepspeed"), "against": options.against}
+        options.json.write_text(json.dumps({"machine": where, "figures": found}, indent=1) + "\n")
+    return 0 if all(case["same"] for case in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
