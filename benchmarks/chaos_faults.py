@@ -17,7 +17,7 @@ import psutil
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.data.shard import shard
+from bigbatch.data.writing.shard import shard
 from bigbatch.launcher.child import kill_tree
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.recovery.checkpoint import Damaged, list_checkpoints, step_of, verify

@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 from chaos_faults import RECIPE, STEPS, Fault, NewRun, Run, until
 
-from bigbatch.data.shard import shard
+from bigbatch.data.writing.shard import shard
 from bigbatch.trainers.monitoring.wandb_view import history_steps
 
 sys.path.append(str(Path(__file__).parents[1]))  # for the tests' cluster
-from tests.slurm_cluster import BIGBATCH, WAITING, Place, missing, slurm_cluster
+from tests.helpers.slurm_cluster import BIGBATCH, WAITING, Place, missing, slurm_cluster
 
 __all__ = ["FAULTS", "KINDS", "QUICK", "machine", "missing", "slurm_runs"]
 

@@ -146,7 +146,7 @@ def section_captured(options: Options) -> dict[str, Any]:
 
 def noise_batch(count: int, size: int, even: bool) -> Any:
     """A micro-batch of smooth images; not `even`: of several sizes."""
-    from bigbatch.data.loader import MicroBatch
+    from bigbatch.data.batch import MicroBatch
 
     rng = np.random.default_rng(0)
     sizes = np.full((count, 2), size, np.int32)
@@ -183,7 +183,7 @@ def section_canvas(options: Options) -> dict[str, Any]:
 def section_augment(options: Options) -> dict[str, Any]:
     """Augmented images and targets on the device against the CPU's."""
     from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
-    from bigbatch.data.augment import Augmenter
+    from bigbatch.data.augment.pipeline import Augmenter
 
     augment = Augment(
         crop=Crop(),

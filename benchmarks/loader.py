@@ -52,12 +52,12 @@ from loader_contestants import BATCH, CONTESTANTS, SHARDS, encoded, make_augment
 from machine import machine
 from PIL import Image
 
-from bigbatch.data.augment import Augmenter
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import MicroBatch
 from bigbatch.data.decode import Jpeg, fill, open_pixels, reduced
 from bigbatch.data.index import build_index
-from bigbatch.data.loader import MicroBatch
-from bigbatch.data.recode import prepare
 from bigbatch.data.tar import write_end, write_member
+from bigbatch.data.writing.recode import prepare
 
 CROP_BUFFER = np.empty(BATCH * 1000 * 1000 * 3, np.uint8)
 

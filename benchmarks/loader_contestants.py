@@ -10,10 +10,11 @@ from PIL import Image
 
 from bigbatch.configs.sampling import Uniform
 from bigbatch.configs.schema import Augment, Crop
-from bigbatch.data.augment import Augmenter
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import View
 from bigbatch.data.index import open_index
-from bigbatch.data.loader import MicroBatch, train_batches
+from bigbatch.data.loader import train_batches
 from bigbatch.data.order import build_order
 from bigbatch.data.read import ShardReader
 

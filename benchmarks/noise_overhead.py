@@ -38,9 +38,10 @@ from machine import machine
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bigbatch.trainers.advice.noise_scale import NoiseScale
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.engine import ddp as engine_module
-from bigbatch.trainers.noise import MicroBatchNorms, NoiseScale
+from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
 
 MODEL, MICRO, SIZE = "resnet18", 32, 64
 # (ranks, reduction, micro-batches in a step)

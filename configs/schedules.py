@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a recipe writes them; trainers/schedules.py computes them.
+"""Learning-rate schedules as a recipe writes them; trainers/planning/schedules.py computes them.
 
 Every schedule gives a factor that multiplies `optimizer.lr`. docs/schedules.md draws them.
 """

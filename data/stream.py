@@ -29,9 +29,10 @@ from webdataset.shardlists import ResampledShards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.batch import MicroBatch
 from bigbatch.data.decode import MAX_BYTES, Pixels, decode
 from bigbatch.data.journal import append
-from bigbatch.data.loader import MicroBatch, pinned
+from bigbatch.data.loader import pinned
 from bigbatch.data.read import BadSample
 from bigbatch.data.rng import key64
 from bigbatch.data.staging import file_system, is_url

@@ -7,8 +7,8 @@ import numpy as np
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.inputs import open_inputs
-from bigbatch.trainers.plan import check_world
+from bigbatch.trainers.planning.inputs import open_inputs
+from bigbatch.trainers.planning.plan import check_world
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.plan import Plan
+from bigbatch.trainers.planning.plan import Plan
 
 _PROBE_BYTES = 32 << 20
 _SIZE_PATIENCE_S = 120.0
@@ -34,10 +34,10 @@ class Finding:
 
 
 def model_size(recipe: Recipe, classes: int) -> dict[str, int] | str:
-    """Sizes as trainers/size.py finds them, or why they are not known here."""
+    """Sizes as trainers/models/size.py finds them, or why they are not known here."""
     if find_spec("torch") is None:
         return "no torch on this machine"
-    command = [sys.executable, "-P", "-m", "bigbatch.trainers.size", str(classes)]
+    command = [sys.executable, "-P", "-m", "bigbatch.trainers.models.size", str(classes)]
     # No GPU is touched, and no server asked for weights.
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     try:

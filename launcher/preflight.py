@@ -9,8 +9,8 @@ from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.estimate import Estimate, look
-from bigbatch.trainers.inputs import fit, open_inputs
-from bigbatch.trainers.plan import Plan, check_world
+from bigbatch.trainers.planning.inputs import fit, open_inputs
+from bigbatch.trainers.planning.plan import Plan, check_world
 
 Rate = Callable[[int], float]  # the learning rate of the step after s finished ones
 

@@ -21,7 +21,7 @@ from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import OUTPUT, Child, RunFailed, tail
-from bigbatch.trainers.plan import check_world
+from bigbatch.trainers.planning.plan import check_world
 
 # float32 sums in another order differ by some of its 6e-8 spacing a step; ten steps of a
 # network with BatchNorm amplify that to about 1e-6.

@@ -18,7 +18,7 @@ from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run, write_
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
-from bigbatch.trainers.plan import check_world
+from bigbatch.trainers.planning.plan import check_world
 
 RUNS = Path("runs")
 # How long a rank waits for another one to make the run directory. Their starts are apart by
@@ -90,7 +90,7 @@ def check_start(recipe: Recipe) -> None:
 
     Shards and indexes that are missing or damaged, and a schedule that does not fit.
     """
-    from bigbatch.trainers.inputs import open_inputs  # pyarrow takes a while to import
+    from bigbatch.trainers.planning.inputs import open_inputs  # pyarrow takes a while to import
 
     open_inputs(recipe)
 

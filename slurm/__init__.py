@@ -1,1 +1,1 @@
-"""The sbatch templates; launcher/slurm.py renders them, and people edit them by hand."""
+"""The sbatch templates; launcher/slurm/script.py renders them, and people edit them by hand."""

@@ -16,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scikit-learn's digits as `bigbatch shard` leaves them. Nothing may change them."""
-    from bigbatch.data.shard import shard
+    from bigbatch.data.writing.shard import shard
 
     folder = tmp_path_factory.mktemp("shards") / "digits"
     shard("digits", folder, progress=False)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
 from bigbatch.data.index import open_index
-from bigbatch.trainers.metrics import score, softmax
+from bigbatch.trainers.evaluation.metrics import score, softmax
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 

@@ -14,16 +14,17 @@ from torch import nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir, write_atomically
 from bigbatch.configs.schema import Recipe
-from bigbatch.data.augment import Augmenter, contact_sheet
+from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
+from bigbatch.data.batch import MicroBatch
 from bigbatch.data.journal import journal_file
-from bigbatch.data.loader import MicroBatch, train_batches
+from bigbatch.data.loader import train_batches
 from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.evaluate import Evaluator
-from bigbatch.trainers.inputs import Inputs, open_inputs
-from bigbatch.trainers.models import build_model, memory_layout
+from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.models.build import build_model, memory_layout
 from bigbatch.trainers.optim import build_optimizer
-from bigbatch.trainers.plan import check_world
+from bigbatch.trainers.planning.inputs import Inputs, open_inputs
+from bigbatch.trainers.planning.plan import check_world
 from bigbatch.trainers.recovery.checkpoint import TrainState
 
 _SHOWN_IMAGES = 32

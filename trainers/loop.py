@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bigbatch.configs.schema import Recipe
-from bigbatch.data.augment import Augmenter
-from bigbatch.data.loader import MicroBatch
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import MicroBatch
 from bigbatch.data.rng import key64
+from bigbatch.trainers.advice.noise_scale import NoiseScale
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.losses import LossFunction
+from bigbatch.trainers.engine.closure import Closure
+from bigbatch.trainers.losses.build import LossFunction
+from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.monitoring.monitor import Monitor
-from bigbatch.trainers.noise import NoiseScale
-from bigbatch.trainers.norm import StepStatistics
 from bigbatch.trainers.optim import set_lr
-from bigbatch.trainers.optim.closure import Closure
-from bigbatch.trainers.plan import Plan
+from bigbatch.trainers.planning.plan import Plan
 from bigbatch.trainers.recovery.checkpoint import TrainState
 from bigbatch.trainers.recovery.rollback import check_step
 from bigbatch.trainers.recovery.saving import Saver

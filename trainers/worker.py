@@ -24,17 +24,18 @@ from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import message
 from bigbatch.configs.rundir import RunDir, read_jsonl, remove_leftovers, write_atomically
 from bigbatch.data.journal import count, read_journal
-from bigbatch.trainers import ensemble, memory
 from bigbatch.trainers.engine import Engine, is_lost_peer, open_engine
+from bigbatch.trainers.ensemble import combine, members
+from bigbatch.trainers.evaluation.metrics import score, softmax
 from bigbatch.trainers.job import Job, build_job
 from bigbatch.trainers.loop import train
-from bigbatch.trainers.losses import build_loss
-from bigbatch.trainers.metrics import score, softmax
+from bigbatch.trainers.losses.build import build_loss
+from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log, last_step, open_log
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.monitoring.output import close_output, copy_output
-from bigbatch.trainers.norm import StepStatistics
-from bigbatch.trainers.plateau import Evaluation, read_evaluations
+from bigbatch.trainers.planning.plateau import Evaluation, read_evaluations
+from bigbatch.trainers.recovery import oom
 from bigbatch.trainers.recovery.checkpoint import (
     Retention,
     TrainState,
@@ -75,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (RuntimeError, MemoryError) as error:
         rank = 0 if engine is None else engine.rank
-        if memory.is_out_of_memory(error):
-            print(f"bigbatch: {memory.explain(error, rank)}", file=sys.stderr, flush=True)
+        if oom.is_out_of_memory(error):
+            print(f"bigbatch: {oom.explain(error, rank)}", file=sys.stderr, flush=True)
             return 2
         if not is_lost_peer(error):
             raise
@@ -186,7 +187,7 @@ def attempt(
             number = sorted(plan.snapshots).index(state.step) + 1
             with engine.whole() as model:
                 if engine.rank == 0:
-                    ensemble.save_snapshot(run.snapshots, number, state.step, model, scores)
+                    members.save_snapshot(run.snapshots, number, state.step, model, scores)
             engine.barrier()
 
         keep = recipe.checkpoint
@@ -299,7 +300,7 @@ def finish(job: Job, log: Log) -> None:
     def recompute_images() -> Iterator[torch.Tensor]:
         return (job.augmenter.train(batch)[0] for batch in job.batches(0, steps))
 
-    scores = ensemble.combine(
+    scores = combine.combine(
         job.run,
         recipe.ensemble,
         job.engine,
@@ -345,7 +346,7 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
     """The table and the paths that a user looks for when a run ends."""
     from rich.console import Console
 
-    from bigbatch.trainers.monitoring.report import (  # matplotlib: only here
+    from bigbatch.trainers.report.report import (  # matplotlib: only here
         final_table,
         write_report,
     )

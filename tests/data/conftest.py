@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from bigbatch.data.index import Index
-from bigbatch.data.shard import shard
-from tests.data.micro_batches import batches_of, by_place, pictures, write_shards
+from bigbatch.data.writing.shard import shard
+from tests.helpers.micro_batches import batches_of, by_place, pictures, write_shards
 
 
 @pytest.fixture(scope="session")

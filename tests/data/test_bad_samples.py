@@ -13,7 +13,7 @@ from bigbatch.configs.sampling import Uniform
 from bigbatch.data.decode import decode
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.order import build_order
-from tests.data.micro_batches import (
+from tests.helpers.micro_batches import (
     BALANCED,
     SIZE,
     all_ranks,

@@ -19,7 +19,7 @@ from bigbatch.data import decode_batch, read
 from bigbatch.data.decode import MAX_PIXELS
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import build_order
-from tests.data.micro_batches import (
+from tests.helpers.micro_batches import (
     SIZE,
     batches_of,
     by_place,

@@ -273,7 +273,8 @@ def test_index_of_another_version(two_shards: Path) -> None:
 
 def test_reading_shards_needs_no_torch() -> None:
     code = (
-        "import sys, bigbatch.data.shard, bigbatch.data.index, bigbatch.data.inspect; "
+        "import sys, bigbatch.data.writing.shard, bigbatch.data.index; "
+        "import bigbatch.data.writing.inspection; "
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,13 +12,14 @@ from PIL import Image
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
 from bigbatch.configs.schema import Affine, Crop
+from bigbatch.data.batch import MicroBatch
 from bigbatch.data.decode import decode
 from bigbatch.data.geometry import View
 from bigbatch.data.index import open_index
-from bigbatch.data.loader import MicroBatch, _ahead, eval_batches
+from bigbatch.data.loader import _ahead, eval_batches
 from bigbatch.data.order import build_order
-from bigbatch.data.shard import shard
-from tests.data.micro_batches import (
+from bigbatch.data.writing.shard import shard
+from tests.helpers.micro_batches import (
     BALANCED,
     COUNTS,
     SIZE,

@@ -14,7 +14,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data import read
 from bigbatch.data.read import BadSample, ShardReader
 from bigbatch.data.readahead import reading_ahead
-from tests.data.micro_batches import write_shards
+from tests.helpers.micro_batches import write_shards
 
 PIECE = 1000
 

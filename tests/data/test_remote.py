@@ -18,10 +18,10 @@ from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.order import build_order
 from bigbatch.data.remote import open_remote, remote_at
-from bigbatch.data.shard import shard
 from bigbatch.data.staging import ABOUT, Remote
-from tests.data import micro_batches
-from tests.data.servers import Store
+from bigbatch.data.writing.shard import shard
+from tests.helpers import micro_batches
+from tests.helpers.servers import Store
 
 GB = 10**9
 

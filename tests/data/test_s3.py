@@ -14,11 +14,11 @@ from bigbatch.data import retry, staging
 from bigbatch.data.index import open_index
 from bigbatch.data.remote import open_remote
 from bigbatch.data.remote_index import build_remote_index
-from bigbatch.data.shard import shard
 from bigbatch.data.staging import Cache, Remote
-from tests.data import micro_batches
-from tests.data.servers import Proxy
+from bigbatch.data.writing.shard import shard
 from tests.data.test_remote import GB, order_of
+from tests.helpers import micro_batches
+from tests.helpers.servers import Proxy
 
 THROTTLED = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}

@@ -15,7 +15,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.data import retry, staging
 from bigbatch.data.staging import ABOUT, Cache, _checksums
-from tests.data.servers import Store
+from tests.helpers.servers import Store
 
 MB = 1 << 20
 

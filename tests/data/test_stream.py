@@ -12,9 +12,9 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.decode import decode
 from bigbatch.data.index import open_index
 from bigbatch.data.read import ShardReader
-from bigbatch.data.shard import shard
 from bigbatch.data.stream import stream_batches, stream_samples
 from bigbatch.data.tar import write_end, write_member
+from bigbatch.data.writing.shard import shard
 
 
 @pytest.fixture(scope="module")

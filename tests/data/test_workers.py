@@ -20,7 +20,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
 from bigbatch.data.loader import _extents, _source
 from bigbatch.data.workers import WorkerPool
-from tests.data.micro_batches import (
+from tests.helpers.micro_batches import (
     SIZE,
     batches_of,
     by_place,
@@ -62,7 +62,7 @@ def test_workers_end_when_the_trainer_is_killed(index, tmp_path):
         "import sys, time\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "from bigbatch.data.index import open_index\n"
-        "from tests.data.micro_batches import batches_of, workers_alive\n"
+        "from tests.helpers.micro_batches import batches_of, workers_alive\n"
         f"batches = batches_of(open_index({str(index.root)!r}), workers=2, stop_step=1000)\n"
         "next(batches)\n"
         "print(*[p.pid for p in workers_alive()], flush=True)\n"

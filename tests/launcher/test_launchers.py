@@ -10,7 +10,7 @@ import pytest
 
 from bigbatch.configs.rundir import RunDir, read_jsonl
 from bigbatch.launcher.prove import relative_difference
-from tests.ranks import free_port
+from tests.helpers.ranks import free_port
 
 BIN = Path(sys.executable).parent
 MODULE = "bigbatch.launcher.cli"

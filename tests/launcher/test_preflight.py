@@ -7,7 +7,7 @@ import pytest
 from bigbatch.configs.load import load_recipe
 from bigbatch.launcher import estimate
 from bigbatch.launcher.preflight import fit_rate, spark
-from bigbatch.trainers.size import measure
+from bigbatch.trainers.models.size import measure
 
 RESNET = [
     *("model.name=resnet50", "model.options={}", "data.channels=3", "data.image_size=224"),

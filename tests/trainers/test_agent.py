@@ -17,11 +17,11 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.launcher.registry import describe
+from bigbatch.launcher.runs.registry import describe
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.agent import FORWARD, Agent, explain
 from bigbatch.trainers.recovery.signals import CAUGHT, SAVED
-from tests.ranks import free_port
+from tests.helpers.ranks import free_port
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
-from bigbatch.trainers.inputs import open_inputs
 from bigbatch.trainers.job import check_same_data
-from tests.ranks import end_ranks
+from bigbatch.trainers.planning.inputs import open_inputs
+from tests.helpers.ranks import end_ranks
 
 
 def test_a_machine_with_other_shards_is_named(digits: Path) -> None:
@@ -32,7 +32,7 @@ def test_one_rank_says_what_it_alone_or_every_rank_meets(
 ) -> None:
     recipe = load_recipe("digits", [f"data.path={digits}", "log.wandb=off"])
     run = create_run(tmp_path / "run", recipe)
-    script = Path(__file__).with_name("failing_rank.py")
+    script = Path(__file__).parents[1] / "helpers" / "failing_rank.py"
     ended = end_ranks(2, script, ranks, run.path)
     assert ended[1] == 2
     assert ended[0] == (2 if "0" in ranks else 1)  # who is left alone ends as well

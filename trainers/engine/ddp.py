@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.engine.shards import Shards
-from bigbatch.trainers.noise import MicroBatchNorms
+from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
+from bigbatch.trainers.engine.pieces import Shards
 from bigbatch.trainers.optim.clip import clip_gradients
 
 _LOST_PEER = (

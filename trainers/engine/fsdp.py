@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
+from bigbatch.trainers.engine.pieces import Piece, row_piece
 from bigbatch.trainers.engine.sharded import ShardedEngine
-from bigbatch.trainers.engine.shards import Piece, row_piece
-from bigbatch.trainers.noise import MicroBatchNorms
 
 
 class FsdpEngine(ShardedEngine):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from bigbatch.configs.clipping import Clip, ClipNorm, ClipValue
 from bigbatch.trainers.engine.ddp import Engine
-from bigbatch.trainers.engine.shards import Piece, Shards
+from bigbatch.trainers.engine.pieces import Piece, Shards
 
 
 class ShardedEngine(Engine):

@@ -16,8 +16,8 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from bigbatch.trainers.engine.pieces import Piece
 from bigbatch.trainers.engine.sharded import ShardedEngine
-from bigbatch.trainers.engine.shards import Piece
 
 _BUCKET = 1 << 25  # elements that travel together: 128 MiB
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.models import build_model
+from bigbatch.trainers.models.build import build_model
 
 # Dense peaks in TFLOP/s, without sparsity, fp32 accumulation. fp32 is the CUDA cores' rate,
 # tf32, bf16 and fp16 are the tensor cores'. From the makers' datasheets, by device name as

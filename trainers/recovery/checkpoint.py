@@ -23,7 +23,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import sync, write_atomically
-from bigbatch.trainers.engine.shards import Shards
+from bigbatch.trainers.engine.pieces import Shards
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (

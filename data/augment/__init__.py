@@ -1,0 +1,1 @@
+"""What happens to pixels on the device: one warp, colour, mixing, normalisation."""

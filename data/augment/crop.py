@@ -1,0 +1,72 @@
+"""Crops on the host: on CPUs, warping whole canvases would take most of the time."""
+
+import math
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigbatch.data.batch import MicroBatch
+from bigbatch.data.geometry import Boxes
+
+
+class Memory:
+    """Memory for float32 tensors that is used again when the last view of a tensor is gone.
+
+    A batch of images is so large that each new one would come from the system as fresh pages,
+    which takes as long as cropping them.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[npt.NDArray[np.float32]] = []
+
+    def empty(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        buffer = self._free.pop() if self._free else np.empty(size, np.float32)
+        if buffer.size < size:
+            buffer = np.empty(size, np.float32)
+        view = buffer[:size]  # which torch keeps for as long as any tensor uses it
+        weakref.finalize(view, self._free.append, buffer).atexit = False
+        return torch.from_numpy(view).view(shape)
+
+
+def crop_resize(
+    batch: MicroBatch,
+    boxes: Boxes,
+    out: int,
+    mirrored: npt.NDArray[np.bool_] | None = None,
+    memory: Memory | None = None,
+) -> Tensor:
+    """Each image's box [left, top, width, height] in [0, 1]: float32 [B, C, out, out].
+
+    Boxes are widened to whole pixels; `mirrored` [B] ones come left to right. Bilinear,
+    antialiased as Pillow does it: torch has vector code for just this, on uint8, which is
+    faster than decoding a small JPEG.
+    """
+    result = (memory or Memory()).empty(len(boxes), batch.channels, out, out)
+    flips = np.zeros(len(boxes), bool) if mirrored is None else mirrored
+    first, last = (corners.tolist() for corners in _whole_pixels(boxes))
+    for place, image, (left, top), (right, bottom), flip in zip(
+        result, batch.images(), first, last, flips.tolist(), strict=True
+    ):
+        # Copied first: torch's vector code takes only what has no gaps, and its own copy of
+        # the part is slower.
+        part = image[top:bottom, left:right].contiguous().permute(2, 0, 1)[None]
+        small = F.interpolate(part, size=(out, out), mode="bilinear", antialias=True)[0]
+        torch.div(small.flip(2) if flip else small, 255, out=place)
+    return result
+
+
+def nearly_whole(boxes: Boxes) -> bool:
+    """Whether widening to whole pixels changes no side by more than 2 %."""
+    first, last = _whole_pixels(boxes)
+    return bool((last - first <= 1.02 * boxes[:, 2:]).all())
+
+
+def _whole_pixels(boxes: Boxes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where the widened boxes begin and end, each [B, 2] (x, y)."""
+    first = np.floor(boxes[:, :2] + 1e-6).astype(np.int64)
+    return first, np.ceil(boxes[:, :2] + boxes[:, 2:] - 1e-6).astype(np.int64)

@@ -1,0 +1,213 @@
+"""Commands about data: shards, their index, and the order in which training reads them."""
+
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from bigbatch.launcher.cli import options
+
+
+@click.command(short_help="Write images as shards with an index.")
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--split", help="Fractions of train, val and test, such as 0.8,0.1,0.1.")
+@click.option("--samples-per-shard", type=int, help="Samples in a shard.  [default: 10000]")
+@click.option("--shard-size", help="Instead, about this many bytes in a shard, such as 256MB.")
+@click.option("--short-side", type=int, help="Reduce images to this short side, in pixels.")
+@click.option("--quality", type=int, default=90, show_default=True, help="Of JPEGs reduced.")
+@click.option("--image-column", help="Of Parquet and saved data sets, where it is unclear.")
+@click.option("--label-column", help="The same for labels, such as coarse_label.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@options.as_json
+def shard(
+    source: str,
+    dest: Path,
+    split: str | None,
+    samples_per_shard: int | None,
+    shard_size: str | None,
+    short_side: int | None,
+    quality: int,
+    image_column: str | None,
+    label_column: str | None,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Write SOURCE as WebDataset shards with an index: DEST/SPLIT/000000.tar, DEST/SPLIT/index.
+
+    \b
+    SOURCE is  digits                 scikit-learn's handwritten digits
+               a folder               one folder of images per class, or SPLIT/CLASS/image
+               Parquet, saved Hugging Face data sets, WebDataset tars
+
+    Killed, it goes on where it was when the command is repeated.
+    """
+    from dataclasses import asdict
+
+    from bigbatch.data.writing.shard import shard as write
+
+    try:
+        written = write(
+            source,
+            dest,
+            split=split,
+            samples_per_shard=samples_per_shard,
+            shard_size=shard_size,
+            short_side=short_side,
+            quality=quality,
+            image_column=image_column,
+            label_column=label_column,
+            workers=workers,
+            progress=not as_json,
+        )
+    except KeyboardInterrupt:
+        click.echo("bigbatch: stopped; repeat the command to go on where it was", err=True)
+        sys.exit(128 + signal.SIGINT)
+    if as_json:
+        options.print_json(asdict(written))
+        return
+    for name, count in written.samples.items():
+        shards = options.plural(written.shards[name], "shard")
+        click.echo(f"{dest / name}  {count:,} samples in {shards}")
+    click.echo(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
+    for key, reason in written.skipped[:20]:
+        click.echo(f"left out: {key}: {reason}", err=True)
+    if len(written.skipped) > 20:
+        click.echo(f"and {len(written.skipped) - 20} more; see {dest / 'skipped.txt'}", err=True)
+
+
+@click.command(short_help="Index WebDataset tars that exist.")
+@click.argument("shards")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--skip-bad", is_flag=True, help="Leave out samples with a problem.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for copies of remote tars.")
+@click.option("--cache-gb", type=float, default=100.0, show_default=True, help="Its size.")
+@options.as_json
+def index(
+    shards: str, workers: int, skip_bad: bool, cache: Path | None, cache_gb: float, as_json: bool
+) -> None:
+    """Index the tars in SHARDS, one split of a data set: a folder, or its URL.
+
+    Reads every byte and checks each archive. The index is written beside the tars.
+    """
+    from bigbatch.data.index import build_index
+    from bigbatch.data.remote import remote_at
+    from bigbatch.data.remote_index import build_remote_index
+    from bigbatch.data.staging import is_url
+
+    if is_url(shards):
+        remote = remote_at(shards, cache, cache_gb)
+        made = build_remote_index(remote, workers=workers, skip_bad=skip_bad)
+    else:
+        made = build_index(Path(shards), workers=workers, skip_bad=skip_bad)
+    if as_json:
+        options.print_json(
+            {
+                "path": made.place,
+                "samples": len(made),
+                "shards": len(made.shards),
+                "classes": list(made.classes),
+                "hash": made.hash,
+                "problems": list(made.problems),
+            }
+        )
+        return
+    click.echo(
+        f"{made.place}  {len(made):,} samples of {len(made.classes):,} classes in "
+        f"{options.plural(len(made.shards), 'shard')}"
+    )
+    for problem in made.problems:
+        click.echo(f"left out: {problem}", err=True)
+
+
+@click.command(short_help="Describe shards: counts, labels, sizes, problems.")
+@click.argument("shards", type=click.Path(path_type=Path), required=False)
+@click.option("--verify", is_flag=True, help="Read and decode every image.")
+@click.option(
+    *("--plot", "--picture", "picture"),
+    type=click.Path(path_type=Path),
+    help="Draw labels, sizes and resolutions: .png, .svg, .pdf",
+)
+@click.option("--journal", metavar="RUN", help="Instead: the samples that RUN could not read.")
+@options.runs_folder
+@options.as_json
+def inspect(
+    shards: Path | None,
+    verify: bool,
+    picture: Path | None,
+    journal: str | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Describe SHARDS, a data set or one split of it. Exit status 1 where it has problems.
+
+    With --journal RUN instead, which samples that run could not read, and what took their
+    places.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.launcher.cli import render
+
+    if (shards is None) == (journal is None) or (journal and (verify or picture)):
+        raise UserError(
+            "inspect SHARDS, with --verify and --plot as you like, or inspect --journal RUN"
+        )
+    if journal is not None:
+        from bigbatch.launcher.runs.bad_samples import describe
+        from bigbatch.launcher.runs.registry import find_run
+
+        said = describe(find_run(journal, runs_folder))
+        if as_json:
+            options.print_json(said)
+        elif said["bad"]:
+            render.show(*render.journal_tables(said))
+        else:
+            click.echo(f"{said['run']} could read every sample")
+        sys.exit(1 if said["bad"] else 0)
+
+    from bigbatch.data.writing.inspection import inspect as look
+
+    assert shards is not None
+    found = look(shards, verify=verify, picture=picture)
+    if as_json:
+        options.print_json(found)
+    else:
+        render.show(*render.inspect_tables(found))
+        for problem in found["problems"]:
+            click.echo(f"problem: {problem}", err=True)
+    sys.exit(1 if found["problems"] else 0)
+
+
+@click.command(short_help="Show the samples of each micro-batch, without training.")
+@options.recipe
+@click.option("--steps", required=True, help="A:B, from step A up to but not including B.")
+@click.option("--world-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rank", type=int, help="Only this rank's micro-batches.")
+@options.as_json
+def batches(
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: str,
+    world_size: int,
+    rank: int | None,
+    as_json: bool,
+) -> None:
+    """Show keys, labels and epochs of each micro-batch that training on RECIPE reads.
+
+    With --json one object a line: step, micro, rank, samples, keys, labels, epochs.
+    """
+    import json
+    from dataclasses import asdict
+
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher.batches import batches as compute
+    from bigbatch.launcher.batches import parse_steps
+
+    loaded = load_recipe(recipe, overrides)
+    for batch in compute(loaded, parse_steps(steps), world_size, rank):
+        if as_json:
+            click.echo(json.dumps(asdict(batch)))
+            continue
+        click.echo(f"step {batch.step}, micro-batch {batch.micro}, rank {batch.rank}")
+        for key, label, epoch in zip(batch.keys, batch.labels, batch.epochs, strict=True):
+            click.echo(f"  {key}  label {label}  epoch {epoch}")

@@ -1,0 +1,189 @@
+"""Commands about recipes: nothing is started."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bigbatch.launcher.cli import options
+
+_LISTED_STEPS = 10_000_000
+
+
+@click.command(short_help="List the built-in recipes.")
+@options.as_json
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes; `bigbatch train NAME` takes one by its name."""
+    from bigbatch.configs.load import builtin_recipes, find_recipe
+
+    found = {name: _headline(find_recipe(name)) for name in builtin_recipes()}
+    if as_json:
+        options.print_json(found)
+        return
+    width = max(map(len, found))
+    for name, headline in found.items():
+        click.echo(f"{name:{width}}  {headline}")
+
+
+def _headline(path: Path) -> str:
+    """The comment on the first line of a recipe."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline().strip()
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+@click.command(short_help="Check a recipe and its data; start nothing.")
+@options.recipe
+@click.option("--nproc", type=click.IntRange(1), help="Also check that this many ranks can run.")
+@click.option("--nodes", type=click.IntRange(1), default=1, help="On each of so many nodes.")
+@click.option("--quick", is_flag=True, help="Leave out memory, disk, saving, wandb and sbatch.")
+@options.runs_folder
+@options.as_json
+def check(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    nodes: int,
+    quick: bool,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Open everything that RECIPE names and say what a run of it will do, and need."""
+    from dataclasses import asdict
+
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import preflight
+    from bigbatch.launcher.env import start_variables
+    from bigbatch.launcher.slurm.submit import try_job
+
+    loaded = load_recipe(recipe, overrides)
+    world = None if nproc is None and nodes == 1 else (nproc or 1) * nodes
+    found = preflight.check(loaded, world)
+    found["environment"] = start_variables(nproc or 1, nodes, None, os.environ)
+    findings = []
+    if not quick:
+        findings = preflight.estimate(loaded, runs_folder).findings
+        findings.append(try_job(loaded, nodes, nproc or 1, runs_folder))
+    if as_json:
+        options.print_json({**found, "findings": [asdict(finding) for finding in findings]})
+        return
+    from bigbatch.launcher.cli.render import show, two_columns
+
+    marks = {"ok": "", "warning": "WARNING: ", "skipped": "skipped: "}
+    needs = {finding.name: marks[finding.state] + finding.text for finding in findings}
+    show(two_columns(_rows(found) | needs))
+
+
+def _rows(found: dict[str, Any]) -> dict[str, str]:
+    from bigbatch.launcher import preflight
+
+    splits = [f"{n} {s['samples']:,} in {s['shards']} shards" for n, s in found["splits"].items()]
+    rates = [f"{rate:.4g} at {step}" for step, rate in found["lr"].items()]
+    rows = {
+        "recipe": f"{found['recipe']}, hash {found['hash']}",
+        "samples": ", ".join(splits),
+        "classes": f"{found['classes']}, with {found['smallest_class']:,} to "
+        f"{found['largest_class']:,} samples in {found['counted']}",
+        "labels": preflight.spark(sorted(found["labels"], reverse=True)),
+        "step": f"{found['global_batch']:,} samples in {found['micro_batches']} micro-batches of "
+        f"{found['micro_batch']:,}: 1 to {found['micro_batches']} ranks",
+        "length": f"{found['steps']:,} steps, {found['epochs']:g} epochs of "
+        f"{found['epoch_samples']:,} samples",
+        "evaluations": f"{found['evaluations']:,}",
+        "checkpoints": f"{found['checkpoints']:,}",
+        "snapshots": "after step " + ", ".join(map(str, found["snapshots"])),
+        "learning rate": ", ".join(rates),
+        "over the run": preflight.spark(found["lr_curve"]),
+        "chosen": ", ".join(f"{name}={value}" for name, value in found["environment"].items()),
+    }
+    if found["lr_depends_on_evaluations"]:
+        rows["learning rate"] += "; lowered on plateaus, which only the run can find"
+    if found["lr_rule"]:
+        rows["batch rule"] = found["lr_rule"]
+    return rows
+
+
+@click.command(short_help="Show, or draw, a recipe's learning rate.")
+@options.recipe
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg, .pdf")
+@click.option(
+    "--epoch-samples", type=click.IntRange(1), help="Samples in an epoch, where shards are not."
+)
+@options.as_json
+def schedule(
+    recipe: str,
+    overrides: tuple[str, ...],
+    plot: Path | None,
+    epoch_samples: int | None,
+    as_json: bool,
+) -> None:
+    """Show the learning rate of RECIPE at its key steps; with --json at every step.
+
+    Step s is the one after s finished steps, so the first is step 0.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.configs.schedules import depends_on_evaluations
+    from bigbatch.launcher import preflight
+    from bigbatch.trainers.planning.inputs import open_inputs
+
+    loaded = load_recipe(recipe, overrides)
+    options.check_picture(plot)
+    if depends_on_evaluations(loaded.schedule):
+        raise UserError(
+            "schedule plateau: its rate depends on what the run measures, so it cannot be drawn "
+            "in advance; `bigbatch check` gives the rate without reductions, and a run records "
+            "its rates in metrics.jsonl"
+        )
+    if epoch_samples is None:
+        try:
+            epoch_samples = open_inputs(loaded).epoch_samples
+        except UserError as error:
+            raise UserError(f"{error}; or say how long an epoch is by --epoch-samples N") from None
+    plan, rate = preflight.fit_rate(loaded, epoch_samples)
+    if plot is not None:
+        options.write_picture(plot, lambda: preflight.draw(loaded.name, plan, rate, plot))
+    rule = preflight.lr_rule(loaded)
+    if as_json:
+        if plan.total > _LISTED_STEPS:
+            raise UserError(
+                f"--json lists every step, and duration {loaded.duration} makes {plan.total:,}; "
+                f"at most {_LISTED_STEPS:,} are listed: leave out --json, or shorten duration"
+            )
+        rates = [rate(s) for s in range(plan.total)]
+        options.print_json({"steps": plan.total, "lr_rule": rule, "lr": rates})
+        return
+    if rule:
+        click.echo(rule)
+    for step, value in preflight.key_rates(plan, rate).items():
+        click.echo(f"step {step:>8,}  {value:.6g}")
+    if plot is not None:
+        click.echo(plot)
+
+
+@click.command(short_help="Write the JSON schema of recipes, for editors.")
+@click.option("--output", type=click.Path(path_type=Path), help="File; default: the terminal.")
+def schema(output: Path | None) -> None:
+    """Write the JSON schema of recipes, so that an editor completes and checks them.
+
+    \b
+    bigbatch schema --output recipe.schema.json
+    # then, as the first line of a recipe, for editors with the YAML language server:
+    # yaml-language-server: $schema=recipe.schema.json
+    """
+    import json
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.rundir import write_atomically
+    from bigbatch.launcher.cli.editor import editor_schema
+
+    text = json.dumps(editor_schema(), indent=1) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}") from None
+    click.echo(output)

@@ -1,0 +1,222 @@
+"""Commands that start runs, and that look at them."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from bigbatch.launcher.cli import options
+from bigbatch.launcher.launchers import LAUNCHERS
+
+
+@click.command(short_help="Train here, or take part where a launcher started this.")
+@options.recipe
+@click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@click.option(
+    "--launcher",
+    type=click.Choice(LAUNCHERS),
+    default="torchrun",
+    show_default=True,
+    help="What starts the processes.",
+)
+@click.option("--nnodes", default="1", help="Machines that start alike; or MIN:MAX.")
+@click.option("--rdzv-endpoint", "--rdzv", help="With --nnodes: HOST:PORT of one of the machines.")
+@click.option("--node-rank", type=click.IntRange(0), help="accelerate: number of this machine.")
+@click.option(
+    "--hostfile", type=click.Path(path_type=Path, exists=True), help="deepspeed: its machines."
+)
+@options.new_run
+@options.runs_folder
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    launcher: str,
+    nnodes: str,
+    rdzv_endpoint: str | None,
+    node_rank: int | None,
+    hostfile: Path | None,
+    run: str | None,
+    run_dir: Path | None,
+    runs_folder: Path,
+) -> None:
+    """Train RECIPE, a built-in name or a YAML file, with KEY=VALUE changes to it.
+
+    \b
+    bigbatch train digits --nproc 2
+    bigbatch train digits --nproc 2 optimizer.lr=4 schedule.cycles=2
+
+    Started once, it starts its processes itself. Started by torchrun, accelerate launch,
+    deepspeed or srun, each process takes part as the rank it was given.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.configs.rundir import create_run
+    from bigbatch.launcher import start
+    from bigbatch.launcher.env import cpus_per_task, find_peers
+    from bigbatch.launcher.launchers import Launch
+
+    peers = find_peers(os.environ)
+    start.hold_signals(peers)
+    with start.one_voice(peers):
+        loaded = load_recipe(recipe, overrides)
+        cpus = cpus_per_task(os.environ)
+        launch = Launch(launcher, 1, nnodes, rdzv_endpoint, node_rank, hostfile, cpus)
+        several = launch.most_nodes > 1 and launcher in ("torchrun", "accelerate")
+        if several and run is None and run_dir is None:
+            raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
+        count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
+        path = start.run_path(loaded, run, run_dir, peers, runs_folder)
+        start.check_start(loaded)
+        if peers is None and not several:
+            create_run(path, loaded)
+        else:
+            start.join_run(path, loaded)
+        start.begin(path, peers, None if count is None else replace(launch, nproc=count))
+
+
+@click.command(short_help="Go on with a run from its newest checkpoint.")
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@click.option("--slurm", is_flag=True, help="Submit the run's own batch script again.")
+@click.option(
+    "--sbatch-arg", multiple=True, help="With --slurm: an option of sbatch; may be repeated."
+)
+@options.runs_folder
+def resume(
+    run: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    slurm: bool,
+    sbatch_arg: tuple[str, ...],
+    runs_folder: Path,
+) -> None:
+    """Go on with RUN, a name or a directory, with any number of processes.
+
+    The batches are the same whatever that number is; weights differ by the order of
+    floating-point sums alone, and not at all at the number that the run had before.
+    KEY=VALUE changes keys that do not decide what is computed, such as backend=zero1.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.launcher import start
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.launchers import Launch
+    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.launcher.slurm.submit import resubmit, see_that_no_job_lives
+
+    peers = find_peers(os.environ)
+    start.hold_signals(peers)
+    with start.one_voice(peers):
+        if sbatch_arg and not slurm:
+            raise UserError("--sbatch-arg needs --slurm, which submits the run again")
+        found = find_run(run, runs_folder)
+        if found.summary.exists():
+            if peers is None or peers.rank == 0:
+                click.echo(f"{found.path} is finished; see {found.report}")
+            return
+        if peers is None:
+            see_that_no_job_lives(found)
+        recipe = start.change_run(found, overrides, peers) if overrides else found.recipe()
+        if slurm:
+            start.check_start(recipe)
+            click.echo(resubmit(found, sbatch_arg))
+            return
+        count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
+        start.check_start(recipe)
+        start.begin(found.path, peers, None if count is None else Launch(nproc=count))
+
+
+@click.command(short_help="Prove that batches and weights depend on the recipe alone.")
+@options.recipe
+@click.option("--steps", type=int, default=10, show_default=True, help="Steps of each run.")
+@click.option("--ranks", help="World sizes to compare.  [default: 1,2,3,4, as far as possible]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the step to kill at.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the runs in this new folder.")
+@options.as_json
+def prove(
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: int,
+    ranks: str | None,
+    seed: int,
+    keep: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the first steps of RECIPE with 1, 2, 3 and 4 processes, and killed and resumed.
+
+    Proven: every step reads the same samples, weights agree within 1e-5 across numbers of
+    processes, and bit for bit after kill -9 and resume. Exit status 0 proven, 1 not.
+    """
+    import tempfile
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher import prove as proof
+    from bigbatch.launcher.start import check_start
+
+    loaded = load_recipe(recipe, overrides)
+    counts = [n for n in (1, 2, 3, 4) if n <= loaded.micro_batches]
+    if ranks is not None:
+        try:
+            counts = [int(n) for n in ranks.split(",")]
+        except ValueError:
+            raise UserError(f"--ranks {ranks!r} is not a list such as 1,2,4") from None
+    check_start(loaded)
+    if keep is not None and keep.exists():
+        raise UserError(f"--keep {keep} exists already; name a new folder")
+    with tempfile.TemporaryDirectory(prefix="bigbatch-prove-") as temporary:
+        try:
+            results = proof.prove(
+                loaded,
+                keep or Path(temporary),
+                steps=steps,
+                ranks=counts,
+                seed=seed,
+                say=lambda text: click.echo(text, err=True),
+            )
+        except proof.RunFailed as error:
+            click.echo(f"bigbatch: {error}", err=True)
+            sys.exit(1)
+    if as_json:
+        click.echo(proof.as_json(results, steps))
+    else:
+        from bigbatch.launcher.cli.render import proof_table, show
+
+        show(proof_table(results, loaded.name, steps))
+    sys.exit(0 if all(r.passed for r in results) else 1)
+
+
+@click.command(short_help="Follow a run in the terminal.")
+@click.argument("run")
+@options.runs_folder
+def watch(run: str, runs_folder: Path) -> None:
+    """Follow RUN, a name or a directory, with plots, until it ends or Ctrl-C."""
+    from bigbatch.launcher.runs.registry import ENDED, find_run, state_of
+    from bigbatch.trainers.report.watch import watch
+
+    found = find_run(run, runs_folder)
+
+    def ended() -> str | None:
+        state = state_of(found)
+        return state if state in ENDED else None
+
+    watch(found, ended=ended)
+
+
+@click.command(short_help="Write a run's report.html.")
+@click.argument("run")
+@options.runs_folder
+@options.as_json
+def report(run: str, runs_folder: Path, as_json: bool) -> None:
+    """Write report.html of RUN, finished or not: one self-contained page."""
+    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.trainers.report.report import write_report
+
+    path = write_report(find_run(run, runs_folder))
+    if as_json:
+        options.print_json({"report": str(path)})
+    else:
+        click.echo(path)

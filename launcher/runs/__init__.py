@@ -1,0 +1,1 @@
+"""The registry of runs, their logs, and what they could not read."""

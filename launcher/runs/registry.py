@@ -1,0 +1,290 @@
+"""The runs there are, read from their directories and SLURM's queue: no daemon, no database.
+
+Nothing here writes, so any number of people may look at once.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.launcher.slurm import squeue
+from bigbatch.launcher.slurm.squeue import QueuedJob
+from bigbatch.launcher.slurm.submit import job_of
+from bigbatch.trainers.monitoring.alerts import TITLES
+
+# A run on another machine cannot be asked whether it lives: this long without a record, and
+# it counts as killed.
+_SILENT_S = 900.0
+ENDED = ("stopped", "failed", "finished", "killed", "unreadable")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One line of `bigbatch runs`. `age_s` is the time since the last record."""
+
+    name: str
+    path: str
+    state: str  # new, queued, running, stopped, failed, finished, killed or unreadable
+    step: int
+    total_steps: int | None
+    best_accuracy: float | None  # on the validation split
+    age_s: float
+    job: str | None = None  # of SLURM, such as 4711, or 4711_3 of an array
+    waits_for: str | None = None  # SLURM's reason why a queued job does not run yet
+
+
+def find_run(name: str, runs: Path) -> RunDir:
+    """A run by its directory, or by its name below `runs`."""
+    for path in (Path(name), runs / name):
+        try:
+            if (path / "recipe.yaml").is_file():
+                return RunDir(path)
+        except PermissionError as error:
+            raise UserError(
+                f"{path} may not be read ({error.strerror}): a run belongs to who started it; "
+                "ask them to open it to you"
+            ) from None
+    raise UserError(
+        f"no run {name!r}: neither {name} nor {runs / name} holds a recipe.yaml; "
+        "`bigbatch runs` lists the runs there are"
+    )
+
+
+def job_number(text: str, runs: Path) -> str:
+    """The SLURM job that a person means by its number, or by the name of its run."""
+    if text[:1].isdigit() and not (runs / text).is_dir():
+        return text
+    job = job_of(find_run(text, runs))
+    if job is None:
+        raise UserError(f"run {text!r} was not submitted to SLURM; name one that was, or a job")
+    return job
+
+
+def list_runs(runs: Path) -> list[RunInfo]:
+    """All runs below a folder, the one with the newest record first."""
+    if not runs.is_dir():
+        return []
+    found = [RunDir(p.parent) for p in runs.glob("[!.]*/recipe.yaml")]
+    jobs = squeue.find_jobs(job for run in found if (job := _live_job(run)))
+    return sorted((describe(run, jobs=jobs) for run in found), key=lambda info: info.age_s)
+
+
+def look_up(run: RunDir) -> RunInfo:
+    """One run, with SLURM asked where it belongs to a job."""
+    job = _live_job(run)
+    return describe(run, jobs=squeue.find_jobs([job]) if job else None)
+
+
+def describe(
+    run: RunDir, now: float | None = None, jobs: Mapping[str, QueuedJob] | None = None
+) -> RunInfo:
+    """What the files of a run, and the `jobs` that SLURM knows, say; None: nobody asked SLURM.
+
+    Never fails: a damaged run is listed as unreadable.
+    """
+    now = time.time() if now is None else now
+    try:
+        changed = [p.stat().st_mtime for p in _records(run) if p.exists()]
+        age = max(0.0, now - max(changed))
+        events = read_jsonl(run.events)
+        starts = [e for e in events if e.get("kind") == "start"]
+        step, best = _progress(run.metrics)
+        totals = [int(e["total_steps"]) for e in starts if e.get("total_steps") is not None]
+        state = _state(run, events, age)
+        job = next((str(e["job"]) for e in reversed(events) if e.get("job")), None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return RunInfo(run.name, str(run.path), "unreadable", 0, None, None, 0.0)
+    total = totals[-1] if totals else None
+    info = RunInfo(run.name, str(run.path), state, step, total, best, round(age, 1), job)
+    if job is None or jobs is None or state == "finished":
+        return info
+    queued = jobs.get(job)
+    if queued is not None and queued.active:
+        waits = queued.reason if queued.waiting else None
+        return replace(info, state="queued" if queued.waiting else "running", waits_for=waits)
+    gone = {"running": "killed", "new": "failed"}  # SLURM knows better than a silent file
+    return replace(info, state=gone.get(state, state))
+
+
+def state_of(run: RunDir) -> str:
+    """The state of one run; "unknown" while SLURM does not answer.
+
+    The files of a preempted run say no more than that it stopped.
+    """
+    job = _live_job(run)
+    jobs = squeue.find_jobs([job]) if job else None
+    if job and jobs is None and squeue.available():
+        return "unknown"
+    return describe(run, jobs=jobs).state
+
+
+def has_ended(run: RunDir) -> bool:
+    """Whether nothing goes on with a run by itself: no process, no job, not even a waiting one."""
+    return state_of(run) in ENDED
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    """All that a person asks of one run, in plain values."""
+    info = look_up(run)
+    events = read_jsonl(run.events)
+    starts = [e for e in events if e.get("kind") == "start"]
+    alerts = [e for e in events if e.get("kind") in TITLES and e["kind"] != "end"]
+    records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
+    last = records[-1] if records else {}
+    left = None
+    if info.total_steps and info.state == "running" and records:
+        recent = [r["step_s"] for r in records[-20:] if r.get("step_s")]
+        left = (info.total_steps - info.step) * sum(recent) / max(1, len(recent))
+    start = starts[-1] if starts else {}
+    ended = info.job is not None and info.state in ("failed", "killed", "stopped")
+    return {
+        **asdict(info),
+        "job_ended": squeue.how_it_ended(info.job) if ended and info.job else None,
+        "starts": len(starts),
+        "world_size": start.get("world_size"),
+        "device": start.get("device"),
+        "host": start.get("host"),
+        "loss": last.get("loss"),
+        "lr": last.get("lr"),
+        "images_per_s": last.get("images_per_s"),
+        "mfu": last.get("mfu"),
+        "slowest": last.get("slowest"),
+        "alerts": alerts[-5:],
+        "seconds_left": left,
+        "checkpoints": sorted(p.name for p in run.checkpoints.glob("step-????????")),
+        "summary": _json(run.summary),
+        "report": str(run.report) if run.report.exists() else None,
+    }
+
+
+def cancel(run: RunDir) -> str:
+    """Ask a run to save and end; returns what was done. Raises UserError where it does not run."""
+    info = look_up(run)
+    if info.job is not None and (jobs := squeue.find_jobs([info.job])):
+        job = jobs.get(info.job)
+        if job is not None and job.active:
+            squeue.stop(info.job, job)
+            if job.waiting:
+                return f"job {info.job} is out of the queue; nothing was lost"
+            return f"job {info.job} finishes its step, saves and ends; it is not requeued"
+    starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
+    start: dict[str, Any] = starts[-1] if starts else {}
+    if info.state == "running" and start.get("host") != socket.gethostname():
+        raise UserError(
+            f"{run.name} runs on {start.get('host')}, this is {socket.gethostname()}; cancel it "
+            "there"
+        )
+    pid = _process(start)
+    if info.state != "running" or pid is None:
+        raise UserError(f"{run.name} is {info.state}: there is nothing to cancel")
+    # One rank is enough: all of them learn of it in the same step.
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except OSError as error:  # another user's, or it ended just now
+        raise UserError(f"cannot signal process {pid} of {run.name}: {error.strerror}") from None
+    return f"process {pid} finishes its step, saves and ends"
+
+
+def remove(run: RunDir) -> None:
+    """Delete a run directory. Raises UserError for a run that still has a future.
+
+    It is renamed first, so that of two people who remove it one gets a clear message, and
+    nobody sees half a run.
+    """
+    info = look_up(run)
+    if info.state in ("running", "queued"):
+        raise UserError(f"{run.name} is {info.state}; `bigbatch cancel {run.path}` ends it first")
+    doomed = run.path.with_name(f".{run.name}.removed-{os.getpid()}")
+    try:
+        run.path.rename(doomed)
+    except OSError as error:
+        raise UserError(f"cannot remove {run.path}: {error}") from None
+    try:
+        shutil.rmtree(doomed)
+    except (OSError, KeyboardInterrupt) as error:
+        said = str(error) or "interrupted"
+        raise UserError(
+            f"{run.path} is removed in part ({said}); what is left is hidden as {doomed}: "
+            f"`rm -r {doomed}` removes it"
+        ) from None
+
+
+def _live_job(run: RunDir) -> str | None:
+    """The job to ask SLURM about; None where a run has none, or is finished."""
+    try:
+        return None if run.summary.exists() else job_of(run)
+    except (OSError, AttributeError):
+        return None  # unreadable; `describe` says so
+
+
+def _records(run: RunDir) -> tuple[Path, ...]:
+    return (run.recipe_file, run.metrics, run.events)
+
+
+def _state(run: RunDir, events: list[dict[str, Any]], age: float) -> str:
+    last = [e for e in events if e.get("kind") in ("start", "end")]
+    if not last:
+        return "new"
+    end = str(last[-1].get("state", "stopped")) if last[-1]["kind"] == "end" else None
+    if end == "finished":
+        return end
+    starts = [e for e in last if e["kind"] == "start"]
+    start = starts[-1] if starts else {}
+    if start.get("host") == socket.gethostname() and start.get("pid") is not None:
+        # A crashed rank may have noted its end; while its agent lives, it is started again.
+        return "running" if _process(start) else end or "killed"
+    return end or ("running" if age < _SILENT_S else "killed")
+
+
+def _process(start: dict[str, Any]) -> int | None:
+    """What runs of a run that was started here: rank 0, or the agent that starts it again."""
+    for key, module in (("pid", "worker"), ("agent", "agent")):
+        pid = start.get(key)
+        if pid is not None and _runs(int(pid), f"bigbatch.trainers.{module}"):
+            return int(pid)
+    return None
+
+
+def _runs(pid: int, module: str) -> bool:
+    """Whether a process runs a module: its number may belong to another program by now."""
+    try:
+        return module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _progress(metrics: Path) -> tuple[int, float | None]:
+    """The last step, and the best validation accuracy so far.
+
+    Long runs have a million records, so only the lines that say this are parsed.
+    """
+    lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+    last = next(filter(None, map(_parse, reversed(lines))), {})
+    evals = [_parse(line) for line in lines if b'"eval"' in line and b'"val"' in line]
+    accuracies = [float(e["accuracy"]) for e in evals if e and e.get("accuracy") is not None]
+    return int(last.get("step", 0)), max(accuracies, default=None)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One record; None where a power cut tore the line."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Searches: rate, micro-batch, hyperparameters; each probe is a real run."""

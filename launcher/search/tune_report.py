@@ -1,0 +1,221 @@
+"""What a study found: plain values, a table, and report.html with its pictures."""
+
+import base64
+import html
+import io
+import shlex
+from pathlib import Path
+from typing import Any
+
+import optuna
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial, TrialState
+
+from bigbatch.configs.rundir import write_atomically
+from bigbatch.configs.space import MAXIMISED, Float, Int
+from bigbatch.launcher.search import study
+from bigbatch.launcher.search.tune import Search, changes, run_of
+
+_SHOWN = 20  # trials in the terminal's table
+
+
+def summarise(search: Search, found: optuna.Study) -> dict[str, Any]:
+    """Trials, the best ones (the Pareto front, for several objectives), and importances."""
+    objectives = search.space.objectives
+    best = {t.number for t in _best(found)}
+    shares = study.importances(found)
+    trials = []
+    for t in found.get_trials(deepcopy=False):
+        complete = t.state == TrialState.COMPLETE
+        trials.append(
+            {
+                "number": t.number,
+                "state": t.state.name.lower(),
+                "values": dict(zip(objectives, t.values, strict=True)) if complete else None,
+                "params": _values(search, t),
+                "evaluations": len(t.intermediate_values),
+                "reason": t.user_attrs.get("reason"),
+                "run": str(run_of(search, t).path),
+                "best": t.number in best,
+            }
+        )
+    return {
+        "study": str(search.folder),
+        "objectives": list(objectives),
+        "trials": trials,
+        "best": [{"number": t.number, "overrides": changes(search, t)} for t in _best(found)],
+        "importances": {objectives[int(i)]: share for i, share in shares.items()},
+    }
+
+
+def _best(found: optuna.Study) -> list[FrozenTrial]:
+    if not _complete(found):
+        return []
+    return found.best_trials if len(found.directions) > 1 else [found.best_trial]
+
+
+def _values(search: Search, trial: FrozenTrial) -> dict[str, Any] | None:
+    """None for a trial that was killed before all of its parameters were chosen."""
+    if search.space.parameters.keys() - trial.params.keys():
+        return None
+    return study.values(search.space, trial.params)
+
+
+def table(summary: dict[str, Any]) -> Any:
+    """The best trials first; at most 20."""
+    from rich.table import Table
+
+    objectives = summary["objectives"]
+    complete = [t for t in summary["trials"] if t["values"]]
+    others = [t for t in summary["trials"] if not t["values"]]
+    first, sign = objectives[0], -1 if objectives[0] in MAXIMISED else 1
+    complete.sort(key=lambda t: sign * t["values"][first])
+    shown = [*complete, *others][:_SHOWN]
+    title = f"{len(shown)} of {len(summary['trials'])} trials"
+    found = Table(title=title, title_justify="left")
+    for name in ("trial", "state", *objectives):
+        found.add_column(name, justify="right")
+    names = list(next((t["params"] for t in shown if t["params"]), {}))
+    for name in names:
+        found.add_column(name, justify="right")
+    for t in shown:
+        found.add_row(*_cells(t, objectives, names), style="bold green" if t["best"] else "")
+    return found
+
+
+def _cells(trial: dict[str, Any], objectives: list[str], names: list[str]) -> list[str]:
+    """One trial of a summary as text: number, state, objectives, parameters."""
+    values, params = trial["values"], trial["params"]
+    return [
+        str(trial["number"]),
+        trial["state"],
+        *(f"{values[o]:.5g}" if values else "" for o in objectives),
+        *(_short(params[n]) if params else "" for n in names),
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -> Path:
+    """Write report.html, one self-contained page, and its pictures as PNG beside it."""
+    pictures = {"history": _history(search, found)}
+    if summary["importances"]:
+        pictures["importances"] = _importances(summary)
+    pictures["parameters"] = _slices(search, found)
+    if len(search.space.objectives) > 1:
+        pictures["front"] = _front(search, found)
+    parts = [f"<h1>{html.escape(search.recipe)}: {len(summary['trials'])} trials</h1>"]
+    for best in summary["best"]:
+        command = "bigbatch train " + shlex.join([search.recipe, *best["overrides"]])
+        parts.append(f"<p>Trial {best['number']}:</p><pre>{html.escape(command)}</pre>")
+    for name, figure in pictures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=120, format="png")
+        (search.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+    parts.append(_html_table(summary))
+    style = (
+        "body{font:15px system-ui;max-width:60em;margin:2em auto}img{max-width:100%}"
+        "td,th{padding:.2em .7em;text-align:right}.best{font-weight:bold}"
+    )
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>{html.escape(search.recipe)}: tuning</title><style>{style}</style>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+    path = search.folder / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _html_table(summary: dict[str, Any]) -> str:
+    names = list(next((t["params"] for t in summary["trials"] if t["params"]), {}))
+    objectives = summary["objectives"]
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("trial", "state", *objectives, *names))
+    rows = []
+    for t in summary["trials"]:
+        cells = _cells(t, objectives, names)
+        row = "".join(f"<td>{html.escape(c)}</td>" for c in cells)
+        rows.append(f'<tr class="{"best" if t["best"] else ""}">{row}</tr>')
+    return f"<h2>trials</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _complete(found: optuna.Study) -> list[FrozenTrial]:
+    return found.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+
+def _history(search: Search, found: optuna.Study) -> Figure:
+    """Each objective over the trials, with the best so far."""
+    objectives = search.space.objectives
+    figure = Figure(figsize=(8, 3.2 * len(objectives)), layout="constrained")
+    complete = _complete(found)
+    axes: Any = figure.subplots(len(objectives), squeeze=False)[:, 0]
+    for i, (objective, ax) in enumerate(zip(objectives, axes, strict=True)):
+        numbers = [t.number for t in complete]
+        values = [float(t.values[i]) for t in complete]
+        choose = max if objective in MAXIMISED else min
+        best = [choose(values[: n + 1]) for n in range(len(values))]
+        ax.plot(numbers, values, "o", label="trial")
+        ax.step(numbers, best, where="post", label="best so far")
+        pruned = [t for t in found.get_trials(deepcopy=False) if t.state == TrialState.PRUNED]
+        stopped = [(t.number, t.intermediate_values[t.last_step]) for t in pruned if t.last_step]
+        if stopped and i == 0:
+            ax.plot(*zip(*stopped, strict=True), "x", color="0.6", label="pruned")
+        ax.set(xlabel="trial", ylabel=objective)
+        ax.legend(frameon=False)
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def _importances(summary: dict[str, Any]) -> Figure:
+    """Each parameter's share, for each objective."""
+    shares = summary["importances"]
+    names = list(next(iter(shares.values())))[::-1]
+    figure = Figure(figsize=(8, 1 + 0.4 * len(names) * len(shares)), layout="constrained")
+    ax = figure.subplots()
+    height = 0.8 / len(shares)
+    for i, (objective, share) in enumerate(shares.items()):
+        places = [n + i * height for n in range(len(names))]
+        ax.barh(places, [share.get(n, 0.0) for n in names], height, label=objective)
+    ax.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names)
+    ax.set(xlabel="importance (PED-ANOVA)", xlim=(0, 1))
+    ax.legend(frameon=False)
+    return figure
+
+
+def _slices(search: Search, found: optuna.Study) -> Figure:
+    """The first objective over each parameter."""
+    space = search.space.parameters
+    columns = min(3, len(space))
+    rows = -(-len(space) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, squeeze=False).ravel()
+    complete = _complete(found)
+    for ax, (key, parameter) in zip(axes, space.items(), strict=False):
+        numeric = isinstance(parameter, Float | Int)
+        chosen = [t.params[key] if numeric else _short(t.params[key])[:24] for t in complete]
+        ax.plot(chosen, [float(t.values[0]) for t in complete], "o")
+        if isinstance(parameter, Float | Int) and parameter.log:
+            ax.set_xscale("log")
+        ax.set(xlabel=key, ylabel=search.space.objectives[0])
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def _front(search: Search, found: optuna.Study) -> Figure:
+    """The first two objectives against each other, the Pareto front marked."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    best = {t.number for t in _best(found)}
+    for label, trials in (
+        ("trial", [t for t in _complete(found) if t.number not in best]),
+        ("Pareto front", [t for t in _complete(found) if t.number in best]),
+    ):
+        ax.plot([t.values[0] for t in trials], [t.values[1] for t in trials], "o", label=label)
+    ax.set(xlabel=search.space.objectives[0], ylabel=search.space.objectives[1])
+    ax.legend(frameon=False)
+    ax.grid(alpha=0.3)
+    return figure

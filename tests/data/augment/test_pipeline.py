@@ -1,0 +1,157 @@
+"""Device-side augmentation: what it must keep, and what it must not depend on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
+from bigbatch.data.batch import MicroBatch
+
+PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+ALL = Augment(
+    crop=Crop(),
+    affine=Affine(degrees=10, translate=0.1, scale=0.1, shear=5),
+    flip=0.5,
+    jitter=Jitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
+    mixup=0.4,
+)
+
+
+def augmenter(augment, out=16, crop_fraction=1.0, seed=0, **options):
+    return Augmenter(
+        augment,
+        image_size=out,
+        crop_fraction=crop_fraction,
+        classes=4,
+        seed=seed,
+        device=torch.device("cpu"),
+        **options,
+    )
+
+
+def batch_of(shapes, step=0, index=0, seed=0):
+    """Random images of the given (height, width), none of whose pixels are dark."""
+    generator = np.random.default_rng(seed)
+    images = [generator.integers(50, 256, (h, w, 3), np.uint8) for h, w in shapes]
+    return MicroBatch(
+        step=step,
+        index=index,
+        samples=np.arange(len(shapes)),
+        labels=torch.arange(len(shapes)) % 4,
+        pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
+        sizes=torch.tensor(shapes, dtype=torch.int32),
+        channels=3,
+    )
+
+
+def test_without_augmentation_an_image_of_the_right_size_passes_unchanged():
+    batch = batch_of([(16, 16)] * 3)
+    images, targets = augmenter(Augment(**PLAIN)).train(batch)
+    expected = batch.canvas()[:, :16, :16].permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    assert torch.equal(targets, F.one_hot(batch.labels, 4).float())
+
+
+def test_padding_never_shows():
+    # The canvas is 0 outside the images, whose pixels are 50 or more.
+    batch = batch_of([(9, 30), (40, 11), (1, 1), (40, 40)])
+    images = augmenter(ALL.model_copy(update={"jitter": None})).images(batch)
+    assert images.min() > 49 / 255
+
+
+def test_resizing_matches_torch_interpolate():
+    batch = batch_of([(10, 10)] * 2)
+    images = augmenter(Augment(**PLAIN), out=25).evaluate(batch)
+    source = batch.canvas().permute(0, 3, 1, 2) / 255
+    expected = F.interpolate(source, size=25, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(images, expected, atol=1.01 / 255, rtol=0)  # torch's own, on uint8
+
+
+def test_shrinking_averages_rather_than_skips_pixels():
+    batch = batch_of([(32, 32)] * 2)
+    source = batch.canvas().permute(0, 3, 1, 2) / 255
+    warped = augmenter(Augment(affine=Affine(), **PLAIN), out=16).images(batch)
+    torch.testing.assert_close(warped, F.avg_pool2d(source, 2), atol=1e-5, rtol=0)
+    images = augmenter(Augment(**PLAIN), out=16).evaluate(batch)
+    expected = F.interpolate(source, size=16, mode="bilinear", antialias=True)
+    torch.testing.assert_close(images, expected, atol=1.01 / 255, rtol=0)
+
+
+def test_evaluation_keeps_fractions_of_pixels_where_they_count():
+    # 90 % of 8 pixels is 7.2; widened to whole pixels it would be all of them.
+    batch = batch_of([(8, 8)] * 2)
+    images = augmenter(Augment(**PLAIN), out=8, crop_fraction=0.9).evaluate(batch)
+    whole = augmenter(Augment(**PLAIN), out=8).evaluate(batch)
+    assert not torch.allclose(images, whole, atol=0.01)
+
+
+def test_centre_crop():
+    batch = batch_of([(20, 32)])
+    images = augmenter(Augment(**PLAIN), out=10, crop_fraction=0.5).evaluate(batch)
+    expected = batch.canvas()[:, 5:15, 11:21].permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+def test_the_result_depends_on_seed_step_and_micro_batch_alone():
+    def result(seed=0, **place):
+        return augmenter(ALL, seed=seed).train(batch_of([(20, 20)] * 6, **place))
+
+    first = result(step=5, index=2)
+    torch.rand(7)  # no global generator is involved
+    again = result(step=5, index=2)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    for other in (result(step=6, index=2), result(step=5, index=3), result(1, step=5, index=2)):
+        assert not torch.equal(first[0], other[0])
+
+
+def test_mixup_targets_are_the_weights_of_the_images():
+    # Constant images whose value is their label, so a pixel shows its own mixture.
+    count = 8
+    batch = batch_of([(4, 4)] * count)
+    batch.canvas()[:] = (batch.labels * 60).to(torch.uint8)[:, None, None, None]
+    images, targets = augmenter(Augment(mixup=0.5, **PLAIN), out=4).train(batch)
+    torch.testing.assert_close(targets.sum(1), torch.ones(count))
+    expected = (targets * torch.arange(4)).sum(1) * 60 / 255
+    torch.testing.assert_close(images[:, 0, 0, 0], expected, atol=1e-5, rtol=0)
+    assert (targets.max(1).values < 0.999).any()
+
+
+def test_flips_happen_as_often_as_asked():
+    batch = batch_of([(4, 4)] * 400)
+    images = augmenter(Augment(flip=0.3, **PLAIN), out=4).images(batch)
+    source = batch.canvas().permute(0, 3, 1, 2) / 255
+    flipped = (images - source.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+    kept = (images - source).abs().amax((1, 2, 3)) < 1e-5
+    assert (flipped ^ kept).all()
+    assert flipped.float().mean() == pytest.approx(0.3, abs=0.07)
+
+
+def test_jitter_stays_in_range_and_grayscale_works():
+    augment = Augment(jitter=Jitter(brightness=0.9, contrast=0.9), mean=[0.5], std=[0.2])
+    batch = batch_of([(8, 8)] * 4)
+    batch = replace(batch, pixels=batch.pixels[: 4 * 8 * 8], channels=1)
+    images = augmenter(augment, out=8).images(batch)
+    assert images.shape == (4, 1, 8, 8)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_contact_sheet_is_one_picture():
+    sheet = contact_sheet(torch.rand(20, 3, 5, 6), columns=8)
+    assert (sheet.shape, sheet.dtype) == ((10, 48, 3), np.uint8)
+
+
+def test_the_memory_order_of_images_changes_none():
+    batch = batch_of([(20, 24), (30, 18)])
+    plain = augmenter(ALL)
+    ordered = augmenter(ALL, layout=torch.channels_last)
+    for a, b in ((plain.train(batch)[0], ordered.train(batch)[0]),
+                 (plain.evaluate(batch), ordered.evaluate(batch))):  # fmt: skip
+        assert a.is_contiguous()
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a, b)

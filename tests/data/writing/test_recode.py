@@ -1,0 +1,137 @@
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bigbatch.data.writing.recode import prepare
+
+
+def encode(image: Image.Image, style: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, style, **options)
+    return file.getvalue()
+
+
+def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(3)
+    small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("style", "extension"),
+    [
+        ("JPEG", "jpg"),
+        ("PNG", "png"),
+        ("WEBP", "webp"),
+        ("BMP", "bmp"),
+        ("PPM", "ppm"),
+        ("TIFF", "tif"),
+    ],
+)
+def test_images_that_fit_keep_their_bytes(style: str, extension: str) -> None:
+    data = encode(photo(70, 50), style)
+    assert prepare(data, None, 90) == (data, extension)
+    assert prepare(data, 50, 90) == (data, extension)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((300, 200), (96, 64)), ((200, 300), (64, 96)), ((65, 65), (64, 64)), ((1000, 70), (914, 64))],
+)
+def test_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    data, extension = prepare(encode(photo(*size), "JPEG"), 64, 90)
+    assert extension == "jpg"
+    assert Image.open(io.BytesIO(data)).size == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "style", "extension", "result"),
+    [
+        ("L", "PNG", "jpg", "L"),
+        ("RGB", "PNG", "jpg", "RGB"),
+        ("1", "PNG", "jpg", "L"),
+        ("P", "PNG", "jpg", "RGB"),
+        ("CMYK", "JPEG", "jpg", "RGB"),
+        ("RGBA", "PNG", "png", "RGBA"),
+        ("LA", "PNG", "png", "LA"),
+        ("I;16", "PNG", "png", "I;16"),
+    ],
+)
+def test_modes(mode: str, style: str, extension: str, result: str) -> None:
+    if mode == "I;16":
+        ramp = np.linspace(0, 65_535, 90 * 60).reshape(60, 90).astype(np.uint16)
+        image = Image.fromarray(ramp)
+    else:
+        image = photo(90, 60, mode)
+    data, found = prepare(encode(image, style), 30, 95)
+    reduced = Image.open(io.BytesIO(data))
+    assert (found, reduced.mode, reduced.size) == (extension, result, (45, 30))
+    if mode == "I;16":
+        assert np.asarray(reduced).max() > 60_000
+
+
+def test_reduced_pixels_are_lanczos() -> None:
+    image = photo(120, 90)
+    data, _ = prepare(encode(image), 45, 100)
+    expected = np.asarray(image.resize((60, 45), Image.Resampling.LANCZOS), np.float32)
+    found = np.asarray(Image.open(io.BytesIO(data)), np.float32)
+    assert np.abs(found - expected).mean() < 2  # JPEG at quality 100
+
+
+def test_large_jpegs_may_be_decoded_at_a_fraction() -> None:
+    image = photo(1600, 1200)
+    data, _ = prepare(encode(image, "JPEG", quality=95), 60, 100)
+    expected = np.asarray(image.resize((80, 60), Image.Resampling.LANCZOS), np.float32)
+    found = np.asarray(Image.open(io.BytesIO(data)), np.float32)
+    assert np.abs(found - expected).mean() < 3
+
+
+def test_exif_rotation_is_applied_when_the_image_is_written_anew() -> None:
+    image = Image.new("RGB", (80, 40), "red")
+    image.paste("blue", (0, 0, 40, 40))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise, to show it upright
+    data, _ = prepare(encode(image, "JPEG", exif=exif, quality=95), 20, 95)
+    reduced = Image.open(io.BytesIO(data))
+    assert reduced.size == (20, 40)
+    assert 0x0112 not in reduced.getexif()
+    top, bottom = np.asarray(reduced)[5].mean(0), np.asarray(reduced)[35].mean(0)
+    assert top[2] > 200 > 50 > top[0]  # blue is at the top now
+    assert bottom[0] > 200 > 50 > bottom[2]
+
+
+@pytest.mark.parametrize("short_side", [None, 32])
+@pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP"])
+def test_damage(style: str, short_side: int | None) -> None:
+    data = encode(photo(200, 150), style)
+    for damaged in (data[: len(data) // 2], data[:20], b"", b"a text"):
+        with pytest.raises(OSError, match=r"."):
+            prepare(damaged, short_side, 90)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1),
+    st.sampled_from([None, 16]),
+)
+def test_any_damage_is_an_oserror_or_none(
+    style: str, flips: list[tuple[float, int]], short_side: int | None
+) -> None:
+    damaged = bytearray(encode(photo(40, 30), style))
+    for place, flip in flips:
+        damaged[int(place * len(damaged))] ^= flip
+    with contextlib.suppress(OSError):
+        data, extension = prepare(bytes(damaged), short_side, 90)
+        assert data
+        assert extension in ("jpg", "png", "webp", "bmp", "ppm", "tif")
+
+
+def test_formats_beyond_the_list_are_refused() -> None:
+    with pytest.raises(OSError, match="not an image"):
+        prepare(encode(photo(9, 9), "ICO"), None, 90)

@@ -1,0 +1,211 @@
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.index import open_index
+from bigbatch.data.writing.shard import open_source, shard
+
+NAMES = ["cat", "dog", "eel"]
+
+
+def picture(i: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (20, 16), i % 256).save(file, "PNG" if i % 2 else "JPEG")
+    return file.getvalue()
+
+
+def hugging_face(rows: range) -> pa.Table:
+    """The layout of `datasets`: struct images, and features in the schema's metadata."""
+    images = [{"bytes": picture(i), "path": f"{i}.jpg"} for i in rows]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {"image": {"_type": "Image"}, "label": {"names": NAMES, "_type": "ClassLabel"}}
+    table = pa.table(
+        {"image": pa.array(images, kind), "label": pa.array([i % 3 for i in rows], pa.int64())}
+    )
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+
+
+def test_hugging_face_parquet(tmp_path: Path) -> None:
+    (tmp_path / "hf" / "data").mkdir(parents=True)
+    (tmp_path / "hf" / "card.png").write_text("a picture for the page of the data set")
+    for name, rows in (
+        ("train-00000-of-00002", range(50)),
+        ("train-00001-of-00002", range(50, 70)),
+        ("validation-00000-of-00001", range(70, 80)),
+    ):
+        pq.write_table(
+            hugging_face(rows), tmp_path / "hf" / "data" / f"{name}.parquet", row_group_size=7
+        )
+    source = open_source(str(tmp_path / "hf"))
+    assert source.classes == tuple(NAMES)
+    assert [source.read(i) for i in range(80)] == [picture(i) for i in range(80)]
+    report = shard(str(tmp_path / "hf"), tmp_path / "d", samples_per_shard=16)
+    assert report.samples == {"train": 70, "val": 10}
+    index = open_index(tmp_path / "d" / "train")
+    assert sorted(index.keys()) == [f"{i:08d}" for i in range(70)]
+    assert all(label == int(k) % 3 for k, label in zip(index.keys(), index.label, strict=True))
+    shard(str(tmp_path / "hf"), tmp_path / "two", samples_per_shard=16, workers=2)
+    assert open_index(tmp_path / "two" / "train").hash == index.hash
+
+
+def save(table: pa.Table, folder: Path) -> None:
+    """What Dataset.save_to_disk of `datasets` 5.2 writes, in two files."""
+    folder.mkdir(parents=True)
+    names = [f"data-{n:05d}-of-00002.arrow" for n in range(2)]
+    half = len(table) // 2
+    for name, part in zip(names, (table[:half], table[half:]), strict=True):
+        with (
+            pa.OSFile(str(folder / name), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(part, max_chunksize=6)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    save(hugging_face(range(41)), tmp_path / "one")
+    source = open_source(str(tmp_path / "one"))
+    assert source.splits is None
+    assert source.classes == tuple(NAMES)
+    assert [source.read(i) for i in (40, 0, 21, 19)] == [picture(i) for i in (40, 0, 21, 19)]
+
+    save(hugging_face(range(30)), tmp_path / "dict" / "train")
+    save(hugging_face(range(30, 40)), tmp_path / "dict" / "test")
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    report = shard(str(tmp_path / "dict"), tmp_path / "d")
+    assert report.samples == {"train": 27, "val": 3, "test": 10}
+
+    (tmp_path / "one" / "state.json").write_text('{"_data_files": [], "_indices_data_files": [1]}')
+    with pytest.raises(UserError, match="save it after flatten_indices"):
+        open_source(str(tmp_path / "one"))
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        open_source(str(tmp_path / "one"))
+
+
+def write(path: Path, **columns: Any) -> str:
+    metadata = columns.pop("metadata", None)
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    pq.write_table(table, path)
+    return str(path)
+
+
+def test_plain_columns(tmp_path: Path) -> None:
+    images = [picture(i) for i in range(6)]
+    path = write(
+        tmp_path / "x.parquet",
+        split=pa.array(["train"] * 4 + ["test", "valid"]).dictionary_encode(),
+        label=pa.array([0, 1, 1, 0, 1, 0], pa.int8()),
+        jpeg=images,
+        metadata={"class_names": "ant,bee"},
+    )
+    source = open_source(path)
+    assert source.classes == ("ant", "bee")
+    assert source.splits is not None
+    assert source.splits.tolist() == ["train"] * 4 + ["test", "val"]
+    assert [source.read(i) for i in range(6)] == images
+
+
+def test_labels_as_text_and_missing_labels(tmp_path: Path) -> None:
+    images = [picture(i) for i in range(5)]
+    path = write(tmp_path / "x.parquet", img=images, cls=["dog", "cat", None, "dog", "ant"])
+    source = open_source(path)
+    assert source.classes == ("ant", "cat", "dog")
+    assert source.labels.tolist() == [2, 1, 2, 0]
+    assert source.keys == ["00000000", "00000001", "00000003", "00000004"]
+    assert source.read(2) == images[3]
+    assert source.skipped == [("1 rows", "no cls")]
+    unsigned = pa.array([1, None, 0, 2, 1], pa.uint8())
+    source = open_source(write(tmp_path / "y.parquet", img=images, label=unsigned))
+    assert source.labels.tolist() == [1, 0, 2, 1]
+    source = open_source(write(tmp_path / "z.parquet", img=images, label=[0, -1, 1, -1, 1]))
+    assert source.labels.tolist() == [0, 1, 1]
+
+
+def test_images_by_path_and_rows_without_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    images = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, None]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    source = open_source(
+        write(tmp_path / "x.parquet", image=pa.array(images, kind), label=[0, 1, 0])
+    )
+    assert source.read(0) == picture(1)
+    for row in (1, 2):
+        with pytest.raises(OSError, match="no image in this row"):
+            source.read(row)
+
+
+def test_choice_of_columns(tmp_path: Path) -> None:
+    images = [picture(i) for i in range(3)]
+    path = write(tmp_path / "x.parquet", a=images, b=images, coarse=[0, 0, 1], fine=[2, 0, 1])
+    with pytest.raises(UserError, match=r"no image column .* name one of a, b, coarse, fine with"):
+        open_source(path)
+    with pytest.raises(UserError, match="no label column that can be told by itself"):
+        open_source(path, "a")
+    with pytest.raises(UserError, match="no label column 'fin'; name one of"):
+        open_source(path, "a", "fin")
+    assert open_source(path, "b", "fine").labels.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [0.5, 1.0]}, "column label holds double, not class numbers or names"),
+        ({"label": [3, 2**40]}, "the highest value in column label is 1099511627776"),
+        ({"label": [-1, -1]}, "the highest value in column label is -1"),
+        (
+            {"label": [0, 5], "metadata": {"class_names": "a,b"}},
+            "class numbers here go from 0 to 1",
+        ),
+        ({"label": [0, 1], "split": ["train", "extra"]}, "has a split 'extra'; known are train"),
+    ],
+)
+def test_bad_columns(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "x.parquet", jpeg=[picture(0), picture(1)], **columns)
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.parquet", jpeg=[picture(0)], label=[0])
+    write(tmp_path / "other.parquet", jpeg=[picture(0)], label=[0])
+    with pytest.raises(UserError, match="some of its files belong to a split and some to none"):
+        open_source(str(tmp_path))
+    write(tmp_path / "other.parquet", image=[picture(0)], label=[0])
+    with pytest.raises(UserError, match="give files with the same columns"):
+        open_source(str(tmp_path))
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = write(tmp_path / "x.parquet", jpeg=[rng.bytes(3000) for _ in range(9)], label=[0] * 9)
+    source = open_source(path)
+    data = bytearray(Path(path).read_bytes())
+    data[4:40] = bytes(36)  # the header of the first page
+    Path(path).write_bytes(data)
+    with pytest.raises(OSError, match=r"x\.parquet, row group 0: "):
+        source.read(0)
+
+
+@pytest.mark.skipif("BIGBATCH_CIFAR10" not in os.environ, reason="BIGBATCH_CIFAR10 names no file")
+def test_cifar10(tmp_path: Path) -> None:
+    report = shard(os.environ["BIGBATCH_CIFAR10"], tmp_path / "d", shard_size="16MB")
+    assert report.samples == {"train": 45_000, "val": 5_000, "test": 10_000}
+    assert report.skipped == []
+    for split, count in (("train", 4500), ("val", 500), ("test", 1000)):
+        index = open_index(tmp_path / "d" / split)
+        assert index.class_counts.tolist() == [count] * 10
+        assert index.classes[6] == "frog"

@@ -1,0 +1,40 @@
+"""A script as several ranks, as a launcher would start it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> None:
+    """Run `script` as `world` ranks that can meet; every one has to end with status 0."""
+    assert end_ranks(world, script, *arguments, timeout=timeout) == [0] * world
+
+
+def end_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> list[int]:
+    """The same, with the status that each ends with."""
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # The script is often the test itself, which imports this module.
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+    shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(world)
+    ]
+    try:
+        return [rank.wait(timeout) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()

@@ -1,0 +1,291 @@
+"""Commands from outside: exit statuses, messages, and JSON that can be parsed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import create_run
+from bigbatch.data.index import open_index
+from bigbatch.data.order import build_order
+from bigbatch.launcher import preflight
+from bigbatch.launcher.cli.main import SECTIONS, cli
+from bigbatch.launcher.estimate import Estimate, Finding
+
+BIGBATCH = Path(sys.executable).parent / "bigbatch"
+# What these tests count on; the recipe itself may be tuned.
+DIGITS = ("digits", "global_batch=256", "micro_batch=64", "duration=60 epochs", "optimizer.lr=6")
+STEPS = -(-60 * 1078 // 256)
+
+
+def invoke(*arguments: str) -> Result:
+    """Run in this process, which is fast; UserError passes through to the caller."""
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+def status_of(*arguments: str) -> tuple[int, str]:
+    """As `main` does it; the whole program is tested below."""
+    try:
+        result = invoke(*arguments)
+    except UserError as error:
+        return 2, str(error)
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def here(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own, with the digits' shards."""
+    (tmp_path / "shards").symlink_to(Path(shards) / "shards")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_help_lists_every_command_once() -> None:
+    text = invoke("--help").output
+    names = [str(command.name) for section in SECTIONS.values() for command in section]
+    listed = [
+        line.split()[0]
+        for line in text.splitlines()
+        if line.startswith("  ") and line[2:3] != " " and line.split()
+    ]
+    assert [name for name in listed if name in names] == names
+    assert sorted(cli.commands) == sorted(names)
+    for name in names:
+        assert invoke(name, "--help").exit_code == 0
+
+
+def test_deepspeeds_extra_argument_is_accepted() -> None:
+    assert invoke("--local_rank=1", "recipes").exit_code == 0
+    assert invoke("--local-rank", "1", "recipes").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "digit"], "did you mean digits?"),
+        (["train", "digits"], "bigbatch shard digits shards/digits"),
+        (["train", "digits", "optimizer.lr=-1"], "optimizer.lr"),
+        (["train", "digits", "optimiser.lr=1"], "did you mean optimizer?"),
+        (["train", "digits", "lr"], "key=value"),
+        (["train", *DIGITS, "--nproc", "5"], "5 ranks"),
+        (["train", "digits", "--nproc", "0"], "--nproc"),
+        (["train", "digits", "--nnodes", "2"], "--rdzv-endpoint"),
+        (["train", "digits", "--nnodes", "2", "--rdzv-endpoint", "n1:65536"], "1 to 65535"),
+        (["train", "digits", "--nnodes", "2", "--rdzv-endpoint", "[::1]:0"], "1 to 65535"),
+        (["resume", "nothing"], "bigbatch runs"),
+        (["resume", "nothing", "--sbatch-arg=--time=10"], "needs --slurm"),
+        (["check", *DIGITS, "--nproc", "5"], "5 ranks"),
+        (["submit", *DIGITS, "--nodes", "3", "--ranks-per-node", "2"], "6 ranks"),
+        (["submit", "digits", "--partition", "a;b", "--dry-run"], "--partition 'a;b'"),
+        (["batches", "digits", "--steps", "5"], "shard"),
+        (["batches", "digits", "--steps", "9" * 30], "2^63"),
+        (["prove", "digits", "--ranks", "1;2"], "not a list"),
+        (["schedule", "digits", "--plot", "lr.exe"], ".png"),
+        (["schedule", "digits", "data.path=nowhere"], "--epoch-samples N"),
+        (
+            ["schedule", "digits", "--json", "--epoch-samples", "256", "duration=1G steps"],
+            "at most 10,000,000 are listed",
+        ),
+        (["find-micro-batch", "digits", "--memory", "inf"], "--memory inf"),
+        (["shard", "no-such-folder", "out"], "no-such-folder"),
+        (["index", "no-such-folder"], "no-such-folder"),
+        (["inspect", "no-such-folder"], "no-such-folder"),
+        (["status", "../x"], "no run"),
+        (["frobnicate"], "frobnicate"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_the_users_errors_are_one_message_and_status_2(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, said = status_of(*arguments)
+    assert status == 2
+    assert says in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_program_prints_the_message_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BIGBATCH, "train", "digits", "--nproc", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("bigbatch: data.path shards/digits is no folder here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_exists_is_not_overwritten(here: Path) -> None:
+    create_run(here / "runs/a", load_recipe("digits"))
+    before = {p: p.read_bytes() for p in (here / "runs/a").iterdir()}
+    with pytest.raises(UserError, match="bigbatch resume"):
+        invoke("train", "digits", "--run", "a")
+    assert {p: p.read_bytes() for p in (here / "runs/a").iterdir()} == before
+
+
+def test_a_missing_shard_stops_a_start(here: Path) -> None:
+    (here / "shards").unlink()
+    invoke("shard", "digits", "shards/digits", "--json")
+    (here / "shards/digits/val/000000.tar").unlink()
+    with pytest.raises(UserError, match=r"val/000000\.tar cannot be read"):
+        invoke("train", "digits")
+    assert not (here / "runs").exists()
+
+
+def test_a_schedule_that_does_not_fit_stops_a_start(here: Path) -> None:
+    short = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=5 steps"]
+    with pytest.raises(UserError, match="rewarmup takes 5 steps"):
+        invoke("train", "digits", *short)
+    assert not (here / "runs").exists()
+
+
+def test_shard_index_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = json.loads(invoke("shard", "digits", "out", "--json").output)
+    assert made["samples"] == {"train": 1078, "val": 362, "test": 357}
+    again = json.loads(invoke("index", "out/val", "--json").output)
+    assert (again["samples"], again["problems"]) == (362, [])
+    result = invoke("inspect", "out", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.output)["splits"]["test"]["samples"] == 357
+    assert "1,078" in invoke("inspect", "out").output
+    (tmp_path / "out/val/index/label.npy").write_bytes(b"")
+    assert invoke("inspect", "out").exit_code == 1
+
+
+def test_check_says_what_a_run_will_do(here: Path) -> None:
+    found = json.loads(invoke("check", "--quick", *DIGITS, "--nproc", "4", "--json").output)
+    assert (found["classes"], found["micro_batches"], found["world_size"]) == (10, 4, 4)
+    assert found["steps"] == STEPS
+    assert found["snapshots"][-1] == found["steps"]
+    assert max(found["lr"].values()) == pytest.approx(6.0)
+    text = invoke("check", "--quick", *DIGITS).output
+    assert "1 to 4 ranks" in text
+
+
+def test_schedule_numbers_and_picture(here: Path) -> None:
+    rates = json.loads(invoke("schedule", *DIGITS, "--json").output)["lr"]
+    assert len(rates) == STEPS
+    assert max(rates) == pytest.approx(6.0)
+    # Without shards, but with the epoch's length, the same.
+    (here / "shards").unlink()
+    alone = ["schedule", *DIGITS, "--epoch-samples", "1078"]
+    assert json.loads(invoke(*alone, "--json").output)["lr"] == rates
+    result = invoke(*alone, "--plot", "lr.png")
+    assert result.output.splitlines()[-1] == "lr.png"
+    endless = invoke(*alone, "duration=1G epochs").output  # no list of all its steps is made
+    assert endless.splitlines()[-1].startswith("step 4,210,9")
+    assert (here / "lr.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_batches_are_those_of_the_order(here: Path) -> None:
+    lines = invoke("batches", *DIGITS, "--steps", "3:5", "--json").output.splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(b["step"], b["micro"]) for b in found] == [(s, m) for s in (3, 4) for m in range(4)]
+    recipe, index = load_recipe(DIGITS[0], DIGITS[1:]), open_index(here / "shards/digits/train")
+    order = build_order(recipe.data.sampling, index, recipe.seed)
+    positions = [p for b in range(3 * 4, 5 * 4) for p in range(b * 64, (b + 1) * 64)]
+    expected = order.samples(np.array(positions)).tolist()
+    assert [s for b in found for s in b["samples"]] == expected
+    assert [e for b in found for e in b["epochs"]] == [p // 1078 for p in positions]
+    keys = index.keys()
+    assert found[0]["keys"] == [keys[s] for s in found[0]["samples"]]
+    assert found[0]["labels"] == [int(index.label[s]) for s in found[0]["samples"]]
+
+
+def test_the_ranks_batches_are_the_steps_batches(here: Path) -> None:
+    def of(*arguments: str) -> list[dict[str, object]]:
+        lines = invoke("batches", *DIGITS, "--steps", "0:2", "--json", *arguments).output
+        return [json.loads(line) for line in lines.splitlines()]
+
+    parts = [of("--world-size", "3", "--rank", str(rank)) for rank in range(3)]
+    assert [len(p) for p in parts] == [4, 2, 2]
+    merged = sorted((b for p in parts for b in p), key=lambda b: (b["step"], b["micro"]))
+    assert merged == of("--world-size", "3")
+    assert [b["samples"] for b in merged] == [b["samples"] for b in of()]
+    with pytest.raises(UserError, match="--rank 3"):
+        of("--world-size", "3", "--rank", "3")
+
+
+def test_runs_and_status(here: Path) -> None:
+    assert "no runs" in invoke("runs").output
+    create_run(here / "runs/a", load_recipe("digits"))
+    assert json.loads(invoke("runs", "--json").output)[0]["state"] == "new"
+    assert "new" in invoke("runs").output
+    assert json.loads(invoke("status", "a", "--json").output)["step"] == 0
+    assert "state" in invoke("status", "runs/a").output
+
+
+def test_dry_run_prints_the_script_and_does_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimate(*arguments: object) -> Estimate:
+        return Estimate([Finding("disk", "warning", "nearly full")], 480)
+
+    monkeypatch.setattr(preflight, "estimate", estimate)
+    command = ["submit", "digits", "--nodes", "2", "--ranks-per-node", "2", "--dry-run"]
+    result = invoke(*command)
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n" in result.stdout
+    assert f"run={here}/runs/digits\n" in result.stdout
+    # The lead that the job would have.
+    assert "#SBATCH --signal=USR2@480\n" in result.stdout
+    assert result.stderr == "warning: disk: nearly full\n"
+    found = json.loads(invoke(*command, "--json").stdout)
+    assert found["script"] == result.stdout
+    assert (found["job"], found["run"]) == (None, f"{here}/runs/digits")
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ("micro_batch=64,512", "not a multiple"),
+        ("micro_batch=64,256", "r-1: 2 ranks"),
+        ("data.path=shards/digits,/no", "r-1: data.path /no is no folder"),
+        ("duration=60 epochs,1 steps", "r-1: schedule.cycles"),
+    ],
+)
+def test_one_value_that_does_not_work_lets_no_run_of_an_array_start(
+    here: Path, monkeypatch: pytest.MonkeyPatch, vary: str, says: str
+) -> None:
+    (here / "sbatch").write_text("#!/bin/sh\ntouch submitted; echo 1\n")
+    (here / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:/usr/bin:/bin")
+    options = ["--array", "0-1", "--vary", vary, "--ranks-per-node", "2", "--run", "r"]
+    with pytest.raises(UserError, match=says):
+        invoke("submit", *DIGITS, *options, "--no-check")
+    assert not (here / "submitted").exists()
+    assert not (here / "runs").exists()
+
+
+def test_the_batch_rule_is_shown_and_applied(here: Path) -> None:
+    scaled = ["optimizer.lr=0.5", "optimizer.scale={rule: linear, base_batch: 64}"]
+    found = json.loads(invoke("check", "--quick", *DIGITS, *scaled, "--json").output)
+    assert max(found["lr"].values()) == pytest.approx(2.0)
+    assert "0.5 at a batch of 64" in found["lr_rule"]
+    text = invoke("schedule", *DIGITS, *scaled, "optimizer.scale.rule=sqrt").output
+    assert "by the sqrt rule 1 at 256" in text
+    rates = json.loads(invoke("schedule", *DIGITS, *scaled, "--json").output)["lr"]
+    assert max(rates) == pytest.approx(2.0)
+
+
+def test_a_plateau_cannot_be_drawn_in_advance(here: Path) -> None:
+    plateau = "schedule={name: plateau, warmup: 4 steps}"
+    with pytest.raises(UserError, match="depends on what the run measures"):
+        invoke("schedule", *DIGITS, plateau)
+    assert "lowered on plateaus" in " ".join(
+        invoke("check", "--quick", *DIGITS, plateau).output.split()
+    )
+    assert (
+        json.loads(invoke("check", "--quick", *DIGITS, plateau, "--json").output)["lr"]["0"] == 0.0
+    )

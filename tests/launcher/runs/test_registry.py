@@ -1,0 +1,198 @@
+"""Runs as their directories describe them."""
+
+import errno
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bigbatch.configs import rundir
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.cli.render import status_table
+from bigbatch.launcher.runs import registry
+from bigbatch.launcher.runs.registry import describe, find_run, list_runs, status
+
+
+def make(runs: Path, name: str, events: list[dict[str, object]], metrics: str = "") -> RunDir:
+    run = create_run(runs / name, load_recipe("digits"))
+    run.events.write_text("".join(json.dumps(e) + "\n" for e in events))
+    run.metrics.write_text(metrics)
+    return run
+
+
+START = {"kind": "start", "step": 0, "total_steps": 20, "world_size": 2, "device": "cpu"}
+METRICS = (
+    '{"kind": "train", "step": 1, "loss": 2.3, "step_s": 0.5}\n'
+    '{"kind": "eval", "step": 1, "split": "val", "accuracy": 0.5}\n'
+    '{"kind": "train", "step": 2, "loss": 2.0, "lr": 0.1, "images_per_s": 512, "step_s": 0.5}\n'
+    '{"kind": "eval", "step": 2, "split": "val", "accuracy": 0.25}\n'
+    '{"kind": "eval", "step": 2, "split": "test", "accuracy": 0.9}\n'
+)
+
+
+def test_what_one_run_says(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [START], METRICS)
+    info = describe(run)
+    assert (info.name, info.step, info.total_steps, info.best_accuracy) == ("a", 2, 20, 0.5)
+    values = status(run)
+    assert (values["loss"], values["world_size"], values["starts"]) == (2.0, 2, 1)
+    assert values["seconds_left"] == pytest.approx(18 * 0.5)
+    json.dumps(values, allow_nan=False)
+
+
+def test_status_shows_alerts_and_the_slowest_rank(tmp_path: Path) -> None:
+    slowest = {"rank": 1, "phase": "data", "share": 0.2}
+    record = {"kind": "train", "step": 3, "loss": 1.0, "slowest": slowest, "mfu": 0.41}
+    spike = {"kind": "spike", "step": 3, "loss": 9.0}
+    events = [START, spike, {"kind": "checkpoint", "step": 3}]
+    values = status(make(tmp_path, "a", events, METRICS + json.dumps(record) + "\n"))
+    assert [(e["kind"], e["step"]) for e in values["alerts"]] == [("spike", 3)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(status_table(values))
+    text = console.export_text()
+    for shown in ("spike at step 3", "rank 1 in data", "41.0%"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        (None, "new"),
+        ({"kind": "end", "state": "finished"}, "finished"),
+        ({"kind": "end", "state": "failed"}, "failed"),
+        ({"kind": "signal", "step": 1}, "running"),
+    ],
+)
+def test_states(tmp_path: Path, last: dict[str, object] | None, state: str) -> None:
+    assert describe(make(tmp_path, "a", [START, last] if last else [])).state == state
+
+
+def test_a_process_on_this_machine_is_asked_whether_it_lives(tmp_path: Path) -> None:
+    sleep = "import sys, time; time.sleep(60)"
+    command = [sys.executable, "-c", sleep, "bigbatch.trainers.worker"]
+    with subprocess.Popen(command) as process:
+        here = {**START, "host": socket.gethostname(), "pid": process.pid}
+        run = make(tmp_path, "a", [here])
+        _until_started(process.pid)
+        assert describe(run).state == "running"
+        process.kill()
+        process.wait()
+        assert describe(run).state == "killed"
+        # The number may belong to another program by now.
+        recycled = {**START, "host": socket.gethostname(), "pid": os.getpid()}
+        assert describe(make(tmp_path, "b", [recycled])).state == "killed"
+
+
+def _until_started(pid: int) -> None:
+    while b"bigbatch" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        time.sleep(0.01)
+
+
+def test_between_a_crash_and_the_agents_restart_a_run_runs(tmp_path: Path) -> None:
+    sleep = "import sys, time; time.sleep(60)"
+    command = [sys.executable, "-c", sleep, "bigbatch.trainers.agent"]
+    with subprocess.Popen(command) as agent:
+        start = {**START, "host": socket.gethostname(), "pid": os.getpid(), "agent": agent.pid}
+        failed = {"kind": "end", "state": "failed"}
+        killed, crashed = make(tmp_path, "a", [start]), make(tmp_path, "b", [start, failed])
+        done = make(tmp_path, "c", [start, {"kind": "end", "state": "finished"}])
+        _until_started(agent.pid)
+        assert [describe(run).state for run in (killed, crashed, done)] == [
+            *("running", "running", "finished")
+        ]
+        assert not registry.has_ended(crashed)
+        assert "finishes its step" in registry.cancel(crashed)
+        agent.wait()
+        assert [describe(run).state for run in (killed, crashed)] == ["killed", "failed"]
+        assert registry.has_ended(crashed)
+
+
+def test_a_silent_run_on_another_machine_counts_as_killed(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [{**START, "host": "elsewhere", "pid": 1}])
+    assert describe(run).state == "running"
+    assert describe(run, now=time.time() + 3600).state == "killed"
+
+
+def test_the_newest_run_comes_first_and_damage_is_listed(tmp_path: Path) -> None:
+    for age, name in enumerate(["new", "old", "older"]):
+        run = make(tmp_path, name, [START])
+        for path in (run.recipe_file, run.events, run.metrics):
+            os.utime(path, (time.time() - 100 * age,) * 2)
+    damaged = {"kind": "start", "total_steps": "many"}
+    (tmp_path / "old" / "events.jsonl").write_text(json.dumps(damaged) + "\n")
+    (tmp_path / "no-run").mkdir()
+    found = list_runs(tmp_path)
+    assert {i.name: i.state for i in found}["old"] == "unreadable"
+    assert [i.name for i in found if i.name != "old"] == ["new", "older"]
+    assert list_runs(tmp_path / "nothing") == []
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [START], METRICS + '{"kind": "eval", "split": "val", "acc\n')
+    info = describe(run)
+    assert (info.step, info.best_accuracy, info.state) == (2, 0.5, "running")
+
+
+def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [])
+    assert find_run("a", tmp_path).path == run.path
+    assert find_run(str(run.path), tmp_path / "other").path == run.path
+    with pytest.raises(UserError, match="bigbatch runs"):
+        find_run("b", tmp_path)
+
+
+def test_a_run_that_may_not_be_read_or_signalled_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Raised by hand: root, as whom tests may run, is refused nothing.
+    def refuse(*args: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    here = {**START, "host": socket.gethostname(), "pid": os.getpid()}
+    run = make(tmp_path, "a", [here], METRICS)
+    monkeypatch.setattr(registry, "_runs", lambda pid, module: True)
+    monkeypatch.setattr(os, "kill", refuse)
+    with pytest.raises(UserError, match="cannot signal process"):
+        registry.cancel(run)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match="may not be read"):
+        find_run("a", tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left"):
+        create_run(tmp_path / "a", load_recipe("digits"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBUSY, "Device or resource busy"), KeyboardInterrupt()]
+)
+def test_what_a_removal_leaves_behind_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    run = make(tmp_path, "a", [])
+
+    def refuse(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(registry.shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"removed in part .*rm -r ") as said:
+        registry.remove(run)
+    (left,) = tmp_path.iterdir()
+    assert f"`rm -r {left}`" in str(said.value)

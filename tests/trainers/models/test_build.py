@@ -1,0 +1,33 @@
+"""Where a model's weights come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Model
+from bigbatch.trainers.models.build import build_model, memory_layout
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_checkpoint_is_where_training_starts(tmp_path: Path, pretrained: bool) -> None:
+    """Also without `pretrained`. What timm takes over of the classifier is timm's matter."""
+    path = tmp_path / "weights.safetensors"
+    given = build_model(Model(name="resnet10t"), classes=7, channels=3, seed=1).state_dict()
+    save_file(given, path)
+    model = Model(name="resnet10t", pretrained=pretrained, checkpoint=str(path))
+    loaded = build_model(model, classes=7, channels=3, seed=0).state_dict()
+    features = [name for name in given if not name.startswith("fc.")]
+    assert all(torch.equal(loaded[name], given[name]) for name in features)
+    missing = Model(name="resnet10t", checkpoint=str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        build_model(missing, classes=7, channels=3, seed=0)
+
+
+def test_only_a_gpu_keeps_channels_last() -> None:
+    model = Model(name="resnet10t", channels_last=True)
+    assert memory_layout(model, torch.device("cuda")) is torch.channels_last
+    assert memory_layout(model, torch.device("cpu")) is torch.contiguous_format
+    assert memory_layout(Model(name="resnet10t"), torch.device("cuda")) is torch.contiguous_format

@@ -1,0 +1,183 @@
+"""The ready recipes: their rates where they come from, and that each one really trains."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import builtin_recipes, load_recipe
+from bigbatch.configs.rundir import create_run
+from bigbatch.configs.schema import Model
+from bigbatch.data.writing.shard import shard
+from bigbatch.trainers import worker
+from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.planning.inputs import fit
+
+IMAGENET, CIFAR = 1_281_167, 45_000
+
+# Recipe: images in an epoch, global batch, images to a BatchNorm, epochs, weight decay, momentum
+# or betas, and the rate at places in the run, in epochs.
+EXPECTED = {
+    "imagenet-resnet50": (IMAGENET, 1024, 64, 90, 1e-4, 0.9, {5: 0.4}),
+    "imagenet-resnet50-nesterov-8k": (IMAGENET, 8192, 64, 90, 1e-4, 0.9, {5: 3.2}),
+    "imagenet-resnet50-lars-4k": (IMAGENET, 4096, 64, 42, 2e-4, 0.9, {5: 10.0}),
+    "imagenet-resnet50-lars-8k": (IMAGENET, 8192, 64, 44, 2e-4, 0.9, {5: 17.0}),
+    "imagenet-resnet50-lars-32k": (IMAGENET, 32768, 128, 58, 2.5e-5, 0.94, {16: 21.2}),
+    "imagenet-resnet50-lars-64k": (IMAGENET, 65536, 128, 89, 1e-4, 0.951807, {31: 24.699}),
+    "imagenet-resnet50-lamb": (IMAGENET, 8192, 64, 90, 1.5, (0.9, 0.999), {5: 0.02}),
+    "imagenet-vit-s16-adamw": (
+        IMAGENET, 1024, 64, 90, 0.1, (0.9, 0.999), {10_000 * 1024 / IMAGENET: 0.001},
+    ),
+    "imagenet-vit-s16-lamb": (
+        IMAGENET, 2048, 64, 800, 0.05, (0.9, 0.999), {0: 1e-6, 5: 0.004, 800: 1e-5},
+    ),
+    "imagenet-mobilenet-v2": (IMAGENET, 1024, 64, 150, 4e-5, 0.9, {0: 0.1, 5: 0.4}),
+    "cifar10-resnet18": (CIFAR, 512, 128, 30, 5e-4, 0.9, {3: 0.4}),
+}  # fmt: skip
+
+
+def rates(recipe, images):
+    """The plan of a run over an epoch of so many images, and its rate by the step."""
+    plan, factor = fit(recipe, images)
+    return plan, lambda step: recipe.optimizer.lr * factor(step)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_values_are_those_of_the_source(name):
+    images, batch, micro, epochs, decay, memory, places = EXPECTED[name]
+    recipe = load_recipe(name)
+    optimizer = recipe.optimizer
+    assert (recipe.global_batch, recipe.micro_batch) == (batch, micro)
+    assert str(recipe.duration) == f"{epochs} epochs"
+    assert optimizer.weight_decay == decay
+    assert getattr(optimizer, "momentum", getattr(optimizer, "betas", None)) == memory
+    plan, rate = rates(recipe, images)
+    assert plan.total == pytest.approx(epochs * images / batch, abs=1)
+    for epoch, value in places.items():
+        assert rate(math.ceil(epoch * images / batch - 1e-6)) == pytest.approx(value, rel=1e-9)
+
+
+def test_every_recipe_but_the_main_job_is_in_the_table():
+    assert set(builtin_recipes()) - {"digits"} == set(EXPECTED)
+
+
+# The steps of MLPerf's decay after the warmup, from the hyperparameters of the runs in which they
+# stand as such; the others' are their epochs of training times the steps of an epoch.
+DECAY_STEPS = {"4k": 42 * 312.8 - 5 * 312.8, "8k": 6095, "32k": 2267 - 16 * 39.1, "64k": 1133}
+
+
+@pytest.mark.parametrize("size", DECAY_STEPS)
+def test_lars_decays_by_a_polynomial_of_power_two(size):
+    recipe = load_recipe(f"imagenet-resnet50-lars-{size}")
+    plan, rate = rates(recipe, IMAGENET)
+    warmup = recipe.schedule.warmup.steps(recipe.global_batch, IMAGENET)
+    assert rate(warmup // 2) == pytest.approx(recipe.optimizer.lr * (warmup // 2) / warmup)
+    half = warmup + (plan.total - warmup) // 2
+    left = (plan.total - half) / (plan.total - warmup)
+    lr, end = recipe.optimizer.lr, 1e-4
+    assert rate(half) == pytest.approx((lr - end) * left**2 + end, rel=1e-6)
+    assert rate(plan.total) == pytest.approx(end, rel=1e-3)
+    assert plan.total - warmup == pytest.approx(DECAY_STEPS[size], rel=0.002)
+    assert recipe.optimizer.momentum_form == "lr_inside"
+    assert (recipe.optimizer.trust_coefficient, recipe.optimizer.eps) == (0.001, 0.0)
+    assert recipe.loss.label_smoothing == 0.1
+
+
+def test_mobile_recipe_rises_linearly_and_falls_by_a_cosine():
+    recipe = load_recipe("imagenet-mobilenet-v2")
+    plan, rate = rates(recipe, IMAGENET)
+    warmup = math.ceil(5 * IMAGENET / 1024)
+    assert rate(warmup // 2) == pytest.approx(0.1 + 0.3 * (warmup // 2) / warmup)
+    quarter = warmup + (plan.total - warmup) // 4
+    place = (quarter - warmup) / (plan.total - warmup)
+    assert rate(quarter) == pytest.approx(0.2 * (1 + math.cos(math.pi * place)))
+    assert recipe.model.options == {"drop_rate": 0.2}
+
+
+def test_nesterov_goes_over_to_the_square_root_rule():
+    rule = "optimizer.scale={rule: sqrt, base_batch: 1024}"
+    recipe = load_recipe("imagenet-resnet50-nesterov-8k", ["optimizer.lr=0.4", rule])
+    assert recipe.optimizer.lr * recipe.lr_scale == pytest.approx(0.4 * math.sqrt(8))
+
+
+@pytest.mark.parametrize("power", range(7))
+def test_lamb_follows_the_untuned_rates(power):
+    batch = 512 * 2**power
+    recipe = load_recipe("imagenet-resnet50-lamb", [f"global_batch={batch}"])
+    untuned = 4 / (2 ** (3 - power / 2) * 100)  # You et al. 2020: 512 to 32k
+    assert recipe.optimizer.lr * recipe.lr_scale == pytest.approx(untuned)
+
+
+def test_lamb_at_32k_rises_and_falls_linearly_in_the_steps_of_the_authors():
+    overrides = ["global_batch=32768", "schedule.warmup=20 epochs"]
+    recipe = load_recipe("imagenet-resnet50-lamb", overrides)
+    plan, rate = rates(recipe, IMAGENET)
+    assert plan.total == 3519
+    assert rate(782) == pytest.approx(0.04)
+    assert rate(391) == pytest.approx(0.02)
+    assert rate(2150) == pytest.approx(0.04 * (3519 - 2150) / (3519 - 782), rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 40 noise images of 32 pixels in two classes."""
+    root = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    for name in ("left", "right"):
+        (root / "images" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{number}.png")
+    shard(str(root / "images"), root / "shards", progress=False)
+    return root / "shards"
+
+
+# Model and optimizer of these are those of another recipe.
+ALIKE = ("-nesterov-8k", "-lars-8k", "-lars-32k", "-lars-64k")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n.endswith(ALIKE) else ()) for n in EXPECTED],
+)
+def test_each_recipe_trains_a_step(name, images, tmp_path):
+    overrides = [
+        f"data.path={images}",
+        "data.image_size=32",
+        "data.workers=0",
+        "global_batch=4",
+        "micro_batch=2",
+        "precision=fp32",
+        "duration=2 steps",
+        "schedule.warmup=0 steps",
+        "evaluate.every=2 steps",
+        "log.wandb=off",
+    ]
+    if "vit" in name:
+        overrides.append("model.options.img_size=32")
+    recipe = load_recipe(name, overrides)
+    run = create_run(tmp_path / name, recipe)
+    assert worker.main([str(run.path), "--stop-at", "1"]) == 0
+    after = load_file(run.checkpoints / "step-00000001" / "model.safetensors")
+    before = build_model(recipe.model, classes=2, channels=3, seed=recipe.seed).state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    changed = [key for key, value in after.items() if not torch.equal(value, before[key])]
+    assert len(changed) > 0.9 * len(after) / 2  # LayerScale and zero-initialised ends lag a step
+
+
+def test_small_stem_keeps_the_resolution_and_only_fits_resnets():
+    config = Model(name="resnet18", stem="small")
+    model = build_model(config, classes=10, channels=3, seed=0)
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+    names = timm.create_model("resnet18", num_classes=10).state_dict().keys()
+    assert model.state_dict().keys() == names
+    with pytest.raises(UserError, match=r"model\.stem = small .* not vit_tiny_patch16_224"):
+        build_model(
+            Model(name="vit_tiny_patch16_224", stem="small"), classes=10, channels=3, seed=0
+        )

@@ -1,0 +1,101 @@
+"""A disk that takes nothing more: one message, and nothing of what was saved is lost."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.launcher.cli import main
+from bigbatch.launcher.start import agent_command
+from bigbatch.trainers import worker
+from bigbatch.trainers.recovery.checkpoint import list_checkpoints
+
+RESULTS = ("ensemble/members.json", "ensemble/confusion.json", "summary.json", "report.html")
+
+
+@pytest.fixture
+def run(digits: Path, tmp_path: Path) -> RunDir:
+    """A run of one step, with one snapshot."""
+    changes = ["duration=1 steps", "schedule={name: cosine}", "global_batch=8", "micro_batch=4"]
+    changes += [f"data.path={digits}", "data.workers=0", "log.wandb=off"]
+    return create_run(tmp_path / "run", load_recipe("digits", changes))
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the disk be full whenever a file whose path holds one of some texts is put onto it."""
+    places: tuple[str, ...] = ()
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if any(place in path for place in places):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    def fill(*texts: str) -> None:
+        nonlocal places
+        places = texts
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    return fill
+
+
+def test_wherever_the_end_of_a_run_meets_it(
+    run: RunDir,
+    full: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each start goes on where the one before it stopped, and comes further.
+    for number, (names, written) in enumerate(
+        ((("augmented", "cycle-01"), 0), (("confusion",), 1), (("report",), 3))
+    ):
+        full(*names)
+        assert worker.main([str(run.path)]) == 2
+        said = capfd.readouterr().err
+        assert "Traceback" not in said
+        assert said.count("No space left on device") == 1
+        assert f"`bigbatch resume {run.path}`" in said
+        assert len(list_checkpoints(run.checkpoints)) == min(number, 1)
+        done = [(run.path / result).exists() for result in RESULTS]
+        assert done == [n < written for n in range(len(RESULTS))]
+        assert run.contact_sheet.exists() == (number > 0)
+    monkeypatch.setattr(sys, "argv", ["bigbatch", "report", str(run.path)])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "No space left on device" in capfd.readouterr().err
+    full()
+    assert worker.main([str(run.path)]) == 0
+    assert all((run.path / result).exists() for result in RESULTS)
+    ends = [e["state"] for e in read_jsonl(run.events) if e["kind"] == "end"]
+    assert ends == ["failed", "failed", "finished", "finished"]
+    assert not list(run.path.glob("**/.*.tmp-*"))
+
+
+@pytest.mark.slow
+def test_the_kernel_s_own_refusal_with_two_ranks(run: RunDir) -> None:
+    command = agent_command(run.path, 2)
+
+    def start(**options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=200, check=False, **options
+        )
+
+    assert start().returncode == 0
+    for result in RESULTS:
+        (run.path / result).unlink()
+    refused = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert f"`bigbatch resume {run.path}`" in refused.stderr
+    assert not run.summary.exists()
+    assert start().returncode == 0
+    assert all((run.path / result).exists() for result in RESULTS)

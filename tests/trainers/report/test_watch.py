@@ -1,0 +1,111 @@
+"""The live view: what it shows of a run at any moment, and when it ends."""
+
+import io
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.runs.registry import ENDED, state_of
+from bigbatch.trainers.monitoring.history import read_history
+from bigbatch.trainers.report.watch import seconds_left, watch
+from tests.trainers.report.test_report import make_run
+
+
+def watched(run: RunDir, width: int = 120, terminal: bool = False) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=width, height=40, force_terminal=terminal)
+
+    def ended() -> str | None:
+        state = state_of(run)
+        return state if state in ENDED else None
+
+    watch(run, ended=ended, interval=0.05, console=console)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_picture_fits_the_terminal(tmp_path: Path, width: int) -> None:
+    text = watched(make_run(tmp_path / "digits"), width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for part in (
+        "digits  finished",
+        "loss",
+        "learning rate",
+        "images per second",
+        "signal 15",
+        "model 60%",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 50])
+def test_unfinished_runs_have_a_picture(tmp_path: Path, steps: int) -> None:
+    text = watched(make_run(tmp_path / "digits", steps=steps, finished=False))
+    assert f"{steps}/300" in text
+    assert "running" in text
+
+
+def test_a_bare_run_directory_and_none(tmp_path: Path) -> None:
+    assert "not started" in watched(create_run(tmp_path / "bare", load_recipe("digits")))
+    with pytest.raises(UserError, match="no run directory"):
+        watched(RunDir(tmp_path))
+
+
+def test_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits")
+    with run.events.open("a") as file:
+        print(json.dumps({"kind": "[bold]evil[/]", "note": "[/red]"}), file=file)
+    assert "[bold]evil[/]" in watched(run)
+
+
+def test_it_follows_until_the_run_ends(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", steps=100, finished=False)
+
+    def go_on() -> None:
+        time.sleep(0.3)
+        with run.metrics.open("a") as file:
+            print(json.dumps({"kind": "train", "step": 300, "loss": 0.125, "lr": 0.0}), file=file)
+        with run.events.open("a") as file:
+            print(json.dumps({"kind": "end", "step": 300, "state": "finished"}), file=file)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    text = watched(run, terminal=True)
+    thread.join()
+    assert text.index("100/300") < text.index("300/300")
+    assert "finished" in text
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed"])
+def test_it_ends_when_a_run_was_stopped_or_killed(tmp_path: Path, state: str) -> None:
+    """Of a killed run the files say no more than that it started."""
+    run = make_run(tmp_path / "digits", steps=100, finished=False)
+    event = {"kind": "end", "step": 100, "state": state}
+    if state == "killed":
+        event = {"kind": "start", "step": 100, "host": socket.gethostname(), "pid": os.getpid()}
+    with run.events.open("a") as file:
+        print(json.dumps(event), file=file)
+    assert f"digits  {state}" in Text.from_ansi(watched(run, terminal=True)).plain
+
+
+def test_time_left_is_the_pace_since_the_newest_start(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", steps=220, finished=False)
+    now = time.time()
+    events = [
+        {"kind": "start", "time": now - 9999, "step": 0, "total_steps": 300},
+        {"kind": "start", "time": now - 60, "step": 120, "total_steps": 300},
+    ]
+    run.events.write_text("".join(json.dumps(e) + "\n" for e in events))
+    # 100 steps in the 50 s before the last record, which is 10 s old; 80 steps are left.
+    left = seconds_left(read_history(run), age=10.0)
+    assert left == pytest.approx(40, rel=0.02)

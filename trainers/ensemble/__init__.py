@@ -1,0 +1,1 @@
+"""Snapshots, and what is made of them."""

@@ -1,0 +1,110 @@
+"""Members scored, gated and combined: a mean of probabilities, and a soup of weights."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.schema import Ensemble
+from bigbatch.data.index import Index
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.members import gate, list_snapshots
+from bigbatch.trainers.ensemble.soup import SOUP, greedy_soup
+from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
+from bigbatch.trainers.models.batch_stats import recompute_statistics
+from bigbatch.trainers.recovery.checkpoint import MODEL, load_weights, save_weights
+
+
+def combine(
+    run: RunDir,
+    config: Ensemble,
+    engine: Engine,
+    evaluator: Evaluator,
+    splits: dict[str, Index],
+    snapshots: int,
+    *,
+    recompute_images: Callable[[], Iterator[Tensor]],
+    recompute_batches: int,
+) -> dict[str, dict[str, Any]] | None:
+    """Score every snapshot, gate them, and build the ensemble and the soup.
+
+    `splits` holds the validation split first: it alone decides on members and soup; the
+    other splits are only reported. Collective; the result, scores by split of members,
+    ensemble and soup, is rank 0's, None elsewhere. Raises UserError on all ranks where fewer
+    than `snapshots` are there.
+    """
+    # Rank 0's list: on a network file system another machine may not see the last one yet.
+    names = engine.from_main([path.name for path in list_snapshots(run.snapshots)])
+    paths = [run.snapshots / name for name in names]
+    if len(paths) < snapshots:
+        raise UserError(
+            f"{run.snapshots} holds {len(paths)} of {snapshots} snapshots; restore the others, or "
+            "start a new run"
+        )
+    model = engine.module
+    val, *others = splits
+    labels = {name: np.asarray(index.label, np.int64) for name, index in splits.items()}
+    probabilities: dict[str, list[np.ndarray]] = {name: [] for name in splits}
+    for path in paths:
+        load_weights(model, path / MODEL)
+        for name, index in splits.items():
+            logits = evaluator.logits(model, index)
+            if logits is not None:
+                probabilities[name].append(softmax(logits))
+
+    members: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
+    kept: list[int] = []
+    if engine.rank == 0:
+        for name in splits:
+            for path, p in zip(paths, probabilities[name], strict=True):
+                members[name].append({"name": path.name, **score(p, labels[name])})
+        accuracies = [m["accuracy"] for m in members[val]]
+        kept = gate(accuracies, config.gate)
+        for name in splits:
+            for number, member in enumerate(members[name]):
+                member["kept"] = number in kept
+        # Best first, the order in which a greedy soup tries its ingredients.
+        kept.sort(key=lambda i: (-accuracies[i], i))
+    kept = engine.from_main(kept)
+
+    soup_names: list[str] = []
+    soup_scores: dict[str, dict[str, float]] = {}
+    if config.soup and len(kept) > 1:
+        soup_names = greedy_soup(
+            [paths[i] for i in kept],
+            engine,
+            lambda: _score(evaluator.logits(model, splits[val]), labels[val]),
+            lambda: recompute_statistics(model, recompute_images(), recompute_batches, engine.sum),
+        )
+        for name, index in splits.items():
+            scores = _score(evaluator.logits(model, index), labels[name])
+            if scores is not None:
+                soup_scores[name] = scores
+    if engine.rank != 0:
+        return None
+
+    run.ensemble.mkdir(exist_ok=True)
+    if soup_scores:
+        save_weights(model, run.ensemble / SOUP)
+    content = {"kept": [paths[i].name for i in sorted(kept)], "soup": soup_names}
+    write_atomically(run.ensemble / "members.json", json.dumps(content, indent=1))
+    means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}
+    result: dict[str, dict[str, Any]] = {}
+    for name in splits:
+        result[name] = {"members": members[name], "ensemble": score(means[name], labels[name])}
+        if soup_scores:
+            result[name]["soup"] = soup_scores[name]
+    last = others[-1] if others else val
+    matrix = confusion(means[last], labels[last]).tolist()
+    table = {"split": last, "classes": list(splits[last].classes), "matrix": matrix}
+    write_atomically(run.ensemble / "confusion.json", json.dumps(table))
+    return result
+
+
+def _score(logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float] | None:
+    return None if logits is None else score(softmax(logits), labels)

@@ -1,0 +1,1 @@
+"""Scores of whole splits, each sample once at any world size."""

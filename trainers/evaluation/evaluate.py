@@ -1,0 +1,67 @@
+"""Exact distributed evaluation: every sample once, at any world size."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.index import Index
+from bigbatch.data.loader import eval_batches
+from bigbatch.trainers.engine import Engine
+
+# Below this many images a rank decodes them itself, faster than workers could start.
+_FEW_IMAGES = 2000
+
+
+class Evaluator:
+    """Runs a model over whole splits. Batch b goes to rank b % world, whatever the world."""
+
+    def __init__(self, engine: Engine, augmenter: Augmenter, recipe: Recipe) -> None:
+        self.engine = engine
+        self.augmenter = augmenter
+        self.data = recipe.data
+        self.batch = recipe.evaluate.batch
+
+    @torch.inference_mode()
+    def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
+        """Logits [N, C] in index order, float32, on rank 0; None on the other ranks."""
+        engine, data = self.engine, self.data
+        share = -(-len(index) // engine.world)
+        batches = eval_batches(
+            index,
+            batch=self.batch,
+            rank=engine.rank,
+            world=engine.world,
+            image_size=data.image_size,
+            channels=data.channels,
+            workers=data.workers if share > _FEW_IMAGES else 0,
+            threads=data.threads,
+            pin_memory=engine.device.type == "cuda",
+            view=self.augmenter.eval_view,
+        )
+        was_training = model.training
+        model.eval()
+        outputs, numbers = [], []
+        for batch in batches:
+            with engine.autocast():
+                outputs.append(model(self.augmenter.evaluate(batch)).float())
+            numbers.append(batch.samples)
+        model.train(was_training)
+
+        classes = len(index.classes)
+        rows = torch.cat(outputs) if outputs else torch.zeros(0, classes, device=engine.device)
+        batch_count = -(-len(index) // self.batch)
+        capacity = -(-batch_count // engine.world) * self.batch
+        parts = engine.gather_rows(rows, capacity)
+        if parts is None:
+            return None
+        # Rank r holds batches r, r + world, ...: their samples, in that order.
+        starts = range(0, len(index), self.batch)
+        samples = [np.arange(s, min(s + self.batch, len(index))) for s in starts]
+        logits = np.empty((len(index), classes), np.float32)
+        for rank, part in enumerate(parts):
+            mine = samples[rank :: engine.world]
+            if mine:
+                logits[np.concatenate(mine)] = part
+        return logits

@@ -1,0 +1,1 @@
+"""Models: built, measured, and their BatchNorm statistics."""

@@ -1,0 +1,72 @@
+"""What a recipe's model takes: parameters, optimizer state, activations. Started by preflight.
+
+    python -m bigbatch.trainers.models.size CLASSES < recipe.json
+
+Nothing is allocated: the model and one training step of one image are built on the meta
+device. Prints JSON; bytes are those of one rank.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.optim import build_optimizer
+
+_SAMPLES = 2  # BatchNorm wants more than one value per channel
+
+
+def measure(recipe: Recipe, classes: int) -> dict[str, int]:
+    """Sizes of `recipe`'s model with `classes` outputs; no weights are made or loaded.
+
+    activation_bytes is for one image: what autograd keeps for the backward pass, in the
+    precision of the recipe. optimizer_bytes is counted from the state after a first step.
+    """
+    fresh = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    with torch.device("meta"):
+        model = build_model(fresh, classes=classes, channels=recipe.data.channels, seed=0)
+    model.train()
+    size = recipe.data.image_size
+    images = torch.empty(_SAMPLES, recipe.data.channels, size, size, device="meta")
+    kept = _saved_bytes(model, images) / _SAMPLES
+    if recipe.precision != "fp32":
+        kept /= 2
+    optimizer = build_optimizer(model, recipe.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": sum(_bytes(t) for t in model.state_dict().values()),
+        "gradient_bytes": sum(_bytes(p) for p in model.parameters()),
+        "optimizer_bytes": sum(_bytes(t) for t in states if isinstance(t, Tensor)),
+        "activation_bytes": round(kept),
+    }
+
+
+def _saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each tensor counted once."""
+    kept: dict[int, Tensor] = {}  # by storage; holding the tensors keeps the keys distinct
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss: Any = model(images).float().mean()
+    del loss
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))

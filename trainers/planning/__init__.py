@@ -1,0 +1,1 @@
+"""What a recipe comes to in steps: plan, schedules, open inputs. Free of torch."""

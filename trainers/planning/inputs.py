@@ -1,0 +1,108 @@
+"""What a recipe's names and durations come to once its data is open. Free of torch."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Data, Recipe
+from bigbatch.data.index import Index, open_index
+from bigbatch.data.lanes import LaneOrder
+from bigbatch.data.order import Order, build_order
+from bigbatch.data.remote import open_remote, remote_at
+from bigbatch.data.staging import is_url
+from bigbatch.trainers.planning.plan import Plan, make_plan
+from bigbatch.trainers.planning.plateau import Evaluation, Evaluations
+from bigbatch.trainers.planning.schedules import build_schedule
+
+Schedule = Callable[[int], float]  # factor of the learning rate, after s finished steps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The open data of a recipe, the order of its samples, and which step does what."""
+
+    splits: dict[str, Index]  # by role: train but for a stream, val, and test where named
+    order: Order | None  # None: a stream, which has none
+    epoch_samples: int  # of a stream: of the whole run
+    plan: Plan
+    schedule: Schedule
+    evaluations: list[Evaluation]  # of the validation split so far: what a plateau looks at
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.splits["val"].classes
+
+
+def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
+    """Open the indexes that a recipe names and fit its durations to them.
+
+    Raises UserError with the remedy for whatever would stop a run at its start.
+    """
+    data, root = recipe.data, Path(recipe.data.path)
+    if not is_url(data.path) and not os.path.isdir(root):
+        source = "digits" if root.name == "digits" else "SOURCE"
+        raise UserError(
+            f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
+            f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
+        )
+    train = data.train if data.stream is None else None
+    names = {"train": train, "val": data.val, "test": data.test}
+    splits = {role: open_split(data, name) for role, name in names.items() if name is not None}
+    classes = splits["val"].classes
+    for role, index in splits.items():
+        if index.classes != classes:
+            raise UserError(
+                f"split {names[role]} of {data.path} has classes {list(index.classes)[:8]}, split "
+                f"{data.val} has {list(classes)[:8]}: write both with one `bigbatch shard`"
+            )
+    if data.stream is None:
+        order = open_order(recipe, splits["train"])
+        epoch_samples = order.epoch_samples
+    else:  # no duration is in epochs, so that the whole run may stand for one
+        order = None
+        epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
+    evaluations: list[Evaluation] = []
+    plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
+    return Inputs(splits, order, epoch_samples, plan, schedule, evaluations)
+
+
+def open_split(data: Data, name: str) -> Index:
+    """Open the index of a split, here or on remote storage."""
+    if not is_url(data.path):
+        return open_index(Path(data.path) / name)
+    url = f"{data.path.rstrip('/')}/{name}"
+    return open_remote(remote_at(url, data.cache, data.cache_gb))
+
+
+def open_order(recipe: Recipe, index: Index) -> Order:
+    """The order in which a recipe goes through an index."""
+    data = recipe.data
+    if not data.lanes:
+        return build_order(data.sampling, index, recipe.seed)
+    return LaneOrder(
+        index, recipe.seed, lanes=data.lanes, window=data.window, micro_batch=recipe.micro_batch
+    )
+
+
+def fit(
+    recipe: Recipe,
+    epoch_samples: int,
+    stop_at: int | None = None,
+    evaluations: Evaluations = (),
+) -> tuple[Plan, Schedule]:
+    """The plan of a run, and its schedule, for an epoch of this many samples.
+
+    The schedule's factor multiplies optimizer.lr; the batch rule (optimizer.scale) is in it.
+    """
+    plan = make_plan(recipe, epoch_samples, stop_at)
+    factor = build_schedule(
+        recipe.schedule,
+        total_steps=plan.total,
+        global_batch=recipe.global_batch,
+        epoch_samples=epoch_samples,
+        evaluations=evaluations,
+    )
+    scale = recipe.lr_scale
+    return plan, lambda step: scale * factor(step)

@@ -1,0 +1,55 @@
+"""How a recipe's durations fall into steps. Free of torch: preflight uses it too."""
+
+from dataclasses import dataclass
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.planning.schedules import cycle_ends
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which step does what; every number is a count of finished steps."""
+
+    total: int  # steps that the recipe asks for; schedules run over these
+    stop: int  # where this start of the run ends, at most `total`
+    micro_batches: int
+    evaluate_every: int
+    save_every: int
+    snapshots: frozenset[int]
+    keep_every: int | None  # checkpoints at multiples of this stay for good
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step == self.total
+
+    def saves(self, step: int) -> bool:
+        kept = self.keep_every is not None and step % self.keep_every == 0
+        return step % self.save_every == 0 or kept or step == self.stop
+
+
+def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> Plan:
+    """The plan of a run over an order policy with `epoch_samples` samples in an epoch."""
+    batch = recipe.global_batch
+    total = recipe.duration.steps(batch, epoch_samples)
+    ends = cycle_ends(recipe.schedule, total)
+    keep = recipe.checkpoint.keep_every
+    return Plan(
+        total=total,
+        stop=min(total, stop_at or total),
+        micro_batches=recipe.micro_batches,
+        evaluate_every=recipe.evaluate.every.steps(batch, epoch_samples),
+        save_every=recipe.checkpoint.every.steps(batch, epoch_samples),
+        snapshots=frozenset(ends or [total]),
+        keep_every=None if keep is None else keep.steps(batch, epoch_samples),
+    )
+
+
+def check_world(recipe: Recipe, world: int) -> None:
+    """Raise UserError where more ranks would run than there are micro-batches in a step."""
+    if world > recipe.micro_batches:
+        raise UserError(
+            f"{world} ranks, but a step has only {recipe.micro_batches} micro-batches "
+            f"(global_batch {recipe.global_batch} / micro_batch {recipe.micro_batch}); use at "
+            f"most {recipe.micro_batches} ranks, or lower micro_batch to "
+            f"{max(1, recipe.global_batch // world)} or less"
+        )

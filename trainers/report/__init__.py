@@ -1,0 +1,1 @@
+"""What people look at: report.html, the live view, plots, diagnosis."""

@@ -1,0 +1,235 @@
+"""report.html: one self-contained page about a run, finished or not. Free of torch."""
+
+import base64
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import dump_recipe
+from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.trainers.advice.advise import measure_phases
+from bigbatch.trainers.monitoring.history import History, read_history, straggler
+from bigbatch.trainers.monitoring.progress import duration
+from bigbatch.trainers.report import plots
+from bigbatch.trainers.report.diagnosis import diagnose
+
+MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
+COMBINED = ("ensemble", "soup")
+_SHOWN_RANKS = 16
+Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept by the gate
+
+
+def write_report(run: RunDir) -> Path:
+    """Write report.html into a run directory, from what is there so far; return its path.
+
+    Raises UserError where `run` is no run directory.
+    """
+    history = read_history(run)
+    page = _template().render(
+        history=history,
+        tiles=_tiles(history),
+        findings=diagnose(history),
+        curves=plots.curves(history),
+        ranks=_ranks(history),
+        straggler=straggler(history.slowest),
+        phases_plot=plots.phases(history),
+        noise_plot=_noise_plot(history),
+        trust_plot=plots.trust(history.trust),
+        rows=result_rows(history.summary or {}),
+        members_plot=_members_plot(history),
+        measures=MEASURES,
+        splits=[s for s in ("val", "test") if s in (history.summary or {})],
+        combined=COMBINED,
+        confusion=_confusion(history),
+        augmented=_data_uri(run.path / "augmented.png"),
+        timeline=_timeline(history),
+        recipe=dump_recipe(history.recipe),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+    write_atomically(run.report, page)
+    return run.report
+
+
+def final_table(summary: Mapping[str, Any]) -> Table:
+    """Accuracy, NLL and ECE of each member, the ensemble and the soup, on val and test.
+
+    `summary` is the content of summary.json. Members that the gate left out are dimmed
+    and marked.
+    """
+    splits = [split for split in ("val", "test") if split in summary]
+    table = Table(box=box.SIMPLE_HEAD)  # fits 80 columns
+    table.add_column("\nmodel", no_wrap=True)
+    for split in splits:
+        for measure in MEASURES.values():
+            table.add_column(f"{split}\n{measure}", justify="right", no_wrap=True)
+    for name, figures, kept in result_rows(summary):
+        cells = [figure(figures.get(split), key) for split in splits for key in MEASURES]
+        style = "bold" if name in COMBINED else ("" if kept else "dim")
+        table.add_row(name if kept else f"{name} (out)", *cells, style=style)
+    return table
+
+
+def result_rows(summary: Mapping[str, Any]) -> list[Row]:
+    """summary.json by row: each member, then the ensemble, then the soup."""
+    rows: dict[str, Row] = {}
+    for split in ("val", "test"):
+        figures = summary.get(split) or {}
+        entries = [(str(m["name"]), m) for m in figures.get("members") or []]
+        entries += [(name, figures[name]) for name in COMBINED if figures.get(name)]
+        for name, entry in entries:
+            row = rows.setdefault(name, (name, {}, bool(entry.get("kept", True))))
+            row[1][split] = entry
+    return list(rows.values())
+
+
+def figure(entry: Mapping[str, Any] | None, measure: str) -> str:
+    """One figure as text: accuracy in per cent, the others with four decimals."""
+    value = entry.get(measure) if entry else None
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if measure == "accuracy" else f"{value:.4f}"
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,  # names of classes and runs come from outside
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    source = Path(__file__).with_name("report.html")
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _tiles(history: History) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of the figures at the top of the page."""
+    tiles = []
+    summary = history.summary or {}
+    for split in ("test", "val"):
+        figures = summary.get(split) or {}
+        ensemble, members = figures.get("ensemble"), figures.get("members") or []
+        if ensemble and members:
+            best = max(m["accuracy"] for m in members)
+            tiles.append(
+                (
+                    f"{split} accuracy",
+                    f"{ensemble['accuracy']:.2%}",
+                    f"ensemble; best member {best:.2%}",
+                )
+            )
+    if not summary and "accuracy" in history.evals.get("val", {}):
+        accuracy = history.evals["val"]["accuracy"]
+        tiles.append(("val accuracy", f"{accuracy[-1]:.2%}", f"best {np.nanmax(accuracy):.2%}"))
+    total = history.total_steps
+    remark = f"of {total:,}" if total else ""
+    tiles.append(("steps", f"{history.last_step:,}", remark))
+    samples = history.last_step * history.recipe.global_batch
+    tiles.append(
+        ("images trained on", _short_count(samples), f"{history.recipe.global_batch:,} a step")
+    )
+    if "step_s" in history.train:
+        seconds = history.train["step_s"]
+        rate = history.recipe.global_batch / float(np.nanmean(seconds))
+        tiles.append(("images per second", f"{rate:,.0f}", f"{np.nanmean(seconds):.3g} s a step"))
+        whole = float(np.nanmean(seconds)) * history.last_step
+        if "mfu" in history.train:
+            mfu = float(np.nanmean(history.train["mfu"]))
+            tiles.append(("model FLOPs utilisation", f"{mfu:.1%}", "of the devices' peak"))
+        tiles.append(("training time", duration(whole), f"ranks: {_world_sizes(history)}"))
+    return tiles
+
+
+def _ranks(history: History) -> dict[str, Any] | None:
+    """Milliseconds of a step by phase, of each rank; of many ranks, those that work longest."""
+    if not history.ranks:
+        return None
+    phases = [str(name) for name in history.ranks["phases"]]
+    table = 1000 * np.array(history.ranks["seconds"], dtype=np.float64)
+    own = table[:, [i for i, name in enumerate(phases) if name != "reduce"]].sum(1)
+    shown = np.sort(np.argsort(-own, kind="stable")[:_SHOWN_RANKS]).tolist()
+    return {
+        "phases": phases,
+        "rows": [(rank, table[rank].tolist(), float(own[rank])) for rank in shown],
+        "left_out": len(table) - len(shown),
+        "step": history.ranks["step"],
+    }
+
+
+def _world_sizes(history: History) -> str:
+    sizes = dict.fromkeys(str(e["world_size"]) for e in history.events if "world_size" in e)
+    return ", then ".join(sizes) or str((history.summary or {}).get("world_size", "not recorded"))
+
+
+def _short_count(count: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= 10 * size:
+            return f"{count / size:,.1f}{unit}"
+    return f"{count:,}"
+
+
+def _noise_plot(history: History) -> str:
+    """The gradient noise scale; its phases only where they are long enough to measure."""
+    try:
+        phases = measure_phases(history, None)
+    except UserError:
+        phases = []
+    return plots.noise(history, phases)
+
+
+def _members_plot(history: History) -> str:
+    rows = result_rows(history.summary or {})
+    return plots.members(rows) if rows else ""
+
+
+def _confusion(history: History) -> dict[str, Any] | None:
+    """The plot, the most frequent mistakes and the weakest classes of confusion.json."""
+    if not history.confusion:
+        return None
+    classes = [str(name) for name in history.confusion["classes"]]
+    matrix = np.array(history.confusion["matrix"], dtype=np.int64)
+    wrong = matrix * (1 - np.eye(len(classes), dtype=np.int64))
+    order = np.argsort(wrong, axis=None)[::-1][:8]
+    pairs = [divmod(int(k), len(classes)) for k in order]
+    recall = np.diag(matrix) / np.maximum(matrix.sum(axis=1), 1)
+    return {
+        "split": history.confusion.get("split", "test"),
+        "plot": plots.confusion(classes, matrix),
+        "total": int(matrix.sum()),
+        "wrong": int(wrong.sum()),
+        "mistakes": [(classes[i], classes[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]],
+        "weakest": [
+            (classes[i], float(recall[i]), int(matrix[i].sum())) for i in np.argsort(recall)[:5]
+        ],
+    }
+
+
+def _data_uri(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _timeline(history: History) -> list[tuple[str, str, str, str]]:
+    """(time, step, what, details) of each event."""
+    rows = []
+    for event in history.events:
+        kind = str(event["kind"])
+        if kind == "start" and event.get("step"):
+            kind = "resume"
+        if kind == "end":
+            kind = str(event.get("state", "end"))
+        known = ("time", "date", "kind", "step", "state", "pid")
+        details = ", ".join(
+            f"{k} {v}" for k, v in event.items() if k not in known and v is not None
+        )
+        stamp = str(event.get("date", ""))[:19].replace("T", " ")
+        rows.append((stamp, str(event.get("step", "")), kind.replace("_", " "), details))
+    return rows
