@@ -100,9 +100,9 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 def section_optimizers(options: Options) -> dict[str, Any]:
     """LARS and LAMB in float32 on the GPU against float64 on the CPU, ten steps."""
-    from bigbatch.trainers.optim import build_optimizer, gpu
+    from bigbatch.trainers.optim import LAMB, LARS, build_optimizer, gpu
 
-    refusal = gpu.refusal(DEVICE)
+    refusal = gpu.refusal(LARS, DEVICE) or gpu.refusal(LAMB, DEVICE)
     check(refusal is None, f"no Triton kernels: {refusal}")
     found = {}
     for name, config in optimizer_cases().items():
@@ -306,10 +306,10 @@ def section_resnet50(options: Options) -> dict[str, Any]:
 def resnet50_steps(layout: torch.memory_format, options: Options) -> dict[str, float]:
     import timm
 
-    from bigbatch.trainers.engine import Engine
+    from bigbatch.trainers.engine.ddp import DdpEngine
     from bigbatch.trainers.optim import build_optimizer
 
-    engine = Engine("bf16", "overlapped")
+    engine = DdpEngine("bf16", "overlapped")
     model = timm.create_model("resnet50").to(memory_format=layout)
     micro, steps = 256, 10 if options.quick else 50
     engine.prepare(model, build_optimizer(model, optimizer_cases()["lars"]), 1)

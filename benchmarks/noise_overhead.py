@@ -39,8 +39,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch.trainers.advice.noise_scale import NoiseScale
-from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.engine import ddp as engine_module
+from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
 
 MODEL, MICRO, SIZE = "resnet18", 32, 64
@@ -102,7 +102,7 @@ def norms_by(kind: type[MicroBatchNorms]) -> Iterator[None]:
 
 def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[], Times]:
     """A training step that returns its times."""
-    engine = Engine("fp32", reduction)
+    engine = DdpEngine("fp32", reduction)
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

@@ -21,7 +21,7 @@ import timm
 import torch
 from machine import machine
 
-from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.recovery.checkpoint import Retention, TrainState
 from bigbatch.trainers.recovery.saving import Saver
 
@@ -39,7 +39,7 @@ class Times:
         self.stall_s.append(fields["stall_s"])
         self.write_s.append(fields["write_s"])
 
-    def problem(self, kind: str, message: str, **fields: Any) -> None:
+    def error(self, kind: str, message: str, **fields: Any) -> None:
         raise RuntimeError(message)
 
     def sync(self) -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    engine = Engine("fp32", "overlapped")
+    engine = DdpEngine("fp32", "overlapped")
     model = timm.create_model(MODEL, num_classes=1000)
     engine.prepare(model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), 1)
     images, targets = torch.randn(MICRO, 3, SIZE, SIZE), torch.arange(MICRO)

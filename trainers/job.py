@@ -21,10 +21,12 @@ from bigbatch.data.loader import train_batches
 from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.losses.build import Objective, build_objective
 from bigbatch.trainers.models.build import build_model, memory_layout
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plan import check_world
+from bigbatch.trainers.planning.plateau import Evaluation
 from bigbatch.trainers.recovery.checkpoint import TrainState
 
 _SHOWN_IMAGES = 32
@@ -39,6 +41,7 @@ class Job:
     engine: Engine
     inputs: Inputs
     model: nn.Module
+    objective: Objective
     augmenter: Augmenter
     evaluator: Evaluator
     state: TrainState
@@ -106,7 +109,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     """Open the data, and build order, plan, model and optimizer. Raises UserError."""
     check_world(recipe, engine.world)
     data = recipe.data
-    inputs = open_inputs(recipe, stop_at)
+    evaluations: list[Evaluation] = []  # the state's; a plateau looks at them
+    inputs = open_inputs(recipe, stop_at, evaluations)
     check_same_data(inputs, engine)
     classes = len(inputs.classes)
     model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
@@ -128,8 +132,17 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         "recipe": recipe.model_dump(mode="json"),
         "order_hash": order_hash,
     }
-    state = TrainState(0, model, engine.optimizer, engine.scaler, fingerprint, engine.shards)
-    return Job(run, recipe, engine, inputs, model, augmenter, evaluator, state)
+    state = TrainState(
+        0,
+        model,
+        engine.optimizer,
+        engine.scaler,
+        fingerprint,
+        engine.pieces,
+        evaluations=evaluations,
+    )
+    objective = build_objective(recipe.loss)
+    return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state)
 
 
 def check_same_data(inputs: Inputs, engine: Engine) -> None:

@@ -2,74 +2,44 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
 
 import torch
 
-from bigbatch.configs.schema import Recipe
-from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import MicroBatch
 from bigbatch.data.rng import key64
 from bigbatch.trainers.advice.noise_scale import NoiseScale
-from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.attempt import Attempt
+from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.engine.closure import Closure
-from bigbatch.trainers.losses.build import LossFunction
-from bigbatch.trainers.models.batch_stats import StepStatistics
-from bigbatch.trainers.monitoring.log import Log
-from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.optim import set_lr
-from bigbatch.trainers.planning.plan import Plan
-from bigbatch.trainers.recovery.checkpoint import TrainState
 from bigbatch.trainers.recovery.rollback import check_step
-from bigbatch.trainers.recovery.saving import Saver
-from bigbatch.trainers.recovery.signals import StopFlag
-from bigbatch.trainers.recovery.watchdog import Watchdog
 
 # fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
 _MAX_SKIPPED = 50
 
 
-def train(
-    recipe: Recipe,
-    engine: Engine,
-    state: TrainState,
-    log: Log,
-    *,
-    plan: Plan,
-    statistics: StepStatistics,
-    schedule: Callable[[int], float],
-    loss_function: LossFunction,
-    batches: Iterator[MicroBatch],
-    augmenter: Augmenter,
-    evaluate: Callable[[], dict[str, float]],
-    snapshot: Callable[[dict[str, float]], None],
-    saver: Saver,
-    watchdog: Watchdog,
-    stop: StopFlag,
-    monitor: Monitor,
-) -> bool:
-    """Train from `state.step` to `plan.stop`. False where a signal cut it short.
+def train(attempt: Attempt) -> bool:
+    """Train from the state's step to the plan's stop. False where a signal cut it short.
 
     Raises Rollback where steps went wrong that shall be stepped over.
-
-    `evaluate` scores the validation split and `snapshot` keeps the weights; both are
-    collective: every rank calls them in the same step.
     """
-    model, optimizer = engine.model, engine.optimizer
+    job, log, monitor, statistics = attempt.job, attempt.log, attempt.monitor, attempt.statistics
+    saver, watchdog = attempt.saver, attempt.watchdog
+    recipe, engine, state, plan = job.recipe, job.engine, job.state, job.inputs.plan
+    model, optimizer, objective = engine.model, engine.optimizer, job.objective
     noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
     mine = len(range(engine.rank, plan.micro_batches, engine.world))
     clock = monitor.clock
     closure = None
     if recipe.optimizer.name == "lbfgs":
-        closure = Closure(engine, statistics, loss_function, plan.micro_batches)
+        closure = Closure(engine, statistics, objective, plan.micro_batches)
     skipped = 0
     model.train()
 
     for step in range(state.step, plan.stop):
         started = time.perf_counter()
         clock.begin_step()
-        factor = schedule(step)
-        set_lr(optimizer, factor)
+        lr_multiplier = job.inputs.schedule(step)
+        set_lr(optimizer, lr_multiplier)
 
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -78,7 +48,7 @@ def train(
         for number in range(mine):
             watchdog.beat(step, "loading")
             with clock("data"):
-                batch = next(batches)
+                batch = next(attempt.batches)
             assert batch.step == step
             watchdog.beat(step, "computing")
             clock.micro_batch(batch.slow_read)
@@ -87,9 +57,9 @@ def train(
             seed = key64(recipe.seed, step, batch.index, "model")
             torch.manual_seed(seed)
             with clock("augment"):
-                images, targets = augmenter.train(batch)
+                images, targets = job.augmenter.train(batch)
             with clock("model"), engine.micro_batch(last=number == mine - 1):
-                loss = loss_function(model(images), targets)
+                loss = objective(model, images, targets)
                 engine.backward(loss)
             if closure is not None:
                 closure.keep(seed, images, targets)
@@ -97,18 +67,24 @@ def train(
             loss_sum += loss.detach()
 
         # 2. What all ranks must agree on: the mean gradient, and the rest in one small
-        #    all-reduce. Sums are float64, so that they do not depend on the world size.
+        #    all-reduce.
         watchdog.beat(step, "reducing")
         with clock("reduce"):
             engine.reduce()
-            stopping = loss_sum.new_full((), float(bool(stop)))
-            agreed = torch.stack([loss_sum, stopping, engine.micro_batch_sq()])
-            parts = [agreed, statistics.local().to(agreed), monitor.table(step + 1)]
-            totals = engine.sum(torch.cat(parts)).split([len(part) for part in parts])
+            totals = engine.sum_by_name(
+                {
+                    "loss": loss_sum,
+                    "stops": loss_sum.new_full((), float(bool(attempt.stop))),
+                    "micro_sq": engine.micro_batch_sq(),
+                    "statistics": statistics.local(),
+                    "timings": monitor.table(step + 1),
+                }
+            )
+            on_device = totals.pop("statistics")
             norm = engine.gradient_norm()
-            read_back = torch.cat([totals[0], norm.view(1), totals[2]]).tolist()
-        loss_total, stops, micro_sq, norm_value, *timings = read_back
-        mean_loss = loss_total / plan.micro_batches
+            agreed = read_back({**totals, "norm": norm})
+        mean_loss = agreed["loss"][0] / plan.micro_batches
+        norm_value = agreed["norm"][0]
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
         finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
@@ -121,10 +97,10 @@ def train(
             mean_loss,
             norm_value,
             earlier=state.losses,
-            over=state.over,
+            skipped_steps=state.skipped_steps,
             may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,
         ):
-            statistics.finish(totals[1], plan.micro_batches)
+            statistics.finish(on_device, plan.micro_batches)
             with clock("optimizer"):
                 if recipe.clip is not None:
                     engine.clip(recipe.clip, norm)
@@ -144,13 +120,13 @@ def train(
         log.train(
             state.step,
             loss=mean_loss,
-            lr=recipe.optimizer.lr * factor,
+            lr=recipe.optimizer.lr * lr_multiplier,
             grad_norm=norm_value,
             images_per_s=recipe.global_batch / seconds,
             data_s=clock.waited,
             step_s=seconds,
-            **noise.update(micro_sq, norm_value),
-            **monitor.record(timings, recipe.global_batch / seconds),
+            **noise.update(agreed["micro_sq"][0], norm_value),
+            **monitor.record(agreed["timings"], recipe.global_batch / seconds),
         )
         monitor.details(state.step)
 
@@ -161,18 +137,18 @@ def train(
         if plan.evaluates(state.step) or cycle_end:
             watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
-            scores = evaluate()
+            scores = attempt.evaluate()
             log.evaluation(state.step, "val", **scores)
             accuracy = scores["accuracy"]
             if cycle_end:
-                snapshot(scores)
-        leaving = stops > 0
+                attempt.snapshot(scores)
+        leaving = agreed["stops"][0] > 0
         if plan.saves(state.step) or leaving:
             watchdog.beat(state.step, "saving")
             log.phase("saving")
             saver.save(state, accuracy=accuracy, last=leaving or state.step == plan.stop)
         saver.report()
         if leaving:
-            log.event("signal", step=state.step, signal=stop.signal)
+            log.event("signal", step=state.step, signal=attempt.stop.signal)
             return False
     return True

@@ -49,7 +49,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, gpu: ModuleType | None) -> None:
     """Steps as on a GPU: all layers together, by the kernels where there are any."""
-    monkeypatch.setattr(layerwise, "gpu_kernels", lambda device: gpu)
+    monkeypatch.setattr(layerwise, "gpu_kernels", lambda kind, device: gpu)
     monkeypatch.setattr(layerwise, "on_cpu", lambda tensors: gpu is None)
 
 
@@ -156,11 +156,13 @@ def test_a_step_is_checked_before_kernels_are_trusted(
     interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu")
-    assert interpreted.refusal.__wrapped__(device) is None
+    refusal = interpreted.refusal.__wrapped__
+    assert refusal(LARS, device) is None
+    assert refusal(LAMB, device) is None
     monkeypatch.setattr(interpreted.Tables, "lamb_update", lambda self, squares, group: None)
-    assert "off by" in interpreted.refusal.__wrapped__(device)
+    assert "off by" in refusal(LAMB, device)
     monkeypatch.setattr(interpreted.kernels, "lars_squares", None)
-    assert "TypeError" in interpreted.refusal.__wrapped__(device)
+    assert "TypeError" in refusal(LARS, device)
 
 
 def test_addresses_are_copied_only_where_one_has_moved(interpreted: ModuleType) -> None:

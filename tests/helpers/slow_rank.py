@@ -19,7 +19,7 @@ if os.environ["RANK"] == rank and phase == "data":
 
     job.train_batches = slow_batches
 elif os.environ["RANK"] == rank and phase == "model":
-    build = worker.build_loss
+    build = job.build_objective
 
     def slow_loss(config: Any) -> Any:
         function = build(config)
@@ -30,5 +30,5 @@ elif os.environ["RANK"] == rank and phase == "model":
 
         return loss
 
-    worker.build_loss = slow_loss
+    job.build_objective = slow_loss
 os._exit(worker.main(sys.argv[4:]))

@@ -2,9 +2,11 @@
 
 import os
 
-from bigbatch.trainers.engine.ddp import Engine, is_lost_peer
+from bigbatch.trainers.engine.base import Engine
+from bigbatch.trainers.engine.collectives import is_lost_peer, read_back
+from bigbatch.trainers.engine.ddp import DdpEngine
 
-__all__ = ["Engine", "is_lost_peer", "open_engine"]
+__all__ = ["Engine", "is_lost_peer", "open_engine", "read_back"]
 
 
 def open_engine(
@@ -15,7 +17,7 @@ def open_engine(
     One rank has nobody to share with: it is plain training on any backend.
     """
     if backend == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Engine(precision, reduction, timeout_s)
+        return DdpEngine(precision, reduction, timeout_s)
     # Imported here: deepspeed takes seconds to import.
     if backend == "fsdp2":
         from bigbatch.trainers.engine.fsdp import FsdpEngine

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.losses.build import LossFunction
+from bigbatch.trainers.losses.build import Objective
 from bigbatch.trainers.models.batch_stats import StepStatistics
 
 
@@ -24,12 +24,12 @@ class Closure:
         self,
         engine: Engine,
         statistics: StepStatistics,
-        loss_function: LossFunction,
+        objective: Objective,
         micro_batches: int,
     ) -> None:
         self._engine = engine
         self._statistics = statistics
-        self._loss_function = loss_function
+        self._objective = objective
         self._micro_batches = micro_batches
         self._kept: list[tuple[int, Tensor, Tensor]] = []
 
@@ -57,7 +57,7 @@ class Closure:
         for number, (seed, images, targets) in enumerate(self._kept, 1):
             torch.manual_seed(seed)
             with engine.micro_batch(last=number == len(self._kept)):
-                loss = self._loss_function(engine.model(images), targets)
+                loss = self._objective(engine.model, images, targets)
                 engine.backward(loss)
             loss_sum += loss.detach()
         self._statistics.discard()

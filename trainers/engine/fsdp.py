@@ -21,7 +21,7 @@ class FsdpEngine(ShardedEngine):
     """Whole parameters exist only while a block of the model computes, block by block."""
 
     def shard(self, model: nn.Module) -> list[Piece]:
-        self._plain = copy.deepcopy(model)  # `whole` fills it; so long without parameters
+        self._plain = copy.deepcopy(model)  # `full_model` fills it; so long without parameters
         _empty(self._plain)
         self.module = self.accelerator.prepare_model(model, evaluation_mode=True)
         mesh = init_device_mesh(self.device.type, (self.world,))
@@ -54,7 +54,14 @@ class FsdpEngine(ShardedEngine):
             root.set_reshard_after_backward(last)
         yield
 
-    def _gradients(self) -> list[Tensor]:
+    def backward(self, loss: Tensor) -> None:
+        # The mean over ranks, which FSDP2 takes, becomes the mean over all samples.
+        self.accelerator.backward(loss * (self.world / self.micro_batches))
+        if self._norms.passes == 0 and not self._reducing:
+            self._norms.add(self._own_gradients())
+        self._norms.passes += 1
+
+    def _own_gradients(self) -> list[Tensor]:
         """Of this rank alone, where they have not crossed ranks."""
         found = [p.grad for p in self.module.parameters()]
         return [g for g in found if g is not None and not isinstance(g, DTensor)]
@@ -67,7 +74,7 @@ class FsdpEngine(ShardedEngine):
         self.optimizer.step()
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         self._fill()
         try:
             yield self._plain

@@ -34,7 +34,7 @@ class Piece:
         return part.view_as(self.tensor)
 
 
-class Shards:
+class Pieces:
     """The pieces of all trainable parameters, in the model's order, the same on every rank."""
 
     def __init__(self, module: nn.Module, pieces: Sequence[Piece]) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from bigbatch.configs.clipping import Clip, ClipNorm, ClipValue
-from bigbatch.trainers.engine.ddp import Engine
-from bigbatch.trainers.engine.pieces import Piece, Shards
+from bigbatch.trainers.engine.base import Engine
+from bigbatch.trainers.engine.pieces import Piece, Pieces
 
 
 class ShardedEngine(Engine):
@@ -20,10 +20,11 @@ class ShardedEngine(Engine):
     may cross ranks but in each one's last pass (`even` is false).
     """
 
-    shards: Shards
+    pieces: Pieces
 
     def __init__(self, precision: str, timeout_s: float = 600) -> None:
-        super().__init__(precision, "overlapped", timeout_s)
+        super().__init__(precision, timeout_s)
+        torch.backends.cudnn.benchmark = True
         if self.accelerator.scaler is not None:
             # Agrees among ranks on whether any piece of the gradient overflowed.
             self.accelerator.scaler = ShardedGradScaler(device=self.device.type)
@@ -34,12 +35,11 @@ class ShardedEngine(Engine):
         self.micro_batches = micro_batches
         self.even = micro_batches % self.world == 0
         self.optimizer = optimizer
-        self._begin_norms()
         parameters = dict(model.named_parameters())
         # FSDP2 takes no other layout, and DeepSpeed flattens to this one.
         pieces = self.shard(model.to(memory_format=torch.contiguous_format).to(self.device))
-        self.shards = Shards(self.module, pieces)
-        self.shards.adopt(optimizer, parameters)
+        self.pieces = Pieces(self.module, pieces)
+        self.pieces.adopt(optimizer, parameters)
         self._pieces = [piece.tensor for piece in pieces]
         self._stepper = _Stepper(optimizer, self.update)
 

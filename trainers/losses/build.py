@@ -1,16 +1,32 @@
-"""Losses over soft targets, as mixup and label smoothing make them."""
+"""What is minimised: from a recipe's loss to the objective that the loop calls."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigbatch.configs.schema import Loss
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+# Model, images [B, C, H, W], target probabilities [B, classes] -> mean loss over B, a scalar.
+# It calls the model itself, so that a loss may look at features or ask a teacher. What such a
+# loss learns belongs into the model's own tree, where checkpoints and backends see it.
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target probabilities [B, C]
+
+
+def build_objective(config: Loss) -> Objective:
+    """The objective of a recipe's `loss`, over soft targets as mixup and smoothing make them."""
+    loss_function = build_loss(config)
+
+    def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return loss_function(model(images), targets)
+
+    return objective
 
 
 def build_loss(config: Loss) -> LossFunction:
-    """A function of logits [B, C] and target probabilities [B, C]: the mean over B."""
-    return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    """The mean loss over a batch of logits; its gradient alone decides what a step does."""
+    match config.name:
+        case "cross_entropy":
+            return partial(F.cross_entropy, label_smoothing=config.label_smoothing)

@@ -109,7 +109,7 @@ class Log:
         if self._wandb:
             self._wandb.picture(name, path)
 
-    def problem(self, kind: str, message: str, **fields: Any) -> None:
+    def error(self, kind: str, message: str, **fields: Any) -> None:
         """Record and show what went wrong where training goes on."""
         self.event(kind, error=message, **fields)
         if self._progress:
@@ -165,7 +165,7 @@ class Log:
         record = plain({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
         held_back = self._metrics.append(record)
         if held_back and not self._held_back:
-            self.problem("disk", f"{self._run.metrics} waits for the disk: {held_back}")
+            self.error("disk", f"{self._run.metrics} waits for the disk: {held_back}")
         self._held_back = held_back is not None
         if self._wandb:
             self._wandb.send(record)
@@ -173,13 +173,13 @@ class Log:
         if self._tensorboard:
             self._tensorboard.send(record)
         if self._prometheus and (problem := self._prometheus.record(record)):
-            self.problem("prometheus", problem)
+            self.error("prometheus", problem)
 
     def _report_wandb(self) -> None:
         """Turn what went wrong inside wandb into events and warnings; training goes on."""
         assert self._wandb is not None
         for message in self._wandb.problems():
-            self.problem("wandb", f"wandb: {message}")
+            self.error("wandb", f"wandb: {message}")
 
 
 def open_log(

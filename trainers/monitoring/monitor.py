@@ -73,8 +73,8 @@ class Monitor:
             rows = seconds.round(6).tolist()
             self._log.detail(step, "ranks", phases=list(PHASES), seconds=rows)
         # Waits for this step's update: once in so many steps, and one copy for all layers.
-        shards = self._engine.shards
-        names = self._engine.module if shards is None else shards.names
+        pieces = self._engine.pieces
+        names = self._engine.module if pieces is None else pieces.names
         if ratios := trust_ratios(self._engine.optimizer, names):
             finite = {name: r if math.isfinite(r) else None for name, r in ratios.items()}
             self._log.detail(step, "trust", ratios=finite)

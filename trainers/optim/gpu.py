@@ -9,16 +9,19 @@ neither needs a temporary.
 
 import math
 import operator
+import sys
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from bigbatch.trainers.optim import kernels
-from bigbatch.trainers.optim.lamb import LAMB
-from bigbatch.trainers.optim.lars import LARS
+
+if TYPE_CHECKING:
+    from bigbatch.trainers.optim.layerwise import LayerwiseOptimizer
 
 CHUNK = 2048  # elements; 4 warps of 32 threads hold 16 each
 SUMMED = 1024  # partial sums that a program adds up at a time
@@ -27,42 +30,31 @@ KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 @cache
-def refusal(device: torch.device) -> str | None:
-    """Why the kernels shall not run on this device; None where a step of theirs is right.
+def refusal(kind: "Callable[..., LayerwiseOptimizer]", device: torch.device) -> str | None:
+    """Why the kernels shall not step this optimizer on this device; None where they do it right.
 
     A machine without a C compiler, a new driver or a new Triton must not spoil a training.
     """
     try:
-        error = max(_error(LARS, device), _error(LAMB, device))
+        error = _error(kind, device)
     except Exception as problem:  # Triton's compiler, the linker and the driver have their own
         return f"{type(problem).__name__}: {problem}"
     return None if error < 1e-5 else f"a step is off by {error:.1g} of a weight's length"
 
 
-def _error(kind: type[LARS] | type[LAMB], device: torch.device) -> float:
+def _error(kind: "Callable[..., LayerwiseOptimizer]", device: torch.device) -> float:
     """The largest relative distance of a step on the device from the same on the CPU."""
     generator = torch.Generator().manual_seed(0)
     sizes = 3, 2 * CHUNK + 5
     reference = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in sizes]
-    weights = [p.detach().clone().to(device) for p in reference]
-    for p in reference:
+    weights = [torch.nn.Parameter(p.detach().clone().to(device)) for p in reference]
+    for w, p in zip(weights, reference, strict=True):
         p.grad = torch.randn(p.shape, generator=generator)
-    grads = [p.grad.to(device) for p in reference if p.grad is not None]
-    optimizer = kind(reference, lr=0.1, weight_decay=0.1)
-    optimizer.step()
-    state = [[torch.zeros_like(w) for w in weights] for _ in ("first", "second")]
-    tables = Tables(weights)
-    if kind is LARS:
-        tables.point_at(weights, grads, state[0])
-        tables.lars_update(tables.lars_squares(), optimizer.param_groups[0])
-    else:
-        steps = [torch.ones((), device=device) for _ in weights]
-        tables.point_at(weights, grads, *state, steps)
-        tables.lamb_update(
-            tables.lamb_moments(optimizer.param_groups[0]), optimizer.param_groups[0]
-        )
+        w.grad = p.grad.to(device, copy=True)
+    kind(reference, lr=0.1, weight_decay=0.1).step()
+    kind(weights, lr=0.1, weight_decay=0.1).step_by(sys.modules[__name__])
     pairs = zip(weights, reference, strict=True)
-    return max(float((w.cpu() - p.detach()).norm() / p.detach().norm()) for w, p in pairs)
+    return max(float((w.detach().cpu() - p.detach()).norm() / p.detach().norm()) for w, p in pairs)
 
 
 class Tables:

@@ -35,6 +35,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         # Of the last step, for logging: tensors, so that nothing waits for the device.
         self.last_ratios: list[tuple[list[Tensor], Tensor]] = []
         self._tables: dict[Tensor, Tables] = {}
+        self._kernels: ModuleType | None = None  # chosen by the device
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which torch makes from groups and state alone, and of `load_state_dict`."""
@@ -64,6 +65,17 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                     together.append((same, group))
         self._step_together(together)
         return loss
+
+    @torch.no_grad()
+    def step_by(self, kernels: ModuleType) -> None:
+        """One step of all parameters by these kernels, on any device: what they are tried with."""
+        self._kernels = kernels
+        work = [(group["params"], group) for group in self.param_groups]
+        for params, _ in work:
+            self.state.update({p: self.init_state(p) for p in params})
+        self._step_together(work)
+        if not self._tables:
+            raise TypeError(f"the kernels do not take these parameters of {type(self).__name__}")
 
     def _step_in_buckets(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for bucket in buckets(params):
@@ -105,7 +117,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         run, or do not know the dtype or the memory layout."""
         params = roles[0]
         device, dtype = params[0].device, params[0].dtype
-        kernels = gpu_kernels(device)
+        kind: Any = type(self)
+        kernels = self._kernels or gpu_kernels(kind, device)
         if kernels is None or dtype not in kernels.KINDS:
             return None
         for number, role in enumerate(roles[1:]):
@@ -147,20 +160,21 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
 
 @cache
-def gpu_kernels(device: torch.device) -> ModuleType | None:
-    """The module `gpu` where its kernels run on this device; where they should and do not, the
-    reason is said once, and torch's multi-tensor operations serve."""
+def gpu_kernels(kind: Callable[..., LayerwiseOptimizer], device: torch.device) -> ModuleType | None:
+    """The module `gpu` where its kernels step this optimizer on this device; where they should
+    and do not, the reason is said once, and torch's multi-tensor operations serve."""
     if device.type != "cuda":
         return None
     try:
         from bigbatch.trainers.optim import gpu
 
-        reason = gpu.refusal(device)
+        reason = gpu.refusal(kind, device)
     except ImportError as error:  # torch comes with Triton on Linux
         reason = str(error)
     if reason is None:
         return gpu
-    warnings.warn(f"LARS and LAMB step without Triton, which is slower: {reason}", stacklevel=2)
+    name = getattr(kind, "__name__", "the optimizer")
+    warnings.warn(f"{name} steps without Triton, which is slower: {reason}", stacklevel=2)
     return None
 
 

@@ -13,10 +13,10 @@ from bigbatch.data.order import Order, build_order
 from bigbatch.data.remote import open_remote, remote_at
 from bigbatch.data.staging import is_url
 from bigbatch.trainers.planning.plan import Plan, make_plan
-from bigbatch.trainers.planning.plateau import Evaluation, Evaluations
+from bigbatch.trainers.planning.plateau import Evaluations
 from bigbatch.trainers.planning.schedules import build_schedule
 
-Schedule = Callable[[int], float]  # factor of the learning rate, after s finished steps
+Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,18 @@ class Inputs:
     epoch_samples: int  # of a stream: of the whole run
     plan: Plan
     schedule: Schedule
-    evaluations: list[Evaluation]  # of the validation split so far: what a plateau looks at
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.splits["val"].classes
 
 
-def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
+def open_inputs(
+    recipe: Recipe, stop_at: int | None = None, evaluations: Evaluations = ()
+) -> Inputs:
     """Open the indexes that a recipe names and fit its durations to them.
 
+    `evaluations` is the run's list of them, which a schedule with a plateau looks at.
     Raises UserError with the remedy for whatever would stop a run at its start.
     """
     data, root = recipe.data, Path(recipe.data.path)
@@ -63,9 +65,8 @@ def open_inputs(recipe: Recipe, stop_at: int | None = None) -> Inputs:
     else:  # no duration is in epochs, so that the whole run may stand for one
         order = None
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
-    evaluations: list[Evaluation] = []
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
-    return Inputs(splits, order, epoch_samples, plan, schedule, evaluations)
+    return Inputs(splits, order, epoch_samples, plan, schedule)
 
 
 def open_split(data: Data, name: str) -> Index:
@@ -94,10 +95,10 @@ def fit(
 ) -> tuple[Plan, Schedule]:
     """The plan of a run, and its schedule, for an epoch of this many samples.
 
-    The schedule's factor multiplies optimizer.lr; the batch rule (optimizer.scale) is in it.
+    The schedule's value multiplies optimizer.lr; the batch rule (optimizer.scale) is in it.
     """
     plan = make_plan(recipe, epoch_samples, stop_at)
-    factor = build_schedule(
+    lr_multiplier = build_schedule(
         recipe.schedule,
         total_steps=plan.total,
         global_batch=recipe.global_batch,
@@ -105,4 +106,4 @@ def fit(
         evaluations=evaluations,
     )
     scale = recipe.lr_scale
-    return plan, lambda step: scale * factor(step)
+    return plan, lambda step: scale * lr_multiplier(step)

@@ -16,7 +16,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.planning.plateau import Evaluations, plateau
 
-Factor = Callable[[int], float]
+LrMultiplier = Callable[[int], float]
 
 
 def build_schedule(
@@ -27,7 +27,7 @@ def build_schedule(
     *,
     evaluations: Evaluations = (),
     first_step: int = 0,
-) -> Factor:
+) -> LrMultiplier:
     """The function step -> factor that multiplies the learning rate of that step.
 
     `step` is the number of finished steps, so 0 for the first one. `total_steps` is the
@@ -41,7 +41,7 @@ def build_schedule(
     def steps(length: Length) -> int:
         return length.steps(global_batch, epoch_samples)
 
-    def inner(part: c.Schedule, total: int, start: int = 0) -> Factor:
+    def inner(part: c.Schedule, total: int, start: int = 0) -> LrMultiplier:
         return build_schedule(
             part,
             total,
@@ -57,8 +57,8 @@ def build_schedule(
         case c.Sequence():
             return _sequence(config, total_steps, steps, inner)
         case c.Product():
-            factors = [inner(part, total_steps) for part in config.factors]
-            return lambda t: math.prod(factor(t) for factor in factors)
+            lr_multipliers = [inner(part, total_steps) for part in config.factors]
+            return lambda t: math.prod(lr_multiplier(t) for lr_multiplier in lr_multipliers)
         case c.Cycles():
             return _cycles(config, total_steps, steps)
     warmup = steps(config.warmup)
@@ -133,13 +133,13 @@ def cosine(t: int, steps: int, final: float = 0.0) -> float:
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(t / steps, 1.0)))
 
 
-def _warmed(config: c.Warmup, warmup: int, decay: Factor) -> Factor:
+def _warmed(config: c.Warmup, warmup: int, decay: LrMultiplier) -> LrMultiplier:
     """The warmup, then `decay` counted from its end."""
 
-    def factor(t: int) -> float:
+    def lr_multiplier(t: int) -> float:
         return _warmup(config, t, warmup) if t < warmup else decay(t - warmup)
 
-    return factor
+    return lr_multiplier
 
 
 def _warmup(config: c.Warmup, t: int, steps: int) -> float:
@@ -149,21 +149,21 @@ def _warmup(config: c.Warmup, t: int, steps: int) -> float:
     return config.warmup_start + (1.0 - config.warmup_start) * t / steps
 
 
-def _cycles(config: c.Cycles, total_steps: int, steps: Callable[[Length], int]) -> Factor:
+def _cycles(config: c.Cycles, total_steps: int, steps: Callable[[Length], int]) -> LrMultiplier:
     ends = cycle_ends(config, total_steps)
     starts = [0, *ends[:-1]]
     warmups = [steps(config.warmup)] + [steps(config.rewarmup)] * (len(ends) - 1)
     for i, (start, end, warmup) in enumerate(zip(starts, ends, warmups, strict=True)):
         _check_warmup("rewarmup" if i else "warmup", warmup, f"cycle {i + 1}", end - start)
 
-    def factor(t: int) -> float:
+    def lr_multiplier(t: int) -> float:
         i = min(bisect_right(ends, t), len(ends) - 1)
         t, length, warmup = t - starts[i], ends[i] - starts[i], warmups[i]
         if t < warmup:
             return _warmup(config, t, warmup)
         return cosine(t - warmup, length - warmup, config.final)
 
-    return factor
+    return lr_multiplier
 
 
 def _linear_cosine(config: c.LinearCosine, t: int, steps: int) -> float:
@@ -191,7 +191,7 @@ def _triangular(config: c.Triangular, t: int, rise: int) -> float:
     return config.low + (1.0 - config.low) * height * (0.5**cycle if config.halving else 1.0)
 
 
-def _one_cycle(config: c.OneCycle, total_steps: int) -> Factor:
+def _one_cycle(config: c.OneCycle, total_steps: int) -> LrMultiplier:
     """Torch's OneCycleLR in two phases: the peak stands at step rise x total - 1."""
     peak, last = config.rise * total_steps - 1.0, total_steps - 1.0
     if peak <= 0.0:
@@ -200,7 +200,7 @@ def _one_cycle(config: c.OneCycle, total_steps: int) -> Factor:
             "raise it or train longer"
         )
 
-    def factor(t: int) -> float:
+    def lr_multiplier(t: int) -> float:
         if t <= peak:
             start, end, place = config.start, 1.0, t / peak
         else:
@@ -209,16 +209,16 @@ def _one_cycle(config: c.OneCycle, total_steps: int) -> Factor:
             place = 0.5 * (1.0 - math.cos(math.pi * place))
         return start + (end - start) * place
 
-    return factor
+    return lr_multiplier
 
 
 def _sequence(
     config: c.Sequence,
     total_steps: int,
     steps: Callable[[Length], int],
-    inner: Callable[[c.Schedule, int, int], Factor],
-) -> Factor:
-    starts, factors = [0], []
+    inner: Callable[[c.Schedule, int, int], LrMultiplier],
+) -> LrMultiplier:
+    starts, lr_multipliers = [0], []
     for i, piece in enumerate(config.pieces, 1):
         left = total_steps - starts[-1]
         length = left if piece.length is None else steps(piece.length)
@@ -227,14 +227,14 @@ def _sequence(
                 f"schedule.pieces: piece {i} of {len(config.pieces)} takes {length} steps, but "
                 f"{left} of the run's {total_steps} are left for it; fit the lengths to the run"
             )
-        factors.append(inner(piece.schedule, length, starts[-1]))
+        lr_multipliers.append(inner(piece.schedule, length, starts[-1]))
         starts.append(starts[-1] + length)
 
-    def factor(t: int) -> float:
-        i = min(bisect_right(starts, t), len(factors)) - 1
-        return factors[i](t - starts[i])
+    def lr_multiplier(t: int) -> float:
+        i = min(bisect_right(starts, t), len(lr_multipliers)) - 1
+        return lr_multipliers[i](t - starts[i])
 
-    return factor
+    return lr_multiplier
 
 
 def _periods(

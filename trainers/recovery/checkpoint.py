@@ -23,8 +23,9 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import sync, write_atomically
-from bigbatch.trainers.engine.pieces import Shards
+from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
+from bigbatch.trainers.planning.plateau import Evaluation
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
@@ -64,9 +65,11 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: Any | None  # torch.amp.GradScaler under fp16
     fingerprint: dict[str, JsonValue]  # recipe, and hash of the order: what weights depend on
-    shards: Shards | None = None  # where ranks hold pieces, how to gather and to cut them
+    pieces: Pieces | None = None  # where ranks hold pieces, how to gather and to cut them
     losses: list[float] = field(default_factory=list)  # the last ones, to tell a spike by
-    over: list[list[int]] = field(default_factory=list)  # steps that make no update, as ranges
+    skipped_steps: list[list[int]] = field(default_factory=list)  # ranges that make no update
+    # Of the validation split so far. Not in the checkpoint: metrics.jsonl has them.
+    evaluations: list[Evaluation] = field(default_factory=list)
 
 
 @dataclass
@@ -80,14 +83,14 @@ class Capture:
 
 
 def capture(state: TrainState, into: Capture | None = None) -> Capture:
-    """Copy everything that resumes to the CPU. With shards, every other rank calls their
+    """Copy everything that resumes to the CPU. With pieces, every other rank calls their
     `gather` meanwhile.
 
     The memory of an earlier capture `into` is used again where names and shapes agree: fresh
     pages cost more than the copy.
     """
-    if state.shards is not None:
-        weights, tensors, scalars = state.shards.gather()
+    if state.pieces is not None:
+        weights, tensors, scalars = state.pieces.gather()
     else:
         weights = state.model.state_dict()
         tensors, scalars = optimizer_state_by_name(state.optimizer, state.model)
@@ -97,7 +100,7 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "fingerprint": dict(state.fingerprint),
         "losses": list(state.losses),
-        "over": [list(steps) for steps in state.over],
+        "over": [list(steps) for steps in state.skipped_steps],
     }
     return Capture(
         state.step,
@@ -299,8 +302,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     _check_fingerprint(path, content["fingerprint"], state.fingerprint)
     tensors = load_file(path / OPTIMIZER)
     try:
-        if state.shards is not None:
-            state.shards.load(load_file(path / MODEL), tensors, content["optimizer"])
+        if state.pieces is not None:
+            state.pieces.load(load_file(path / MODEL), tensors, content["optimizer"])
         else:
             load_weights(state.model, path / MODEL)
             load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
@@ -309,7 +312,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     if state.scaler is not None and content.get("scaler") is not None:
         state.scaler.load_state_dict(content["scaler"])
     state.losses[:] = content.get("losses", [])
-    state.over[:] = content.get("over", [])
+    state.skipped_steps[:] = content.get("over", [])
     state.step = content["step"]
 
 

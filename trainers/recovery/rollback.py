@@ -53,17 +53,17 @@ def check_step(
     norm: float,
     *,
     earlier: list[float],
-    over: list[Range],
+    skipped_steps: list[Range],
     may_overflow: bool,
 ) -> bool:
     """Whether this step makes its update. Raises Rollback or UserError where it went wrong.
 
-    `earlier` holds the losses of the steps before, and takes this one in; `over` holds what
-    is stepped over already. All are the same on every rank, and so is what comes of them.
+    `earlier` holds the losses of the steps before, and takes this one in; `skipped_steps`
+    holds what is stepped over already. All are the same on every rank, and so is the result.
     With `may_overflow` (fp16) a step that is not finite makes no update, and is no mistake.
     """
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if steps_over(over, step):
+    if is_skipped(skipped_steps, step):
         return False
     if finite and not (recovery.spike and spikes(loss, earlier, recovery.spike)):
         if recovery.spike:
@@ -75,8 +75,8 @@ def check_step(
     why = f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g}"
     if finite:
         why += f", a spike over the median {statistics.median(earlier):.6g}"
-    if len(over) >= recovery.max_rollbacks:
-        tried = f" after {len(over)} rollbacks" if over else ""
+    if len(skipped_steps) >= recovery.max_rollbacks:
+        tried = f" after {len(skipped_steps)} rollbacks" if skipped_steps else ""
         raise UserError(
             f"{why}{tried}; the weights were not touched. Lower optimizer.lr, lengthen "
             "schedule.warmup, or set clip, then start a new run; or let it step over the bad "
@@ -85,8 +85,8 @@ def check_step(
     raise Rollback(why, [max(0, step + 1 - recovery.step_over), step])
 
 
-def steps_over(over: list[Range], step: int) -> bool:
-    return any(first <= step <= last for first, last in over)
+def is_skipped(skipped_steps: list[Range], step: int) -> bool:
+    return any(first <= step <= last for first, last in skipped_steps)
 
 
 def read_rollbacks(run: RunDir) -> list[Range]:
@@ -95,24 +95,24 @@ def read_rollbacks(run: RunDir) -> list[Range]:
     return [[int(e["first"]), int(e["last"])] for e in events]
 
 
-def remove_stale(folder: Path, over: list[Range]) -> None:
-    """Remove the checkpoints whose weights took in a step that shall be stepped over.
+def remove_stale(folder: Path, skipped_steps: list[Range]) -> None:
+    """Remove the checkpoints whose weights took in a step that shall be stepped skipped_steps.
 
     Raises UserError, and removes nothing, where none from before those steps is left.
     """
     paths = list_checkpoints(folder)
-    stale = [p for p in paths if _is_stale(p, over)]
+    stale = [p for p in paths if _is_stale(p, skipped_steps)]
     if stale and len(stale) == len(paths):
         raise UserError(
-            f"no checkpoint in {folder} is from before step {over[-1][0]}, to go back to; set "
-            "checkpoint.keep higher, then start a new run"
+            f"no checkpoint in {folder} is from before step {skipped_steps[-1][0]}, to go back to; "
+            "set checkpoint.keep higher, then start a new run"
         )
     for path in stale:
         shutil.rmtree(path)
 
 
-def _is_stale(path: Path, over: list[Range]) -> bool:
-    missed = [steps for steps in over if step_of(path) > steps[0]]
+def _is_stale(path: Path, skipped_steps: list[Range]) -> bool:
+    missed = [steps for steps in skipped_steps if step_of(path) > steps[0]]
     if not missed:
         return False
     try:

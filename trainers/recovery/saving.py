@@ -43,30 +43,30 @@ class Saver:
         started = time.perf_counter()
         self._finish()
         captured = self._capture(state)
-        problem = None
         if captured is not None:
             captured.content["accuracy"] = accuracy
             self._write = _Write(self._folder, captured, self._retention, self._log)
             self._write.start()
             self._write.stall_s = time.perf_counter() - started
-            if last:
-                problem = self._finish()
         if last:
-            problem = self._engine.from_main(problem)
-            if problem:
-                raise UserError(f"{problem}; free some space or fix the permissions, then resume")
+            self._engine.on_main(self._finish_or_raise)
 
     def report(self) -> None:
         """Tell of a write that has ended since; costs nothing while it runs. Not collective."""
         if self._write is not None and not self._write.is_alive():
             self._finish()
 
+    def _finish_or_raise(self) -> None:
+        error = self._finish()
+        if error:
+            raise UserError(f"{error}; free some space or fix the permissions, then resume")
+
     def _capture(self, state: TrainState) -> Capture | None:
         """Rank 0's copy of the state; None elsewhere. Every rank calls it in the same step."""
         if self._engine.rank == 0:
             self._captured = capture(state, self._captured)
-        elif state.shards is not None:
-            state.shards.gather()  # this rank's pieces, for rank 0
+        elif state.pieces is not None:
+            state.pieces.gather()  # this rank's pieces, for rank 0
         return self._captured
 
     def _finish(self) -> str | None:
@@ -85,7 +85,7 @@ class Saver:
         if not isinstance(done.error, OSError):
             raise done.error
         problem = f"cannot save step {done.captured.step} in {self._folder}: {done.error}"
-        self._log.problem("save_failed", problem, **times)
+        self._log.error("save_failed", problem, **times)
         return problem
 
     def __enter__(self) -> Self:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bigbatch.trainers.advice.noise_scale import NoiseScale
-from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.engine.ddp import DdpEngine
 from tests.helpers.ranks import run_ranks
 
 MICRO = 8
@@ -48,7 +48,7 @@ def linear_model() -> nn.Module:
 
 def measure(reduction: str, micro_batches: int, steps: int) -> dict[str, list[float]]:
     """Squared norms and noise scales of `steps` steps at fixed weights, by the real engine."""
-    engine = Engine("fp32", reduction)
+    engine = DdpEngine("fp32", reduction)
     model = linear_model()
     engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0), micro_batches)
     noise = NoiseScale(MICRO, MICRO * micro_batches)

@@ -86,7 +86,7 @@ def build(case: dict[str, Any]) -> tuple[Engine, TrainState]:
     if case.get("scaled"):  # as under fp16; a power of two, so that it costs no digit
         engine.accelerator.scaler = ShardedGradScaler("cpu", init_scale=2.0**10)
     engine.prepare(model, optimizer, case.get("micro_batches", MICRO_BATCHES))
-    return engine, TrainState(0, model, optimizer, engine.scaler, {}, engine.shards)
+    return engine, TrainState(0, model, optimizer, engine.scaler, {}, engine.pieces)
 
 
 def train(
@@ -146,12 +146,12 @@ def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
     engine, state = build(case)
     statistics = StepStatistics(engine.module)
     tensors, norms, trust = {}, [], {}
-    names = engine.module if engine.shards is None else engine.shards.names
+    names = engine.module if engine.pieces is None else engine.pieces.names
     for stop in steps:
         norms += train(engine, state, stop, statistics, case.get("clip"), case.get("overflow"))
         trust[str(stop)] = trust_ratios(engine.optimizer, names)
         tensors |= {f"{stop}/{k}": v.clone() for k, v in whole(engine, state).items()}
-    with engine.whole() as model:
+    with engine.full_model() as model:
         for name, value in model.state_dict().items():
             assert torch.equal(value, tensors[f"{steps[-1]}/{name}"]), name
     return {"tensors": tensors, "norms": norms, "trust": trust}
@@ -196,8 +196,8 @@ def go_on(folder: Path, job: dict[str, Any]) -> None:
     if engine.rank == 0:
         captured = capture(state)
         write(folder, captured, Retention())
-    elif state.shards is not None:
-        state.shards.gather()
+    elif state.pieces is not None:
+        state.pieces.gather()
     engine.barrier()
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.optimizers import LBFGS
-from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.engine.closure import Closure
+from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.optim import (
     build_optimizer,
@@ -41,15 +41,19 @@ def network(norm: bool = False) -> nn.Module:
     return nn.Sequential(*layers, nn.Dropout(0.3 if norm else 0.0), nn.Linear(7, 1)).double()
 
 
-def start(norm: bool) -> tuple[Engine, StepStatistics, Closure]:
-    engine = Engine("fp32", "exact")
+def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(x), y)
+
+
+def start(norm: bool) -> tuple[DdpEngine, StepStatistics, Closure]:
+    engine = DdpEngine("fp32", "exact")
     model = network(norm)
     engine.prepare(model, build_optimizer(model, CONFIG), PARTS)
     statistics = StepStatistics(engine.module)
-    return engine, statistics, Closure(engine, statistics, nn.functional.mse_loss, PARTS)
+    return engine, statistics, Closure(engine, statistics, objective, PARTS)
 
 
-def train(engine: Engine, statistics: StepStatistics, closure: Closure, steps: range) -> None:
+def train(engine: DdpEngine, statistics: StepStatistics, closure: Closure, steps: range) -> None:
     """The loop's steps 1 to 3 with an optimizer that asks for closures."""
     mine = range(engine.rank, PARTS, engine.world)
     for step in steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigbatch.trainers.optim import layerwise
+from bigbatch.trainers.optim import LARS, layerwise
 
 pytest.importorskip("triton", reason="this torch came without Triton")
 
@@ -29,11 +29,11 @@ def test_kernels_step_as_the_path_on_a_cpu_does() -> None:
 def test_where_kernels_do_not_run_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from bigbatch.trainers.optim import gpu
 
-    assert layerwise.gpu_kernels(torch.device("cpu")) is None
-    monkeypatch.setattr(gpu, "refusal", lambda device: "no C compiler")
+    assert layerwise.gpu_kernels(LARS, torch.device("cpu")) is None
+    monkeypatch.setattr(gpu, "refusal", lambda kind, device: "no C compiler")
     layerwise.gpu_kernels.cache_clear()
-    with pytest.warns(UserWarning, match="without Triton, which is slower: no C compiler"):
-        assert layerwise.gpu_kernels(torch.device("cuda", 7)) is None
+    with pytest.warns(UserWarning, match="LARS steps without Triton, .*: no C compiler"):
+        assert layerwise.gpu_kernels(LARS, torch.device("cuda", 7)) is None
     layerwise.gpu_kernels.cache_clear()
 
 

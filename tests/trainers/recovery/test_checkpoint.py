@@ -164,10 +164,10 @@ def without(path, *keys):
 
 def test_what_an_older_version_did_not_keep_starts_empty(tmp_path):
     state, other = make_state(steps=2), make_state(seed=1)
-    state.losses, other.losses, other.over = [1.0, 2.0], [3.0], [[4, 5]]
+    state.losses, other.losses, other.skipped_steps = [1.0, 2.0], [3.0], [[4, 5]]
     path = save_checkpoint(tmp_path, state, keep=1)
     load_checkpoint(without(path, "losses", "over", "scaler", "accuracy"), other)
-    assert (other.step, other.losses, other.over) == (2, [], [])
+    assert (other.step, other.losses, other.skipped_steps) == (2, [], [])
     step(state)
     step(other)
     assert torch.equal(other.model[0].weight, state.model[0].weight)

@@ -10,10 +10,11 @@ from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers import worker
 from bigbatch.trainers.ensemble import members
 from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.ensemble.members import list_snapshots, save_snapshot
+from bigbatch.trainers.recovery import resume
+from bigbatch.trainers.recovery.resume import acquire_run_lock
 
 
 def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
@@ -50,8 +51,8 @@ def test_files_that_a_killed_start_was_writing_go_at_the_next_one(tmp_path):
     others = [".recipe.yaml.tmp-7", ".manifest.json.tmp-7", ".report.html.tmp-7"]  # may be alive
     for name in (*half, *others, "metrics.jsonl"):
         (tmp_path / name).touch()
-    engine: Any = SimpleNamespace(rank=0, from_main=lambda value: value)
-    worker.hold(RunDir(tmp_path), engine).close()
+    engine: Any = SimpleNamespace(rank=0, on_main=lambda compute: compute())
+    acquire_run_lock(RunDir(tmp_path), engine).close()
     assert not any((tmp_path / name).exists() for name in half)
     assert all((tmp_path / name).exists() for name in (*others, "metrics.jsonl"))
 
@@ -60,7 +61,7 @@ def test_a_rank_whose_machine_cannot_write_says_so_itself(tmp_path, monkeypatch)
     def refuse(*args: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(worker, "Heartbeat", refuse)
-    engine: Any = SimpleNamespace(rank=1, from_main=lambda value: None)  # rank 0 is well
+    monkeypatch.setattr(resume, "Heartbeat", refuse)
+    engine: Any = SimpleNamespace(rank=1, on_main=lambda compute: None)  # rank 0 is well
     with pytest.raises(UserError, match="Read-only file system"):
-        worker.hold(RunDir(tmp_path), engine)
+        acquire_run_lock(RunDir(tmp_path), engine)

@@ -54,7 +54,7 @@ def check(step=50, loss=1.0, norm=1.0, earlier=None, over=(), may_overflow=False
     earlier = list(CALM) if earlier is None else earlier
     return check_step(
         Recovery(**recovery), step, loss, norm,
-        earlier=earlier, over=list(over), may_overflow=may_overflow,
+        earlier=earlier, skipped_steps=list(over), may_overflow=may_overflow,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ class Alone:
 
     rank = 0
 
-    def from_main(self, value):
-        return value
+    def on_main(self, compute):
+        return compute()
 
 
 class Told:
@@ -34,7 +34,7 @@ class Told:
     def event(self, kind, **fields):
         self.events.append((kind, fields["saved"]))
 
-    def problem(self, kind, message, **fields):
+    def error(self, kind, message, **fields):
         self.events.append((kind, fields["saved"]))
 
     def sync(self):

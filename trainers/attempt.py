@@ -1,0 +1,83 @@
+"""One attempt of a run: from a checkpoint to the run's end, a signal, or a step gone wrong."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigbatch.data.batch import MicroBatch
+from bigbatch.trainers.ensemble.members import save_snapshot
+from bigbatch.trainers.evaluation.metrics import score, softmax
+from bigbatch.trainers.job import Job
+from bigbatch.trainers.models.batch_stats import StepStatistics
+from bigbatch.trainers.monitoring.log import Log
+from bigbatch.trainers.monitoring.monitor import Monitor
+from bigbatch.trainers.planning.plateau import Evaluation
+from bigbatch.trainers.recovery.checkpoint import Retention
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
+from bigbatch.trainers.recovery.saving import Saver
+from bigbatch.trainers.recovery.signals import StopFlag
+from bigbatch.trainers.recovery.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the loop works with: the job, and all that lives as long as this attempt."""
+
+    job: Job
+    log: Log
+    monitor: Monitor
+    statistics: StepStatistics
+    saver: Saver
+    watchdog: Watchdog
+    stop: StopFlag
+    batches: Iterator[MicroBatch]  # this rank's, from the state's step on
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores of the validation split, the same on every rank. Collective."""
+        job = self.job
+        val = job.inputs.splits["val"]
+        with job.engine.full_model() as model:
+            logits = job.evaluator.logits(model, val)
+        found = None if logits is None else score(softmax(logits), val.label.astype(np.int64))
+        scores: dict[str, float] = job.engine.from_main(found)
+        job.state.evaluations.append(Evaluation(job.state.step, scores))
+        return scores
+
+    def snapshot(self, scores: dict[str, float]) -> None:
+        """Keep the weights of a cycle's end, with their validation scores. Collective."""
+        job, step = self.job, self.job.state.step
+        number = sorted(job.inputs.plan.snapshots).index(step) + 1
+        with job.engine.full_model() as model:
+            if job.engine.rank == 0:
+                save_snapshot(job.run.snapshots, number, step, model, scores)
+        job.engine.barrier()
+
+
+@contextmanager
+def open_attempt(
+    job: Job,
+    log: Log,
+    monitor: Monitor,
+    statistics: StepStatistics,
+    stop: StopFlag,
+    heartbeat: Heartbeat,
+) -> Iterator[Attempt]:
+    """An attempt that goes on from `job.state`. Collective."""
+    run, recipe, engine, plan = job.run, job.recipe, job.engine, job.inputs.plan
+    keep = recipe.checkpoint
+    back = recipe.recovery.step_over if recipe.recovery.max_rollbacks else 0
+    retention = Retention(keep.keep, keep.keep_best, plan.keep_every, back)
+    name = engine.from_main(f"{time.time_ns()}-{os.getpid()}")
+    with (
+        # Last to end: its wait for a slow disk, after an error, is no step that hangs.
+        Saver(run.checkpoints, engine, log, retention) as saver,
+        Watchdog(run, heartbeat, engine.world, name, recipe.recovery.stall_s) as watchdog,
+        closing(job.traced_batches(job.state.step, plan.stop)) as batches,
+    ):
+        if recipe.recovery.max_rollbacks and job.state.step == 0:
+            saver.save(job.state)  # there is always something to go back to
+        yield Attempt(job, log, monitor, statistics, saver, watchdog, stop, batches)

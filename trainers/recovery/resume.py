@@ -1,0 +1,80 @@
+"""Where a start goes on: the lock on the run first, then the newest checkpoint that serves."""
+
+import sys
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir, remove_leftovers
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.monitoring.log import last_step
+from bigbatch.trainers.planning.plateau import Evaluation, read_evaluations
+from bigbatch.trainers.recovery.checkpoint import TrainState, load_checkpoint, newest_valid
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
+from bigbatch.trainers.recovery.rollback import Range, read_rollbacks, remove_stale
+
+
+def acquire_run_lock(run: RunDir, engine: Engine) -> Heartbeat:
+    """This rank's heartbeat. Rank 0's is the lock on the run; UserError where another has it."""
+    heartbeat: Heartbeat | None = None
+    refused: UserError | None = None
+    try:
+        heartbeat = Heartbeat(run.heartbeats, engine.rank)
+    except OSError as error:
+        refused = _cannot_write(run, error)
+
+    def lock() -> None:
+        if heartbeat is None:
+            raise refused or AssertionError
+        try:
+            heartbeat.lock()
+            remove_leftovers(run)
+        except OSError as error:
+            raise _cannot_write(run, error) from None
+
+    engine.on_main(lock)
+    if heartbeat is None:  # this machine alone cannot write there
+        raise refused or AssertionError
+    return heartbeat
+
+
+def _cannot_write(run: RunDir, error: OSError) -> UserError:
+    return UserError(f"cannot write in {run.path}: {error}; free some space or fix the permissions")
+
+
+def resume(run: RunDir, engine: Engine, state: TrainState, every: int) -> list[str]:
+    """Fill `state` from where the run can go on; the order is:
+
+    1. the newest checkpoint in the run directory that verifies and whose steps all have their
+       record in metrics.jsonl, one `every` so many steps,
+    2. the newest one that verifies,
+    3. with no checkpoint at all, step 0 with the model as built.
+
+    Rank 0 chooses, so that all ranks load the same one. Returns what is wrong with the ones
+    that were passed over.
+    """
+
+    def choose() -> tuple[str | None, list[str], list[Range]]:
+        recorded = last_step(run.metrics)
+        skipped = read_rollbacks(run)
+        remove_stale(run.checkpoints, skipped)
+
+        def objection(step: int) -> str | None:
+            if recorded >= step - step % every:
+                return None
+            return f"{run.metrics} ends after step {recorded}"
+
+        path, errors = newest_valid(run.checkpoints, objection)
+        for error in errors:
+            print(f"bigbatch: {error}; going on from an older one", file=sys.stderr)
+        return str(path) if path else None, errors, skipped
+
+    chosen, errors, skipped = engine.on_main(choose)
+    if chosen:
+        load_checkpoint(Path(chosen), state)
+    elif state.step > 0:
+        raise UserError(f"{run.checkpoints} holds nothing to go back to; resume the run")
+    state.skipped_steps += [steps for steps in skipped if steps not in state.skipped_steps]
+    # The truth is the file; every rank takes rank 0's reading of it.
+    found = engine.on_main(lambda: read_evaluations(run.metrics, state.step))
+    state.evaluations[:] = [Evaluation(*evaluation) for evaluation in found]
+    return errors
