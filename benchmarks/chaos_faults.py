@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.writing.shard import shard
 from bigbatch.launcher.child import kill_tree
 from bigbatch.launcher.start import agent_command

@@ -182,7 +182,7 @@ def section_canvas(options: Options) -> dict[str, Any]:
 
 def section_augment(options: Options) -> dict[str, Any]:
     """Augmented images and targets on the device against the CPU's."""
-    from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+    from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
     from bigbatch.data.augment.pipeline import Augmenter
 
     augment = Augment(
@@ -224,7 +224,7 @@ def digits(options: Options) -> None:
 
 
 def records(options: Options, run: str) -> list[dict[str, Any]]:
-    from bigbatch.configs.rundir import read_jsonl
+    from bigbatch.configs.files import read_jsonl
 
     path = options.folder / "runs" / run / "metrics.jsonl"
     return [r for r in read_jsonl(path) if r["kind"] == "train"]

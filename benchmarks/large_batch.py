@@ -159,8 +159,9 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
 
 def run_trial(plan: Plan, trial: Trial, folder: Path) -> dict[str, Any]:
     """Train, or go on training, in this process; accuracies are None where it diverged."""
+    from bigbatch.configs.files import read_jsonl
     from bigbatch.configs.load import parse_recipe
-    from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+    from bigbatch.configs.rundir import RunDir, create_run
     from bigbatch.trainers import worker
 
     path = folder / "runs" / trial.name

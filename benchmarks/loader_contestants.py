@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bigbatch.configs.augment import Augment, Crop
 from bigbatch.configs.sampling import Uniform
-from bigbatch.configs.schema import Augment, Crop
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import View

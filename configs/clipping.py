@@ -4,24 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bigbatch.configs.part import Part, Positive
+from bigbatch.configs.part import Positive, StrictModel
 
 
-class ClipNorm(Part):
+class ClipNorm(StrictModel):
     """The whole gradient is scaled down to a global L2 norm of at most `limit`."""
 
     name: Literal["norm"]
     limit: Positive
 
 
-class ClipValue(Part):
+class ClipValue(StrictModel):
     """Each element is kept within [-limit, limit]."""
 
     name: Literal["value"]
     limit: Positive
 
 
-class ClipAdaptive(Part):
+class ClipAdaptive(StrictModel):
     """Each unit's gradient norm is at most `limit` times its weight's (Brock et al. 2021)."""
 
     name: Literal["adaptive"]

@@ -1,17 +1,18 @@
 """Optimizers as a recipe writes them; trainers/optim builds them. docs/optimizers.md explains."""
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
+from bigbatch.configs.part import Count, Fraction, NonNegative, Positive, StrictModel
 
 Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 an average never takes anything in
 Betas = tuple[Beta, Beta]
 
 
-class Scale(Part):
+class Scale(StrictModel):
     """The batch that `lr` is right for, and the rule that carries it over to global_batch."""
 
     rule: Literal["linear", "sqrt"] = Field(
@@ -26,7 +27,7 @@ class Scale(Part):
         return ratio if self.rule == "linear" else math.sqrt(ratio)
 
 
-class OptimizerBase(Part):
+class OptimizerBase(StrictModel):
     """Fields of every optimizer."""
 
     lr: Positive
@@ -218,3 +219,12 @@ Optimizer = Annotated[
 # Exact on pieces of layers: those that treat each element alone, and our two, which add up
 # their norms across pieces.
 SHARDABLE = ("sgd", "lars", "lamb", "adam", "adamw", "adagrad", "adadelta", "rmsprop", "lion")
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """What a recipe's optimizer cannot work with."""
+    if recipe.optimizer.name == "lbfgs" and (recipe.clip is not None or recipe.precision == "fp16"):
+        yield (
+            "optimizer lbfgs compares losses and gradients of one function: it works without "
+            "clip, and with precision fp32 or bf16"
+        )

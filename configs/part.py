@@ -1,11 +1,11 @@
-"""The base of every part of a recipe."""
+"""The base of every part of a recipe, and the types of its numbers."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
     """Frozen; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -15,3 +15,5 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+Share = Annotated[float, Field(gt=0, le=1)]

@@ -1,18 +1,16 @@
 """The run directory: its layout, its creation, and what can be read from it."""
 
-import json
-import os
 import re
 import shutil
 import subprocess
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.schema import Recipe
@@ -128,31 +126,12 @@ def create_run(path: Path, recipe: Recipe) -> RunDir:
         "versions": {name: _version(name) for name in _VERSIONS},
     }
     try:
-        write_atomically(run.manifest, json.dumps(manifest, indent=2) + "\n")
+        write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
         write_atomically(run.recipe_file, dump_recipe(recipe))
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)  # half a run could neither start nor resume
         raise UserError(f"cannot write the run directory {path}: {error}") from None
     return run
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write through a temporary file, so that a reader sees the old content or the new one.
-
-    Raises OSError, which names the file; what was there is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # the kernel names no file where a write fails
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def remove_leftovers(run: RunDir) -> None:
@@ -163,35 +142,11 @@ def remove_leftovers(run: RunDir) -> None:
             left_over.unlink()
 
 
-def sync(path: Path) -> None:
-    """Put a file's bytes, or a folder's entries, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def event_record(kind: str, step: int, **fields: Any) -> dict[str, Any]:
     """A record of events.jsonl: when, what, after how many steps, and any plain values."""
     now = time.time()
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now))
     return {"time": round(now, 3), "date": date, "kind": kind, "step": step, **fields}
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a JSON-lines file; a line cut short, or no record, is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # torn by a power cut; the next attempt writes that step again
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _version(package: str) -> str | None:

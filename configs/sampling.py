@@ -4,29 +4,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from bigbatch.configs.part import Fraction, Part
+from bigbatch.configs.part import Fraction, StrictModel
 
 
-class Uniform(Part):
+class Uniform(StrictModel):
     """Every sample once an epoch, in a fresh order."""
 
     name: Literal["uniform"] = "uniform"
 
 
-class Balanced(Part):
+class Balanced(StrictModel):
     """Every class equally often an epoch; an epoch has as many samples as the data set."""
 
     name: Literal["balanced"]
 
 
-class Tempered(Part):
+class Tempered(StrictModel):
     """Classes in proportion to (their number of samples) ** alpha (Kang et al. 2020, eq. 1)."""
 
     name: Literal["tempered"]
     alpha: Fraction = Field(0.5, description="1 is the data's own balance, 0 is balanced")
 
 
-class Progressive(Part):
+class Progressive(StrictModel):
     """From the data's own balance to equal classes, linearly (Kang et al. 2020, eq. 3)."""
 
     name: Literal["progressive"]
@@ -35,7 +35,7 @@ class Progressive(Part):
     )
 
 
-class LabelShuffling(Part):
+class LabelShuffling(StrictModel):
     """Every class as often as the largest one has samples; an epoch grows accordingly.
 
     Also called class reorganisation (Hikvision's entry to ILSVRC 2016, scene classification).
@@ -44,7 +44,7 @@ class LabelShuffling(Part):
     name: Literal["label_shuffling"]
 
 
-class RepeatFactor(Part):
+class RepeatFactor(StrictModel):
     """Samples of a class with share f of the data max(1, sqrt(threshold / f)) times an epoch.
 
     Gupta et al. 2019, "LVIS", section 4.2; for one label an image.
@@ -56,7 +56,7 @@ class RepeatFactor(Part):
     )
 
 
-class EasyEnsemble(Part):
+class EasyEnsemble(StrictModel):
     """One ensemble member's subset: of each class about as much as the smallest class has.
 
     The members' subsets of a class do not overlap until its samples are used up (Liu et al.
@@ -70,7 +70,7 @@ class EasyEnsemble(Part):
     )
 
 
-class Weights(Part):
+class Weights(StrictModel):
     """Each sample in proportion to a weight of its own; an epoch has the data set's length."""
 
     name: Literal["weights"]

@@ -8,12 +8,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from bigbatch.configs.durations import Duration, Length, Period
-from bigbatch.configs.part import Count, Fraction, NonNegative, Part, Positive
+from bigbatch.configs.part import Count, Fraction, NonNegative, Positive, StrictModel
 
 _NONE = Length(0, "steps")
 
 
-class Warmup(Part):
+class Warmup(StrictModel):
     """Fields shared by all single schedules: a warmup before the decay starts."""
 
     warmup: Duration = Field(_NONE, description="length of the warmup; the decay follows it")
@@ -153,7 +153,7 @@ class Triangular(Warmup):
     halving: bool = False
 
 
-class OneCycle(Part):
+class OneCycle(StrictModel):
     """Up to 1, then down over the rest of the run (Smith and Topin 2018; torch's OneCycleLR)."""
 
     name: Literal["one_cycle"]
@@ -183,14 +183,14 @@ class Plateau(Warmup):
     final: Fraction = Field(0.0, description="the factor falls no lower")
 
 
-class Piece(Part):
+class Piece(StrictModel):
     """One schedule of a sequence and how long it lasts; the last one lasts to the end."""
 
     length: Period | None = None
     schedule: "Schedule"
 
 
-class Sequence(Part):
+class Sequence(StrictModel):
     """One schedule after another. Each counts its steps from 0 and ends with its piece."""
 
     name: Literal["sequence"]
@@ -207,7 +207,7 @@ class Sequence(Part):
         return self
 
 
-class Product(Part):
+class Product(StrictModel):
     """The product of several schedules' factors."""
 
     name: Literal["product"]

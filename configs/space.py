@@ -9,14 +9,14 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe, read_yaml
-from bigbatch.configs.part import Part, Positive
+from bigbatch.configs.part import Positive, StrictModel
 
 Objective = Literal["accuracy", "nll", "ece", "seconds"]
 _EXAMPLE = "optimizer.lr: {type: float, low: 0.1, high: 10, log: true}"
 MAXIMISED = ("accuracy",)  # the others are minimised
 
 
-class Float(Part):
+class Float(StrictModel):
     """A real number from `low` to `high`, both included."""
 
     type: Literal["float"]
@@ -42,7 +42,7 @@ class Float(Part):
         return (self.low, self.high)
 
 
-class Int(Part):
+class Int(StrictModel):
     """A whole number from `low` to `high`, both included."""
 
     type: Literal["int"]
@@ -60,7 +60,7 @@ class Int(Part):
         return (self.low, self.high)
 
 
-class Choice(Part):
+class Choice(StrictModel):
     """One of several values: numbers, texts, or whole parts of a recipe."""
 
     type: Literal["choice"]
@@ -82,7 +82,7 @@ class Choice(Part):
 Parameter = Annotated[Float | Int | Choice, Field(discriminator="type")]
 
 
-class Space(Part):
+class Space(StrictModel):
     """What is searched, and what for."""
 
     objectives: list[Objective] = Field(["accuracy"], min_length=1, max_length=3)
@@ -137,7 +137,7 @@ def _explain(error: Any) -> str:
     if place == ["parameters"] or error["type"] == "model_attributes_type":
         return f"{where}: {message}; write recipe keys with their ranges, such as {_EXAMPLE}"
     if error["type"] == "extra_forbidden":
-        models: dict[str, type[Part]] = {"float": Float, "int": Int, "choice": Choice}
+        models: dict[str, type[StrictModel]] = {"float": Float, "int": Int, "choice": Choice}
         model = models.get(str(error["loc"][2]), Space) if len(error["loc"]) > 2 else Space
         return f"{where}: unknown key; valid keys: {', '.join(model.model_fields)}"
     return f"{where}: {message}"

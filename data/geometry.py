@@ -17,7 +17,7 @@ import numpy.typing as npt
 from bigbatch.data.rng import uniforms
 
 if TYPE_CHECKING:  # pydantic would double the time in which a decoding worker starts
-    from bigbatch.configs.schema import Affine, Crop
+    from bigbatch.configs.augment import Affine, Crop
 
 Matrices = npt.NDArray[np.float64]  # [B, 3, 3]
 Boxes = npt.NDArray[np.float64]  # [B, 4]: left, top, width, height in source pixels

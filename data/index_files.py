@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import sync
+from bigbatch.configs.files import sync
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.configs.rundir import read_jsonl
+from bigbatch.configs.files import read_jsonl
 
 Entry = dict[str, Any]
 

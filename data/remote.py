@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import sync
+from bigbatch.configs.files import sync
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.index_files import verify_columns
 from bigbatch.data.lanes import LaneOrder

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import sync, write_atomically
+from bigbatch.configs.files import sync, write_atomically
 from bigbatch.data.retry import retry
 
 PIECE = 8 << 20  # bytes in one request

@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.start import agent_command
 

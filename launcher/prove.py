@@ -17,8 +17,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import parse_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import OUTPUT, Child, RunFailed, tail
 from bigbatch.trainers.planning.plan import check_world

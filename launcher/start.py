@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import write_atomically
 from bigbatch.configs.identity import NO_EFFECT, differences, summary
 from bigbatch.configs.load import change_recipe, dump_recipe
-from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run, write_atomically
+from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from bigbatch.configs.files import read_jsonl, write_atomically
 from bigbatch.configs.identity import recipe_hash
-from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
+from bigbatch.configs.rundir import RunDir
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.job import Job

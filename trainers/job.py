@@ -12,7 +12,8 @@ from pydantic import JsonValue
 from torch import nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.files import write_atomically
+from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
 from bigbatch.data.batch import MicroBatch

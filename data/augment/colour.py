@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigbatch.configs.schema import Jitter
+from bigbatch.configs.augment import Jitter
 from bigbatch.data.rng import uniforms
 
 

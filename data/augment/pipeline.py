@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbatch.configs.schema import Augment
+from bigbatch.configs.augment import Augment
 from bigbatch.data import geometry
 from bigbatch.data.augment.colour import jitter
 from bigbatch.data.augment.crop import Memory, crop_resize, nearly_whole

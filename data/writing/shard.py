@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import read_jsonl, sync, write_atomically
+from bigbatch.configs.files import read_jsonl, sync, write_atomically
 from bigbatch.data.index import build_index
 from bigbatch.data.tar import BLOCK, IMAGE_EXTENSIONS
 from bigbatch.data.writing.assign import SPLITS, assign_splits, parse_fractions, plan_shards

@@ -175,7 +175,7 @@ def schema(output: Path | None) -> None:
     import json
 
     from bigbatch.configs.errors import UserError
-    from bigbatch.configs.rundir import write_atomically
+    from bigbatch.configs.files import write_atomically
     from bigbatch.launcher.cli.editor import editor_schema
 
     text = json.dumps(editor_schema(), indent=1) + "\n"

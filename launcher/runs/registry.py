@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.squeue import QueuedJob
 from bigbatch.launcher.slurm.submit import job_of

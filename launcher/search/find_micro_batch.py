@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import parse_recipe
-from bigbatch.configs.rundir import create_run, read_jsonl
+from bigbatch.configs.rundir import create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Child, RunFailed, bare_recipe, tail
 from bigbatch.trainers.recovery.oom import OUT_OF_MEMORY

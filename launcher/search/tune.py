@@ -19,8 +19,9 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.space import Space, override
 from bigbatch.launcher.child import events, tail

@@ -11,7 +11,7 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
-from bigbatch.configs.rundir import write_atomically
+from bigbatch.configs.files import write_atomically
 from bigbatch.configs.space import MAXIMISED, Float, Int
 from bigbatch.launcher.search import study
 from bigbatch.launcher.search.tune import Search, changes, run_of

@@ -9,10 +9,10 @@ from pydantic import Field, ValidationError
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import read_yaml
-from bigbatch.configs.part import Count, Part
+from bigbatch.configs.part import Count, StrictModel
 
 
-class Site(Part):
+class Site(StrictModel):
     """Options of `submit` under their own names; the command line comes before them."""
 
     nodes: str | None = None

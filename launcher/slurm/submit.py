@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl, write_atomically
 from bigbatch.configs.load import change_recipe
-from bigbatch.configs.rundir import (
-    RunDir,
-    create_run,
-    event_record,
-    read_jsonl,
-    write_atomically,
-)
+from bigbatch.configs.rundir import RunDir, create_run, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.staging import is_url
 from bigbatch.launcher.estimate import Finding

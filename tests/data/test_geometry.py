@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.configs.schema import Affine, Crop
+from bigbatch.configs.augment import Affine, Crop
 from bigbatch.data import geometry
 from bigbatch.data.rng import key64, uniforms
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bigbatch.configs.augment import Affine, Crop
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
-from bigbatch.configs.schema import Affine, Crop
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.decode import decode
 from bigbatch.data.geometry import View

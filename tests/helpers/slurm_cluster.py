@@ -18,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 
 HOSTS = Path("/etc/hosts")
 HOSTS_LINE = "127.0.0.1 n1 n2 n3 n4 # of tests/helpers/slurm_cluster.py\n"

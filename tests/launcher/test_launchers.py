@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.prove import relative_difference
 from tests.helpers.ranks import free_port
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir, write_atomically
-from bigbatch.configs.schema import Ensemble
+from bigbatch.configs.files import write_atomically
+from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.members import gate, list_snapshots

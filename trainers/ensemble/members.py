@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bigbatch.configs.rundir import sync, write_atomically
+from bigbatch.configs.files import sync, write_atomically
 from bigbatch.trainers.recovery.checkpoint import MODEL, save_weights
 
 

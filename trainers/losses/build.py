@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbatch.configs.schema import Loss
+from bigbatch.configs.losses import Loss
 
 # Model, images [B, C, H, W], target probabilities [B, classes] -> mean loss over B, a scalar.
 # It calls the model itself, so that a loss may look at features or ask a teacher. What such a

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schema import Model
+from bigbatch.configs.model import Model
 from bigbatch.data.rng import key64
 
 

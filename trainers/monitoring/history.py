@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.journal import count, read_journal
 

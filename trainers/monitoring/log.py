@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bigbatch.configs.files import read_jsonl, write_atomically
 from bigbatch.configs.redact import redact
-from bigbatch.configs.rundir import RunDir, event_record, read_jsonl, write_atomically
+from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.monitoring.alerts import TITLES, Alerts
 from bigbatch.trainers.monitoring.jsonl import JsonLines, plain

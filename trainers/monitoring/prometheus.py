@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import write_atomically
+from bigbatch.configs.files import write_atomically
 
 INTERVAL = 15.0  # seconds between two writes: Prometheus scrapes about as often
 GAUGES = {

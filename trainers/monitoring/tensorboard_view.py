@@ -10,7 +10,8 @@ import threading
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.monitoring.wandb_view import flat_row
 
 

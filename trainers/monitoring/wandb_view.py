@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bigbatch.configs.files import read_jsonl, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import redact
-from bigbatch.configs.rundir import RunDir, read_jsonl, write_atomically
+from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 
 INIT_TIMEOUT = 60.0  # seconds without an answer after which the attempt goes on offline

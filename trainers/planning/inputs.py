@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigbatch.configs.data import Data
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schema import Data, Recipe
+from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, build_order

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bigbatch.configs.rundir import read_jsonl
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.schedules import Plateau
 
 _LEAST = 1e-8  # torch makes no smaller reduction

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import sync, write_atomically
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.load import parse_recipe
-from bigbatch.configs.rundir import sync, write_atomically
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.planning.plateau import Evaluation

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir, read_jsonl
-from bigbatch.configs.schema import Recovery, Spike
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.recovery import Recovery, Spike
+from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.recovery.checkpoint import STATE, list_checkpoints, step_of
 
 Range = list[int]  # the first and the last step, as counted before them, that make no update

@@ -12,8 +12,9 @@ from rich import box
 from rich.table import Table
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import write_atomically
 from bigbatch.configs.load import dump_recipe
-from bigbatch.configs.rundir import RunDir, write_atomically
+from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.advice.advise import measure_phases
 from bigbatch.trainers.monitoring.history import History, read_history, straggler
 from bigbatch.trainers.monitoring.progress import duration

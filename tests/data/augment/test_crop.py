@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigbatch.configs.schema import Affine, Augment, Crop
+from bigbatch.configs.augment import Affine, Augment, Crop
 from bigbatch.data.augment.crop import Memory, crop_resize
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
 from bigbatch.data.batch import MicroBatch
 

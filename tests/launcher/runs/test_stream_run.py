@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import create_run, read_jsonl
+from bigbatch.configs.rundir import create_run
 from bigbatch.data.index import open_index
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.launcher.cli.main import cli

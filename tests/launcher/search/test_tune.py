@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from optuna.trial import TrialState
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.space import Space
 from bigbatch.launcher.child import kill_tree
 from bigbatch.launcher.cli.main import cli

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.slurm.freeze import code_hash
 from bigbatch.launcher.slurm.script import Job, render, run_paths

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.configs.rundir import RunDir, read_jsonl
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.prove import relative_difference
 from bigbatch.launcher.slurm.submit import job_of
 from bigbatch.trainers.monitoring.wandb_view import history_steps

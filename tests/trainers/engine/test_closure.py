@@ -164,7 +164,8 @@ RUN = [
 def test_a_run_with_lbfgs_and_a_plateau_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from bigbatch.configs.rundir import create_run, read_jsonl
+    from bigbatch.configs.files import read_jsonl
+    from bigbatch.configs.rundir import create_run
     from bigbatch.launcher.start import worker_command
 
     recipe = load_recipe("digits", [*RUN, f"data.path={digits}"])

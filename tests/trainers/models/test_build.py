@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schema import Model
+from bigbatch.configs.model import Model
 from bigbatch.trainers.models.build import build_model, memory_layout
 
 

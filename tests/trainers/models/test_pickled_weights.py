@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schema import Model
+from bigbatch.configs.model import Model
 from bigbatch.trainers.models.build import build_model
 
 

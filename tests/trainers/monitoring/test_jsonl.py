@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bigbatch.configs.rundir import read_jsonl
+from bigbatch.configs.files import read_jsonl
 from bigbatch.trainers.monitoring.jsonl import JsonLines
 
 

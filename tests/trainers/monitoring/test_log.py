@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers.monitoring.log import Log, open_log
 from bigbatch.trainers.monitoring.progress import Progress, duration
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.monitoring import phases
 from bigbatch.trainers.monitoring.phases import PHASES, Clock, Timings

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, event_record, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run, event_record
 from bigbatch.trainers.monitoring import wandb_view
 from bigbatch.trainers.monitoring.log import open_log
 from bigbatch.trainers.monitoring.wandb_view import history_steps, logged_in, open_wandb

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import builtin_recipes, load_recipe
+from bigbatch.configs.model import Model
 from bigbatch.configs.rundir import create_run
-from bigbatch.configs.schema import Model
 from bigbatch.data.writing.shard import shard
 from bigbatch.trainers import worker
 from bigbatch.trainers.models.build import build_model

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command, worker_command
 from tests.helpers.ranks import free_port
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir, create_run, read_jsonl
-from bigbatch.configs.schema import Recovery, Spike
+from bigbatch.configs.recovery import Recovery, Spike
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.engine import open_engine
