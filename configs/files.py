@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(
+    value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None
+) -> str:
     """Plain values as strict JSON (RFC 8259): NaN and infinity, which it lacks, become null."""
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        return json.dumps(value, indent=indent, default=default, allow_nan=False)
     except ValueError:
-        return json.dumps(finite(value), indent=indent, allow_nan=False)
+        return json.dumps(finite(value), indent=indent, default=default, allow_nan=False)
 
 
 def finite(value: Any) -> Any:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import sync
+from bigbatch.configs.files import sync, to_json
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def write_files(
         digests = {name: _digest(folder / f"{name}.npy") for name in COLUMNS}
         manifest = {"format": FORMAT, **manifest, "columns": digests}
         manifest["hash"] = _hash(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / "manifest.json").write_text(to_json(manifest, indent=1) + "\n")
         for path in (*folder.iterdir(), folder):
             sync(path)
         _replace(folder, root / "index")

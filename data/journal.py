@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import read_jsonl, to_json
 
 Entry = dict[str, Any]
 
@@ -26,7 +26,7 @@ def append(journal: Path | None, entries: Iterable[Entry]) -> None:
     """Add entries in one write, so that a kill leaves whole lines."""
     if journal is not None:
         with journal.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            file.write("".join(to_json(entry) + "\n" for entry in entries))
 
 
 def read_journal(run: Path) -> list[Entry]:

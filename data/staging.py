@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import sync, write_atomically
+from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.data.retry import retry
 
 PIECE = 8 << 20  # bytes in one request
@@ -180,7 +180,7 @@ class Cache:
                 shutil.rmtree(folder)
                 return now
             about = {"url": file.url, "version": file.version, "crc32c": checksums}
-            write_atomically(folder / ABOUT, json.dumps(about))
+            write_atomically(folder / ABOUT, to_json(about))
             sync(folder)
             folder.rename(self.folder / "files" / file.key)
             sync(self.folder / "files")

@@ -5,7 +5,6 @@ dead by SIGKILL at a random moment and started again. Compares what each step re
 trace that workers write) and the weights that came out. Runs are real ones, in processes.
 """
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import read_jsonl, to_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
@@ -220,7 +219,7 @@ def _tensor_difference(a: Any, b: Any) -> float:
 def as_json(results: Sequence[Result], steps: int) -> str:
     rows = [asdict(r) | {"passed": r.passed} for r in results]
     proven = all(r.passed for r in results)
-    return json.dumps({"proven": proven, "steps": steps, "results": rows}, indent=1)
+    return to_json({"proven": proven, "steps": steps, "results": rows}, indent=1)
 
 
 def _finished_steps(run: RunDir) -> int:

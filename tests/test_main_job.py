@@ -67,6 +67,14 @@ def test_every_step_stands_once_in_the_metrics(place):
     assert steps == list(range(1, summary["steps"] + 1))
 
 
+def test_every_json_of_data_and_run_is_strict(place):
+    lines = [path.read_text() for path in place.rglob("*.json")]
+    lines += [line for path in place.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(lines) > 100
+    for line in lines:
+        json.loads(line, parse_constant=pytest.fail)
+
+
 def test_timm_loads_our_weights_and_gives_the_logits_behind_our_score(place):
     run, index = place / "runs/digits", open_index(place / "shards/digits/test")
     weights = run / "snapshots/cycle-03/model.safetensors"

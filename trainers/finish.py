@@ -1,13 +1,12 @@
 """The end of a run: snapshots combined, the summary, the report."""
 
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from bigbatch.configs.files import read_jsonl, write_atomically
+from bigbatch.configs.files import read_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.journal import count, read_journal
@@ -44,7 +43,7 @@ def finish(job: Job, log: Log) -> None:
         log.close("finished")
         return
     summary = summarise(job, scores)
-    write_atomically(job.run.summary, json.dumps(summary, indent=1) + "\n")
+    write_atomically(job.run.summary, to_json(summary, indent=1) + "\n")
     log.close("finished")
     say_results(job.run, summary, log)
 

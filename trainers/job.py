@@ -1,6 +1,5 @@
 """Everything that a run is built from, put together once from its recipe."""
 
-import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,7 +11,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import write_atomically
+from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
@@ -89,7 +88,7 @@ class Job:
             for batch in self.batches(start, stop):
                 record = {"step": batch.step, "micro": batch.index}
                 record["samples"] = batch.samples.tolist()
-                print(json.dumps(record), file=file, flush=True)
+                print(to_json(record), file=file, flush=True)
                 yield batch
 
     def save_contact_sheet(self) -> None:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl, sync, write_atomically
+from bigbatch.configs.files import read_jsonl, sync, to_json, write_atomically
 from bigbatch.data.index import build_index
 from bigbatch.data.tar import BLOCK, IMAGE_EXTENSIONS
 from bigbatch.data.writing.assign import SPLITS, assign_splits, parse_fractions, plan_shards
@@ -214,7 +214,7 @@ def write_shards(
             ):
                 for record in written:
                     done[record["shard"]] = record
-                    journal.write(json.dumps(record) + "\n")
+                    journal.write(to_json(record) + "\n")
                     journal.flush()
                     os.fsync(journal.fileno())
             records = [done[s.name] for task in tasks for s in task]
@@ -273,7 +273,7 @@ def _claim(dest: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
         if not finished:
             data.mkdir(exist_ok=True)
         if not plan.exists():
-            write_atomically(plan, json.dumps({"fingerprint": fingerprint}))
+            write_atomically(plan, to_json({"fingerprint": fingerprint}))
         for left_over in (*data.glob("*/*.tar.tmp-*"), *data.glob(".*.tmp-*")):
             left_over.unlink()
         place = dest if finished else data
@@ -283,7 +283,7 @@ def _claim(dest: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
             for r in read_jsonl(journal)
             if (place / r["shard"]).is_file() and (place / r["shard"]).stat().st_size == r["bytes"]
         }
-        write_atomically(journal, "".join(json.dumps(r) + "\n" for r in done.values()))
+        write_atomically(journal, "".join(to_json(r) + "\n" for r in done.values()))
         yield done
 
 

@@ -196,9 +196,9 @@ def batches(
 
     With --json one object a line: step, micro, rank, samples, keys, labels, epochs.
     """
-    import json
     from dataclasses import asdict
 
+    from bigbatch.configs.files import to_json
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher.batches import batches as compute
     from bigbatch.launcher.batches import parse_steps
@@ -206,7 +206,7 @@ def batches(
     loaded = load_recipe(recipe, overrides)
     for batch in compute(loaded, parse_steps(steps), world_size, rank):
         if as_json:
-            click.echo(json.dumps(asdict(batch)))
+            click.echo(to_json(asdict(batch)))
             continue
         click.echo(f"step {batch.step}, micro-batch {batch.micro}, rank {batch.rank}")
         for key, label, epoch in zip(batch.keys, batch.labels, batch.epochs, strict=True):

@@ -1,6 +1,5 @@
 """Arguments and options that several commands share, and how results are printed."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +43,7 @@ def new_run(function: F) -> F:
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, default=str))
+    click.echo(to_json(value, indent=1, default=str))
 
 
 def check_picture(path: Path | None) -> None:

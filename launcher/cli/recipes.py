@@ -172,13 +172,11 @@ def schema(output: Path | None) -> None:
     # then, as the first line of a recipe, for editors with the YAML language server:
     # yaml-language-server: $schema=recipe.schema.json
     """
-    import json
-
     from bigbatch.configs.errors import UserError
-    from bigbatch.configs.files import write_atomically
+    from bigbatch.configs.files import to_json, write_atomically
     from bigbatch.launcher.cli.editor import editor_schema
 
-    text = json.dumps(editor_schema(), indent=1) + "\n"
+    text = to_json(editor_schema(), indent=1) + "\n"
     if output is None:
         click.echo(text, nl=False)
         return

@@ -86,8 +86,7 @@ def logs(
     as_json: bool,
 ) -> None:
     """Show the output of all ranks of RUN, merged by time, each rank in its own colour."""
-    import json
-
+    from bigbatch.configs.files import to_json
     from bigbatch.launcher.runs import logs as reader
     from bigbatch.launcher.runs.registry import find_run
 
@@ -99,7 +98,7 @@ def logs(
         source = source if lines is None else reader.last(source, lines)
     for line in source:
         if as_json:
-            click.echo(json.dumps(line._asdict()))
+            click.echo(to_json(line._asdict()))
         else:
             click.echo(reader.paint(line))
 

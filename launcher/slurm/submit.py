@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl, write_atomically
+from bigbatch.configs.files import read_jsonl, to_json, write_atomically
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run, event_record
 from bigbatch.configs.schema import Recipe
@@ -150,7 +150,7 @@ def keep_code(run: RunDir) -> None:
     """Copy the code into the run, and note its hash beside the git revision."""
     manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
     manifest["code"] = freeze_code(run.path)
-    write_atomically(run.manifest, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
 
 
 def note_job(run: RunDir, job: str) -> None:
@@ -160,7 +160,7 @@ def note_job(run: RunDir, job: str) -> None:
     """
     try:
         with run.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event_record("submitted", 0, job=job)) + "\n")
+            file.write(to_json(event_record("submitted", 0, job=job)) + "\n")
     except OSError as error:
         number = job.partition("_")[0]
         raise UserError(

@@ -118,3 +118,5 @@ def test_one_difference_is_enough() -> None:
     assert [r.passed for r in (same, other, samples)] == [True, False, False]
     assert json.loads(as_json([same], 10))["proven"] is True
     assert json.loads(as_json([same, other], 10))["proven"] is False
+    infinite = Result(4, "1 rank", None, None, 40, True, float("inf"), 1e-5)
+    assert '"difference": null' in as_json([infinite], 10)  # JSON has no infinity

@@ -1,6 +1,5 @@
 """Members scored, gated and combined: a mean of probabilities, and a soup of weights."""
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import write_atomically
+from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
@@ -93,7 +92,7 @@ def combine(
     if soup_scores:
         save_weights(model, run.ensemble / SOUP)
     content = {"kept": [paths[i].name for i in sorted(kept)], "soup": soup_names}
-    write_atomically(run.ensemble / "members.json", json.dumps(content, indent=1))
+    write_atomically(run.ensemble / "members.json", to_json(content, indent=1))
     means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}
     result: dict[str, dict[str, Any]] = {}
     for name in splits:
@@ -103,7 +102,7 @@ def combine(
     last = others[-1] if others else val
     matrix = confusion(means[last], labels[last]).tolist()
     table = {"split": last, "classes": list(splits[last].classes), "matrix": matrix}
-    write_atomically(run.ensemble / "confusion.json", json.dumps(table))
+    write_atomically(run.ensemble / "confusion.json", to_json(table))
     return result
 
 

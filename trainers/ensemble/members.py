@@ -1,6 +1,5 @@
 """Members of an ensemble: snapshots on the disk, and which of them may take part."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bigbatch.configs.files import sync, write_atomically
+from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.trainers.recovery.checkpoint import MODEL, save_weights
 
 
@@ -21,7 +20,7 @@ def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores
     temporary.mkdir(parents=True)
     try:
         save_weights(model, temporary / MODEL)
-        write_atomically(temporary / "metrics.json", json.dumps({"step": step, **scores}))
+        write_atomically(temporary / "metrics.json", to_json({"step": step, **scores}))
         sync(temporary)
         if final.exists():  # an attempt that was killed before its next checkpoint
             shutil.rmtree(final)

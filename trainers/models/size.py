@@ -6,13 +6,13 @@ Nothing is allocated: the model and one training step of one image are built on 
 device. Prints JSON; bytes are those of one rank.
 """
 
-import json
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bigbatch.configs.files import to_json
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.optim import build_optimizer
@@ -69,4 +69,4 @@ def _bytes(tensor: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))
+    print(to_json(measure(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))

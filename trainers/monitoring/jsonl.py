@@ -1,11 +1,11 @@
 """Files of JSON lines that are appended to while a disk may fill up or a process be killed."""
 
-import json
-import math
 import os
 import threading
 from pathlib import Path
 from typing import Any
+
+from bigbatch.configs.files import to_json
 
 
 class JsonLines:
@@ -22,7 +22,7 @@ class JsonLines:
     def append(self, record: dict[str, Any]) -> str | None:
         """Append one record. Returns why it is held back, or None: it is in the file."""
         with self._lock:
-            self._waiting += json.dumps(plain(record)).encode() + b"\n"
+            self._waiting += to_json(record).encode() + b"\n"
         return self._flush()
 
     def sync(self) -> None:
@@ -51,10 +51,3 @@ class JsonLines:
                 return str(error)
             self._waiting = b""
             return None
-
-
-def plain(record: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as null: JSON has neither, and every parser shall read the file."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bigbatch.configs.files import read_jsonl, write_atomically
+from bigbatch.configs.files import finite, read_jsonl, write_atomically
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.monitoring.alerts import TITLES, Alerts
-from bigbatch.trainers.monitoring.jsonl import JsonLines, plain
+from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.monitoring.progress import Progress
 from bigbatch.trainers.monitoring.prometheus import TextFile
 from bigbatch.trainers.monitoring.tensorboard_view import TensorBoardView
@@ -163,7 +163,7 @@ class Log:
         if self._metrics is None:
             return
         epoch = round(step * self._epochs_per_step, 6)
-        record = plain({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
+        record = finite({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
         held_back = self._metrics.append(record)
         if held_back and not self._held_back:
             self.error("disk", f"{self._run.metrics} waits for the disk: {held_back}")

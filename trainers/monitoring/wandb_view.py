@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bigbatch.configs.files import read_jsonl, write_atomically
+from bigbatch.configs.files import read_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir
@@ -276,7 +276,7 @@ def _run_id(run: RunDir) -> str:
     file = run.path / "wandb.json"
     if not file.is_file():
         readable = re.sub(r"[^A-Za-z0-9_-]", "-", run.name)[:40]
-        write_atomically(file, json.dumps({"id": f"{readable}-{secrets.token_hex(4)}"}) + "\n")
+        write_atomically(file, to_json({"id": f"{readable}-{secrets.token_hex(4)}"}) + "\n")
     return str(json.loads(file.read_text(encoding="utf-8"))["id"])
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import sync, write_atomically
+from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.load import parse_recipe
 from bigbatch.trainers.engine.pieces import Pieces
@@ -150,10 +150,10 @@ def write(
         files = {
             MODEL: write_tensors(temporary / MODEL, captured.model),
             OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
-            STATE: _write(temporary / STATE, [json.dumps(captured.content, indent=1).encode()]),
+            STATE: _write(temporary / STATE, [to_json(captured.content, indent=1).encode()]),
         }
         manifest = {"step": captured.step, "files": files}
-        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        write_atomically(temporary / MANIFEST, to_json(manifest, indent=1))
         sync(temporary)
         if before is not None:
             before()
@@ -188,7 +188,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int | str
         start, end = end, end + tensors[name].nbytes
         kind, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
     return _write(
         path,

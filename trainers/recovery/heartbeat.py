@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json
 
 _SIZE = 512  # bytes; one write of it is seen whole
 _DYING_S = 5.0  # a killed process may take this long to let go of its files
@@ -72,7 +73,7 @@ class Heartbeat:
     def write(self, **changes: Any) -> None:
         """Beat. A full disk stops nothing: the file has its size from the start."""
         self.record.update(changes, beat=self.record["beat"] + 1)
-        text = json.dumps(self.record).encode()[: _SIZE - 1].ljust(_SIZE - 1) + b"\n"
+        text = to_json(self.record).encode()[: _SIZE - 1].ljust(_SIZE - 1) + b"\n"
         with suppress(OSError):
             os.pwrite(self._handle, text, 0)
 

@@ -155,9 +155,12 @@ def _combination(history: History) -> Iterator[Finding]:
     gain = 100 * (ensemble["accuracy"] - best)
     text = (
         f"Mean probability of the kept members scores {ensemble['accuracy']:.2%} on {split}, "
-        f"{gain:+.2f} points against the best single member; NLL {ensemble['nll']:.4f} against "
-        f"{min(m['nll'] for m in members):.4f}."
+        f"{gain:+.2f} points against the best single member"
     )
+    losses = [m["nll"] for m in members if m["nll"] is not None]  # null: it was not finite
+    if losses and ensemble["nll"] is not None:
+        text += f"; NLL {ensemble['nll']:.4f} against {min(losses):.4f}"
+    text += "."
     # The binomial standard error: on a few hundred images one image more or less is noise.
     table = history.confusion or {}
     count = int(np.sum(table.get("matrix", 0))) if table.get("split") == split else 0

@@ -234,6 +234,17 @@ def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     assert "summary.json is not there" in write_report(run).read_text()
 
 
+def test_a_summary_with_losses_that_are_null(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits")
+    summary = json.loads(run.summary.read_text())
+    for split in ("val", "test"):
+        for entry in (*summary[split]["members"], summary[split]["ensemble"]):
+            entry["nll"] = None
+    run.summary.write_text(json.dumps(summary))
+    page = write_report(run).read_text()
+    assert "points against the best single member. On" in page
+
+
 def test_diverged_run_with_nan_losses(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits", steps=100, finished=False)
     with run.metrics.open("a") as file:

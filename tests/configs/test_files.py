@@ -1,0 +1,65 @@
+"""Files: strict JSON from every writer, whatever a run measured."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigbatch.configs.files import finite, read_jsonl, to_json
+
+ROOT = Path(__file__).parents[2]
+# Texts that no file holds as JSON: hashes, keys to compare by, what a message shows, overrides,
+# and the pipe between a loader and its own workers.
+NO_FILES = {
+    "configs/files.py": 2,  # to_json itself
+    "configs/identity.py": 2,
+    "configs/space.py": 2,
+    "data/index_files.py": 1,
+    "data/journal.py": 1,
+    "data/workers.py": 3,
+    "data/writing/shard.py": 1,
+    "launcher/search/study.py": 1,
+}
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+def test_any_plain_value_becomes_strict_json(value: object) -> None:
+    text = to_json(value)
+    assert json.loads(text, parse_constant=pytest.fail) == finite(value)
+    assert text == json.dumps(finite(value))  # what is finite is written as ever, bit for bit
+
+
+def test_what_is_not_finite_is_null_at_any_depth() -> None:
+    value = {"a": [1.5, math.nan, (math.inf,)], "b": {"c": -math.inf}, "d": Path("x")}
+    assert to_json(value, default=str) == '{"a": [1.5, null, [null]], "b": {"c": null}, "d": "x"}'
+
+
+def test_a_file_of_an_older_version_is_read_with_its_nan(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"loss": NaN}\n{"loss": 1.0}\n{"torn')
+    first, second = read_jsonl(tmp_path / "a.jsonl")
+    assert math.isnan(first["loss"])
+    assert second == {"loss": 1.0}
+
+
+def test_no_writer_bypasses_to_json() -> None:
+    """json.dumps writes NaN, which no JSON parser outside Python has to read."""
+    found: dict[str, int] = {}
+    for room in ("configs", "data", "trainers", "launcher"):
+        for path in (ROOT / room).rglob("*.py"):
+            calls = [n for n in ast.walk(ast.parse(path.read_text())) if _is_call(n)]
+            if calls:
+                found[path.relative_to(ROOT).as_posix()] = len(calls)
+    assert found == NO_FILES
+
+
+def _is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
