@@ -8,7 +8,7 @@ from bigbatch.configs.part import Fraction, StrictModel
 class Ensemble(StrictModel):
     """Snapshots at the ends of cosine cycles, and what is made of them."""
 
-    gate: Fraction = Field(
+    selection_margin: Fraction = Field(
         0.02, description="a snapshot is a member if its val accuracy is this near the best one"
     )
     soup: bool = Field(True, description="also build a greedy weight soup")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from bigbatch.configs.renamed import with_old_names
 from bigbatch.configs.schema import Recipe
 
 # What may change between two starts of one run: where it logs and saves, and how many
@@ -26,11 +27,12 @@ def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits over everything in the recipe that can reach a weight.
 
     Only what differs from the schema's defaults is counted, so a key that a later version adds
-    changes no hash. It is a name to tell runs apart by; `differences` decides.
+    or renames changes no hash. It is a name to tell runs apart by; `differences` decides.
     """
     tree = recipe.model_dump(mode="json", exclude=NO_EFFECT, exclude_defaults=True)
     # A part of which only what has no effect was set counts as one that was not set.
     tree = {key: value for key, value in tree.items() if value or key not in NO_EFFECT}
+    tree = with_old_names(tree)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

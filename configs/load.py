@@ -3,52 +3,69 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.explain import explain, shortened
+from bigbatch.configs.layers import Place, Tree, canonical, lay, named_parts
+from bigbatch.configs.notices import notice
 from bigbatch.configs.redact import redact, refuse_secrets
+from bigbatch.configs.renamed import with_new_names
 from bigbatch.configs.schema import Recipe
 
 _DEEPEST = 20  # parts of an override's key
 BUILTIN = Path(__file__).parent
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
+Say = Callable[[str], None]
 
 
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | Path, overrides: Iterable[str] = (), say: Say | None = notice
+) -> Recipe:
     """Load a recipe by built-in name or by path, with `base:` and ``key=value`` applied.
 
-    Raises UserError with all problems at once, each with its place and the remedy.
+    `say` is told, once the recipe is right, of old names in it and of what a part lost as it
+    got another kind. Raises UserError with all problems at once, each with place and remedy.
     """
     path = find_recipe(name)
-    tree = _inherit(path, ())
-    for override in overrides:
-        _override(tree, override)
+    tree, notes = _inherit(path, ())
+    tree, more = _overridden(tree, overrides)
     tree.setdefault("name", path.stem)
-    return parse_recipe(tree, str(name))
+    recipe = parse_recipe(tree, str(name))
+    _tell((*notes, *more), say)
+    return recipe
 
 
-def change_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """A resolved recipe with further ``key=value`` applied. Raises UserError like load_recipe."""
-    tree = recipe.model_dump(mode="json")
+def change_recipe(recipe: Recipe, overrides: Iterable[str], say: Say | None = notice) -> Recipe:
+    """A resolved recipe with further ``key=value`` applied; says and raises as load_recipe."""
     changes = list(overrides)
-    for override in changes:
-        _override(tree, override)
-    return parse_recipe(tree, f"{recipe.name} with {' '.join(changes)}")
+    # Only what was written: another kind of a part keeps no defaults of the one before.
+    tree, notes = _overridden(recipe.model_dump(mode="json", exclude_unset=True), changes)
+    changed = parse_recipe(tree, f"{recipe.name} with {' '.join(changes)}")
+    _tell(notes, say)
+    return changed
+
+
+def _tell(notes: Iterable[str], say: Say | None) -> None:
+    if say is not None:
+        for note in notes:
+            say(note)
 
 
 def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
-    """Check a tree of plain values; `source` is named in the error."""
+    """Check a tree of plain values, of this version or an older one; errors name `source`."""
     refuse_secrets(tree, f"recipe {source}")
     try:
+        tree, _ = with_new_names(tree)
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(e, tree) for e in error.errors()]
+        lines = [explain(e, tree) for e in error.errors()]
         raise UserError(f"recipe {source}:\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 
@@ -140,7 +157,7 @@ def _parse(text: str, source: str) -> Any:
     except RecursionError:
         raise UserError(f"{source} is not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{source} is not valid YAML: {_shortened(redact(str(error)))}") from None
+        raise UserError(f"{source} is not valid YAML: {shortened(redact(str(error)))}") from None
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:
@@ -160,114 +177,43 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def _shortened(text: str, limit: int = 300) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _inherit(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _inherit(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, list[str]]:
+    """A file's tree over its base's, and what to say of it: nothing of our own files."""
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise UserError(f"`base:` goes round in a circle: {chain}; remove one of them")
     tree = read_yaml(path)
     base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base is {base!r}; it must be one recipe's name or path")
-    beside = path.parent / base
-    parent = beside if beside.suffix and os.path.isfile(beside) else find_recipe(base)
-    inherited = _inherit(parent, (*seen, path.resolve()))
-    inherited.pop("name", None)  # a run is named after its own recipe
-    return _merge(inherited, tree)
+    tree, notes = canonical(tree)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base is {base!r}; it must be one recipe's name or path")
+        beside = path.parent / base
+        parent = beside if beside.suffix and os.path.isfile(beside) else find_recipe(base)
+        inherited, before = _inherit(parent, (*seen, path.resolve()))
+        inherited.pop("name", None)  # a run is named after its own recipe
+        tree, more = lay(inherited, [tree])
+        notes = [*before, *notes, *more]
+    return tree, [] if path.parent == BUILTIN else notes
 
 
-def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, key by key. A part with another `name` replaces the base's part."""
-    merged = dict(base)
-    for key, value in own.items():
-        below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, dict):
-            other_kind = "name" in value and value["name"] != below.get("name", value["name"])
-            merged[key] = value if other_kind else _merge(below, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path) or len(path) > _DEEPEST:
-        raise UserError(f"override {text!r} is not of the form key=value, such as optimizer.lr=2")
-    # Built as a tree of one leaf, so that an override merges by the same rule as `base:`.
-    leaf: Any = _parse(value, f"override {text!r}")
-    for part in reversed(path):
-        leaf = {part: leaf}
-    merged = _merge(tree, leaf)
-    tree.clear()
-    tree.update(merged)
-
-
-def _explain(error: Any, tree: Mapping[str, Any]) -> str:
-    """One line for one pydantic error: place, value, rule, remedy."""
-    # Pydantic puts the tag of a union's branch into the place; a reader never wrote it.
-    place = _written(error["loc"], tree)
-    where = ".".join(map(str, place)) or "recipe"
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        valid = _valid_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(place[-1]), valid, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{where}: unknown key; {hint}valid keys: {', '.join(valid)}"
-    if kind == "missing":
-        return f"{where}: missing; it has no default, so write it"
-    if kind == "value_error":
-        return message if where == "recipe" else f"{where}: {message}"
-    try:
-        value = repr(error["input"])
-    except ValueError:  # an integer of thousands of digits
-        value = "a number too long to show"
-    return f"{where} = {_shortened(value, 80)}: {message}"
-
-
-def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
-    """The parts of a pydantic location that stand in the recipe as written."""
-    place: list[Any] = []
-    for depth, part in enumerate(loc):
-        last = depth == len(loc) - 1
-        inside = isinstance(tree, Mapping) and part in tree
-        if inside or (isinstance(tree, list) and isinstance(part, int)):
-            tree = tree[part]
-            place.append(part)
-            continue
-        named = isinstance(tree, Mapping) and not last
-        tag = tree if isinstance(tree, str) else tree.get("name") if named else None
-        if part != tag:
-            place.append(part)
-    return place
-
-
-def _valid_keys(loc: Sequence[Any]) -> list[str]:
-    """The keys that the part at a pydantic location may hold."""
-    models: list[type[BaseModel]] = [Recipe]
-    for part in loc:
-        inner: list[type[BaseModel]] = []
-        for model in models:
-            if part in model.model_fields:
-                field = model.model_fields[part]
-                inner += _models_in(field.annotation) + _models_in(tuple(field.metadata))
-            elif "name" in model.model_fields and part in _names(model):
-                inner.append(model)
-        models = inner or models
-    return sorted({key for model in models for key in model.model_fields})
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    arguments = annotation if isinstance(annotation, tuple) else getattr(annotation, "__args__", ())
-    return [m for a in arguments for m in _models_in(a)]
-
-
-def _names(model: type[BaseModel]) -> tuple[Any, ...]:
-    return getattr(model.model_fields["name"].annotation, "__args__", ())
+def _overridden(tree: Tree, overrides: Iterable[str]) -> tuple[Tree, list[str]]:
+    """A tree with ``key=value`` applied, in whatever order, and what to say of it."""
+    layers, notes, whole = [], [], set[Place]()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path) or len(path) > _DEEPEST:
+            raise UserError(
+                f"override {text!r} is not of the form key=value, such as optimizer.lr=2"
+            )
+        leaf: Any = _parse(value, f"override {text!r}")
+        for part in reversed(path):
+            leaf = {part: leaf}
+        layer, old_names = canonical(leaf)
+        layers.append(layer)
+        notes += old_names
+        # KEY={name: ...} is a part written as a whole, KEY.name=... names one and keeps the rest.
+        whole |= {place for place in named_parts(layer) if len(place) >= len(path)}
+    tree, more = lay(tree, layers, whole)
+    return tree, [*notes, *more]

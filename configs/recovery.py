@@ -39,7 +39,7 @@ class Recovery(StrictModel):
         description="how often the run goes back to a checkpoint from before a bad step and "
         "steps over it; 0: a step that is not finite ends the run",
     )
-    step_over: Count = Field(
+    skip_steps: Count = Field(
         10, description="how many steps, up to the bad one, then make no update"
     )
     stall_s: Positive = Field(

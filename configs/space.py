@@ -9,7 +9,9 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe, read_yaml
+from bigbatch.configs.notices import notice
 from bigbatch.configs.part import Positive, StrictModel
+from bigbatch.configs.renamed import RENAMED
 
 Objective = Literal["accuracy", "nll", "ece", "seconds"]
 _EXAMPLE = "optimizer.lr: {type: float, low: 0.1, high: 10, log: true}"
@@ -110,6 +112,8 @@ def override(key: str, value: Any) -> str:
 def load_space(path: Path, recipe: str, overrides: tuple[str, ...] = ()) -> Space:
     """Read a space file, and try both ends of each range, or each choice, on the recipe.
 
+    A key keeps the name that the file gives it, so that a study goes on; old names are said.
+
     Raises UserError with all problems of the file, or the first value that the recipe
     refuses, before anything starts.
     """
@@ -119,9 +123,13 @@ def load_space(path: Path, recipe: str, overrides: tuple[str, ...] = ()) -> Spac
         lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
         raise UserError(f"space {path}:\n{lines}") from None
     for key, parameter in space.parameters.items():
+        if new := RENAMED.get(key):
+            if new in space.parameters:
+                raise UserError(f"space {path}: {key} is the old name of {new}; remove {key}")
+            notice(f"{path}: {key} is now called {new}; write that")
         for value in parameter.ends:
             try:
-                load_recipe(recipe, [*overrides, override(key, value)])
+                load_recipe(recipe, [*overrides, override(key, value)], say=None)
             except UserError as error:
                 raise UserError(f"space {path}: {override(key, value)} in {error}") from None
     return space

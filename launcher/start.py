@@ -15,6 +15,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.identity import NO_EFFECT, differences, summary
 from bigbatch.configs.load import change_recipe, dump_recipe
+from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
@@ -84,6 +85,11 @@ def one_voice(peers: Peers | None) -> Iterator[None]:
         if peers.local_rank == 0:
             print(f"bigbatch: {socket.gethostname()}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def speaks(peers: Peers | None) -> bool:
+    """Whether this process is the one of several alike that says what all of them know."""
+    return peers is None or peers.rank == 0
 
 
 def check_start(recipe: Recipe) -> None:
@@ -162,7 +168,7 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
     One of several ranks writes it, and the others wait for it: each of them reads it again.
     """
     before = run.recipe()
-    changed = change_recipe(before, overrides)
+    changed = change_recipe(before, overrides, notice if speaks(peers) else None)
     if found := differences(before, changed):
         free = [
             key if part is None else f"{key}.{part}"
@@ -173,7 +179,7 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
             f"{' '.join(overrides)}: that changes what is computed ({summary(found)}), so this "
             f"would not be the same run; you may change {', '.join(free)}, or start a new run"
         )
-    if peers is None or peers.rank == 0:
+    if speaks(peers):
         try:
             write_atomically(run.recipe_file, dump_recipe(changed))
         except OSError as error:
@@ -205,7 +211,7 @@ def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
         # srun's tasks choose for themselves, on the machine on which they are.
         here = launch.nproc, launch.most_nodes, launch.endpoint
         variables = {} if launch.launcher == "srun" else start_variables(*here, os.environ)
-    if peers is None or peers.rank == 0:
+    if speaks(peers):
         print(f"bigbatch: {describe_start(peers, launch, variables)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

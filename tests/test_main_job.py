@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     bigbatch("shard", "digits", "shards/digits", cwd=folder)
     said = bigbatch(
-        *("train", "digits", "duration=12 epochs", "ensemble.gate=1", "--nproc", "2"),
+        *("train", "digits", "duration=12 epochs", "ensemble.selection_margin=1", "--nproc", "2"),
         cwd=folder,
     )
     (folder / "said.txt").write_text(said)

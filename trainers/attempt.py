@@ -69,7 +69,7 @@ def open_attempt(
     """An attempt that goes on from `job.state`. Collective."""
     run, recipe, engine, plan = job.run, job.recipe, job.engine, job.inputs.plan
     keep = recipe.checkpoint
-    back = recipe.recovery.step_over if recipe.recovery.max_rollbacks else 0
+    back = recipe.recovery.skip_steps if recipe.recovery.max_rollbacks else 0
     retention = Retention(keep.keep, keep.keep_best, plan.keep_every, back)
     name = engine.from_main(f"{time.time_ns()}-{os.getpid()}")
     with (

@@ -53,6 +53,7 @@ def train(
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
+    from bigbatch.configs.notices import notice
     from bigbatch.configs.rundir import create_run
     from bigbatch.launcher import start
     from bigbatch.launcher.env import cpus_per_task, find_peers
@@ -61,7 +62,8 @@ def train(
     peers = find_peers(os.environ)
     start.hold_signals(peers)
     with start.one_voice(peers):
-        loaded = load_recipe(recipe, overrides)
+        # Of several ranks one says what is to be said of the recipe.
+        loaded = load_recipe(recipe, overrides, notice if start.speaks(peers) else None)
         cpus = cpus_per_task(os.environ)
         launch = Launch(launcher, 1, nnodes, rdzv_endpoint, node_rank, hostfile, cpus)
         several = launch.most_nodes > 1 and launcher in ("torchrun", "accelerate")

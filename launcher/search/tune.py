@@ -155,7 +155,7 @@ def _begin(search: Search, found: optuna.Study, trial: Trial, active: list[_Acti
 
 def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> Recipe:
     """The recipe with these changes. Raises UserError for what would end its run at the start."""
-    recipe = load_recipe(search.recipe, overrides)
+    recipe = load_recipe(search.recipe, overrides, say=None)  # said of the space already
     check_start(recipe)
     if search.slurm is not None and new:
         submit(search.recipe, overrides, run, search.slurm, "--dry-run", "--no-check")

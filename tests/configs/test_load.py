@@ -51,12 +51,6 @@ def test_base_is_merged_key_by_key_and_overrides_come_last(tmp_path):
     assert (recipe.optimizer.lr, recipe.optimizer.momentum) == (0.2, 0.8)
 
 
-def test_a_part_of_another_kind_replaces_the_base_part():
-    recipe = load_recipe("digits", ["optimizer={name: adamw, lr: 0.001}"])
-    assert recipe.optimizer.name == "adamw"
-    assert recipe.optimizer.weight_decay == 0  # not LARS's
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -64,7 +64,7 @@ def combine(
             for path, p in zip(paths, probabilities[name], strict=True):
                 members[name].append({"name": path.name, **score(p, labels[name])})
         accuracies = [m["accuracy"] for m in members[val]]
-        kept = gate(accuracies, config.gate)
+        kept = gate(accuracies, config.selection_margin)
         for name in splits:
             for number, member in enumerate(members[name]):
                 member["kept"] = number in kept

@@ -83,7 +83,7 @@ def check_step(
             "schedule.warmup, or set clip, then start a new run; or let it step over the bad "
             "steps by recovery.max_rollbacks"
         )
-    raise Rollback(why, [max(0, step + 1 - recovery.step_over), step])
+    raise Rollback(why, [max(0, step + 1 - recovery.skip_steps), step])
 
 
 def is_skipped(skipped_steps: list[Range], step: int) -> bool:

@@ -68,7 +68,7 @@ def test_a_good_step_is_taken_and_remembered():
 @pytest.mark.parametrize("bad", [{"loss": math.nan}, {"norm": math.inf}, {"loss": 9.0}])
 def test_a_bad_step_goes_back(bad):
     with pytest.raises(Rollback, match="step 50: loss") as raised:
-        check(**bad, spike=SPIKE, max_rollbacks=1, step_over=4)
+        check(**bad, spike=SPIKE, max_rollbacks=1, skip_steps=4)
     assert raised.value.steps == [47, 50]
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tm
     changes = [
         f"data.path={digits}", "log.wandb=off", "checkpoint.every=4 steps",
         "optimizer.lr=30", "schedule.warmup=1 epochs", "recovery.max_rollbacks=50",
-        "recovery.spike={factor: 1.02, deviations: 1, window: 5}", "recovery.step_over=3",
+        "recovery.spike={factor: 1.02, deviations: 1, window: 5}", "recovery.skip_steps=3",
     ]  # fmt: skip
     runs = [create_run(tmp_path / name, load_recipe("digits", changes)) for name in ("a", "b")]
     train(runs[0], 2, 24)
@@ -161,7 +161,7 @@ def test_a_rollback_leaves_a_loss_scaler_ready_for_the_next_try(digits, tmp_path
     changes = [
         f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=40 steps",
         "global_batch=8", "micro_batch=8", "schedule={name: constant}", "optimizer.lr=30",
-        "checkpoint.every=2 steps", "recovery.max_rollbacks=50", "recovery.step_over=1",
+        "checkpoint.every=2 steps", "recovery.max_rollbacks=50", "recovery.skip_steps=1",
         "recovery.spike={factor: 1.02, deviations: 1, window: 5}",
     ]  # fmt: skip
     run = create_run(tmp_path / "run", load_recipe("digits", changes))

@@ -1,0 +1,90 @@
+"""What a user is told of a recipe that its schema refuses, and which keys a part may hold."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from bigbatch.configs.schema import Recipe
+
+
+def explain(error: Any, tree: Mapping[str, Any]) -> str:
+    """One line for one pydantic error: place, value, rule, remedy."""
+    # Pydantic puts the tag of a union's branch into the place; a reader never wrote it.
+    place = _written(error["loc"], tree)
+    where = ".".join(map(str, place)) or "recipe"
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        valid = valid_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(place[-1]), valid, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{where}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if kind == "missing":
+        return f"{where}: missing; it has no default, so write it"
+    if kind == "value_error":
+        return message if where == "recipe" else f"{where}: {message}"
+    try:
+        value = repr(error["input"])
+    except ValueError:  # an integer of thousands of digits
+        value = "a number too long to show"
+    return f"{where} = {shortened(value, 80)}: {message}"
+
+
+def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
+    """The parts of a pydantic location that stand in the recipe as written."""
+    place: list[Any] = []
+    for depth, part in enumerate(loc):
+        last = depth == len(loc) - 1
+        inside = isinstance(tree, Mapping) and part in tree
+        if inside or (isinstance(tree, list) and isinstance(part, int)):
+            tree = tree[part]
+            place.append(part)
+            continue
+        named = isinstance(tree, Mapping) and not last
+        tag = tree if isinstance(tree, str) else tree.get("name") if named else None
+        if part != tag:
+            place.append(part)
+    return place
+
+
+def keys_of_kind(place: Sequence[str], kind: Any) -> set[str] | None:
+    """The keys of the part at a place in a recipe that calls itself `kind`; None where there is
+    no such part."""
+    models: list[type[BaseModel]] = [Recipe]
+    for key in place:
+        fields = [m.model_fields[key] for m in models if key in m.model_fields]
+        models = [m for f in fields for m in _models_in((f.annotation, *f.metadata))]
+    named = [m for m in models if "name" in m.model_fields]
+    found = [m for m in named if not _names(m) or kind in _names(m)]
+    return {key for m in found for key in m.model_fields} or None
+
+
+def valid_keys(loc: Sequence[Any]) -> list[str]:
+    """The keys that the part at a location may hold; its last word may be a kind of the part."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        inner: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                field = model.model_fields[part]
+                inner += _models_in(field.annotation) + _models_in(tuple(field.metadata))
+            elif "name" in model.model_fields and part in _names(model):
+                inner.append(model)
+        models = inner or models
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = annotation if isinstance(annotation, tuple) else getattr(annotation, "__args__", ())
+    return [m for a in arguments for m in _models_in(a)]
+
+
+def _names(model: type[BaseModel]) -> tuple[Any, ...]:
+    return getattr(model.model_fields["name"].annotation, "__args__", ())
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
