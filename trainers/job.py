@@ -114,8 +114,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     check_same_data(inputs, engine)
     classes = len(inputs.classes)
     model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
-    layout = memory_layout(recipe.model, engine.device)
-    model.to(memory_format=layout)
+    memory_format = memory_layout(recipe.model, engine.device)
+    model.to(memory_format=memory_format)
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
     augmenter = Augmenter(
         recipe.augment,
@@ -124,7 +124,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         classes=classes,
         seed=recipe.seed,
         device=engine.device,
-        layout=layout,
+        memory_format=memory_format,
     )
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash

@@ -44,8 +44,9 @@ class Evaluator:
         model.eval()
         outputs, numbers = [], []
         for batch in batches:
+            images = self.augmenter.evaluate(batch)  # float32, like the crops of training
             with engine.autocast():
-                outputs.append(model(self.augmenter.evaluate(batch)).float())
+                outputs.append(model(images).float())
             numbers.append(batch.samples)
         model.train(was_training)
 

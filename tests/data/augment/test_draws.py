@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+from bigbatch.data.augment import colour
+from bigbatch.data.augment.operation import Operation
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import View
@@ -163,6 +165,38 @@ def test_another_operation_changes_no_draws_of_the_others():
     assert np.array_equal(one.boxes(sizes, STEP, INDEX), other.boxes(sizes, STEP, INDEX))
     mirrored = [np.linalg.det(v.warps(len(SHAPES), STEP, INDEX)) < 0 for v in (one, other)]
     assert np.array_equal(*mirrored)
+
+
+def test_an_operation_more_changes_no_draws_wherever_it_stands(monkeypatch):
+    """Of a name that stands there already, or that geometry has: as a second one of its name."""
+    augment, batch = RECIPES["affine, jitter and mixup"], batch_of(3)
+    drawn = {}
+
+    def spy(name):
+        def apply(images, draws):
+            drawn[name, draws.occurrence] = draws.uniforms(len(images))
+            return images
+
+        return Operation(name, apply)
+
+    expected = augmenter(augment).train(batch)
+    (jitter,) = colour.operations(augment)
+    monkeypatch.setattr(
+        colour,
+        "operations",
+        lambda _: [spy("solarise"), jitter, spy("jitter"), spy("flip"), spy("solarise")],
+    )
+    found = augmenter(augment).train(batch)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    places = [("solarise", 0), ("jitter", 1), ("flip", 1), ("solarise", 1)]
+    assert list(drawn) == places
+    first = uniforms((len(SHAPES),), SEED, STEP, INDEX, "solarise")
+    again = uniforms((len(SHAPES),), SEED, STEP, INDEX, "solarise", 1)
+    assert np.array_equal(drawn["solarise", 0], first)
+    assert np.array_equal(drawn["solarise", 1], again)
+    taken = [uniforms((len(SHAPES),), SEED, STEP, INDEX, n) for n in (*UNIFORMS, "mixup")]
+    assert len({values.tobytes() for values in [*drawn.values(), *taken]}) == 10
 
 
 def test_no_other_key_gives_the_same_images():

@@ -149,7 +149,7 @@ def test_contact_sheet_is_one_picture():
 def test_the_memory_order_of_images_changes_none():
     batch = batch_of([(20, 24), (30, 18)])
     plain = augmenter(ALL)
-    ordered = augmenter(ALL, layout=torch.channels_last)
+    ordered = augmenter(ALL, memory_format=torch.channels_last)
     for a, b in ((plain.train(batch)[0], ordered.train(batch)[0]),
                  (plain.evaluate(batch), ordered.evaluate(batch))):  # fmt: skip
         assert a.is_contiguous()

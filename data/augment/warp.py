@@ -1,0 +1,46 @@
+"""Geometry on the device: crop, flip and affine map of each image as one resampling.
+
+torch's grid_sample rather than kornia's warp_affine, which inverts each matrix on the device
+and waits for the result.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigbatch.data.batch import MicroBatch
+from bigbatch.data.geometry import Matrices, to_theta
+
+# Above this many source pixels per output pixel, bilinear sampling skips pixels.
+_MAX_SHRINK = 1.3
+
+
+def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) -> Tensor:
+    """Images [B, C, out, out] in [0, 1], pixel by pixel from where the matrices say.
+
+    To be called outside autocast: a grid in bfloat16 is off by parts of a pixel.
+    """
+    canvas = batch.canvas(device)
+    height, width = canvas.shape[1:3]
+    theta, shrink = to_theta(matrices, out, (height, width))
+    # Antialiasing: sample a finer grid, then average. 1 in almost every training batch.
+    finer = max(1, round(shrink)) if shrink > _MAX_SHRINK else 1
+    canvas = canvas.permute(0, 3, 1, 2).float().div_(255)
+    grid = F.affine_grid(
+        _put(torch.from_numpy(theta), device),
+        [len(canvas), canvas.shape[1], out * finer, out * finer],
+        align_corners=False,
+    )
+    # Beyond an image's own edge (which lies inside the canvas) its edge is repeated.
+    size = np.array([width, height])
+    last = torch.from_numpy((2 * batch.sizes.numpy()[:, ::-1] - 1) / size - 1).float()
+    first = torch.tensor([1 / width - 1, 1 / height - 1])
+    grid = torch.maximum(grid, _put(first, device))
+    grid = torch.minimum(grid, _put(last, device)[:, None, None])
+    images = F.grid_sample(canvas, grid, mode="bilinear", align_corners=False)
+    return F.avg_pool2d(images, finer) if finer > 1 else images
+
+
+def _put(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,85 @@
+"""Evaluation over whole splits: what the model is shown."""
+
+import io
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.schema import Augment
+from bigbatch.data.augment import pipeline
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.index import Index
+from bigbatch.trainers.evaluation.evaluate import Evaluator
+from tests.helpers.micro_batches import write_shards
+
+SIZES = 40
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """Pictures of 40 random sizes, none of them square."""
+    generator = np.random.default_rng(1)
+    images = []
+    for number in range(SIZES):
+        height, width = generator.integers(40, 400, 2).tolist()
+        small = generator.integers(0, 256, (height // 3, width // 3 + 1, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize((width + (width == height), height)).save(file, "JPEG")
+        images.append((file.getvalue(), number % 4))
+    return write_shards(tmp_path_factory.mktemp("photos") / "val", images)
+
+
+def logits(index: Index, out: int, autocast: Any, inner: Any = nullcontext) -> np.ndarray:
+    """What an engine that computes under `autocast`, in the model under `inner`, scores."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    body.append(nn.LazyLinear(4))
+
+    class Model(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.dtype == torch.float32
+            with inner():
+                result: torch.Tensor = body(images)
+            return result
+
+    recipe = load_recipe("digits", [f"data.image_size={out}", "data.channels=3",
+                                    "augment.mean=[0.5,0.5,0.5]", "augment.std=[0.2,0.2,0.2]",
+                                    "data.workers=0", "evaluate.batch=1"])  # fmt: skip
+    augmenter = Augmenter(
+        Augment(), image_size=out, crop_fraction=0.875, classes=4, seed=0, device=CPU
+    )
+    engine: Any = SimpleNamespace(
+        rank=0, world=1, device=CPU, autocast=autocast, gather_rows=lambda rows, _: [rows.numpy()]
+    )
+    model = Model()
+    with torch.no_grad():
+        body(torch.zeros(1, 3, out, out))
+    found = Evaluator(engine, augmenter, recipe).logits(model, index)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out", [29, 56])
+def test_logits_are_those_of_float32_crops(
+    photos: Index, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, out: int
+) -> None:
+    """With the way of a device, at every size; evaluate.batch 1, so each has its own canvas."""
+    monkeypatch.setattr(pipeline, "nearly_whole", lambda boxes: False)
+
+    def reduced() -> torch.autocast:
+        return torch.autocast("cpu", dtype)
+
+    expected = logits(photos, out, nullcontext, reduced)
+    found = logits(photos, out, reduced)
+    assert found.shape == (SIZES, 4)
+    assert np.abs(found - expected).max() < 1e-3
+    assert np.abs(found).max() > 0.1
