@@ -11,7 +11,7 @@ from PIL import Image
 from bigbatch.configs.augment import Augment, Crop
 from bigbatch.configs.sampling import Uniform
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import MicroBatch
+from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.geometry import View
 from bigbatch.data.index import open_index
 from bigbatch.data.loader import train_batches
@@ -24,23 +24,9 @@ SCALE, MEAN, STD = (0.08, 1.0), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 def our_batches(folder: Path, workers: int, view: View | None = None) -> Iterator[MicroBatch]:
     index = open_index(folder)
-    return train_batches(
-        index,
-        build_order(Uniform(), index, 0),
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        rank=0,
-        world=1,
-        start_step=0,
-        stop_step=10**9,
-        image_size=SIZE,
-        channels=3,
-        workers=workers,
-        threads=1,
-        bad_samples=0,
-        journal=None,
-        view=view,
-    )
+    plan = BatchPlan(BATCH, BATCH, rank=0, world=1, start_step=0, stop_step=10**9)
+    decoding = Decoding(SIZE, channels=3, workers=workers, threads=1, view=view)
+    return train_batches(index, build_order(Uniform(), index, 0), plan, decoding)
 
 
 def make_augmenter() -> Augmenter:

@@ -1,13 +1,54 @@
-"""One micro-batch: decoded samples on their way to the device."""
+"""Micro-batches: which ones a rank makes and how, and what one holds on its way to the device."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigbatch.data.geometry import Frames, whole_frames
+from bigbatch.data.geometry import Frames, View, whole_frames
 from bigbatch.data.order import Positions
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which micro-batches a rank makes: rank, rank + world, ... of steps start to stop."""
+
+    global_batch: int  # images of a step, on all ranks together
+    micro_batch: int  # images of a micro-batch
+    rank: int
+    world: int
+    start_step: int
+    stop_step: int  # the first one that is not made
+
+    @property
+    def numbers(self) -> range:
+        """The rank's micro-batches in every step."""
+        return range(self.rank, self.global_batch // self.micro_batch, self.world)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(step, micro-batch) of each, in order."""
+        return ((s, m) for s in range(self.start_step, self.stop_step) for m in self.numbers)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How samples become pixels in the trainer's memory.
+
+    What a micro-batch holds depends on neither `workers`, `threads` nor `pin_memory`. A stream
+    takes no notice of `workers` and `view`, an evaluation of `bad_samples` and `journal`.
+    """
+
+    image_size: int
+    channels: int
+    workers: int  # processes; 0: this one
+    threads: int  # in each
+    bad_samples: int = 0  # how many unreadable ones are substituted or passed over
+    journal: Path | None = None  # where these are noted
+    pin_memory: bool = False  # page-locked, for copies to a GPU
+    view: View | None = None  # what will be seen of each image; without it, maybe all
 
 
 @dataclass(frozen=True)

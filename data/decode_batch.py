@@ -32,8 +32,8 @@ from bigbatch.data.read import BadSample, ShardReader
 from bigbatch.data.staging import Cache, Remote
 
 # Where the encoded bytes of a sample lie: columns of the index.
-EXTENT = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
-Extents = npt.NDArray[np.void]  # [B], of dtype EXTENT
+BYTE_RANGE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
+ByteRanges = npt.NDArray[np.void]  # [B], of dtype BYTE_RANGE
 Key = tuple[int, int]  # step and micro-batch, from which crops are drawn
 
 
@@ -75,13 +75,13 @@ class BatchDecoder:
         self._pool = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
 
     def decode(
-        self, extents: Extents, allocate: Callable[[int], Pixels], key: Key = (0, 0)
+        self, byte_ranges: ByteRanges, allocate: Callable[[int], Pixels], key: Key = (0, 0)
     ) -> Decoded:
         """Decode a batch into the uint8 array that `allocate` makes for so many bytes.
 
         `key` is the micro-batch's. Raises UserError for a shard that cannot be read.
         """
-        places = extents.tolist()
+        places = byte_ranges.tolist()
         count, channels = len(places), self.source.channels
         opened: list[Jpeg | Pixels] = [_NOTHING] * count
         frames = np.zeros(count, FRAME)
@@ -104,16 +104,16 @@ class BatchDecoder:
         jpegs = [i for i, image in enumerate(opened) if isinstance(image, Jpeg)]
         sizes = np.array([opened[i][:2] for i in jpegs], np.int64).reshape(-1, 2)
         frames[jpegs] = self._frames(sizes, jpegs, count, key)
-        layout = frames.tolist()
-        ends = list(itertools.accumulate(h * w * channels for h, w, *_ in layout))
+        stored = frames.tolist()
+        ends = list(itertools.accumulate(h * w * channels for h, w, *_ in stored))
         pixels = allocate(ends[-1])
         targets = [
             pixels[end - h * w * channels : end].reshape(h, w, channels)
-            for end, (h, w, *_) in zip(ends, layout, strict=True)
+            for end, (h, w, *_) in zip(ends, stored, strict=True)
         ]
 
         def write(i: int) -> None:
-            height, width, _, _, factor, left, top = layout[i]
+            height, width, _, _, factor, left, top = stored[i]
             image, target = opened[i], targets[i]
             try:
                 if not isinstance(image, Jpeg):
@@ -130,13 +130,13 @@ class BatchDecoder:
         return Decoded(pixels, frames, bad, _slowest((place[0] for place in places), seconds))
 
     def one(
-        self, extent: tuple[int, int, int, int], place: int, count: int, key: Key
+        self, byte_range: tuple[int, int, int, int], place: int, count: int, key: Key
     ) -> tuple[Pixels, Frames]:
         """Image `place` of a micro-batch of `count`: uint8 [H, W, C], and its frame [1].
 
         Raises BadSample.
         """
-        image = open_pixels(self._read(extent), self.source.channels)
+        image = open_pixels(self._read(byte_range), self.source.channels)
         frame, pixels = self._stored(image, place, count, key)
         return pixels, frame
 
@@ -163,11 +163,11 @@ class BatchDecoder:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _read(self, extent: tuple[int, int, int, int]) -> bytes:
-        size = extent[2]
+    def _read(self, byte_range: tuple[int, int, int, int]) -> bytes:
+        size = byte_range[2]
         if size > MAX_BYTES:
             raise BadSample(f"{size:,} encoded bytes; the limit is {MAX_BYTES:,}")
-        return self._reader.read(*extent)
+        return self._reader.read(*byte_range)
 
     def _each(self, count: int, work: Callable[[int], None]) -> None:
         """Call work(0) ... work(count - 1), whichever thread is free the next one."""

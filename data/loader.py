@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.batch import MicroBatch
+from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.decode import Pixels
-from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Key, Source
-from bigbatch.data.geometry import Frames, View
+from bigbatch.data.decode_batch import BYTE_RANGE, BatchDecoder, ByteRanges, Decoded, Key, Source
+from bigbatch.data.geometry import Frames
 from bigbatch.data.index import Index
 from bigbatch.data.journal import append
 from bigbatch.data.order import Order, Positions
@@ -34,43 +33,25 @@ _AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
 
 
 def train_batches(
-    index: Index,
-    order: Order,
-    *,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    start_step: int,
-    stop_step: int,
-    image_size: int,
-    channels: int,
-    workers: int,
-    threads: int,
-    bad_samples: int,
-    journal: Path | None,
-    pin_memory: bool = False,
-    view: View | None = None,
+    index: Index, order: Order, plan: BatchPlan, decoding: Decoding
 ) -> Iterator[MicroBatch]:
-    """Micro-batches rank, rank + world, ... of steps start_step to stop_step, in order.
+    """The plan's micro-batches, in order.
 
-    `workers` processes decode, each with `threads` threads; 0 is this process. Large images
-    come at the resolution that `view` needs, or else as `decode.whole_factor` says. Unreadable
-    samples are substituted by others of their class at the same position and noted in
-    `journal`; more than `bad_samples` of them raise UserError, as do a lost shard and a
-    worker that dies.
+    `decoding.workers` processes decode; large images come at the resolution that `view` needs,
+    or else as `decode.whole_factor` says. Unreadable samples are substituted by others of their
+    class at the same position and noted in `journal`; more than `bad_samples` of them raise
+    UserError, as do a lost shard and a worker that dies.
     """
-    source = _source(index, image_size, channels, threads, view)
+    source = _source(index, decoding)
     mender = _Mender(index, order, BatchDecoder(replace(source, threads=1)))
-    numbers = range(rank, global_batch // micro_batch, world)
-    tasks = ((step, number) for step in range(start_step, stop_step) for number in numbers)
+    size, tasks = plan.micro_batch, plan.places()
 
     def work() -> Iterator[_Work]:
-        with prefetching(index, order, numbers) as prefetch:
+        with prefetching(index, order, plan.numbers) as prefetch:
             # Several at once: a call for few positions takes as long as one for thousands.
-            while some := list(islice(tasks, max(1, _POSITIONS // micro_batch))):
-                starts = [step * global_batch + number * micro_batch for step, number in some]
-                positions = np.add.outer(np.array(starts, np.int64), np.arange(micro_batch))
+            while some := list(islice(tasks, max(1, _POSITIONS // size))):
+                starts = [step * plan.global_batch + number * size for step, number in some]
+                positions = np.add.outer(np.array(starts, np.int64), np.arange(size))
                 samples = order.samples(positions.ravel()).reshape(positions.shape)
                 for (step, number), own, at in zip(some, samples, positions, strict=True):
                     prefetch(int(at[0]), own)
@@ -78,42 +59,32 @@ def train_batches(
 
     def batches() -> Iterator[MicroBatch]:
         found = 0
-        for todo, decoded in _decode(index, source, work(), workers):
+        for todo, decoded in _decode(index, source, work(), decoding.workers):
             if not decoded.bad:
-                yield _batch(index, channels, todo, todo.samples, decoded)
+                yield _batch(index, decoding.channels, todo, todo.samples, decoded)
                 continue
             samples, mended, entries = mender.mend(todo, decoded)
             found += len(entries)
-            append(journal, entries)
-            if found > bad_samples:
+            append(decoding.journal, entries)
+            if found > decoding.bad_samples:
                 raise UserError(
                     f"{found} samples could not be read, the last one {_where(entries[-1])}; "
-                    f"data.bad_samples allows {bad_samples}. Repair the shards under "
+                    f"data.bad_samples allows {decoding.bad_samples}. Repair the shards under "
                     f"{index.place}, or raise the limit"
                 )
-            yield _batch(index, channels, todo, samples, mended, entries)
+            yield _batch(index, decoding.channels, todo, samples, mended, entries)
 
-    return pinned(batches()) if pin_memory else batches()
+    return pinned(batches()) if decoding.pin_memory else batches()
 
 
 def eval_batches(
-    index: Index,
-    *,
-    batch: int,
-    rank: int,
-    world: int,
-    image_size: int,
-    channels: int,
-    workers: int,
-    threads: int,
-    pin_memory: bool = False,
-    view: View | None = None,
+    index: Index, decoding: Decoding, *, batch: int, rank: int, world: int
 ) -> Iterator[MicroBatch]:
     """Batches rank, rank + world, ... of all samples in index order; the last may be short.
 
     An unreadable sample raises UserError: an evaluation over other images is another one.
     """
-    source = _source(index, image_size, channels, threads, view)
+    source = _source(index, decoding)
 
     def work() -> Iterator[_Work]:
         with prefetching_in_order(index) as prefetch:
@@ -123,16 +94,16 @@ def eval_batches(
                 yield _Work(0, number, samples, samples)
 
     def batches() -> Iterator[MicroBatch]:
-        for todo, decoded in _decode(index, source, work(), workers):
+        for todo, decoded in _decode(index, source, work(), decoding.workers):
             for place, reason in decoded.bad.items():
                 entry = _entry(index, int(todo.samples[place]), reason)
                 raise UserError(
                     f"{_where(entry)}; evaluation substitutes nothing, so repair the shard or "
                     "write it again"
                 )
-            yield _batch(index, channels, todo, todo.samples, decoded)
+            yield _batch(index, decoding.channels, todo, todo.samples, decoded)
 
-    return pinned(batches()) if pin_memory else batches()
+    return pinned(batches()) if decoding.pin_memory else batches()
 
 
 @dataclass(frozen=True)
@@ -172,22 +143,27 @@ def _batch(
     )
 
 
-def _source(
-    index: Index, image_size: int, channels: int, threads: int, view: View | None = None
-) -> Source:
-    names = [file.name for file in index.shards]
-    return Source(index.root, names, image_size, channels, threads, index.remote, view)
+def _source(index: Index, decoding: Decoding) -> Source:
+    return Source(
+        root=index.root,
+        shards=[file.name for file in index.shards],
+        image_size=decoding.image_size,
+        channels=decoding.channels,
+        threads=decoding.threads,
+        remote=index.remote,
+        view=decoding.view,
+    )
 
 
-def _extents(index: Index, samples: Positions) -> Extents:
-    extents = np.empty(len(samples), EXTENT)
-    for name in EXTENT.names or ():
-        extents[name] = getattr(index, name)[samples]
-    return extents
+def _byte_ranges(index: Index, samples: Positions) -> ByteRanges:
+    byte_ranges = np.empty(len(samples), BYTE_RANGE)
+    for name in BYTE_RANGE.names or ():
+        byte_ranges[name] = getattr(index, name)[samples]
+    return byte_ranges
 
 
 class _Decoder(Protocol):
-    def submit(self, extents: Extents, key: Key) -> None: ...
+    def submit(self, byte_ranges: ByteRanges, key: Key) -> None: ...
     def receive(self) -> Decoded: ...
     def close(self) -> None: ...
 
@@ -197,14 +173,14 @@ class _InProcess:
 
     def __init__(self, source: Source) -> None:
         self._decoder = BatchDecoder(source)
-        self._waiting: deque[tuple[Extents, Key]] = deque()
+        self._waiting: deque[tuple[ByteRanges, Key]] = deque()
 
-    def submit(self, extents: Extents, key: Key) -> None:
-        self._waiting.append((extents, key))
+    def submit(self, byte_ranges: ByteRanges, key: Key) -> None:
+        self._waiting.append((byte_ranges, key))
 
     def receive(self) -> Decoded:
-        extents, key = self._waiting.popleft()
-        return self._decoder.decode(extents, lambda n: np.empty(n, np.uint8), key)
+        byte_ranges, key = self._waiting.popleft()
+        return self._decoder.decode(byte_ranges, lambda n: np.empty(n, np.uint8), key)
 
     def close(self) -> None:
         self._decoder.close()
@@ -219,7 +195,7 @@ def _decode(
     try:
         for work in works:
             coming.append(work)
-            pool.submit(_extents(index, work.samples), work.key)
+            pool.submit(_byte_ranges(index, work.samples), work.key)
             if len(coming) > _AHEAD * workers:
                 yield coming.popleft(), pool.receive()
         while coming:
@@ -257,9 +233,9 @@ class _Mender:
         entries = [_entry(self.index, sample, reason)]
         for attempt in range(_SUBSTITUTES):
             other = self.order.substitute(sample, position, attempt)
-            extent = _extents(self.index, np.array([other])).tolist()[0]
+            byte_range = _byte_ranges(self.index, np.array([other])).tolist()[0]
             try:
-                image, frame = self.decoder.one(extent, place, len(work.samples), work.key)
+                image, frame = self.decoder.one(byte_range, place, len(work.samples), work.key)
             except BadSample as error:
                 entries.append(_entry(self.index, other, str(error)))
             else:

@@ -24,8 +24,8 @@ def reading_ahead(index: Index) -> Iterator[Callable[[Positions], None]]:
 
     def fetch(samples: Positions) -> None:
         with suppress(OSError):
-            for extent in zip(*(column[samples].tolist() for column in columns), strict=True):
-                reader.expect(*extent)
+            for byte_range in zip(*(column[samples].tolist() for column in columns), strict=True):
+                reader.expect(*byte_range)
 
     with ThreadPoolExecutor(1) as thread:  # asking for a range can wait for the disk, too
 

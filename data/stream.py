@@ -29,7 +29,7 @@ from webdataset.shardlists import ResampledShards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.batch import MicroBatch
+from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.decode import MAX_BYTES, Pixels, decode
 from bigbatch.data.journal import append
 from bigbatch.data.loader import pinned
@@ -117,44 +117,30 @@ def _samples(urls: Sequence[str], seed: int, part: int, faults: _Faults) -> Iter
 
 
 def stream_batches(
-    urls: Sequence[str],
-    *,
-    classes: int,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    start_step: int,
-    stop_step: int,
-    seed: int,
-    image_size: int,
-    channels: int,
-    threads: int,
-    bad_samples: int,
-    journal: Path | None = None,
-    pin_memory: bool = False,
+    urls: Sequence[str], plan: BatchPlan, decoding: Decoding, *, classes: int, seed: int
 ) -> Iterator[MicroBatch]:
-    """Micro-batches rank, rank + world, ... of steps start_step to stop_step.
+    """The plan's micro-batches; this process decodes them, with `decoding.threads` threads.
 
     They are filled from the rank's own stream, which starts anew, with other draws, at each
     `start_step`. `samples` numbers its draws. Labels must be below `classes`.
     """
-    faults = _Faults(bad_samples, journal, start_step)
-    stream = _samples(urls, key64(seed, start_step, "stream"), rank, faults)
+    size, channels = plan.micro_batch, decoding.channels
+    faults = _Faults(decoding.bad_samples, decoding.journal, plan.start_step)
+    stream = _samples(urls, key64(seed, plan.start_step, "stream"), plan.rank, faults)
 
     def pixels(sample: Encoded) -> Pixels:
         if sample.label >= classes:
             raise BadSample(f"label {sample.label} of {classes} classes")
         if len(sample.image) > MAX_BYTES:
             raise BadSample(f"{len(sample.image):,} encoded bytes")
-        return decode(sample.image, image_size=image_size, channels=channels)
+        return decode(sample.image, image_size=decoding.image_size, channels=channels)
 
     def decoded() -> Iterator[tuple[Encoded, Pixels]]:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(decoding.threads) as pool:
             coming: deque[tuple[Encoded, Future[Pixels]]] = deque()
             for sample in stream:
                 coming.append((sample, pool.submit(pixels, sample)))
-                if len(coming) <= micro_batch:
+                if len(coming) <= size:
                     continue
                 first, image = coming.popleft()
                 try:
@@ -164,22 +150,21 @@ def stream_batches(
 
     def batches() -> Iterator[MicroBatch]:
         images, drawn = decoded(), 0
-        for step in range(start_step, stop_step):
-            for number in range(rank, global_batch // micro_batch, world):
-                faults.step = step
-                some = [next(images) for _ in range(micro_batch)]
-                yield MicroBatch(
-                    step=step,
-                    index=number,
-                    samples=np.arange(drawn, drawn + micro_batch, dtype=np.int64),
-                    labels=torch.tensor([sample.label for sample, _ in some]),
-                    pixels=torch.from_numpy(np.concatenate([image.ravel() for _, image in some])),
-                    sizes=torch.tensor([image.shape[:2] for _, image in some], dtype=torch.int32),
-                    channels=channels,
-                )
-                drawn += micro_batch
+        for step, number in plan.places():
+            faults.step = step
+            some = [next(images) for _ in range(size)]
+            yield MicroBatch(
+                step=step,
+                index=number,
+                samples=np.arange(drawn, drawn + size, dtype=np.int64),
+                labels=torch.tensor([sample.label for sample, _ in some]),
+                pixels=torch.from_numpy(np.concatenate([image.ravel() for _, image in some])),
+                sizes=torch.tensor([image.shape[:2] for _, image in some], dtype=torch.int32),
+                channels=channels,
+            )
+            drawn += size
 
-    return pinned(batches()) if pin_memory else batches()
+    return pinned(batches()) if decoding.pin_memory else batches()
 
 
 def _opened(shards: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[dict[str, Any]]:

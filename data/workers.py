@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.decode_batch import EXTENT, BatchDecoder, Decoded, Extents, Key, Source
+from bigbatch.data.decode_batch import BYTE_RANGE, BatchDecoder, ByteRanges, Decoded, Key, Source
 from bigbatch.data.geometry import FRAME, Frames, View
 from bigbatch.data.staging import Remote
 
@@ -44,7 +44,7 @@ _FIRST_SIZE = 1 << 20  # of a slab, in bytes
 
 
 class Slab:
-    """Shared memory of one batch: extents [B], frames [B], pixels, and a JSON text."""
+    """Shared memory of one batch: byte_ranges [B], frames [B], pixels, and a JSON text."""
 
     def __init__(self, handle: int, size: int = 0) -> None:
         self.handle = handle
@@ -64,11 +64,11 @@ class Slab:
             self._memory = mmap.mmap(self.handle, 0)
         return np.frombuffer(self._memory, dtype, count, start)
 
-    def extents(self, samples: int) -> Extents:
-        return self.view(0, samples, EXTENT)
+    def byte_ranges(self, samples: int) -> ByteRanges:
+        return self.view(0, samples, BYTE_RANGE)
 
     def frames(self, samples: int) -> Frames:
-        return self.view(_aligned(samples * EXTENT.itemsize), samples, FRAME)
+        return self.view(_aligned(samples * BYTE_RANGE.itemsize), samples, FRAME)
 
     def pixels(self, samples: int, count: int) -> npt.NDArray[np.uint8]:
         return self.view(_pixels_at(samples), count, np.uint8)
@@ -78,7 +78,7 @@ class Slab:
 
 
 def _pixels_at(samples: int) -> int:
-    return _aligned(samples * EXTENT.itemsize) + _aligned(samples * FRAME.itemsize)
+    return _aligned(samples * BYTE_RANGE.itemsize) + _aligned(samples * FRAME.itemsize)
 
 
 def _aligned(size: int) -> int:
@@ -102,7 +102,7 @@ class WorkerPool:
         self._free: deque[int] = deque()  # numbers of slabs
         self._busy: deque[tuple[_Worker, int, int]] = deque()  # worker, slab, samples
 
-    def submit(self, extents: Extents, key: Key = (0, 0)) -> None:
+    def submit(self, byte_ranges: ByteRanges, key: Key = (0, 0)) -> None:
         """Give a micro-batch to the worker that has least to do. Does not wait.
 
         Taking turns instead, all workers would be as slow as the one on the busiest core.
@@ -113,23 +113,23 @@ class WorkerPool:
         except IndexError:
             number = len(self._slabs)
             self._slabs.append(Slab(os.memfd_create("bigbatch-slab"), _FIRST_SIZE))
-        self._slabs[number].extents(len(extents))[:] = extents
-        worker.submit(number, self._slabs[number], len(extents), key)
-        self._busy.append((worker, number, len(extents)))
+        self._slabs[number].byte_ranges(len(byte_ranges))[:] = byte_ranges
+        worker.submit(number, self._slabs[number], len(byte_ranges), key)
+        self._busy.append((worker, number, len(byte_ranges)))
 
     def receive(self) -> Decoded:
         """The batch that was submitted first. Raises UserError where its worker cannot."""
         worker, number, samples = self._busy.popleft()
         size, length = worker.receive()
         slab = self._slabs[number]
-        said = json.loads(slab.text(samples, size, length).tobytes())
-        if "error" in said:
-            raise UserError(said["error"])
+        reply = json.loads(slab.text(samples, size, length).tobytes())
+        if "error" in reply:
+            raise UserError(reply["error"])
         pixels = slab.pixels(samples, size)
         # All views of these pixels, NumPy's and torch's, keep this one buffer alive.
         weakref.finalize(pixels.base, self._free.append, number).atexit = False
-        bad = {int(i): reason for i, reason in said["bad"].items()}
-        shard, seconds = said["slow_read"]
+        bad = {int(i): reason for i, reason in reply["bad"].items()}
+        shard, seconds = reply["slow_read"]
         return Decoded(pixels, slab.frames(samples).copy(), bad, (shard, seconds))
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ def main() -> None:
 def _make(decoder: BatchDecoder, slab: Slab, samples: int, key: Key) -> bytes:
     """Decode one batch into its slab; the reply that says how much lies there."""
     try:
-        done = decoder.decode(slab.extents(samples), lambda n: slab.pixels(samples, n), key)
+        done = decoder.decode(slab.byte_ranges(samples), lambda n: slab.pixels(samples, n), key)
     except UserError as error:
         size, text = 0, json.dumps({"error": str(error)})
     else:

@@ -4,7 +4,6 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from pydantic import JsonValue
@@ -15,7 +14,7 @@ from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
-from bigbatch.data.batch import MicroBatch
+from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import train_batches
 from bigbatch.data.stream import stream_batches
@@ -56,27 +55,22 @@ class Job:
         self, start: int, stop: int, rank: int, world: int, journal: Path | None
     ) -> Iterator[MicroBatch]:
         recipe, data = self.recipe, self.recipe.data
-        common: dict[str, Any] = {
-            "global_batch": recipe.global_batch,
-            "micro_batch": recipe.micro_batch,
-            "rank": rank,
-            "world": world,
-            "start_step": start,
-            "stop_step": stop,
-            "image_size": data.image_size,
-            "channels": data.channels,
-            "threads": data.threads,
-            "bad_samples": data.bad_samples,
-            "journal": journal,
-            "pin_memory": self.engine.device.type == "cuda",
-        }
+        plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
+        decoding = Decoding(
+            image_size=data.image_size,
+            channels=data.channels,
+            workers=data.workers,
+            threads=data.threads,
+            bad_samples=data.bad_samples,
+            journal=journal,
+            pin_memory=self.engine.device.type == "cuda",
+            view=self.augmenter.view,
+        )
         if self.inputs.order is None:
             assert data.stream is not None
             classes = len(self.inputs.classes)
-            return stream_batches(data.stream, classes=classes, seed=recipe.seed, **common)
-        index = self.inputs.splits["train"]
-        view = self.augmenter.view
-        return train_batches(index, self.inputs.order, workers=data.workers, view=view, **common)
+            return stream_batches(data.stream, plan, decoding, classes=classes, seed=recipe.seed)
+        return train_batches(self.inputs.splits["train"], self.inputs.order, plan, decoding)
 
     def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""

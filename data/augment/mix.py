@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigbatch.configs.schema import Augment
+from bigbatch.configs.augment import Augment
 from bigbatch.data.augment.operation import Draws, Mixing
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from bigbatch.data.loader import eval_batches
 from bigbatch.data.order import build_order
 from tests.helpers.micro_batches import (
     BALANCED,
+    DECODING,
     SIZE,
     all_ranks,
     batches_of,
@@ -78,9 +80,9 @@ def test_too_many_bad_samples_stop_the_run(damaged, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_refuses_bad_samples(damaged, workers):
-    options = {"image_size": SIZE, "channels": 3, "workers": workers, "threads": 1}
+    decoding = replace(DECODING, workers=workers)
     with pytest.raises(UserError, match=r"000000\.tar at byte .*CRC-32C.*substitutes nothing"):
-        list(eval_batches(damaged, batch=8, rank=0, world=1, **options))
+        list(eval_batches(damaged, decoding, batch=8, rank=0, world=1))
 
 
 def test_what_is_no_image_is_found_and_what_is_odd_is_used(tmp_path):

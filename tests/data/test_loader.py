@@ -12,7 +12,7 @@ from PIL import Image
 from bigbatch.configs.augment import Affine, Crop
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
-from bigbatch.data.batch import MicroBatch
+from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.decode import decode
 from bigbatch.data.geometry import View
 from bigbatch.data.index import open_index
@@ -74,11 +74,11 @@ def test_a_later_start_goes_on_in_the_same_stream(index, reference):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_every_sample_once(index, workers):
-    options = {"image_size": SIZE, "channels": 1, "workers": workers, "threads": 1}
+    decoding = Decoding(SIZE, channels=1, workers=workers, threads=1)
     for world in (1, 2, 4):
         seen = []
         for rank in range(world):
-            batches = list(eval_batches(index, batch=12, rank=rank, world=world, **options))
+            batches = list(eval_batches(index, decoding, batch=12, rank=rank, world=world))
             assert [b.index for b in batches] == list(range(rank, 4, world))
             for b in batches:
                 assert b.canvas().shape[3] == 1

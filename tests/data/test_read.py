@@ -110,10 +110,12 @@ def test_what_is_read_ahead_is_in_memory(tmp_path):
     """Against the system's own word on its page cache, which it is asked to empty first."""
     index = write_shards(tmp_path / "train", [(os.urandom(20_000), 0) for _ in range(64)])
     reader = ShardReader([index.root / file.name for file in index.shards])
-    extents = list(zip(*(c.tolist() for c in (index.shard, index.offset, index.size)), strict=True))
+    byte_ranges = list(
+        zip(*(c.tolist() for c in (index.shard, index.offset, index.size)), strict=True)
+    )
 
     def cold():
-        return [not reader.in_memory(*extent[:2]) for extent in extents]
+        return [not reader.in_memory(*byte_range[:2]) for byte_range in byte_ranges]
 
     for file in index.shards:
         with (index.root / file.name).open("rb") as shard:

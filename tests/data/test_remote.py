@@ -13,6 +13,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
 from bigbatch.data import retry
+from bigbatch.data.batch import Decoding
 from bigbatch.data.index import open_index
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.loader import eval_batches
@@ -80,11 +81,10 @@ def test_the_same_batches_as_from_the_disk(digits, remote, lanes, world, workers
 
 
 def test_evaluation_reads_every_sample(digits, remote):
-    options = {"batch": 100, "image_size": 8, "channels": 1, "workers": 0, "threads": 1}
+    decoding = Decoding(8, channels=1, workers=0, threads=1)
     index = open_remote(remote)
-    found = [
-        b.samples for rank in range(2) for b in eval_batches(index, rank=rank, world=2, **options)
-    ]
+    batches = (eval_batches(index, decoding, batch=100, rank=rank, world=2) for rank in range(2))
+    found = [b.samples for rank in batches for b in rank]
     assert np.array_equal(np.sort(np.concatenate(found)), np.arange(len(index)))
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.batch import BatchPlan, Decoding
 from bigbatch.data.decode import decode
 from bigbatch.data.index import open_index
 from bigbatch.data.read import ShardReader
 from bigbatch.data.stream import stream_batches, stream_samples
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.data.writing.shard import shard
+from tests.helpers.micro_batches import planned
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +39,13 @@ def some(urls, count, **changes):
     return list(itertools.islice(stream_samples(urls, **{**options, **changes}), count))
 
 
-def batches_of(urls, **changes):
-    options = {
-        "classes": 10,
-        "global_batch": 32,
-        "micro_batch": 8,
-        "rank": 0,
-        "world": 1,
-        "start_step": 0,
-        "stop_step": 5,
-        "seed": 1,
-        "image_size": 8,
-        "channels": 1,
-        "threads": 2,
-        "bad_samples": 0,
-    }
-    return list(stream_batches(urls, **{**options, **changes}))
+PLAN = BatchPlan(global_batch=32, micro_batch=8, rank=0, world=1, start_step=0, stop_step=5)
+DECODING = Decoding(8, channels=1, workers=0, threads=2)
+
+
+def batches_of(urls, classes=10, **changes):
+    plan, decoding = planned(changes, PLAN, DECODING)
+    return list(stream_batches(urls, plan, decoding, classes=classes, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +64,8 @@ def test_samples_are_those_of_the_shards(digits, tmp_path, form):
     reader = ShardReader([digits / s.name for s in index.shards])
     columns = (index.shard, index.offset, index.size, index.crc)
     known = {
-        key.rpartition("/")[2]: (reader.read(*extent), int(label))
-        for key, *extent, label in zip(
+        key.rpartition("/")[2]: (reader.read(*byte_range), int(label))
+        for key, *byte_range, label in zip(
             index.keys(), *(c.tolist() for c in columns), index.label, strict=True
         )
     }

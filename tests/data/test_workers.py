@@ -18,10 +18,10 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
-from bigbatch.data.loader import _extents, _source
+from bigbatch.data.loader import _byte_ranges, _source
 from bigbatch.data.workers import WorkerPool
 from tests.helpers.micro_batches import (
-    SIZE,
+    DECODING,
     batches_of,
     by_place,
     image_bytes,
@@ -137,26 +137,26 @@ def test_a_worker_that_fails_says_so(index, monkeypatch, capfd):
 
 
 def test_a_pool_gives_batches_back_in_the_order_of_submission(index):
-    pool = WorkerPool(_source(index, SIZE, 3, 1), 3)
+    pool = WorkerPool(_source(index, DECODING), 3)
     try:
         sizes = [1, 30, 2, 25, 3, 9, 1]
         for count in sizes:
-            pool.submit(_extents(index, np.arange(count)))
+            pool.submit(_byte_ranges(index, np.arange(count)))
         assert [len(pool.receive().frames) for _ in sizes] == sizes
     finally:
         pool.close()
 
 
 def test_a_worker_on_a_busy_core_does_not_slow_the_others(index):
-    pool = WorkerPool(_source(index, SIZE, 3, 1), 2)
+    pool = WorkerPool(_source(index, DECODING), 2)
     slow, fast = pool._workers
     try:
         os.kill(slow.process.pid, signal.SIGSTOP)
         for count in (1, 2):
-            pool.submit(_extents(index, np.arange(count)))
+            pool.submit(_byte_ranges(index, np.arange(count)))
         for count in (3, 4):
             wait_until(lambda: fast.left_to_do() == 0)
-            pool.submit(_extents(index, np.arange(count)))
+            pool.submit(_byte_ranges(index, np.arange(count)))
         wait_until(lambda: fast.left_to_do() == 0)
         assert slow.left_to_do() == 1
         os.kill(slow.process.pid, signal.SIGCONT)

@@ -1,12 +1,14 @@
 """Micro-batches of small pictures, made in all the ways there are, and compared."""
 
 import io
+from dataclasses import fields, replace
 
 import numpy as np
 import psutil
 from PIL import Image
 
 from bigbatch.configs.sampling import Balanced
+from bigbatch.data.batch import BatchPlan, Decoding
 from bigbatch.data.index import build_index
 from bigbatch.data.loader import train_batches
 from bigbatch.data.order import build_order
@@ -52,23 +54,21 @@ def damage(index, samples):
             file.write(b"damage")
 
 
+PLAN = BatchPlan(global_batch=32, micro_batch=4, rank=0, world=1, start_step=0, stop_step=2)
+DECODING = Decoding(SIZE, channels=3, workers=0, threads=1)
+
+
+def planned(changes, plan=PLAN, decoding=DECODING):
+    """A plan and a decoding with these fields changed, of whichever they are."""
+    plans = {field.name for field in fields(BatchPlan)}
+    ours = {name: value for name, value in changes.items() if name in plans}
+    others = {name: value for name, value in changes.items() if name not in plans}
+    return replace(plan, **ours), replace(decoding, **others)
+
+
 def batches_of(index, sampling=BALANCED, order=None, **changes):
-    options = {
-        "global_batch": 32,
-        "micro_batch": 4,
-        "rank": 0,
-        "world": 1,
-        "start_step": 0,
-        "stop_step": 2,
-        "image_size": SIZE,
-        "channels": 3,
-        "workers": 0,
-        "threads": 1,
-        "bad_samples": 0,
-        "journal": None,
-    }
     order = order or build_order(sampling, index, 5)
-    return train_batches(index, order, **{**options, **changes})
+    return train_batches(index, order, *planned(changes))
 
 
 def content(batch):

@@ -6,6 +6,7 @@ from torch import nn
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
@@ -28,17 +29,16 @@ class Evaluator:
         """Logits [N, C] in index order, float32, on rank 0; None on the other ranks."""
         engine, data = self.engine, self.data
         share = -(-len(index) // engine.world)
-        batches = eval_batches(
-            index,
-            batch=self.batch,
-            rank=engine.rank,
-            world=engine.world,
+        decoding = Decoding(
             image_size=data.image_size,
             channels=data.channels,
             workers=data.workers if share > _FEW_IMAGES else 0,
             threads=data.threads,
             pin_memory=engine.device.type == "cuda",
             view=self.augmenter.eval_view,
+        )
+        batches = eval_batches(
+            index, decoding, batch=self.batch, rank=engine.rank, world=engine.world
         )
         was_training = model.training
         model.eval()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
 from bigbatch.data.augment import pipeline
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch

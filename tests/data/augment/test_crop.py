@@ -10,7 +10,7 @@ from PIL import Image
 from bigbatch.configs.augment import Affine, Augment, Crop
 from bigbatch.data.augment.crop import Memory, crop_resize
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import MicroBatch
+from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.index import build_index
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.tar import write_end, write_member
@@ -127,8 +127,8 @@ def test_a_reduced_image_shows_the_same_region(tmp_path, affine, crop):
     )
 
     def batch(view, size):
-        options = {"image_size": size, "channels": 3, "workers": 0, "threads": 1, "view": view}
-        return next(eval_batches(index, batch=8, rank=0, world=1, **options))
+        decoding = Decoding(size, channels=3, workers=0, threads=1, view=view)
+        return next(eval_batches(index, decoding, batch=8, rank=0, world=1))
 
     small = batch(augmenter.view, 32)
     full = batch(None, 10**6)

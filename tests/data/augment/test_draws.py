@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
 from bigbatch.data.augment import colour
 from bigbatch.data.augment.operation import Operation
 from bigbatch.data.augment.pipeline import Augmenter
