@@ -27,11 +27,7 @@ def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) 
     # Antialiasing: sample a finer grid, then average. 1 in almost every training batch.
     finer = max(1, round(shrink)) if shrink > _MAX_SHRINK else 1
     canvas = canvas.permute(0, 3, 1, 2).float().div_(255)
-    grid = F.affine_grid(
-        _put(torch.from_numpy(theta), device),
-        [len(canvas), canvas.shape[1], out * finer, out * finer],
-        align_corners=False,
-    )
+    grid = sampling_grid(_put(torch.from_numpy(theta), device), out * finer)
     # Beyond an image's own edge (which lies inside the canvas) its edge is repeated.
     size = np.array([width, height])
     last = torch.from_numpy((2 * batch.sizes.numpy()[:, ::-1] - 1) / size - 1).float()
@@ -40,6 +36,18 @@ def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) 
     grid = torch.minimum(grid, _put(last, device)[:, None, None])
     images = F.grid_sample(canvas, grid, mode="bilinear", align_corners=False)
     return F.avg_pool2d(images, finer) if finer > 1 else images
+
+
+def sampling_grid(theta: Tensor, out: int) -> Tensor:
+    """Where maps [B, 2, 3] lead the centres of [out, out] pixels: [B, out, out, 2] as (x, y).
+
+    torch's affine_grid (align_corners=False), term by term. That one multiplies matrices, in
+    TF32 or bfloat16 wherever a switch of the process or the environment says so for products.
+    """
+    centres = torch.linspace(-1, 1, out, device=theta.device) * (out - 1) / out
+    x, y = centres[None, None, :, None], centres[None, :, None, None]
+    across, down, shift = theta[:, None, None].unbind(-1)  # each [B, 1, 1, 2]
+    return (across * x + down * y).add_(shift)
 
 
 def _put(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bigbatch.configs.load import load_recipe
 from bigbatch.configs.augment import Augment
+from bigbatch.configs.load import load_recipe
 from bigbatch.data.augment import pipeline
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.index import Index
