@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import Decoding
+from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
@@ -42,12 +42,7 @@ class Evaluator:
         )
         was_training = model.training
         model.eval()
-        outputs, numbers = [], []
-        for batch in batches:
-            images = self.augmenter.evaluate(batch)  # float32, like the crops of training
-            with engine.autocast():
-                outputs.append(model(images).float())
-            numbers.append(batch.samples)
+        outputs = [self._outputs(model, batch) for batch in batches]
         model.train(was_training)
 
         classes = len(index.classes)
@@ -66,3 +61,10 @@ class Evaluator:
             if mine:
                 logits[np.concatenate(mine)] = part
         return logits
+
+    def _outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Logits [B, C] of a batch, float32, on the device."""
+        images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
+        with self.engine.autocast():
+            outputs: Tensor = model(images)
+        return outputs.float()
