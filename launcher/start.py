@@ -162,6 +162,15 @@ def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
     return run
 
 
+def is_finished(run: RunDir, peers: Peers | None) -> bool:
+    """Whether a run has nothing left to do, which is then said: it is not started again."""
+    if not run.summary.exists():
+        return False
+    if peers is None or peers.rank == 0:
+        print(f"{run.path} is finished; see {run.report}")
+    return True
+
+
 def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> Recipe:
     """Store a run's recipe with ``key=value`` changes that reach no weight; returns it.
 

@@ -54,7 +54,7 @@ def train(
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.configs.notices import notice
-    from bigbatch.configs.rundir import create_run
+    from bigbatch.configs.rundir import RunDir, create_run
     from bigbatch.launcher import start
     from bigbatch.launcher.env import cpus_per_task, find_peers
     from bigbatch.launcher.launchers import Launch
@@ -71,11 +71,14 @@ def train(
             raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
         count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
-        start.check_start(loaded)
+        if not RunDir(path).summary.exists():  # a finished run needs its shards no more
+            start.check_start(loaded)
         if peers is None and not several:
             create_run(path, loaded)
         else:
-            start.join_run(path, loaded)
+            joined = start.join_run(path, loaded)
+            if start.is_finished(joined, peers):  # launchers repeat their command
+                return
         start.begin(path, peers, None if count is None else replace(launch, nproc=count))
 
 
@@ -115,9 +118,7 @@ def resume(
         if sbatch_arg and not slurm:
             raise UserError("--sbatch-arg needs --slurm, which submits the run again")
         found = find_run(run, runs_folder)
-        if found.summary.exists():
-            if peers is None or peers.rank == 0:
-                click.echo(f"{found.path} is finished; see {found.report}")
+        if start.is_finished(found, peers):
             return
         if peers is None:
             see_that_no_job_lives(found)

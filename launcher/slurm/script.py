@@ -20,6 +20,7 @@ _COMMAND = 'set -- bigbatch train "$@"\n'
 _SRUN = "srun --mpi=none "
 _TASKS = "export SLURM_NTASKS_PER_NODE={} SLURM_CPUS_PER_TASK={}\n"
 _MOST_RUNS = 1000  # of an array; sites allow about as many (MaxArraySize 1001)
+_TASK = "$SLURM_ARRAY_TASK_ID"
 
 _NODES = re.compile(r"[1-9][0-9]{0,5}(-[1-9][0-9]{0,5})?")
 _TIME = re.compile(r"([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{1,2}){0,2}")
@@ -31,6 +32,7 @@ _PATH = re.compile(r"[^\x00-\x1f\x7f\"'\\#:]+")
 _ARRAY = re.compile(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*(%[1-9][0-9]{0,5})?")
 _AFTER = re.compile(r"[0-9]{1,12}(_[0-9]{1,6})?")
 _IMAGE = re.compile(r"[A-Za-z0-9_./@:+#-]{1,400}")
+_RUN = re.compile(r"^run=(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ def check_options(options: Sequence[str]) -> None:
                 f"--sbatch-arg {option!r} is not allowed; write one long option, such as "
                 "--sbatch-arg=--exclusive or --sbatch-arg=--mem=64G"
             )
+        name = option[2:].partition("=")[0]
+        if len(name) > 1 and "array".startswith(name):  # options may be cut short
+            raise UserError(
+                f"--sbatch-arg {option!r} is not allowed: each run of an array needs a directory "
+                "of its own; `bigbatch submit --array` makes them"
+            )
 
 
 def run_paths(job: Job, run: Path) -> list[Path]:
@@ -178,7 +186,7 @@ def render(
     before, _, body = _template().partition(_COMMAND)
     assert before, "slurm/train.sbatch lost its command"
     assert body.count(f"\n{_SRUN}") == 1, "slurm/train.sbatch lost its srun"
-    index = '-"$SLURM_ARRAY_TASK_ID"' if job.array else ""
+    index = f'-"{_TASK}"' if job.array else ""
     flags, prefix = _container(job, [folder, run.parent, *mounts], folder)
     program = [*prefix, "python3" if job.container else python]
     return (
@@ -192,6 +200,25 @@ def render(
         + f'set -- {shlex.join(program)} -P -m bigbatch.launcher.cli resume "$run"\n'
         + body.replace(f"\n{_SRUN}", f"\n{_SRUN}{flags}")
     )
+
+
+def is_array(script: str) -> bool:
+    """Whether a rendered batch script is that of an array."""
+    match = _RUN.search(script)
+    return match is not None and _TASK in match[1]
+
+
+def run_in(script: str, index: str) -> Path | None:
+    """The directory that a rendered batch script trains, as task `index` of its array.
+
+    None where somebody has rewritten that line.
+    """
+    match = _RUN.search(script)
+    try:
+        words = shlex.split(match[1]) if match else []
+    except ValueError:
+        return None
+    return Path(words[0].replace(_TASK, index)) if len(words) == 1 else None
 
 
 def _container(job: Job, mounts: list[Path], folder: Path) -> tuple[str, list[str]]:

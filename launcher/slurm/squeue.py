@@ -1,14 +1,21 @@
-"""What SLURM says of jobs, and what it is told: squeue, sacct, scontrol and scancel."""
+"""What SLURM says of jobs, and what it is told: squeue, sacct, scontrol and scancel.
 
+A run of an array goes by its task, such as 4711_2, everywhere: the job id of the task that
+started last is the array's own number, which means all tasks to scontrol, scancel and squeue
+(SLURM 22.05).
+"""
+
+import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from tempfile import NamedTemporaryFile
 
 from bigbatch.configs.errors import UserError
 
 _PATIENCE_S = 60.0
+_ARRAY = ("SLURM_ARRAY_", "SBATCH_ARRAY_INX")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
 # A job whose node failed is on its way back into the queue; if not, squeue soon forgets it.
 ACTIVE = (
@@ -71,8 +78,8 @@ def job_of_script(script: str) -> str | None:
     """
     done = _call("squeue", "--noheader", "--me", "--states=all", "--format=%i|%o")
     if done is None or done.returncode != 0:
-        said = done.stderr.strip() if done else "no answer"
-        raise UserError(f"cannot ask SLURM for the job of {script}: {said}; try again later")
+        error = done.stderr.strip() if done else "no answer"
+        raise UserError(f"cannot ask SLURM for the job of {script}: {error}; try again later")
     jobs = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
     return max((job for job, command in jobs if command.strip() == script), key=_age, default=None)
 
@@ -91,7 +98,10 @@ def how_it_ended(number: str) -> str | None:
 
 def submit(script: str, *options: str) -> str:
     """Hand a script to sbatch; returns the job's number. Raises UserError with its words."""
-    done = _call("sbatch", "--parsable", *options, script)
+    # A job inherits the array that it was submitted from, and sbatch takes one from the
+    # environment: this one is what its script says.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(_ARRAY)}
+    done = _call("sbatch", "--parsable", *options, script, env=env)
     if done is None:
         raise UserError(
             "sbatch is not on this machine, or does not answer; submit from a login node, or "
@@ -99,8 +109,8 @@ def submit(script: str, *options: str) -> str:
         )
     number = done.stdout.strip().split(";")[0]
     if done.returncode != 0 or not number.isdecimal():
-        said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
-        raise UserError(f"sbatch refused the job: {said}; correct the options and submit again")
+        error = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+        raise UserError(f"sbatch refused the job: {error}; correct the options and submit again")
     return number
 
 
@@ -130,11 +140,13 @@ def stop(number: str, job: QueuedJob) -> None:
 def _must(*command: str) -> None:
     done = _call(*command)
     if done is None or done.returncode != 0:
-        said = done.stderr.strip() if done else "no answer"
-        raise UserError(f"{' '.join(command)}: {said}; see `squeue`, and try again")
+        error = done.stderr.strip() if done else "no answer"
+        raise UserError(f"{' '.join(command)}: {error}; see `squeue`, and try again")
 
 
-def _call(*command: str) -> subprocess.CompletedProcess[str] | None:
+def _call(
+    *command: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str] | None:
     """None where the program is not here, or gives no answer in time."""
     program = shutil.which(command[0])
     if program is None:
@@ -142,6 +154,7 @@ def _call(*command: str) -> subprocess.CompletedProcess[str] | None:
     try:
         return subprocess.run(
             [program, *command[1:]],
+            env=env,
             capture_output=True,
             text=True,
             check=False,

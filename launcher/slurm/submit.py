@@ -15,7 +15,14 @@ from bigbatch.data.staging import is_url
 from bigbatch.launcher.estimate import Finding
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.freeze import freeze_code
-from bigbatch.launcher.slurm.script import Job, check_options, render, run_paths
+from bigbatch.launcher.slurm.script import (
+    Job,
+    check_options,
+    is_array,
+    render,
+    run_in,
+    run_paths,
+)
 from bigbatch.launcher.slurm.site_options import Site, read_site, site_file
 
 SCRIPT = "job.sbatch"
@@ -110,8 +117,14 @@ def submit(recipes: Sequence[Recipe], job: Job, path: Path, mounts: Sequence[Pat
             raise UserError(f"cannot write the run directory {path}: {error}") from None
         raise
     jobs = [f"{number}_{index}" for index in job.indices] or [number]
+    unnoted: list[str] = []
     for run, own_number in zip(made, jobs, strict=True):
-        note_job(run, own_number)
+        try:
+            note_job(run, own_number)
+        except UserError as error:  # the others shall still know theirs
+            unnoted.append(str(error))
+    if unnoted:
+        raise UserError("\n".join(unnoted))
     return number
 
 
@@ -124,13 +137,32 @@ def resubmit(run: RunDir, options: Sequence[str] = ()) -> str:
             f"{run.path} holds no {SCRIPT}: it was not made by `bigbatch submit`; go on with it "
             f"here by `bigbatch resume {run.path}`"
         )
-    former = job_of(run)
-    index = former.partition("_")[2] if former else ""
+    index = _array_index(run, script.read_text(encoding="utf-8"))
     arguments = [*options, f"--array={index}"] if index else list(options)
     number = squeue.submit(str(script), *arguments)
     number = f"{number}_{index}" if index else number
     note_job(run, number)
     return number
+
+
+def _array_index(run: RunDir, script: str) -> str:
+    """Which task of its script's array a run is; empty where that makes a single run.
+
+    Raises UserError where the script trains another directory, as that of a copied run does.
+    """
+    index = ""
+    if is_array(script):
+        # The name says it also where no job could be noted.
+        first = run_in(script, "")
+        noted, name = job_of(run), run.path.resolve().name
+        index = noted.partition("_")[2] if noted else name.removeprefix(first.name if first else "")
+    trained = run_in(script, index)
+    if trained is not None and not (trained.exists() and trained.samefile(run.path)):
+        raise UserError(
+            f"{run.path / SCRIPT} trains {trained}, not {run.path}, which was copied or moved; go "
+            f"on with it here by `bigbatch resume {run.path}`, or move it back"
+        )
+    return index
 
 
 def see_that_no_job_lives(run: RunDir) -> None:
@@ -162,15 +194,24 @@ def note_job(run: RunDir, job: str) -> None:
         with run.events.open("a", encoding="utf-8") as file:
             file.write(to_json(event_record("submitted", 0, job=job)) + "\n")
     except OSError as error:
-        number = job.partition("_")[0]
         raise UserError(
             f"SLURM has taken {run.path} as job {job}, which cannot be noted there: {error}; end "
-            f"that job by `scancel {number}`, free some space, and submit the run again by "
+            f"that job by `scancel {job}`, free some space, and submit the run again by "
             f"`bigbatch resume {run.path} --slurm`"
         ) from None
 
 
 def job_of(run: RunDir) -> str | None:
-    """The SLURM job that a run was submitted as last, such as 4711 or 4711_3 of an array."""
-    jobs = [e["job"] for e in read_jsonl(run.events) if e.get("job")]
-    return str(jobs[-1]) if jobs else None
+    """The SLURM job that a run was submitted as last, such as 4711 or 4711_3 of an array.
+
+    None for a copy of a run, whose records name the job of the original.
+    """
+    jobs = [str(e["job"]) for e in read_jsonl(run.events) if e.get("job")]
+    if not jobs:
+        return None
+    script = run.path / SCRIPT
+    if script.is_file():
+        trained = run_in(script.read_text(encoding="utf-8"), jobs[-1].partition("_")[2])
+        if trained is not None and trained.exists() and not trained.samefile(run.path):
+            return None
+    return jobs[-1]

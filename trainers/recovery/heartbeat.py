@@ -34,6 +34,7 @@ class Heartbeat:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "task": _array_task(os.environ),
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "beat": 0,
         }
@@ -89,12 +90,22 @@ class Heartbeat:
         return _parse(os.pread(self._handle, _SIZE, 0))
 
     def _refusal(self, holder: Mapping[str, Any]) -> UserError:
-        job = f", job {holder['job']}" if holder.get("job") else ""
+        name = holder.get("task") or holder.get("job")
+        job = f", job {name}" if name else ""
         return UserError(
             f"{self.path.parent.parent} is in use by process {holder.get('pid')} on "
             f"{holder.get('host')}{job}, since {holder.get('since')}; wait for it, stop it, or "
             "start another run with --run"
         )
+
+
+def _array_task(env: Mapping[str, str]) -> str | None:
+    """What a person calls a task of SLURM's arrays, such as 4711_2.
+
+    The job id of one of the tasks is the array's own number: scancel ends all of them by it.
+    """
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else None
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.slurm.freeze import code_hash
 from bigbatch.launcher.slurm.script import Job, render, run_paths
-from bigbatch.launcher.slurm.submit import array_recipes, resubmit, script_of
+from bigbatch.launcher.slurm.submit import array_recipes, job_of, resubmit, script_of
 from bigbatch.launcher.slurm.submit import submit as submit_all
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -69,28 +70,90 @@ def test_script_is_valid_bash(path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def _stand_ins(tmp_path: Path, status: int, queue: str) -> dict[str, str]:
+    """Programs that note how they were called, and the environment of job 7 that finds them."""
+    note = f'#!/bin/bash\nprintf "%s\\n" "${{0##*/}}" "$@" >> {tmp_path}/calls\n'
+    bodies = {
+        "srun": f"{note}exit {status}\n",
+        "scontrol": note,
+        "squeue": f"#!/bin/bash\n[ \"$*\" = '-hj 7 -o %A %i %T %r' ] && echo '{queue}'\n",
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("queue", "requeued"),
+    [
+        ("7 7 RUNNING None", ["7"]),
+        ("7 7 COMPLETING None", []),  # scancel ended it
+        ("7 7 COMPLETING TimeLimit", ["7"]),
+        # Task 2, the last to start, has the array's own id; its siblings are in another state.
+        ("8 7_0 RUNNING None\n7 7_2 RUNNING None\n9 7_1 RUNNING None", ["7_2"]),
+        ("8 7_0 RUNNING None\n7 7_2 COMPLETING None\n9 7_1 RUNNING None", []),
+        ("8 7_0 COMPLETING None\n7 7_2 RUNNING None", ["7_2"]),
+        ("7 5_1 RUNNING None", ["5_1"]),  # a task that started earlier
+        ("", []),
+    ],
+)
+def test_each_run_of_an_array_is_requeued_alone(
+    tmp_path: Path, queue: str, requeued: list[str]
+) -> None:
+    # What a job inherits of the array that it was submitted from says nothing about it.
+    inherited = {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "4"}
+    env = _stand_ins(tmp_path, 75, queue) | inherited
+    command = ["bash", str(TEMPLATE), "digits"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[calls.index("digits") + 1 :] == [w for job in requeued for w in _requeue(job)]
+    assert ("not requeued" in done.stderr) == (not queue)
+
+
+def _requeue(job: str) -> list[str]:
+    return ["scontrol", "requeue", job]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_script_of_an_older_version_still_runs(tmp_path: Path, finished: bool) -> None:
+    """Of 32e6f1a, as it waits in a queue, here without the code that was kept with it."""
+    run = create_run(tmp_path / "digits-2", load_recipe("digits"))
+    if finished:
+        run.summary.write_text("{}")
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    text = (GOLDEN / "array-of-32e6f1a.sbatch").read_text()
+    text = text.replace("/opt/venv/bin/python", sys.executable)
+    (tmp_path / "job.sbatch").write_text(text.replace("/scratch/my runs", str(tmp_path)))
+    (tmp_path / "srun").write_text('#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done; "$@"')
+    (tmp_path / "srun").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
+    command = ["bash", "job.sbatch"]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    if finished:  # started again it does nothing
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"{run.path} is finished; see {run.report}\n"
+    else:
+        assert done.returncode == 2
+        assert "data.path shards/digits is no folder here" in done.stderr
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
+
+
 @pytest.mark.parametrize("status", [0, 1, 75, 143])
 @pytest.mark.parametrize("script", ["template", "rendered"])
 def test_script_starts_the_ranks_and_requeues_only_after_75(
     tmp_path: Path, status: int, script: str
 ) -> None:
     # The script for real, with srun and scontrol replaced by programs that note their call.
-    for name in ("srun", "scontrol"):
-        program = tmp_path / name
-        program.write_text(
-            f'#!/bin/bash\nprintf "%s\\n" {name} "$@" >> {tmp_path}/calls\n'
-            + (f"exit {status}\n" if name == "srun" else "")
-        )
-        program.chmod(0o755)
+    env = _stand_ins(tmp_path, status, "7 7 RUNNING None")
     path = TEMPLATE
     if script == "rendered":
         path = tmp_path / "job.sbatch"
         path.write_text(render(SMALL, Path("/r u n/digits"), tmp_path, python="/opt/python"))
-    env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-        "SLURM_CPUS_PER_TASK": "3",
-    }
     done = subprocess.run(["bash", str(path), "digits", "seed=1 2"], env=env, check=False)
     assert done.returncode == status
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -124,6 +187,8 @@ def test_script_starts_the_ranks_and_requeues_only_after_75(
         {"options": ("--wrap=id; id",)},
         {"options": ("--comment=a\n#SBATCH --begin=now",)},
         {"options": ("id",)},
+        {"options": ("--array=0-3",)},  # of one run directory
+        {"options": ("--ar=0-3",)},
         {"array": "0-4;id"},
         {"array": "4-0"},
         {"array": "0-999999"},
@@ -241,10 +306,33 @@ def test_an_array_is_one_job_with_a_run_for_each_index(
     assert resubmit(run, ["--time=10"]) == "4711_1"
     with pytest.raises(UserError, match=r"other\.sh' is not allowed"):
         resubmit(run, ["other.sh"])  # sbatch would take it for the script
+    run.events.unlink()  # a full disk: no job could be noted
+    assert resubmit(run) == "4711_1"
+    # A copy has the records and the script of the original, but neither its job nor its task.
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "runs" / "copy"))
+    assert job_of(run) == "4711_1"
+    assert job_of(copy) is None
+    with pytest.raises(UserError, match=r"trains .*/a-copy, not .*/copy, which was copied"):
+        resubmit(copy)
     assert (tmp_path / "arguments").read_text().splitlines() == [
         f"--parsable {tmp_path}/runs/a-0/job.sbatch",
         f"--parsable --time=10 --array=1 {tmp_path}/runs/a-1/job.sbatch",
+        f"--parsable --array=1 {tmp_path}/runs/a-1/job.sbatch",
     ]
+
+
+def test_a_run_is_no_array_because_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job inherits the variables of the array's task that submits it (SLURM 22.05)."""
+    _sbatch(tmp_path, 'env > "$(dirname "$0")/env"; echo 4711', monkeypatch)
+    for name in ("SBATCH_ARRAY_INX", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    submit(load_recipe("digits"), SMALL, tmp_path / "runs" / "digits")
+    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert not [name for name in names if "ARRAY" in name]
+    assert "SBATCH_ACCOUNT" in names
 
 
 def test_an_array_that_meets_an_old_run_leaves_nothing_new(
@@ -274,6 +362,17 @@ def test_a_job_that_cannot_be_noted_is_named_with_the_way_to_end_it(
     with pytest.raises(UserError, match=r"as job 4711, .*`scancel 4711`.*resume .*--slurm`"):
         submit(load_recipe("digits"), SMALL, path)
     assert (path / "recipe.yaml").exists()  # the job would need it
+
+
+def test_a_run_of_an_array_that_cannot_be_noted_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sbatch(tmp_path, 'mkdir "${2%/*}/events.jsonl"; echo 4711', monkeypatch)
+    job = replace(SMALL, array="0-2")
+    with pytest.raises(UserError, match=r"`scancel 4711_0`") as said:
+        submit_all(array_recipes(load_recipe("digits"), job), job, tmp_path / "a")
+    assert "4711_1" not in str(said.value)
+    assert [job_of(RunDir(tmp_path / f"a-{i}")) for i in (1, 2)] == ["4711_1", "4711_2"]
 
 
 def test_a_run_that_exists_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
