@@ -151,7 +151,9 @@ def remove(names: tuple[str, ...], yes: bool, runs_folder: Path) -> None:
     found = [registry.find_run(name, runs_folder) for name in names]
     for run in found:
         step = registry.describe(run).step
+        link = f", a link to {run.path.resolve()}" if run.path.is_symlink() else ""
         if not yes:
-            click.confirm(f"remove {run.path}, at step {step}, with its checkpoints?", abort=True)
+            what = f"{run.path}{link}, at step {step}, with its checkpoints"
+            click.confirm(f"remove {what}?", abort=True)
         registry.remove(run)
-        click.echo(f"removed {run.path}")
+        click.echo(f"removed {run.path}{link}")

@@ -1,15 +1,16 @@
 """The runs there are, read from their directories and SLURM's queue: no daemon, no database.
 
-Nothing here writes, so any number of people may look at once.
+Looking at runs writes nothing, so any number of people may do so at once.
 """
 
+import errno
 import json
 import os
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.rundir import RunDir
+from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.squeue import QueuedJob
 from bigbatch.launcher.slurm.submit import job_of
 from bigbatch.trainers.monitoring.alerts import TITLES
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
 
 # A run on another machine cannot be asked whether it lives: this long without a record, and
 # it counts as killed.
@@ -76,7 +79,9 @@ def list_runs(runs: Path) -> list[RunInfo]:
         return []
     found = [RunDir(p.parent) for p in runs.glob("[!.]*/recipe.yaml")]
     jobs = squeue.find_jobs(job for run in found if (job := _live_job(run)))
-    return sorted((describe(run, jobs=jobs) for run in found), key=lambda info: info.age_s)
+    here = find_trainers()
+    infos = (describe(run, jobs=jobs, trainers=here) for run in found)
+    return sorted(infos, key=lambda info: info.age_s)
 
 
 def look_up(run: RunDir) -> RunInfo:
@@ -86,11 +91,15 @@ def look_up(run: RunDir) -> RunInfo:
 
 
 def describe(
-    run: RunDir, now: float | None = None, jobs: Mapping[str, QueuedJob] | None = None
+    run: RunDir,
+    now: float | None = None,
+    jobs: Mapping[str, QueuedJob] | None = None,
+    trainers: Sequence[Trainer] | None = None,
 ) -> RunInfo:
-    """What the files of a run, and the `jobs` that SLURM knows, say; None: nobody asked SLURM.
+    """What the files of a run, its processes, and the `jobs` that SLURM knows, say.
 
-    Never fails: a damaged run is listed as unreadable.
+    `jobs` None: nobody asked SLURM; `trainers` None: they are looked for. Never fails: a
+    damaged run is listed as unreadable.
     """
     now = time.time() if now is None else now
     try:
@@ -100,8 +109,8 @@ def describe(
         starts = [e for e in events if e.get("kind") == "start"]
         step, best = _progress(run.metrics)
         totals = [int(e["total_steps"]) for e in starts if e.get("total_steps") is not None]
-        state = _state(run, events, age)
-        job = next((str(e["job"]) for e in reversed(events) if e.get("job")), None)
+        state = _state(run, events, age, trainers)
+        job = job_of(run)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return RunInfo(run.name, str(run.path), "unreadable", 0, None, None, 0.0)
     total = totals[-1] if totals else None
@@ -177,17 +186,17 @@ def cancel(run: RunDir) -> str:
             if job.waiting:
                 return f"job {info.job} is out of the queue; nothing was lost"
             return f"job {info.job} finishes its step, saves and ends; it is not requeued"
+    found = processes(run)
     starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
-    start: dict[str, Any] = starts[-1] if starts else {}
-    if info.state == "running" and start.get("host") != socket.gethostname():
+    host = starts[-1].get("host") if starts else None
+    if info.state == "running" and not found and host != socket.gethostname():
         raise UserError(
-            f"{run.name} runs on {start.get('host')}, this is {socket.gethostname()}; cancel it "
-            "there"
+            f"{run.name} runs on {host}, this is {socket.gethostname()}; cancel it there"
         )
-    pid = _process(start)
-    if info.state != "running" or pid is None:
+    if info.state != "running" or not found:
         raise UserError(f"{run.name} is {info.state}: there is nothing to cancel")
     # One rank is enough: all of them learn of it in the same step.
+    pid = found[0]
     try:
         os.kill(pid, signal.SIGTERM)
     except OSError as error:  # another user's, or it ended just now
@@ -198,25 +207,69 @@ def cancel(run: RunDir) -> str:
 def remove(run: RunDir) -> None:
     """Delete a run directory. Raises UserError for a run that still has a future.
 
-    It is renamed first, so that of two people who remove it one gets a clear message, and
-    nobody sees half a run.
+    The lock on the run is taken first, as by a start of it. Then the directory is renamed, so
+    that of two people who remove it one gets a clear message, and nobody sees half a run. A
+    link to a run goes with what it points to.
     """
-    info = look_up(run)
-    if info.state in ("running", "queued"):
-        raise UserError(f"{run.name} is {info.state}; `bigbatch cancel {run.path}` ends it first")
-    doomed = run.path.with_name(f".{run.name}.removed-{os.getpid()}")
+    # Before the lock: a process that is about to take it would find it taken, and fail.
+    _refuse_to_remove(run)
+    lock = _lock(run)
     try:
-        run.path.rename(doomed)
+        _refuse_to_remove(run)
+        doomed = _hide(run)
+        try:
+            shutil.rmtree(doomed)
+        except (OSError, KeyboardInterrupt) as error:
+            reason = str(error) or "interrupted"
+            raise UserError(
+                f"{run.path} is removed in part ({reason}); what is left is hidden as {doomed}: "
+                f"`rm -r {doomed}` removes it"
+            ) from None
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _hide(run: RunDir) -> Path:
+    """Rename what is to be removed, and drop the link that named it; both, or none of them."""
+    folder = run.path.resolve()
+    doomed = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
+    try:
+        folder.rename(doomed)
+        if run.path.is_symlink():
+            try:
+                run.path.unlink()
+            except OSError:
+                doomed.rename(folder)
+                raise
     except OSError as error:
         raise UserError(f"cannot remove {run.path}: {error}") from None
+    return doomed
+
+
+def _refuse_to_remove(run: RunDir) -> None:
+    state = "running" if processes(run) else look_up(run).state
+    if state in ("running", "queued"):
+        raise UserError(f"{run.name} is {state}; `bigbatch cancel {run.path}` ends it first")
+
+
+def _lock(run: RunDir) -> Heartbeat | None:
+    """The lock on a run. Raises UserError, naming the holder, where somebody has it.
+
+    None on a full disk, where a run that has no lock yet cannot start either.
+    """
     try:
-        shutil.rmtree(doomed)
-    except (OSError, KeyboardInterrupt) as error:
-        said = str(error) or "interrupted"
-        raise UserError(
-            f"{run.path} is removed in part ({said}); what is left is hidden as {doomed}: "
-            f"`rm -r {doomed}` removes it"
-        ) from None
+        heartbeat = Heartbeat(run.heartbeats, 0)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return None
+        raise UserError(f"cannot remove {run.path}: {error}") from None
+    try:
+        heartbeat.lock()
+    except BaseException:
+        heartbeat.close()
+        raise
+    return heartbeat
 
 
 def _live_job(run: RunDir) -> str | None:
@@ -231,36 +284,25 @@ def _records(run: RunDir) -> tuple[Path, ...]:
     return (run.recipe_file, run.metrics, run.events)
 
 
-def _state(run: RunDir, events: list[dict[str, Any]], age: float) -> str:
+def _state(
+    run: RunDir,
+    events: list[dict[str, Any]],
+    age: float,
+    trainers: Sequence[Trainer] | None,
+) -> str:
     last = [e for e in events if e.get("kind") in ("start", "end")]
-    if not last:
-        return "new"
-    end = str(last[-1].get("state", "stopped")) if last[-1]["kind"] == "end" else None
+    end = str(last[-1].get("state", "stopped")) if last and last[-1]["kind"] == "end" else None
     if end == "finished":
         return end
+    # A crashed rank may have noted its end; while its agent lives, it is started again.
+    if processes(run, trainers):
+        return "running"
+    if not last:
+        return "new"
     starts = [e for e in last if e["kind"] == "start"]
-    start = starts[-1] if starts else {}
-    if start.get("host") == socket.gethostname() and start.get("pid") is not None:
-        # A crashed rank may have noted its end; while its agent lives, it is started again.
-        return "running" if _process(start) else end or "killed"
-    return end or ("running" if age < _SILENT_S else "killed")
-
-
-def _process(start: dict[str, Any]) -> int | None:
-    """What runs of a run that was started here: rank 0, or the agent that starts it again."""
-    for key, module in (("pid", "worker"), ("agent", "agent")):
-        pid = start.get(key)
-        if pid is not None and _runs(int(pid), f"bigbatch.trainers.{module}"):
-            return int(pid)
-    return None
-
-
-def _runs(pid: int, module: str) -> bool:
-    """Whether a process runs a module: its number may belong to another program by now."""
-    try:
-        return module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    if end or (starts and starts[-1].get("host") == socket.gethostname()):
+        return end or "killed"
+    return "running" if age < _SILENT_S else "killed"
 
 
 def _progress(metrics: Path) -> tuple[int, float | None]:

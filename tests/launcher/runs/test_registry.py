@@ -4,21 +4,28 @@ import errno
 import io
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from bigbatch.configs import rundir
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.cli.render import status_table
 from bigbatch.launcher.runs import registry
+from bigbatch.launcher.runs.processes import processes
 from bigbatch.launcher.runs.registry import describe, find_run, list_runs, status
 
 
@@ -77,41 +84,147 @@ def test_states(tmp_path: Path, last: dict[str, object] | None, state: str) -> N
 
 
 def test_a_process_on_this_machine_is_asked_whether_it_lives(tmp_path: Path) -> None:
-    sleep = "import sys, time; time.sleep(60)"
-    command = [sys.executable, "-c", sleep, "bigbatch.trainers.worker"]
-    with subprocess.Popen(command) as process:
-        here = {**START, "host": socket.gethostname(), "pid": process.pid}
-        run = make(tmp_path, "a", [here])
-        _until_started(process.pid)
+    here = {**START, "host": socket.gethostname(), "pid": os.getpid()}
+    run = make(tmp_path, "a", [here])
+    with trains("worker", run.path) as process:
         assert describe(run).state == "running"
         process.kill()
         process.wait()
         assert describe(run).state == "killed"
         # The number may belong to another program by now.
-        recycled = {**START, "host": socket.gethostname(), "pid": os.getpid()}
-        assert describe(make(tmp_path, "b", [recycled])).state == "killed"
+        assert describe(make(tmp_path, "b", [here])).state == "killed"
 
 
-def _until_started(pid: int) -> None:
-    while b"bigbatch" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-        time.sleep(0.01)
+@contextmanager
+def trains(
+    module: str, path: Path | str, body: str = "pass", launcher: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs `body`, and whose command line is that of one that trains `path`."""
+    program = f"import time; {body}; print(flush=True); time.sleep(60)"
+    words = [*launcher, "-m", f"bigbatch.trainers.{module}", str(path)]
+    command = [sys.executable, "-c", program, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # its command line is there
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_process_belongs_to_the_directory_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy has the records of the original, and their process numbers."""
+    monkeypatch.chdir(tmp_path)
+    stopped = {"kind": "end", "state": "stopped"}
+    run = make(tmp_path, "a", [{**START, "host": socket.gethostname(), "pid": 1}])
+    resumed = make(tmp_path, "b", [START, stopped])
+    (tmp_path / "link").symlink_to(run.path)
+    (tmp_path / "elsewhere").mkdir()
+    with trains("worker", "link") as process, trains("worker", resumed.path):
+        copy = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
+        other = RunDir(shutil.copytree(run.path, tmp_path / "elsewhere" / "link"))
+        names = (run, RunDir(tmp_path / "link"), resumed)
+        assert [describe(r).state for r in names] == ["running"] * 3  # a resume notes itself late
+        assert [describe(r).state for r in (copy, other)] == ["killed"] * 2
+        assert {i.name: i.state for i in list_runs(tmp_path)} == {
+            **{"a": "running", "b": "running", "link": "running", "copy": "killed"}
+        }
+        with pytest.raises(UserError, match="nothing to cancel"):
+            registry.cancel(copy)
+        assert process.poll() is None
+        assert f"process {process.pid} finishes" in registry.cancel(run)
+        assert process.wait() == -signal.SIGTERM
+
+
+def test_a_launcher_is_not_taken_for_a_rank(tmp_path: Path) -> None:
+    """accelerate's ends its ranks at a signal, without letting them save."""
+    run = make(tmp_path, "a", [])
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+    with trains("worker", run.path, launcher=launcher):
+        assert processes(run) == []
+        with trains("worker", run.path) as rank, trains("agent", run.path) as agent:
+            assert processes(run) == [agent.pid, rank.pid]
+
+
+def test_a_run_that_starts_or_resumes_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigbatch.trainers.recovery.heartbeat._DYING_S", 0.2)
+    run = make(tmp_path, "a", [START, {"kind": "end", "state": "stopped"}])
+    new = make(tmp_path, "new", [])
+    with trains("worker", run.path), trains("agent", new.path):
+        for each in (run, new):
+            with pytest.raises(UserError, match="is running; `bigbatch cancel"):
+                registry.remove(each)
+    # A lock is enough: its holder may be on another machine, or in another container.
+    holder = (
+        "from pathlib import Path; from bigbatch.trainers.recovery.heartbeat import Heartbeat; "
+        f"hold = Heartbeat(Path({str(run.heartbeats)!r}), 0); hold.lock()"
+    )
+    with trains("holder", run.path, holder) as process:
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on"):
+            registry.remove(run)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "new"]
+        assert run.recipe_file.exists()
+        process.kill()
+        process.wait()
+    registry.remove(run)
+    registry.remove(new)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_run_goes_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").mkdir()
+    run = make(tmp_path / "disk", "a", [])
+    link = RunDir(tmp_path / "runs" / "best")
+    link.path.symlink_to(run.path)
+    monkeypatch.setattr(Path, "unlink", lambda path: (_ for _ in ()).throw(PermissionError(13, "")))
+    with pytest.raises(UserError, match="cannot remove"):
+        registry.remove(link)
+    assert run.recipe_file.exists()  # both, or none of them
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["rm", "best"], input="y\n")
+    assert f"remove runs/best, a link to {run.path}, at step 0" in done.output
+    assert f"removed runs/best, a link to {run.path}\n" in done.output
+    assert [list((tmp_path / name).iterdir()) for name in ("disk", "runs")] == [[], []]
+    monkeypatch.chdir(make(tmp_path, "here", []).path)
+    registry.remove(RunDir(Path()))
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_full_disk_keeps_no_run_from_being_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path, "a", [])
+
+    def full(folder: Path, rank: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(registry, "Heartbeat", full)
+    registry.remove(run)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_between_a_crash_and_the_agents_restart_a_run_runs(tmp_path: Path) -> None:
-    sleep = "import sys, time; time.sleep(60)"
-    command = [sys.executable, "-c", sleep, "bigbatch.trainers.agent"]
-    with subprocess.Popen(command) as agent:
-        start = {**START, "host": socket.gethostname(), "pid": os.getpid(), "agent": agent.pid}
-        failed = {"kind": "end", "state": "failed"}
-        killed, crashed = make(tmp_path, "a", [start]), make(tmp_path, "b", [start, failed])
-        done = make(tmp_path, "c", [start, {"kind": "end", "state": "finished"}])
-        _until_started(agent.pid)
+    start = {**START, "host": socket.gethostname(), "pid": os.getpid()}
+    failed = {"kind": "end", "state": "failed"}
+    killed, crashed = make(tmp_path, "a", [start]), make(tmp_path, "b", [start, failed])
+    done = make(tmp_path, "c", [start, {"kind": "end", "state": "finished"}])
+    paths = [run.path for run in (killed, crashed, done)]
+    with trains("agent", paths[0]) as first, trains("agent", paths[1]), trains("agent", paths[2]):
         assert [describe(run).state for run in (killed, crashed, done)] == [
             *("running", "running", "finished")
         ]
         assert not registry.has_ended(crashed)
         assert "finishes its step" in registry.cancel(crashed)
-        agent.wait()
+        first.kill()
+        first.wait()
+        while processes(crashed):
+            time.sleep(0.01)
         assert [describe(run).state for run in (killed, crashed)] == ["killed", "failed"]
         assert registry.has_ended(crashed)
 
@@ -159,7 +272,7 @@ def test_a_run_that_may_not_be_read_or_signalled_is_one_message(
 
     here = {**START, "host": socket.gethostname(), "pid": os.getpid()}
     run = make(tmp_path, "a", [here], METRICS)
-    monkeypatch.setattr(registry, "_runs", lambda pid, module: True)
+    monkeypatch.setattr(registry, "processes", lambda run, trainers=None: [os.getpid()])
     monkeypatch.setattr(os, "kill", refuse)
     with pytest.raises(UserError, match="cannot signal process"):
         registry.cancel(run)
