@@ -129,7 +129,10 @@ def test_a_process_belongs_to_the_directory_that_it_names(
         assert [describe(r).state for r in names] == ["running"] * 3  # a resume notes itself late
         assert [describe(r).state for r in (copy, other)] == ["killed"] * 2
         assert {i.name: i.state for i in list_runs(tmp_path)} == {
-            **{"a": "running", "b": "running", "link": "running", "copy": "killed"}
+            "a": "running",
+            "b": "running",
+            "link": "running",
+            "copy": "killed",
         }
         with pytest.raises(UserError, match="nothing to cancel"):
             registry.cancel(copy)
