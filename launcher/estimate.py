@@ -142,8 +142,8 @@ def look(
         free = shutil.disk_usage(_existing(folder)).free
         save_s = checkpoint_bytes(size) / write_speed(folder)
     except OSError as error:
-        problem = Finding("disk", "warning", f"{folder} cannot be written: {error}")
-        return Estimate([*found, problem, wandb], None)
+        unwritable = Finding("disk", "warning", f"{folder} cannot be written: {error}")
+        return Estimate([*found, unwritable, wandb], None)
     text = f"{_gb(need)} needed under {folder}, {_gb(free)} free"
     if need > free:
         found.append(Finding("disk", "warning", f"{text}; free some, or lower checkpoint.keep"))

@@ -154,12 +154,12 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def journal_tables(said: Mapping[str, Any]) -> list[Table]:
+def journal_tables(journal: Mapping[str, Any]) -> list[Table]:
     """One table of the samples that a run could not read, one of their shards and reasons."""
-    bad = Table(title=f"{said['run']}: what could not be read", title_justify="left")
+    bad = Table(title=f"{journal['run']}: what could not be read", title_justify="left")
     for title in ("sample", "shard", "byte", "reason", "substituted by", "steps"):
         bad.add_column(title, overflow="fold")
-    for row in said["bad"][:_SHOWN_SAMPLES]:
+    for row in journal["bad"][:_SHOWN_SAMPLES]:
         bad.add_row(
             _sample(row),
             str(row["shard"]),
@@ -168,15 +168,15 @@ def journal_tables(said: Mapping[str, Any]) -> list[Table]:
             _some([_sample(other) for other in row["substitutes"]]),
             _some(list(map(str, row["steps"]))),
         )
-    if len(said["bad"]) > _SHOWN_SAMPLES:
-        bad.caption = f"and {len(said['bad']) - _SHOWN_SAMPLES:,} more; --json shows all"
+    if len(journal["bad"]) > _SHOWN_SAMPLES:
+        bad.caption = f"and {len(journal['bad']) - _SHOWN_SAMPLES:,} more; --json shows all"
     counts = Table(title="bad samples", title_justify="left")
     counts.add_column("by shard, and by reason")
     counts.add_column("samples", justify="right")
     for name in ("shards", "reasons"):
-        for place, count in list(said[name].items())[:_SHOWN_CLASSES]:
-            counts.add_row(place, f"{count:,}", end_section=place == list(said[name])[-1])
-    counts.add_row("all", f"{said['samples']:,}")
+        for place, count in list(journal[name].items())[:_SHOWN_CLASSES]:
+            counts.add_row(place, f"{count:,}", end_section=place == list(journal[name])[-1])
+    counts.add_row("all", f"{journal['samples']:,}")
     return [bad, counts]
 
 

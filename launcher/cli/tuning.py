@@ -258,7 +258,7 @@ def tune(
         raise UserError(
             f"cannot make the study's folder {folder}: {error.strerror}; name another by --study"
         ) from None
-    click.get_current_context().with_resource(studies.hold(folder))
+    click.get_current_context().with_resource(studies.acquire_study_lock(folder))
     found = studies.open_study(
         folder,
         searched,

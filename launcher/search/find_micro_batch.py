@@ -78,13 +78,13 @@ def probe(recipe: Recipe, micro_batch: int, world: int, folder: Path, limit: int
             child.kill()
 
     status = child.wait(watch)
-    said = tail(run, 40)
+    output = tail(run, 40)
     records = [r for r in read_jsonl(run.metrics) if r["kind"] == "train"]
     if status == 0:
         return Probe(micro_batch, peak <= limit, records[-1]["images_per_s"], peak)
-    if peak > limit or OUT_OF_MEMORY in said:
+    if peak > limit or OUT_OF_MEMORY in output:
         return Probe(micro_batch, False, None, peak)
-    raise RunFailed(f"micro_batch {micro_batch}: the probe ended with status {status}:\n{said}")
+    raise RunFailed(f"micro_batch {micro_batch}: the probe ended with status {status}:\n{output}")
 
 
 def find(

@@ -155,7 +155,7 @@ def make_pruner(pruner: Pruner, startup: int, evaluations: int) -> optuna.pruner
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def acquire_study_lock(folder: Path) -> Iterator[None]:
     """Keep the study to this process, until it ends. Raises UserError where another one has it."""
     with (folder / "lock").open("a") as file:
         try:

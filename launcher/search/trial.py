@@ -92,5 +92,5 @@ def submit(
         command, capture_output=True, text=True, check=False, start_new_session=True
     )
     if done.returncode != 0:
-        said = done.stderr.strip().removeprefix("bigbatch: ")
-        raise UserError(f"submitting {run.path.name}: {said}")
+        error = done.stderr.strip().removeprefix("bigbatch: ")
+        raise UserError(f"submitting {run.path.name}: {error}")

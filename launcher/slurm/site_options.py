@@ -42,12 +42,12 @@ def read_site(path: Path) -> Site:
     tree = read_yaml(path)
     try:
         return Site.model_validate(tree)
-    except ValidationError as error:
+    except ValidationError as invalid:
         lines = []
-        for problem in error.errors():
-            place = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
+        for error in invalid.errors():
+            place = ".".join(map(str, error["loc"]))
+            if error["type"] == "extra_forbidden":
                 lines.append(f"{place}: unknown key; valid keys: {', '.join(Site.model_fields)}")
             else:
-                lines.append(f"{place} = {problem['input']!r}: {problem['msg']}")
+                lines.append(f"{place} = {error['input']!r}: {error['msg']}")
         raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None

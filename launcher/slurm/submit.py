@@ -91,8 +91,8 @@ def try_job(recipe: Recipe, nodes: int, ranks_per_node: int, runs: Path) -> Find
     answer = squeue.would_start(script)
     if answer is None:
         return Finding("sbatch", "skipped", "not on this machine")
-    accepted, said = answer
-    return Finding("sbatch", "ok" if accepted else "warning", said)
+    accepted, text = answer
+    return Finding("sbatch", "ok" if accepted else "warning", text)
 
 
 def submit(recipes: Sequence[Recipe], job: Job, path: Path, mounts: Sequence[Path] = ()) -> str:

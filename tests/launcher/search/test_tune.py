@@ -312,7 +312,7 @@ def test_a_job_is_waited_for_while_slurm_does_not_answer(here: Path, monkeypatch
 def test_one_search_at_a_time(here: Path) -> None:
     folder = here / "studies/digits"
     folder.mkdir(parents=True)
-    with study.hold(folder), pytest.raises(UserError, match="another search"):
+    with study.acquire_study_lock(folder), pytest.raises(UserError, match="another search"):
         CliRunner().invoke(cli, ["tune", "digits", "space.yaml"], catch_exceptions=False)
 
 
