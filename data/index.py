@@ -19,11 +19,14 @@ import pyarrow.compute as pc
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.index_check import COLUMNS
 from bigbatch.data.index_files import (
     consistently,
+    is_read_at_open,
     read_columns,
     read_keys,
     read_manifest,
+    verify_columns,
     write_files,
 )
 from bigbatch.data.pool import map_all
@@ -83,9 +86,8 @@ class Index:
         """The sample keys, in index order. Read from disk on every call."""
 
         def read() -> list[str]:
-            if read_manifest(self.root)["hash"] != self.hash:
-                raise UserError(f"the index of {self.root} was replaced meanwhile; start again")
-            return read_keys(self.root)
+            _same_manifest(self)
+            return read_keys(self.root, len(self))
 
         return consistently(self.root, read)
 
@@ -93,9 +95,10 @@ class Index:
 def open_index(root: Path, remote: Remote | None = None) -> Index:
     """Open the index of `root`, a folder of shards.
 
-    Fast: looks at the size of each shard and at one image of the first and of the last
-    shard; the other images are checked as they are read. Raises UserError where there is no
-    index, it is damaged, or the shards are not those that it was made from. The shards of a
+    Fast: looks at the manifest, at columns of up to five million samples, at the size of each
+    shard and at one image of the first and of the last shard; verify_index reads larger
+    columns, and the other images are checked as they are read. Raises UserError where there is
+    no index, it is damaged, or the shards are not those that it was made from. The shards of a
     `remote` folder are not looked at; data/remote.py opens those.
     """
     root = Path(root)
@@ -118,6 +121,24 @@ def _open(root: Path, remote: Remote | None) -> Index:
         remote=remote,
         **read_columns(root, manifest),
     )
+
+
+def verify_index(index: Index) -> None:
+    """Read all columns, and raise UserError where one is damaged or cannot be true."""
+
+    def read() -> None:
+        manifest = _same_manifest(index)
+        if not is_read_at_open({name: getattr(index, name) for name in COLUMNS}):
+            verify_columns(index.root, manifest)
+
+    consistently(index.root, read)
+
+
+def _same_manifest(index: Index) -> dict[str, Any]:
+    manifest = read_manifest(index.root)
+    if manifest["hash"] != index.hash:
+        raise UserError(f"the index of {index.root} was replaced meanwhile; start again")
+    return manifest
 
 
 def _check_shards(index: Index) -> None:

@@ -30,22 +30,21 @@ import pyarrow.parquet as pq
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json
+from bigbatch.configs.json_text import parse_json
+from bigbatch.data.index_check import (
+    COLUMNS,
+    FORMAT,
+    MAX_MANIFEST_BYTES,
+    check_class_starts,
+    check_columns,
+    check_manifest,
+)
 
 T = TypeVar("T")
 
-FORMAT = 1
-COLUMNS = {
-    "shard": np.uint32,
-    "offset": np.uint64,
-    "size": np.uint32,
-    "label": np.int32,
-    "crc": np.uint32,
-    "class_starts": np.int64,
-    "class_members": np.uint32,
-}
-# Opening hashes columns up to this many bytes together (about five million samples, a
-# tenth of a second); `bigbatch inspect` checks larger ones.
-_HASH_AT_OPEN = 128 << 20
+# Opening reads columns up to this many bytes together (about five million samples, a few
+# tenths of a second); `bigbatch check` and `inspect` read larger ones.
+_READ_AT_OPEN = 128 << 20
 _REMAKE = "make it again with `bigbatch index"
 _TRIES = 20  # to read an index that is being replaced
 _PAUSE_S = 0.05
@@ -74,6 +73,10 @@ def write_files(
         digests = {name: _digest(folder / f"{name}.npy") for name in COLUMNS}
         manifest = {"format": FORMAT, **manifest, "columns": digests}
         manifest["hash"] = _hash(manifest)
+        try:
+            check_manifest(manifest)  # what no reader would take is not written
+        except ValueError as error:
+            raise UserError(f"{root} was not indexed: {error}; mend or rename it") from None
         (folder / "manifest.json").write_text(to_json(manifest, indent=1) + "\n")
         for path in (*folder.iterdir(), folder):
             sync(path)
@@ -145,73 +148,116 @@ def _identity(root: Path) -> tuple[int, int] | None:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest, checked against its own hash; UserError where it is damaged or missing."""
+    """The manifest, checked as a whole; UserError where it is damaged or missing."""
     path = root / "index" / "manifest.json"
     if not path.is_file():
         raise UserError(f"{root} has no index; make it with `bigbatch index {root}`")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {manifest['format']!r}; this version reads {FORMAT}; "
-                f"{_REMAKE} {root}`"
-            )
-        if _hash(manifest) != manifest["hash"]:
-            raise ValueError("its hash is not that of its contents")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it is larger than {MAX_MANIFEST_BYTES:,} bytes")
+        return parse_manifest(path.read_bytes())
+    except UserError as error:
+        raise UserError(f"{path} {error}; {_REMAKE} {root}`") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
+
+
+def parse_manifest(text: bytes) -> dict[str, Any]:
+    """A manifest, checked as a whole and against its own hash.
+
+    Raises UserError for another format, ValueError where it is damaged.
+    """
+    manifest: dict[str, Any] = parse_json(text)
+    told = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(told) is int and told != FORMAT:
+        raise UserError(f"has format {told}; this version reads {FORMAT}")
+    check_manifest(manifest)
+    if _hash(manifest) != manifest["hash"]:
+        raise ValueError("its hash is not that of its contents")
     return manifest
 
 
 def read_columns(root: Path, manifest: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """All columns, memory-mapped; UserError where one is damaged, as far as is quick."""
+    """All columns, memory-mapped; UserError where one is damaged, as far as is quick.
+
+    Small ones are checked in full, as by verify_columns; of large ones dtypes, lengths and
+    where the lists of the classes begin.
+    """
     columns = {name: _open_column(root, manifest, name) for name in COLUMNS}
-    if sum(column.nbytes for column in columns.values()) <= _HASH_AT_OPEN:
-        verify_columns(root)
+    if is_read_at_open(columns):
+        verify_columns(root, manifest)
+    try:
+        check_class_starts(columns, manifest)
+    except ValueError as error:
+        raise _damaged(root, error) from None
     return columns
 
 
-def read_keys(root: Path) -> list[str]:
+def is_read_at_open(columns: Mapping[str, npt.NDArray[Any]]) -> bool:
+    """Whether read_columns has checked columns of this size in full."""
+    return sum(column.nbytes for column in columns.values()) <= _READ_AT_OPEN
+
+
+def read_keys(root: Path, samples: int) -> list[str]:
+    """The keys of all samples; UserError where they cannot be read, or are not so many."""
     path = root / "index" / "keys.parquet"
     try:
         keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        if len(keys) != samples:
+            raise ValueError(f"{len(keys):,} keys for {samples:,} samples")
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
     return keys
 
 
-def verify_columns(root: Path) -> None:
-    """Read all columns and compare their hashes with the manifest's; UserError where not."""
-    digests = read_manifest(root)["columns"]
+def verify_columns(root: Path, manifest: dict[str, Any]) -> None:
+    """Read all columns: their hashes, and whether what they say can be true; or UserError."""
+    columns = {}
     for name in COLUMNS:
         path = root / "index" / f"{name}.npy"
         try:
             digest = _digest(path)
         except OSError as error:
             raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
-        if digest != digests[name]:
+        if digest != manifest["columns"][name]:
             raise UserError(
                 f"{path} is damaged (its hash is not the one in the manifest); {_REMAKE} {root}`"
             )
+        columns[name] = _open_column(root, manifest, name, mmap.MADV_SEQUENTIAL)
+    try:
+        check_columns(columns, manifest)
+    except ValueError as error:
+        raise _damaged(root, error) from None
 
 
-def map_column(path: Path) -> npt.NDArray[Any]:
-    """A column, memory-mapped for access here and there."""
-    column: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+def _damaged(root: Path, error: ValueError) -> UserError:
+    return UserError(f"{root / 'index'} is damaged ({error}); {_REMAKE} {root}`")
+
+
+def map_column(path: Path, advice: int = mmap.MADV_RANDOM) -> npt.NDArray[Any]:
+    """A column, memory-mapped for access here and there. Raises OSError and ValueError."""
+    # Not np.load, which takes a zip for an archive of arrays. A header is at most 10,000
+    # characters, read as a literal; bad ones raise anything, such as tokenize.TokenError.
+    try:
+        column: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"no column: {error}") from None
     # Training looks at samples in random order. Where the system reads ahead (megabytes, on
     # some machines), the first micro-batch of a large index takes seconds instead of
     # milliseconds.
-    column._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    column._mmap.madvise(advice)  # type: ignore[attr-defined]
     return np.asarray(column)  # np.memmap is slow to index
 
 
-def _open_column(root: Path, manifest: dict[str, Any], name: str) -> npt.NDArray[Any]:
+def _open_column(
+    root: Path, manifest: dict[str, Any], name: str, advice: int = mmap.MADV_RANDOM
+) -> npt.NDArray[Any]:
     path = root / "index" / f"{name}.npy"
     length = len(manifest["classes"]) + 1 if name == "class_starts" else manifest["samples"]
     try:
-        column = map_column(path)
+        column = map_column(path, advice)
         if column.dtype != COLUMNS[name] or column.shape != (length,):
             raise ValueError(f"it holds {column.dtype} {column.shape}")
     except (OSError, ValueError, EOFError) as error:

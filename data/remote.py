@@ -1,7 +1,6 @@
 """Splits on remote storage: their index is copied first, shards when they are needed."""
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -12,17 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync
 from bigbatch.data.index import Index, open_index
-from bigbatch.data.index_files import verify_columns
+from bigbatch.data.index_check import COLUMNS
+from bigbatch.data.index_files import parse_manifest, verify_columns
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, Positions
 from bigbatch.data.readahead import reading_ahead
 from bigbatch.data.staging import Cache, Remote, default_cache, fetch, read, stat
 
 _DOWNLOADS = 2  # shards at a time, of one rank
+_NPY_HEADER = 1 << 12  # bytes, at most; NumPy writes 128
 
 # To be called with the first position and the samples of each micro-batch before they are read.
 Prefetch = Callable[[int, Positions], None]
@@ -55,6 +59,8 @@ def open_remote(remote: Remote) -> Index:
             if not (root / "index").is_dir():
                 _copy_index(remote, manifest, root)
     index = open_index(root, remote)
+    if odd := [shard.name for shard in index.shards if "::" in shard.name]:
+        raise UserError(f"shard {odd[0]!a} of {remote.url}: `::` joins URLs; rename the shard")
     for shard in {index.shards[0], index.shards[-1]}:
         size = stat(remote.shard(shard.name)).size
         if size not in (None, shard.bytes):
@@ -65,30 +71,43 @@ def open_remote(remote: Remote) -> Index:
     return index
 
 
-def _copy_index(remote: Remote, manifest: bytes, root: Path) -> None:
+def _copy_index(remote: Remote, text: bytes, root: Path) -> None:
+    """Copy the files that an index has, and no other one, whatever its manifest says."""
     temporary = root.with_name(f"{root.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-    (temporary / "index").mkdir(parents=True)
-    damaged = f"the index of {remote.url} is damaged, or was replaced while it was copied"
     try:
-        names = [f"{column}.npy" for column in json.loads(manifest)["columns"]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{damaged}; make it again with `bigbatch index`") from None
-    for name in ("manifest.json", *names, "keys.parquet"):
-        with (temporary / "index" / name).open("w+b") as file:
-            if name == "manifest.json":
-                file.write(manifest)
-                file.flush()
-            else:
-                fetch(stat(f"{remote.url}/index/{name}"), file.fileno())
-            os.fsync(file.fileno())
-    try:
-        verify_columns(temporary)
-    except UserError as error:
-        raise UserError(f"{damaged} ({error}); start again, or make it again") from None
-    sync(temporary / "index")
-    temporary.rename(root)
+        manifest = parse_manifest(text)
+        (temporary / "index").mkdir(parents=True)
+        (temporary / "index" / "manifest.json").write_bytes(text)
+        for name in (*(f"{column}.npy" for column in COLUMNS), "keys.parquet"):
+            found = stat(f"{remote.url}/index/{name}")
+            _check_size(name, found.size, manifest)
+            with (temporary / "index" / name).open("w+b") as file:
+                fetch(found, file.fileno())
+        verify_columns(temporary, manifest)
+        for path in (*(temporary / "index").iterdir(), temporary / "index"):
+            sync(path)
+        temporary.rename(root)
+    except ValueError as error:
+        raise UserError(
+            f"the index of {remote.url} is damaged, or was replaced while it was copied "
+            f"({error}); start again, or make it again with `bigbatch index`"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(root.parent)
+
+
+def _check_size(name: str, size: int | None, manifest: dict[str, Any]) -> None:
+    """Raise ValueError for a column of another size than the manifest's samples take."""
+    dtype = COLUMNS.get(name.removesuffix(".npy"))
+    if dtype is None or size is None:
+        return
+    starts = name == "class_starts.npy"
+    values = len(manifest["classes"]) + 1 if starts else manifest["samples"]
+    expected = values * np.dtype(dtype).itemsize
+    if not expected <= size <= expected + _NPY_HEADER:
+        raise ValueError(f"{name} has {size:,} bytes, its {values:,} values take {expected:,}")
 
 
 @contextmanager

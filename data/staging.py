@@ -78,7 +78,8 @@ class _File(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rpartition("/")[2].partition("?")[0] or "file"
+        name = self.path.rstrip("/").rpartition("/")[2].partition("?")[0]
+        return "file" if name[:1] in ("", ".") else name  # `..` leads elsewhere
 
 
 class _NoRanges(Exception):
@@ -129,7 +130,7 @@ class Cache:
         try:
             about = json.loads((self._copy(file).parent / ABOUT).read_bytes())
             damaged = _checksums(handle) != about["crc32c"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             damaged = True
         finally:
             os.close(handle)

@@ -8,6 +8,7 @@ from typing import Any
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
+from bigbatch.data.index import verify_index
 from bigbatch.launcher.estimate import Estimate, look
 from bigbatch.trainers.planning.inputs import fit, open_inputs
 from bigbatch.trainers.planning.plan import Plan, check_world
@@ -34,6 +35,8 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
     if world is not None:
         check_world(recipe, world)
     inputs = open_inputs(recipe)
+    for index in inputs.splits.values():
+        verify_index(index)
     plan, rate = fit_rate(recipe, inputs.epoch_samples)
     counted = "train" if recipe.data.stream is None else "val"
     counts = inputs.splits[counted].class_counts

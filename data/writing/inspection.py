@@ -12,8 +12,7 @@ import numpy.typing as npt
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index, open_index
-from bigbatch.data.index_files import verify_columns
+from bigbatch.data.index import Index, open_index, verify_index
 from bigbatch.data.writing.assign import SPLITS
 from bigbatch.data.writing.recode import open_image, prepare
 
@@ -37,8 +36,8 @@ def inspect(root: Path, *, verify: bool = False, picture: Path | None = None) ->
     sides: dict[str, npt.NDArray[np.int64]] = {}
     for name, folder in _split_folders(root).items():
         try:
-            verify_columns(folder)
             index = open_index(folder)
+            verify_index(index)
         except UserError as error:
             problems.append(str(error))
             continue

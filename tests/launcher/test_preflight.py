@@ -1,12 +1,16 @@
 """What a run will need, before it starts."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
+from bigbatch.data import index_files
 from bigbatch.launcher import estimate
-from bigbatch.launcher.preflight import fit_rate, spark
+from bigbatch.launcher.preflight import check, fit_rate, spark
 from bigbatch.trainers.models.size import measure
 
 RESNET = [
@@ -101,3 +105,19 @@ def test_sparklines() -> None:
     assert spark([0, 1, 2, 4, 8]) == " ▁▂▄█"
     assert spark([0.0, 0.0]) == "  "
     assert len(spark(list(range(1000)))) == 60
+
+
+def test_a_damaged_column_is_found_here_and_not_first_in_training(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an index is too large to be read whenever it is opened."""
+    monkeypatch.setattr(index_files, "_READ_AT_OPEN", 0)
+    shards = tmp_path / "digits"
+    shutil.copytree(digits, shards)
+    recipe = load_recipe("digits", [f"data.path={shards}"])
+    check(recipe, None)
+    label = np.load(shards / "val" / "index" / "label.npy", mmap_mode="r+")
+    label[7] = 10
+    label.flush()
+    with pytest.raises(UserError, match=r"val/index/label\.npy is damaged .*bigbatch index"):
+        check(recipe, None)
