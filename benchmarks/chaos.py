@@ -29,7 +29,7 @@ from typing import Any
 import chaos_faults
 import chaos_slurm
 from chaos_faults import RANKS, STEPS, NewRun, Run, until
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from rich.console import Console
 from rich.table import Table
 
@@ -50,14 +50,16 @@ class Outcome:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one fault of each of a few kinds")
+    parser = benchmark_parser(
+        __doc__,
+        quick="one fault of each of a few kinds",
+        json_help="add the figures to those in this file",
+    )
     parser.add_argument("--slurm", action="store_true", help="faults of a real SLURM, four ranks")
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=600, help="no new fault after these")
-    parser.add_argument("--json", type=Path, help="add the figures to those in this file")
     options = parser.parse_args()
     if options.slurm and (reason := chaos_slurm.missing()):
         print(f"skipped: SLURM {reason}")
@@ -87,7 +89,7 @@ def main() -> None:
             wrong += problems
     report(outcomes, wrong)
     if options.json:
-        write(options.json, part(outcomes, wrong, options))
+        add_part(options.json, part(outcomes, wrong, options))
     if wrong or any(o.recover_s is None or o.lost_steps for o in outcomes):
         sys.exit("the run did not come through")
 
@@ -215,30 +217,26 @@ def part(outcomes: list[Outcome], wrong: list[str], options: argparse.Namespace)
     recipe = ["digits", *chaos_faults.LOCAL_RECIPE]
     own = chaos_slurm.machine() if options.slurm else {"ranks": RANKS, "recipe": recipe}
     return {
-        "machine": {
-            **machine("bigbatch", "torch"),
-            **own,
-            "steps": STEPS,
-            "seed": options.seed,
-            "runs_at_a_time": options.jobs,
-        },
+        "machine": machine(
+            "bigbatch", "torch", **own, steps=STEPS, seed=options.seed, runs_at_a_time=options.jobs
+        ),
         "wrong": wrong,
         "faults": [asdict(o) for o in outcomes],
     }
 
 
-def write(path: Path, new: dict[str, Any]) -> None:
+def add_part(path: Path, new: dict[str, Any]) -> None:
     """The table of all measurements in the file and this one, and each of them."""
     parts = [*(json.loads(path.read_text())["parts"] if path.exists() else []), new]
     outcomes = [Outcome(**fault) for each in parts for fault in each["faults"]]
-    figures = {
-        "hangs": sum(o.recover_s is None for o in outcomes),
-        "lost_steps": sum(o.lost_steps for o in outcomes),
-        "wrong": [problem for each in parts for problem in each["wrong"]],
-        "table": rows(outcomes),
-        "parts": parts,
-    }
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(
+        path,
+        hangs=sum(o.recover_s is None for o in outcomes),
+        lost_steps=sum(o.lost_steps for o in outcomes),
+        wrong=[problem for each in parts for problem in each["wrong"]],
+        table=rows(outcomes),
+        parts=parts,
+    )
 
 
 if __name__ == "__main__":

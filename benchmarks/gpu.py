@@ -11,7 +11,6 @@ images of its size without --cifar10). Runs go through the command line in proce
 own. Ends with status 1 where a section failed.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from torch import Tensor, nn
 
 BENCHMARKS = Path(__file__).parent
@@ -394,9 +393,7 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and epochs")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="fewer rounds and epochs")
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections alone")
     chosen = parser.parse_args()
@@ -426,8 +423,8 @@ def main() -> None:
             results["sections"][section] = found
             said = found.get("figures", found.get("error"))
             print(f"{'ok    ' if found['ok'] else 'FAILED'} {section:11} {said}", flush=True)
-            if chosen.json:  # after each, so that a lease that ends early leaves what there is
-                chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+            # After each, so that a lease that ends early leaves what there is.
+            write_figures(chosen.json, **results)
     failed = [n for n, found in results["sections"].items() if not found["ok"]]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

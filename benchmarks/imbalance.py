@@ -15,7 +15,6 @@ test split stays whole. All of it goes through the command line: `bigbatch shard
 number of steps. Recall is that of the final weights on the test split.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 
 POLICIES = ("uniform", "balanced", "label_shuffling")
 IMBALANCE = 100.0
@@ -222,14 +221,10 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = benchmark_parser(__doc__, quick="a tenth of the images, few steps, no whole CIFAR-10")
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tenth of the images, few steps, no whole CIFAR-10"
-    )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each policy, from seed 0")
     parser.add_argument("--folder", type=Path, help="keep shards and runs in this new folder")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--picture", type=Path, help="draw recall by class here: .png, .svg ...")
     options = parser.parse_args()
     if options.cifar10 is None:
@@ -270,8 +265,7 @@ def main() -> None:
                 made = train(folder, policy, seed, size.steps)
                 print(f"{policy}, seed {seed}: {made['seconds']:.0f} s", file=sys.stderr)
                 result["runs"].append(made)
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_figures(options.json, **result)
             if options.picture:
                 draw(result["classes"], counts["train"], result["runs"], options.picture)
     print(markdown(result["classes"], counts["train"], result["runs"]))

@@ -19,7 +19,6 @@ inside a trial. --report runs nothing and reports what is noted there already. O
 residual net and few epochs, one trial per core; --gpu: ResNet-18 and 30 epochs.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -37,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from large_batch_report import arms_of, draw, markdown, tuning_table
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 
 BIN = Path(sys.executable).parent
 BASE_BATCH = 256
@@ -250,15 +249,12 @@ def write_shards(source: Path, folder: Path, images: int | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = benchmark_parser(__doc__, quick="few images, two batch sizes")
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
-    scale = parser.add_mutually_exclusive_group()
-    scale.add_argument("--quick", action="store_true", help="few images, two batch sizes")
-    scale.add_argument("--gpu", action="store_true", help="ResNet-18 and 30 epochs")
+    parser.add_argument("--gpu", action="store_true", help="ResNet-18 and 30 epochs")
     parser.add_argument("--report", action="store_true", help="run nothing; needs --folder")
     parser.add_argument("--folder", type=Path, help="keep shards and runs here, and go on there")
     parser.add_argument("--jobs", type=int, help="trials at a time")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--picture", type=Path, help="draw them here: .png, .svg ...")
     options = parser.parse_args()
     if options.cifar10 is None:
@@ -266,6 +262,8 @@ def main() -> None:
         return
     if not options.cifar10.is_file():
         parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
+    if options.quick and options.gpu:
+        parser.error("--quick and --gpu are two scales; give one of them")
     if options.report and not options.folder:
         parser.error("--report reads the trials noted in --folder; name it")
     name = "quick" if options.quick else "gpu" if options.gpu else "cpu"
@@ -303,8 +301,7 @@ def main() -> None:
                     "tuning": tuning,
                     "finals": finals,
                 }
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                write_figures(options.json, **result)
                 if options.picture:
                     draw(result, options.picture)
     print(tuning_table(result))

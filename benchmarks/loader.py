@@ -49,7 +49,7 @@ import psutil
 import simplejpeg
 import torch
 from loader_contestants import BATCH, CONTESTANTS, SHARDS, encoded, make_augmenter
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from PIL import Image
 
 from bigbatch.data.augment.pipeline import Augmenter
@@ -221,9 +221,7 @@ def in_own_process(python: str, *arguments: str) -> dict[str, float] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round of 2 s, few photos")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="one round of 2 s, few photos")
     parser.add_argument("--photos", type=Path, help="tar of JPEG photos")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--streaming-python", default=sys.executable, metavar="PYTHON")
@@ -275,18 +273,15 @@ def main() -> None:
         for case, rows in found.items()
     }
     report(medians, shares)
-    if options.json:
-        packages = ("torch", "torchvision", "webdataset", "timm", "simplejpeg", "pillow")
-        where = {
-            **machine(*packages),
-            "workers": options.workers,
-            "photos": len(photos),
-            "bytes_per_photo": round(statistics.mean(map(len, photos))),
-            "rounds": rounds,
-            "seconds": seconds,
-        }
-        figures = {"machine": where, "figures": medians, "share_of_limit": shares}
-        options.json.write_text(json.dumps(figures, indent=1))
+    where = machine(
+        *("torch", "torchvision", "webdataset", "timm", "simplejpeg", "pillow"),
+        workers=options.workers,
+        photos=len(photos),
+        bytes_per_photo=round(statistics.mean(map(len, photos))),
+        rounds=rounds,
+        seconds=seconds,
+    )
+    write_figures(options.json, machine=where, figures=medians, share_of_limit=shares)
 
 
 def share_of_limit(runs: list[dict[str, float]], alone: list[dict[str, float]]) -> list[float]:

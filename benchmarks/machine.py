@@ -1,5 +1,7 @@
-"""What a benchmark's results say of where they come from."""
+"""What every benchmark shares: its arguments, and what its results say of where they come from."""
 
+import argparse
+import json
 import os
 import platform
 import re
@@ -9,8 +11,27 @@ from pathlib import Path
 from typing import Any
 
 
-def machine(*packages: str) -> dict[str, Any]:
-    """Date, hardware, system and versions; of torch as well where it is one of the packages."""
+def benchmark_parser(
+    doc: str | None, *, quick: str, json_help: str = "write the figures into this file"
+) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes, under the first line of its `doc`."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, metavar="FILE", help=json_help)
+    return parser
+
+
+def write_figures(path: Path | None, **figures: Any) -> None:
+    """Write the figures as JSON where --json named a file; one of them is the `machine`."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def machine(*packages: str, **more: Any) -> dict[str, Any]:
+    """Date, hardware, system and versions, of torch's device too where it is one of the packages.
+
+    `more` is what else the figures depend on, such as threads and rounds.
+    """
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
@@ -25,7 +46,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
         found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         found["threads"] = torch.get_num_threads()
-    return found
+    return {**found, **more}
 
 
 def _version(package: str) -> str | None:

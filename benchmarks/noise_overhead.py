@@ -17,7 +17,6 @@ process, which accumulates gradients, and two, with one and with two micro-batch
 ends after its rounds, or after a minute.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -34,7 +33,7 @@ import numpy as np
 import timm
 import torch
 import torch.multiprocessing as mp
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -198,9 +197,7 @@ def run(world: int, threads: int, rounds: int) -> dict[str, list[tuple[Times, Ti
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="6 rounds instead of 60")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="6 rounds instead of 60")
     parser.add_argument("--threads", type=int, default=1, help="of each rank, on a CPU")
     options = parser.parse_args()
     rounds = 6 if options.quick else ROUNDS
@@ -224,14 +221,13 @@ def main() -> None:
                 shown += f"  {kind} {middle:+.2%} ({low:+.2%} to {high:+.2%})"
             print(shown, flush=True)
             figures[name] = row
-    if options.json:
-        where = {
-            **machine("bigbatch", "timm", "torch"),
-            "threads": options.threads,
-            "model": f"{MODEL}, {MICRO} images of {SIZE} pixels a micro-batch",
-            "rounds": rounds,
-        }
-        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
+    where = machine(
+        *("bigbatch", "timm", "torch"),
+        threads=options.threads,
+        model=f"{MODEL}, {MICRO} images of {SIZE} pixels a micro-batch",
+        rounds=rounds,
+    )
+    write_figures(options.json, machine=where, figures=figures)
     if not options.quick and any(row[decides]["share"] > LIMIT for row in figures.values()):
         sys.exit(f"more than {LIMIT:.0%} of a step")
 

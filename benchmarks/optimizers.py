@@ -12,7 +12,6 @@ temporary. On a GPU the steps captured in a CUDA graph are measured as well.
 
 import argparse
 import ctypes
-import json
 import re
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 import timm
 import timm.optim
 import torch
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from torch import nn
 
 from bigbatch.configs import optimizers as c
@@ -170,9 +169,7 @@ def table(times: dict[str, list[float]], memory: dict[str, float]) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 rounds instead of 100")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="10 rounds instead of 100")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -190,12 +187,8 @@ def main() -> None:
         # timm's Lars reads its rate on the host, which a graph would freeze: it has no part here.
         cases = [case for case in CASES if not case.endswith("timm")]
         figures["captured step"] = table(measure_time(cases, repeats, device, True), {})
-    if options.json:
-        where = {
-            **machine("bigbatch", "timm", "torch"),
-            "rounds": repeats,
-        }
-        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
+    where = machine("bigbatch", "timm", "torch", rounds=repeats)
+    write_figures(options.json, machine=where, figures=figures)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from pydantic import TypeAdapter
 
 from bigbatch.configs.sampling import Sampling
@@ -160,9 +160,7 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="half a second a policy, not ten")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="half a second a policy, not ten")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -178,13 +176,8 @@ def main() -> None:
         write_columns(Path(folder), ON_DISK)
         firsts = {policy: in_own_process("first", policy, folder) for policy in NAMES}
     table(f"first batch of {ON_DISK:,}", firsts)
-    if options.json:
-        where = {
-            **machine("bigbatch", "numpy"),
-            "seconds": seconds,
-        }
-        figures = {"machine": where, "rates": rates, "first_batch": firsts}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    where = machine("bigbatch", "numpy", seconds=seconds)
+    write_figures(options.json, machine=where, rates=rates, first_batch=firsts)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ micro-batches of 64, cosine, evaluation after every epoch. bigbatch also writes 
 Commands take turns; figures are medians of whole commands, ratios medians of the rounds'.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -32,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -129,11 +128,9 @@ def run_lightning(folder: Path, python: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = benchmark_parser(__doc__, quick="fewer images, one round")
     parser.add_argument("--timm-train", type=Path, help="timm's train.py")
     parser.add_argument("--lightning-python", type=Path, help="of an environment with Lightning")
-    parser.add_argument("--quick", action="store_true", help="fewer images, one round")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     peers: dict[str, Callable[[Path, int], dict[str, float]]] = {}
     if options.timm_train:
@@ -171,18 +168,17 @@ def main() -> None:
         print(f"{who:12}{row['seconds']:9.1f}{row['images_per_s']:10.1f}{row['accuracy']:10.2f}")
     for who, row in ratios.items():
         print(f"{who}: {row['seconds']} times the seconds; 1 / {row['images_per_s']} the images/s")
-    if options.json:
-        result = {
-            "machine": machine("bigbatch", "timm", "torch", "torchvision"),
-            "images": {"train": train, "val": val},
-            "rounds": rounds,
-            "recipe": RECIPE,
-            "shard_seconds": sharding,
-            "runs": found,
-            "medians": medians,
-            "ratios": ratios,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(
+        options.json,
+        machine=machine("bigbatch", "timm", "torch", "torchvision"),
+        images={"train": train, "val": val},
+        rounds=rounds,
+        recipe=RECIPE,
+        shard_seconds=sharding,
+        runs=found,
+        medians=medians,
+        ratios=ratios,
+    )
 
 
 def ratio(above: list[dict[str, float]], below: list[dict[str, float]], key: str) -> float:

@@ -7,16 +7,14 @@ machine, and compares the SHA-256 of the weights. Exit status 0: all the same, 1
 --quick runs two of the cases.
 """
 
-import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("duration=30 steps", "schedule.warmup=3 steps", "schedule.rewarmup=1 steps")
@@ -56,10 +54,8 @@ def weights(tree: Path, shards: Path, folder: Path, ranks: int, changes: tuple[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__, quick=f"only {' and '.join(QUICK)}")
     parser.add_argument("--against", default="HEAD", metavar="REV", help="commit to compare with")
-    parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK)}")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory(prefix="same-weights-") as temporary:
@@ -81,9 +77,8 @@ def main() -> int:
                 print(f"{name:32} {'same' if then == now else 'DIFFERENT':10} {now[:16]}")
         finally:
             subprocess.run([*git, "remove", "--force", str(old)], check=False)
-    if options.json:
-        where = {**machine("torch", "timm", "accelerate", "deepspeed"), "against": options.against}
-        options.json.write_text(json.dumps({"machine": where, "figures": found}, indent=1) + "\n")
+    where = machine("torch", "timm", "accelerate", "deepspeed", against=options.against)
+    write_figures(options.json, machine=where, figures=found)
     return 0 if all(case["same"] for case in found.values()) else 1
 
 

@@ -8,7 +8,6 @@ round's first step, and the round lasts longer than the write. What a round take
 without saving is the cost of one checkpoint: the pause and all that the background takes.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -19,7 +18,7 @@ from typing import Any
 
 import timm
 import torch
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 
 from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.recovery.checkpoint import Retention, TrainState
@@ -47,9 +46,7 @@ class Times:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 rounds of each instead of 6")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="2 rounds of each instead of 6")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -115,14 +112,13 @@ def main() -> None:
         },
     }
     print(json.dumps(figures, indent=1))
-    if options.json:
-        where = {
-            **machine("bigbatch", "timm", "torch"),
-            "threads": options.threads,
-            "model": f"{MODEL}, {MICRO} images of {SIZE} pixels a step, SGD with momentum",
-            "rounds": len(times["none"]),
-        }
-        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
+    where = machine(
+        *("bigbatch", "timm", "torch"),
+        threads=options.threads,
+        model=f"{MODEL}, {MICRO} images of {SIZE} pixels a step, SGD with momentum",
+        rounds=len(times["none"]),
+    )
+    write_figures(options.json, machine=where, figures=figures)
 
 
 def peer_save(state: TrainState, path: Path) -> None:

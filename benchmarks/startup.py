@@ -7,15 +7,13 @@ Median, lowest and highest of 20 processes each (5 with --quick): `bigbatch --he
 `bigbatch train` with several ranks waits for before it starts them.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 CASES = {
@@ -37,9 +35,7 @@ def measure(command: list[str], repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 repeats instead of 20")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick="5 repeats instead of 20")
     options = parser.parse_args()
     repeats = 5 if options.quick else 20
     figures = {}
@@ -52,12 +48,8 @@ def main() -> None:
             "highest_s": round(max(found), 4),
         }
         print(f"{name:30}" + "".join(f"{value:8.3f}" for value in figures[name].values()))
-    if options.json:
-        where = {
-            **machine("bigbatch"),
-            "repeats": repeats,
-        }
-        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=1))
+    where = machine("bigbatch", repeats=repeats)
+    write_figures(options.json, machine=where, figures=figures)
 
 
 if __name__ == "__main__":
