@@ -1,5 +1,7 @@
 """Build the wheel, install it into a fresh environment, and import every module of it.
 
+It must carry each package's py.typed as well: without it, a type checker passes over the hints.
+
 The import name is mapped onto top-level folders, so an editable install can hide a module
 that the wheel lacks. The fresh environment sees this one's dependencies through a .pth
 file, which saves installing gigabytes again, but not this checkout.
@@ -11,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +42,14 @@ def run(*command: str | Path, cwd: Path) -> None:
     subprocess.run([str(c) for c in command], cwd=cwd, check=True)
 
 
+def check_typed(wheel: Path) -> None:
+    """Raise SystemExit where a package has no py.typed (PEP 561; `bigbatch` itself has no folder)."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    missing = [name for f in FOLDERS if (name := f"bigbatch/{f}/py.typed") not in names]
+    if missing:
+        sys.exit(f"the wheel lacks {', '.join(missing)}: see package-data in pyproject.toml")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -46,6 +57,7 @@ def main() -> None:
         pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
         run(*pip, "wheel", "--no-deps", "--wheel-dir", scratch, ROOT, cwd=scratch)
         (wheel,) = scratch.glob("*.whl")
+        check_typed(wheel)
         venv.create(scratch / "env", with_pip=False)
         python = scratch / "env/bin/python"
         (site,) = (scratch / "env/lib").glob("python*/site-packages")
