@@ -43,7 +43,7 @@ def run(*command: str | Path, cwd: Path) -> None:
 
 
 def check_typed(wheel: Path) -> None:
-    """Raise SystemExit where a package has no py.typed (PEP 561; `bigbatch` itself has no folder)."""
+    """Exit where a package lacks py.typed (PEP 561; `bigbatch` itself has no folder for one)."""
     names = set(zipfile.ZipFile(wheel).namelist())
     missing = [name for f in FOLDERS if (name := f"bigbatch/{f}/py.typed") not in names]
     if missing:
