@@ -17,6 +17,7 @@ _FOLDER = "|".join(map(re.escape, FOLDERS))
 PATH = re.compile(rf"(?:{_FOLDER})/[\w./*-]*")
 # In code and comments, where `data/train` may be anything: only what ends like a file of ours.
 FILE = re.compile(rf"(?<![\w./~*-])(?:{_FOLDER})/[\w./-]+\.(?:py|md|sbatch|html)\b")
+BARE = re.compile(r"(?<![\w./-])\w+\.py\b")
 MODULE = re.compile(r"\bbigbatch(?:\.[a-z_]\w*)+")
 TEST = re.compile(r"(test_\w+)(?:\.py)?")
 TIMM_MODELS = {"test_resnet", "test_vit"}  # small ones, for tests
@@ -184,18 +185,20 @@ def test_tests_mirror_the_rooms() -> None:
     assert strangers == []
 
 
-def test_files_that_code_and_comments_name_are_there() -> None:
+def test_files_and_modules_that_code_and_comments_name_are_there() -> None:
     sources = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".pre-commit-config.yaml"]
     for folder in (*ROOMS, "tests", "benchmarks"):
         for suffix in ("py", "yaml", "sbatch", "html", "sh"):
             sources += (ROOT / folder).rglob(f"*.{suffix}")
-    dead = [
-        f"{relative(source)}: {name}"
-        for source in sources
-        if source != Path(__file__)
-        for name in FILE.findall(source.read_text())
-        if not (ROOT / name).exists()
-    ]
+    files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    dead = []
+    for source in sorted({*sources} - {Path(__file__)}):
+        text = source.read_text()
+        names = [name for name in FILE.findall(text) if not (ROOT / name).exists()]
+        names += [name for name in MODULE.findall(text) if not module_is_there(name)]
+        if relative(source).startswith((*ROOMS, "tests/helpers")):  # elsewhere, also peers' files
+            names += [name for name in BARE.findall(text) if name not in files]
+        dead += [f"{relative(source)}: {name}" for name in names]
     assert dead == []
 
 

@@ -1,7 +1,8 @@
 """The GPU's kernels in Triton's interpreter, on tensors of the CPU.
 
 The path on a CPU is held to formulas in NumPy elsewhere; here the kernels are held to it. Run
-by test_optim_gpu.py, in a process of its own: TRITON_INTERPRET=1 must be there from the start.
+by tests/trainers/optim/test_gpu.py, in a process of its own: TRITON_INTERPRET=1 must be there
+from the start.
 """
 
 from collections.abc import Callable
