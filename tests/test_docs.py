@@ -220,3 +220,11 @@ def test_every_command_is_in_the_readme() -> None:
     cells = [row.split(" | ")[0] for row in table.splitlines() if row.startswith("| `")]
     named = re.findall(r"`(?:bigbatch )?([a-z-]+)", "\n".join(cells))
     assert sorted(named) == sorted(cli.commands)
+
+
+def test_rooms_and_files_stay_small() -> None:
+    """As CONTRIBUTING says of files; and a folder that fills up wants rooms of its own."""
+    modules = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    assert [relative(m) for m in modules if len(m.read_text().splitlines()) > 400] == []
+    assert len(list((ROOT / "trainers").glob("*.py"))) <= 8
+    assert len(list((ROOT / "launcher").glob("*.py"))) <= 14
