@@ -12,7 +12,7 @@ from bigbatch.configs.data import Data
 from bigbatch.configs.durations import Period
 from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.evaluation import Evaluate
-from bigbatch.configs.losses import Loss
+from bigbatch.configs.losses import CrossEntropy, Loss
 from bigbatch.configs.model import Model
 from bigbatch.configs.monitoring import Log
 from bigbatch.configs.optimizers import Optimizer
@@ -46,7 +46,7 @@ class Recipe(StrictModel):
     clip: Clip | None = Field(None, description="gradient clipping: norm, value or adaptive")
     data: Data
     model: Model
-    loss: Loss = Loss()
+    loss: Loss = CrossEntropy()
     optimizer: Optimizer
     schedule: Schedule = Cosine(name="cosine")
     augment: Augment = Augment()

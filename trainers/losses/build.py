@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbatch.configs.losses import Loss
+from bigbatch.configs.losses import CrossEntropy, Loss
 
 # Model, images [B, C, H, W], target probabilities [B, classes] -> mean loss over B, a scalar.
 # It calls the model itself, so that a loss may look at features or ask a teacher. What such a
@@ -27,6 +27,6 @@ def build_objective(config: Loss) -> Objective:
 
 def build_loss(config: Loss) -> LossFunction:
     """The mean loss over a batch of logits; its gradient alone decides what a step does."""
-    match config.name:
-        case "cross_entropy":
+    match config:
+        case CrossEntropy():
             return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
