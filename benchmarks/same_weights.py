@@ -50,7 +50,9 @@ def weights(tree: Path, shards: Path, folder: Path, ranks: int, changes: tuple[s
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
     newest = max((folder / "checkpoints").glob("step-*/model.safetensors"))
-    return hashlib.sha256(newest.read_bytes()).hexdigest()
+    content = newest.read_bytes()
+    # The bytes of all tensors; the header before them also says what they were trained for.
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def main() -> int:

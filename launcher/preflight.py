@@ -10,6 +10,7 @@ from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import verify_index
 from bigbatch.launcher.estimate import Estimate, look
+from bigbatch.trainers.models.weights_file import describe, differences, open_weights
 from bigbatch.trainers.planning.inputs import fit, open_inputs
 from bigbatch.trainers.planning.plan import Plan, check_world
 
@@ -37,6 +38,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
     inputs = open_inputs(recipe)
     for index in inputs.splits.values():
         verify_index(index)
+    weights = look_at_weights(recipe, inputs.classes)
     plan, rate = fit_rate(recipe, inputs.epoch_samples)
     counted = "train" if recipe.data.stream is None else "val"
     counts = inputs.splits[counted].class_counts
@@ -62,11 +64,22 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "evaluations": sum(plan.evaluates(step) for step in range(1, plan.total + 1)),
         "checkpoints": sum(plan.saves(step) for step in range(1, plan.total + 1)),
         "snapshots": sorted(plan.snapshots),
+        "weights": weights,
         "lr_rule": lr_rule(recipe),
         "lr_depends_on_evaluations": depends_on_evaluations(recipe.schedule),
         "lr": key_rates(plan, rate),
         "lr_curve": [rate(plan.total * i // _CURVE_POINTS) for i in range(_CURVE_POINTS)],
     }
+
+
+def look_at_weights(recipe: Recipe, classes: Sequence[str]) -> list[str]:
+    """What is to be said of model.checkpoint before it is loaded; UserError where it cannot be."""
+    if recipe.model.checkpoint is None:
+        return []
+    there = open_weights(Path(recipe.model.checkpoint))
+    if there is None:
+        return ["they do not say what they were trained for"]
+    return differences(there, describe(recipe, classes)) or ["trained for the same"]
 
 
 def estimate(recipe: Recipe, folder: Path, lead: int | None = None) -> Estimate:

@@ -1,10 +1,12 @@
 """What a run will need, before it starts."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
@@ -12,6 +14,8 @@ from bigbatch.data import index_files
 from bigbatch.launcher import estimate
 from bigbatch.launcher.preflight import check, fit_rate, spark
 from bigbatch.trainers.models.size import measure
+from bigbatch.trainers.models.weights_file import describe
+from bigbatch.trainers.recovery.tensor_files import write_tensors
 
 RESNET = [
     *("model.name=resnet50", "model.options={}", "data.channels=3", "data.image_size=224"),
@@ -121,3 +125,22 @@ def test_a_damaged_column_is_found_here_and_not_first_in_training(
     label.flush()
     with pytest.raises(UserError, match=r"val/index/label\.npy is damaged .*bigbatch index"):
         check(recipe, None)
+
+
+def test_weights_to_start_from_are_looked_at(digits: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    recipe = load_recipe("digits", [f"data.path={digits}", f"model.checkpoint={path}"])
+    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read"):
+        check(recipe, None)
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match=r"weights\.safetensors is damaged: a header of"):
+        check(recipe, None)
+    info = describe(recipe, tuple("0123456789"))
+    write_tensors(path, {"a": torch.zeros(2)}, info)
+    assert check(recipe, None)["weights"] == ["trained for the same"]
+    write_tensors(path, {"a": torch.zeros(2)}, replace(info, mean=(0.5,), classes=("a", "b")))
+    mean, classes = check(recipe, None)["weights"]
+    assert "set augment.mean=[0.5]" in mean
+    assert "their classes are others (2 and 10 of them)" in classes
+    write_tensors(path, {"a": torch.zeros(2)})
+    assert check(recipe, None)["weights"] == ["they do not say what they were trained for"]

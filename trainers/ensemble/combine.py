@@ -17,7 +17,9 @@ from bigbatch.trainers.ensemble.soup import SOUP, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
 from bigbatch.trainers.models.batch_stats import recompute_statistics
-from bigbatch.trainers.recovery.checkpoint import MODEL, load_weights, save_weights
+from bigbatch.trainers.models.weights_file import describe
+from bigbatch.trainers.recovery.checkpoint import MODEL
+from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 
 def combine(
@@ -90,7 +92,8 @@ def combine(
 
     run.ensemble.mkdir(exist_ok=True)
     if soup_scores:
-        save_weights(model, run.ensemble / SOUP)
+        info = describe(run.recipe(), splits[val].classes)
+        save_weights(model, run.ensemble / SOUP, info)
     content = {"kept": [paths[i].name for i in sorted(kept)], "soup": soup_names}
     write_atomically(run.ensemble / "members.json", to_json(content, indent=1))
     means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}

@@ -8,10 +8,19 @@ from typing import Any
 from torch import nn
 
 from bigbatch.configs.files import sync, to_json, write_atomically
-from bigbatch.trainers.recovery.checkpoint import MODEL, save_weights
+from bigbatch.trainers.models.weights_file import WeightsInfo
+from bigbatch.trainers.recovery.checkpoint import MODEL
+from bigbatch.trainers.recovery.tensor_files import save_weights
 
 
-def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores: Any) -> Path:
+def save_snapshot(
+    folder: Path,
+    number: int,
+    step: int,
+    model: nn.Module,
+    scores: Any,
+    info: WeightsInfo | None = None,
+) -> Path:
     """Keep the weights of a cycle's end as ``folder/cycle-NN``, all or nothing."""
     final = folder / f"cycle-{number:02d}"
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
@@ -19,7 +28,7 @@ def save_snapshot(folder: Path, number: int, step: int, model: nn.Module, scores
         shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
     try:
-        save_weights(model, temporary / MODEL)
+        save_weights(model, temporary / MODEL, info)
         write_atomically(temporary / "metrics.json", to_json({"step": step, **scores}))
         sync(temporary)
         if final.exists():  # an attempt that was killed before its next checkpoint

@@ -1,6 +1,8 @@
 """Models by timm name."""
 
 import difflib
+import sys
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,12 +12,27 @@ from torch import nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.data.rng import key64
+from bigbatch.trainers.models.transfer import start_from
+from bigbatch.trainers.models.weights_file import WeightsInfo, open_weights
+
+# Arguments of timm.create_model that name weights, or a place for them.
+_SOURCES = {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 
 
-def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.Module:
+def build_model(
+    config: Model,
+    *,
+    classes: int,
+    channels: int,
+    seed: int,
+    info: WeightsInfo | None = None,
+    quiet: bool = False,
+) -> nn.Module:
     """A timm model with fresh, pretrained or given weights; the same ones on every rank.
 
-    Raises UserError for an unknown name or option, and for weights that cannot be loaded.
+    `info` says what the run is for, to be compared with what given weights were trained for;
+    what is loaded of them is said on the terminal, unless `quiet`. Raises UserError for an
+    unknown name or option, and for weights that cannot be loaded.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), 3)
@@ -25,23 +42,45 @@ def build_model(config: Model, *, classes: int, channels: int, seed: int) -> nn.
             "timm.list_models() lists all of them"
         )
     options: dict[str, Any] = dict(config.options)
-    torch.manual_seed(key64(seed, "init"))
-    try:
-        model = timm.create_model(
+    if hidden := _SOURCES & options.keys():
+        raise UserError(
+            f"model.options holds {', '.join(sorted(hidden))}: where weights come from is said by "
+            "model.checkpoint, model.pretrained and a tag in model.name, such as resnet50.a1_in1k"
+        )
+    there = open_weights(Path(config.checkpoint)) if config.checkpoint else None
+
+    def create(pretrained: bool = False, **more: Any) -> nn.Module:
+        torch.manual_seed(key64(seed, "init"))
+        model: nn.Module = timm.create_model(
             config.name,
-            pretrained=config.pretrained or config.checkpoint is not None,
-            pretrained_cfg_overlay={"file": config.checkpoint} if config.checkpoint else None,
+            pretrained=pretrained,
             num_classes=classes,
             in_chans=channels,
+            **more,
             **options,
         )
+        return model
+
+    def finish(model: nn.Module) -> None:
+        if config.stem == "small":
+            _shrink_stem(model, config.name)
+
+    notes: list[str] = []
+    try:
+        if config.checkpoint:
+            model, notes = start_from(config.checkpoint, create, finish, classes, there, info)
+        else:
+            model = create(config.pretrained)
+            finish(model)
+    except UserError:
+        raise
     except Exception as error:  # options go to any constructor, and weights are anything
         source = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
         raise UserError(
             f"timm cannot build {config.name} ({source} weights, options {options}): {error}"
         ) from error
-    if config.stem == "small":
-        _shrink_stem(model, config.name)
+    for note in [] if quiet else notes:
+        print(f"bigbatch: {config.checkpoint}: {note}", file=sys.stderr, flush=True)
     return model
 
 

@@ -4,28 +4,36 @@ A checkpoint is a folder that appears under its final name only when every byte 
 disk; its manifest holds the size and SHA-256 of each file.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import JsonValue
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.identity import differences, summary
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.trainers.engine.pieces import Pieces
+from bigbatch.trainers.models.weights_file import WeightsInfo, read_header
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.planning.plateau import Evaluation
+from bigbatch.trainers.recovery.tensor_files import (
+    copy_to_cpu,
+    load_fitting,
+    measure,
+    write_file,
+    write_tensors,
+)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
@@ -33,17 +41,14 @@ MODEL, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_FILES = (MODEL, OPTIMIZER, STATE)  # of a checkpoint, beside the manifest
+_STATE_KINDS: dict[str, Any] = {
+    "optimizer": dict,
+    "scaler": dict | None,
+    "fingerprint": dict,
+    "losses": list,
+    "over": list,
+    "accuracy": float | int | None,
 }
 _NAME = re.compile(r"step-(\d{8})")
 _OTHER_VERSION = (
@@ -70,6 +75,7 @@ class TrainState:
     skipped_steps: list[list[int]] = field(default_factory=list)  # ranges that make no update
     # Of the validation split so far. Not in the checkpoint: metrics.jsonl has them.
     evaluations: list[Evaluation] = field(default_factory=list)
+    info: WeightsInfo | None = None  # goes with the weights into each file of them
 
 
 @dataclass
@@ -80,6 +86,7 @@ class Capture:
     model: dict[str, Tensor]  # contiguous CPU tensors, under timm's own names
     optimizer: dict[str, Tensor]  # likewise, keyed STATE/PARAM
     content: dict[str, JsonValue]  # state.json
+    info: WeightsInfo | None = None
 
 
 def capture(state: TrainState, into: Capture | None = None) -> Capture:
@@ -104,9 +111,10 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
     }
     return Capture(
         state.step,
-        _copy(weights, into.model if into else {}),
-        _copy(tensors, into.optimizer if into else {}),
+        copy_to_cpu(weights, into.model if into else {}),
+        copy_to_cpu(tensors, into.optimizer if into else {}),
         content,
+        state.info,
     )
 
 
@@ -148,9 +156,9 @@ def write(
     temporary.mkdir()
     try:
         files = {
-            MODEL: write_tensors(temporary / MODEL, captured.model),
+            MODEL: write_tensors(temporary / MODEL, captured.model, captured.info),
             OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
-            STATE: _write(temporary / STATE, [to_json(captured.content, indent=1).encode()]),
+            STATE: write_file(temporary / STATE, [to_json(captured.content, indent=1).encode()]),
         }
         manifest = {"step": captured.step, "files": files}
         write_atomically(temporary / MANIFEST, to_json(manifest, indent=1))
@@ -166,37 +174,6 @@ def write(
     sync(folder)
     prune(folder, retention, captured.step)
     return final
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The model's weights under timm's own names: `timm.create_model(checkpoint_path=...)`."""
-    write_tensors(path, _copy(model.state_dict(), {}))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int | str]:
-    """Write contiguous CPU tensors as safetensors and put them onto the disk.
-
-    Returns size and SHA-256 of what was written. The library's own writer would hold
-    Python's lock meanwhile, and so the training loop. Source: the format's description,
-    github.com/huggingface/safetensors.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    # The widest first, so that every tensor is aligned to its own width.
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        kind, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = to_json(header).encode()
-    text += b" " * (-len(text) % 8)
-    return _write(
-        path,
-        [
-            len(text).to_bytes(8, "little") + text,
-            *(tensors[n].reshape(-1).view(torch.uint8).numpy().data for n in names),
-        ],
-    )
 
 
 def prune(folder: Path, retention: Retention, step: int) -> None:
@@ -227,14 +204,44 @@ def step_of(path: Path) -> int:
 
 
 def verify(path: Path) -> None:
-    """Raise Damaged unless every file has the size and hash that the manifest names."""
+    """Raise Damaged unless every file has the size and hash that the manifest names, and holds
+    what a checkpoint's can hold. The manifest names a checkpoint's files and no other ones."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
-            if _measure(path / name) != expected:
+        files = parse_json((path / MANIFEST).read_bytes())["files"]
+        if files.keys() != set(_FILES):
+            raise Damaged(f"{path / MANIFEST} names other files than {', '.join(_FILES)}")
+        for name in _FILES:
+            if measure(path / name) != files[name]:
                 raise Damaged(f"{path / name} differs from its manifest (size or SHA-256)")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} is incomplete: {error}") from None
+    for name in _FILES:
+        try:
+            if name == STATE:
+                check_state(parse_json((path / STATE).read_bytes()), step_of(path))
+            else:
+                read_header(path / name)
+        except (OSError, ValueError) as error:
+            raise Damaged(f"{path / name} is damaged: {error}") from None
+
+
+def check_state(content: Any, step: int) -> None:
+    """Raise ValueError where state.json, of the checkpoint of `step`, holds what cannot be.
+
+    What it lacks is the matter of `load_checkpoint`: another version may have written it.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no mapping")
+    if content.get("step", step) != step:
+        raise ValueError(f"it is of step {content['step']!r:.40}")
+    for name, kinds in _STATE_KINDS.items():
+        if name in content and not isinstance(content[name], kinds):
+            raise ValueError(f"{name} is {content[name]!r:.40}")
+    if not all(isinstance(loss, float | int) for loss in content.get("losses", [])):
+        raise ValueError("losses holds what is no number")
+    for steps in content.get("over", []):
+        if not (isinstance(steps, list) and len(steps) == 2 and {*map(type, steps)} == {int}):
+            raise ValueError(f"over holds {steps!r:.40}, no range of steps")
 
 
 def newest_valid(
@@ -295,19 +302,21 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     Raises UserError where it was written by another recipe, over other data, or by a version
     of bigbatch or timm whose names do not fit. What older versions did not keep starts empty.
     """
-    content = json.loads((path / STATE).read_text())
+    content = parse_json((path / STATE).read_bytes())
     lacking = [key for key in ("step", "optimizer", "fingerprint") if key not in content]
     if lacking:
         raise UserError(f"{path / STATE} holds no {' and no '.join(lacking)}{_OTHER_VERSION}")
     _check_fingerprint(path, content["fingerprint"], state.fingerprint)
-    tensors = load_file(path / OPTIMIZER)
+    module = state.model if state.pieces is None else state.pieces.module
     try:
+        tensors = load_file(path / OPTIMIZER)
+        weights = load_fitting(module, path / MODEL)
         if state.pieces is not None:
-            state.pieces.load(load_file(path / MODEL), tensors, content["optimizer"])
+            state.pieces.load(weights, tensors, content["optimizer"])
         else:
-            load_weights(state.model, path / MODEL)
+            state.model.load_state_dict(weights)
             load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
-    except ValueError as error:
+    except (ValueError, LookupError, SafetensorError) as error:
         raise UserError(f"{path}: {error}{_OTHER_VERSION}") from None
     if state.scaler is not None and content.get("scaler") is not None:
         state.scaler.load_state_dict(content["scaler"])
@@ -316,49 +325,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.step = content["step"]
 
 
-def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Load weights strictly; returns them. Raises ValueError where names do not fit."""
-    tensors = load_file(path)
-    if odd := model.state_dict().keys() ^ tensors.keys():
-        raise ValueError(f"weights do not fit: {sorted(odd)[:8]}")
-    model.load_state_dict(tensors)
-    return tensors
-
-
 def _accuracy(path: Path) -> float | None:
     """The validation accuracy that a checkpoint was saved with; None: none, or damaged."""
     try:
-        value = json.loads((path / STATE).read_text())["accuracy"]
+        value = parse_json((path / STATE).read_bytes())["accuracy"]
         return None if value is None else float(value)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU; the memory of `into` is used where it fits."""
-    copies = {}
-    for name, tensor in tensors.items():
-        old = into.get(name)
-        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-            old = torch.empty(tensor.shape, dtype=tensor.dtype)
-        copies[name] = old.copy_(tensor.detach())
-    return copies
-
-
-def _write(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, int | str]:
-    """Write and sync a file; returns what `_measure` finds if the disk holds the same bytes."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _measure(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -7,7 +7,6 @@ stepped over stands in events.jsonl and in each checkpoint, so that every later 
 out the same ones, and the weights stay a function of what the run directory holds.
 """
 
-import json
 import math
 import shutil
 import statistics
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.recovery import Recovery, Spike
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.recovery.checkpoint import STATE, list_checkpoints, step_of
@@ -117,7 +117,7 @@ def _is_stale(path: Path, skipped_steps: list[Range]) -> bool:
     if not missed:
         return False
     try:
-        known = json.loads((path / STATE).read_text())["over"]
+        known = parse_json((path / STATE).read_bytes())["over"]
     except (OSError, ValueError, KeyError, TypeError):
         return True
     return any(steps not in known for steps in missed)

@@ -13,17 +13,23 @@ from bigbatch.trainers.models.build import build_model, memory_layout
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_a_checkpoint_is_where_training_starts(tmp_path: Path, pretrained: bool) -> None:
-    """Also without `pretrained`. What timm takes over of the classifier is timm's matter."""
+    """Also without `pretrained`."""
     path = tmp_path / "weights.safetensors"
     given = build_model(Model(name="resnet10t"), classes=7, channels=3, seed=1).state_dict()
     save_file(given, path)
     model = Model(name="resnet10t", pretrained=pretrained, checkpoint=str(path))
     loaded = build_model(model, classes=7, channels=3, seed=0).state_dict()
-    features = [name for name in given if not name.startswith("fc.")]
-    assert all(torch.equal(loaded[name], given[name]) for name in features)
+    assert all(torch.equal(loaded[name], given[name]) for name in given)
     missing = Model(name="resnet10t", checkpoint=str(tmp_path / "none.safetensors"))
     with pytest.raises(UserError, match=r"none\.safetensors"):
         build_model(missing, classes=7, channels=3, seed=0)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "cache_dir"])
+def test_options_name_no_weights(name: str) -> None:
+    model = Model(name="resnet10t", options={name: "weights.safetensors"})
+    with pytest.raises(UserError, match=rf"model\.options holds {name}: .* model\.checkpoint"):
+        build_model(model, classes=7, channels=3, seed=0)
 
 
 def test_only_a_gpu_keeps_channels_last() -> None:

@@ -10,8 +10,10 @@ from torch import nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.optimizers import LARS
+from bigbatch.trainers.ensemble.members import save_snapshot
+from bigbatch.trainers.models.weights_file import WeightsInfo, read_header, read_info
 from bigbatch.trainers.optim import build_optimizer
-from bigbatch.trainers.recovery import checkpoint
+from bigbatch.trainers.recovery import checkpoint, tensor_files
 from bigbatch.trainers.recovery.checkpoint import (
     Retention,
     TrainState,
@@ -186,7 +188,7 @@ def test_names_of_another_version_are_named(tmp_path, name):
     tensors = {n: value.clone() for n, value in load_file(path / name).items()}
     old = next(n for n in tensors if n.endswith("0.weight"))
     tensors[old.replace("0.weight", "stem.weight")] = tensors.pop(old)
-    checkpoint.write_tensors(path / name, tensors)
+    tensor_files.write_tensors(path / name, tensors)
     with pytest.raises(UserError, match=r"stem.weight.*: another version wrote it"):
         load_checkpoint(path, make_state())
 
@@ -248,7 +250,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 
-@pytest.mark.parametrize("dtype", checkpoint._DTYPES)
+@pytest.mark.parametrize("dtype", tensor_files.DTYPES)
 def test_our_files_are_safetensors(tmp_path, dtype):
     tensors = {
         "matrix": torch.arange(6).reshape(2, 3).to(dtype),
@@ -257,10 +259,150 @@ def test_our_files_are_safetensors(tmp_path, dtype):
         "none": torch.empty(0, 4, dtype=dtype),
         'naïve "name"': torch.zeros(1),
     }
-    measured = checkpoint.write_tensors(tmp_path / "a", tensors)
-    assert measured == checkpoint._measure(tmp_path / "a")
+    measured = tensor_files.write_tensors(tmp_path / "a", tensors)
+    assert measured == tensor_files.measure(tmp_path / "a")
     read = load_file(tmp_path / "a")
     assert read.keys() == tensors.keys()
     for name, value in read.items():
         assert value.dtype == tensors[name].dtype
         assert torch.equal(value, tensors[name])
+
+
+def forge(path, name, content):
+    """Change a file of a checkpoint and make the manifest right again."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest["files"][name] = tensor_files.measure(path / name)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """An older one, and a newer one to be damaged."""
+    state = make_state(steps=1)
+    for state.step in (1, 2):
+        save_checkpoint(tmp_path, state, keep=2)
+    return tmp_path / "step-00000001", tmp_path / "step-00000002"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"../outside": {"bytes": 1, "sha256": "0"}},
+        {"/outside": {"bytes": 1, "sha256": "0"}},
+        {"metrics.json": {"bytes": 1, "sha256": "0"}},
+        {checkpoint.STATE: None},
+        [],
+        None,
+    ],
+)
+def test_a_manifest_names_a_checkpoint_s_files_and_no_other_ones(
+    two_checkpoints, monkeypatch, files
+):
+    older, newer = two_checkpoints
+    manifest = json.loads((newer / checkpoint.MANIFEST).read_text())
+    manifest["files"] = {**manifest["files"], **files} if isinstance(files, dict) else files
+    if isinstance(files, dict) and checkpoint.STATE in files:
+        del manifest["files"][checkpoint.STATE]
+    (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    read, measure = [], tensor_files.measure
+    monkeypatch.setattr(checkpoint, "measure", lambda path: (read.append(path), measure(path))[1])
+    chosen, problems = newest_valid(older.parent)
+    assert chosen == older
+    assert len(problems) == 1
+    assert {path.parent for path in read} == {older}
+
+
+STATES = {
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "another step": b'{"step": 3}',
+    "half a step": b'{"step": 2.5}',
+    "losses": b'{"losses": ["x"]}',
+    "ranges": b'{"over": [[1, 2, 3]]}',
+    "a range of texts": b'{"over": [["1", "2"]]}',
+    "an optimizer": b'{"optimizer": 7}',
+    "a fingerprint": b'{"fingerprint": null}',
+    "a scaler": b'{"scaler": []}',
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_that_cannot_be_is_damage(two_checkpoints, what):
+    older, newer = two_checkpoints
+    forge(newer, checkpoint.STATE, STATES[what])
+    chosen, (problem,) = newest_valid(older.parent)
+    assert chosen == older
+    assert problem.startswith(f"{newer / checkpoint.STATE} is damaged: ")
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"{}more"])
+def test_tensors_that_cannot_be_are_damage(two_checkpoints, name, content):
+    older, newer = two_checkpoints
+    forge(newer, name, content)
+    chosen, (problem,) = newest_valid(older.parent)
+    assert chosen == older
+    assert problem.startswith(f"{newer / name} is damaged: ")
+
+
+def test_deep_json_of_an_accuracy_is_none(two_checkpoints):
+    (two_checkpoints[0] / checkpoint.STATE).write_bytes(b"[" * 100_000)
+    assert checkpoint._accuracy(two_checkpoints[0]) is None
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:2], lambda t: t.half()])
+def test_weights_of_another_shape_or_dtype_are_named(tmp_path, change):
+    path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
+    # Copies: load_file maps the file, which is then written anew.
+    tensors = {n: value.clone() for n, value in load_file(path / checkpoint.MODEL).items()}
+    tensors["0.weight"] = change(tensors["0.weight"]).contiguous()
+    tensor_files.write_tensors(path / checkpoint.MODEL, tensors)
+    with pytest.raises(UserError, match=r"0\.weight is torch\.float.*, the model's torch\.float32"):
+        load_checkpoint(path, make_state())
+    model = make_state(seed=1).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"cannot be loaded: .*restore it from a backup"):
+        tensor_files.load_weights(model, path / checkpoint.MODEL)
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+def test_a_snapshot_that_is_damaged_is_a_user_s_error(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be loaded: .*restore it"):
+        tensor_files.load_weights(make_state().model, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("key", ["step/group.9", "step/group.x", "a[1]/0.weight"])
+def test_optimizer_state_that_cannot_be_is_named(tmp_path, key):
+    path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
+    content = json.loads((path / checkpoint.STATE).read_text())
+    content["optimizer"][key] = 1
+    (path / checkpoint.STATE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"step-00000001: .*another version wrote it"):
+        load_checkpoint(path, make_state())
+
+
+def test_what_weights_are_for_is_in_a_checkpoint_and_older_ones_without_it_load(tmp_path):
+    info = WeightsInfo("none", ("a", "b", "c"), (0.5,), (0.25,), 4, 1)
+    state = make_state(steps=1)
+    plain = save_checkpoint(tmp_path / "old", state, keep=1)
+    state.info = info
+    path = save_checkpoint(tmp_path / "new", state, keep=1)
+    assert read_info(read_header(path / checkpoint.MODEL)) == info
+    assert read_info(read_header(plain / checkpoint.MODEL)) is None
+    for folder in (plain, path):
+        other = make_state(seed=1)
+        assert newest_valid(folder.parent) == (folder, [])
+        load_checkpoint(folder, other)
+        for name, value in other.model.state_dict().items():
+            assert torch.equal(value, state.model.state_dict()[name])
+    old, new = (load_file(folder / checkpoint.MODEL) for folder in (plain, path))
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
+    assert (plain / checkpoint.OPTIMIZER).read_bytes() == (path / checkpoint.OPTIMIZER).read_bytes()
+
+
+def test_a_snapshot_says_what_its_weights_are_for(tmp_path):
+    info = WeightsInfo("none", ("a", "b", "c"), (0.5,), (0.25,), 4, 1)
+    path = save_snapshot(tmp_path, 1, 7, make_state().model, {"accuracy": 0.5}, info)
+    assert read_info(read_header(path / checkpoint.MODEL)) == info

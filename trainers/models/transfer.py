@@ -1,0 +1,124 @@
+"""Weights to start from: what is loaded, what starts fresh, what is left over.
+
+timm decides by its registry's number of classes whether a file's classifier is kept, so weights
+of one's own 10 classes lose theirs, in silence, in another run on the same 10. Here the file
+decides.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from bigbatch.trainers.models.weights_file import WeightsInfo, differences, other_classes
+
+Create = Callable[..., nn.Module]  # timm.create_model, but for its weights
+_SHOWN = 6
+
+
+def start_from(
+    path: str,
+    create: Create,
+    finish: Callable[[nn.Module], None],
+    classes: int,
+    there: WeightsInfo | None,
+    here: WeightsInfo | None,
+) -> tuple[nn.Module, list[str]]:
+    """A model with the weights of a file, and what is to be said of them.
+
+    `create` makes the model with fresh weights, the same ones at each call, or as told by
+    timm's arguments; `finish` changes it after that. Weights that bear the model's own names
+    are loaded here, the classifier where it is one for the run's classes; others go through
+    timm, which converts them. `there` and `here` are what the weights were trained for, and
+    what this run is for. Raises whatever timm and torch do.
+    """
+    weights = timm.models.load_state_dict(path)
+    model = create()
+    finish(model)
+    fresh = _state(model)
+    head = _head(model)
+    notes = differences(there, here) if there and here else []
+    fits = {n for n, value in fresh.items() if n in weights and weights[n].shape == value.shape}
+    other = there is not None and here is not None and other_classes(there, here) is not None
+    kept = head <= fits and not other
+    if fresh.keys() - head <= fits:
+        chosen = {name: weights[name] for name in fresh if kept or name not in head}
+        model.load_state_dict(chosen, strict=False)
+        started = [name for name in fresh if name not in chosen]
+        left = [name for name in weights if name not in chosen]
+    else:
+        changes = _for_timm(model, weights, head, classes, kept)
+        model = create(pretrained=True, pretrained_cfg_overlay={"file": path, **changes})
+        finish(model)
+        started = [name for name, value in model.state_dict().items() if _same(value, fresh[name])]
+        left = [name for name in weights if name not in fresh]
+    if kept and head and (there is None or here is None):
+        notes.append(
+            f"the classifier is kept: it is one for {classes:,} classes, but the file names none; "
+            "they must be this run's, in this order"
+        )
+    elif not other and head & set(started):
+        notes += _lost_head(weights, head, classes)
+    counts = f"{len(fresh) - len(started):,} of the model's {len(fresh):,} tensors are loaded"
+    parts = [counts, _listed("fresh", started), _listed("left over in the file", left)]
+    return model, ["; ".join(filter(None, parts)), *notes]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _same(value: Tensor, fresh: Tensor) -> bool:
+    """Whether a tensor was not loaded: random numbers do not come out alike otherwise."""
+    if value.shape != fresh.shape or not torch.equal(value, fresh):
+        return False
+    return fresh.numel() > 0 and not bool((fresh == fresh.flatten()[0]).all())
+
+
+def _head(model: nn.Module) -> set[str]:
+    """The names of the classifier's parameters, by timm's word."""
+    config: Any = model.pretrained_cfg
+    names = config.get("classifier") or ()
+    modules = (names,) if isinstance(names, str) else names
+    wanted = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    return wanted & model.state_dict().keys()
+
+
+def _lost_head(weights: Mapping[str, Tensor], head: set[str], classes: int) -> list[str]:
+    rows = _rows(weights, head)
+    if not rows:
+        return []  # the names of what is fresh say it
+    counts = " and ".join(f"{count:,}" for count in rows)
+    return [f"the file's classifier is for {counts} classes, this run has {classes:,}: it is fresh"]
+
+
+def _rows(weights: Mapping[str, Tensor], head: set[str]) -> list[int]:
+    """For how many classes a file's classifier is."""
+    return sorted({len(weights[name]) for name in head if name in weights and weights[name].ndim})
+
+
+def _for_timm(
+    model: nn.Module, weights: Mapping[str, Tensor], head: set[str], classes: int, kept: bool
+) -> dict[str, Any]:
+    """What timm has to be told of a file, in place of what its registry says of its own."""
+    config: Any = model.pretrained_cfg
+    told: dict[str, Any] = {}
+    offset = config.get("label_offset", 0)  # classes of the file before the first one
+    if kept and head:
+        told |= {"num_classes": classes, "label_offset": 0}
+    elif (rows := _rows(weights, head)) and not (offset and rows == [classes + offset]):
+        told |= {"num_classes": -1}  # no number of classes: timm drops the classifier
+    first = config.get("first_conv")
+    first = weights.get(f"{first}.weight") if isinstance(first, str) else None
+    if first is not None and first.ndim == 4 and first.shape[1] in (1, 3):
+        told["input_size"] = (first.shape[1], *config.get("input_size", (3, 224, 224))[1:])
+    return told
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"{what}: {', '.join(names[:_SHOWN])}{more}"
