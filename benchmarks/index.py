@@ -32,7 +32,8 @@ from google_crc32c import value as crc32c
 from machine import machine
 
 from bigbatch.data.index import build_index, open_index
-from bigbatch.data.tar import scan_shard, write_end, write_member
+from bigbatch.data.samples import scan_shard
+from bigbatch.data.tar import write_end, write_member
 
 CASES = {"300 B": (300, 500_000), "30 kB": (30_000, 40_000), "108 kB": (108_000, 15_000)}
 SHARDS = 8

@@ -7,9 +7,12 @@ replaced, never edited (data/index_files.py).
 """
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import pyarrow.compute as pc
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.energon import one_part_only
 from bigbatch.data.index_check import COLUMNS
 from bigbatch.data.index_files import (
     consistently,
@@ -30,10 +34,11 @@ from bigbatch.data.index_files import (
     write_files,
 )
 from bigbatch.data.pool import map_all
+from bigbatch.data.samples import Scan, scan_shard
 from bigbatch.data.staging import Remote
-from bigbatch.data.tar import Scan, scan_shard
 
 _SHOWN_PROBLEMS = 20
+OURS = ("classes.txt", "skipped.txt")  # files that `bigbatch shard` writes beside or above shards
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Index:
     Sample i is the bytes [offset[i], offset[i] + size[i]) of shards[shard[i]], an encoded
     image of class label[i]; crc[i] is their CRC-32C. class_members[class_starts[c] :
     class_starts[c + 1]] are the samples of class c, ascending. Arrays are memory-mapped and
-    read-only. `hash` identifies all of this, shard sizes and class names included.
+    read-only. `problems` and `passed_over` say what was left out when it was made. `hash`
+    identifies the rest, shard sizes and class names included.
     """
 
     root: Path
@@ -66,6 +72,7 @@ class Index:
     classes: tuple[str, ...]
     shards: tuple[ShardFile, ...]
     problems: tuple[str, ...]
+    passed_over: dict[str, int]
     hash: str
     remote: Remote | None = None  # where the shards are, if not in `root`
 
@@ -117,6 +124,7 @@ def _open(root: Path, remote: Remote | None) -> Index:
         classes=tuple(manifest["classes"]),
         shards=tuple(ShardFile(**s) for s in manifest["shards"]),
         problems=tuple(manifest["problems"]),
+        passed_over=dict(manifest.get("passed_over", {})),
         hash=manifest["hash"],
         remote=remote,
         **read_columns(root, manifest),
@@ -188,13 +196,16 @@ def build_index(
 
     Any problem (damaged archive, duplicate key, missing or impossible label) raises
     UserError with all of them and leaves the old index as it was. With `skip_bad`, samples
-    with a problem are left out, and the problems are kept in the index.
+    with a problem are left out, and the problems are kept in the index. So is a count of what is
+    passed over: members that are no part of a sample, and files beside the archives.
     """
     root = Path(root)
     paths = find_shards(root)
+    one_part_only(paths)
     names = tuple(classes) if classes is not None else read_classes(root)
     shards = [path.name for path in paths]
-    write_index(root, shards, scan_shards(paths, workers), names, skip_bad, str(root))
+    scans = scan_shards(paths, workers)
+    write_index(root, shards, scans, names, skip_bad, str(root), _beside(root))
     return open_index(root)
 
 
@@ -205,10 +216,12 @@ def write_index(
     names: Sequence[str] | None,
     skip_bad: bool,
     place: str,
+    beside: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Write root/index from what was found in `shards`, which are at `place`.
 
-    Raises UserError with all problems; build_index says which.
+    `beside` counts the files there that are no shards. Raises UserError with all problems;
+    build_index says which.
     """
     keys = pa.array([key for scan in scans for key in scan.keys], pa.string())
     columns = {
@@ -218,7 +231,7 @@ def write_index(
         "label": _concatenate([s.labels for s in scans]),
         "crc": _concatenate([s.crcs for s in scans]),
     }
-    problems = [problem for scan in scans for problem in scan.problems]
+    problems = [f"{where}: {what}" for scan in scans for where, what in scan.problems]
     bad = _duplicates(keys)
     problems += [
         _describe(i, "has the key of an earlier one", columns, shards, keys) for i in bad.tolist()
@@ -264,27 +277,60 @@ def write_index(
         "classes": list(names),
         "shards": [asdict(file) for file in files],
         "problems": problems,
+        "passed_over": members_passed_over(scans) | dict(beside),
     }
+    if not manifest["passed_over"]:
+        del manifest["passed_over"]
     write_files(root, columns, keys.filter(pa.array(good)), manifest)
 
 
 def find_shards(root: Path) -> list[Path]:
     """The archives of a folder, sorted by name; UserError where there are none."""
-    paths = sorted(p for p in root.glob("[!.]*.tar") if p.is_file())
+    below = root.iterdir() if root.is_dir() else iter(())
+    paths = sorted(p for p in below if is_shard(p.name) and p.is_file())
     if paths:
         return paths
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the folder that holds the *.tar shards")
-    below = sorted({str(p.parent) for p in root.glob("*/*.tar")})
-    hint = f"did you mean {' or '.join(below[:3])}?" if below else "give the folder that holds them"
+    folders = sorted({str(p.parent) for p in root.glob("*/*.tar")})
+    hint = (
+        f"did you mean {' or '.join(folders[:3])}?"
+        if folders
+        else "give the folder that holds them"
+    )
     raise UserError(f"{root} holds no *.tar shards; {hint}")
 
 
-def scan_shards(paths: Sequence[Path], workers: int) -> list[Scan]:
+def is_shard(name: str) -> bool:
+    return name.lower().endswith(".tar") and not name.startswith(".")
+
+
+def _beside(root: Path) -> dict[str, int]:
+    """How many files of each extension lie beside the shards, and tars in folders below them."""
+    found = Counter[str]()
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            below = sum(is_shard(p.name) for p in path.iterdir()) if path.name[0] != "." else 0
+            found[f"tars in {path.name}/"] += below
+        elif not is_shard(path.name):
+            found[f"files {path.suffix.lower() or 'without extension'}"] += path.name not in OURS
+        elif not path.is_file():
+            found["links to files that are missing"] += 1
+    return {what: count for what, count in found.items() if count}
+
+
+def members_passed_over(scans: Sequence[Scan]) -> dict[str, int]:
+    """How many members of all archives are no part of a sample, by what they are."""
+    found = sum((scan.passed_over for scan in scans), Counter[str]())
+    return {f"members {what}": count for what, count in sorted(found.items())}
+
+
+def scan_shards(paths: Sequence[Path], workers: int, label_key: str | None = None) -> list[Scan]:
     """Scan archives, with several processes where `workers` > 1; in the order given."""
+    scan = partial(scan_shard, label_key=label_key)
     if workers <= 1 or len(paths) == 1:
-        return [scan_shard(path) for path in paths]
-    return map_all(scan_shard, paths, workers)
+        return [scan(path) for path in paths]
+    return map_all(scan, paths, workers)
 
 
 def read_classes(root: Path) -> tuple[str, ...] | None:

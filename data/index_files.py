@@ -273,6 +273,7 @@ def _digest(path: Path) -> str:
 def _hash(manifest: dict[str, Any]) -> str:
     """16 hex digits over the manifest: what the samples are, not how well they were found."""
     text = json.dumps(
-        {k: v for k, v in manifest.items() if k not in ("hash", "problems")}, sort_keys=True
+        {k: v for k, v in manifest.items() if k not in ("hash", "problems", "passed_over")},
+        sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,8 +13,8 @@ from bigbatch.data.index import Index, write_index
 from bigbatch.data.pool import map_all
 from bigbatch.data.remote import open_remote
 from bigbatch.data.retry import retry
+from bigbatch.data.samples import Scan, scan_shard
 from bigbatch.data.staging import Cache, Remote, file_system, read
-from bigbatch.data.tar import Scan, scan_shard
 
 
 def build_remote_index(remote: Remote, *, workers: int = 1, skip_bad: bool = False) -> Index:

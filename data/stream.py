@@ -10,7 +10,6 @@ used, because they unpickle: members are read by an allow-list of extensions, an
 never looked at. Nor is its opener, which hands `pipe:` to a shell.
 """
 
-import json
 import shlex
 import subprocess
 import tarfile
@@ -35,8 +34,8 @@ from bigbatch.data.journal import append
 from bigbatch.data.loader import pinned
 from bigbatch.data.read import BadSample
 from bigbatch.data.rng import key64
+from bigbatch.data.samples import IMAGE_EXTENSIONS, class_number
 from bigbatch.data.staging import file_system, is_url
-from bigbatch.data.tar import IMAGE_EXTENSIONS
 
 _SHUFFLED = 2_000  # samples of which one is drawn
 _ALLOWED = IMAGE_EXTENSIONS | {"cls", "json"}
@@ -214,13 +213,10 @@ def _labelled(groups: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[Enc
         shard = group["__url__"]
         images = [group[name] for name in group if name in IMAGE_EXTENSIONS]
         try:
-            if "cls" in group:
-                label = int(group["cls"])
-            else:
-                label = int(json.loads(group["json"])["label"])
-            if len(images) != 1 or label < 0:
+            label = class_number(group.get("cls"), group.get("json"))
+            if len(images) != 1 or label is None:
                 raise ValueError(f"it has {len(images)} images and label {label}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except ValueError as error:
             faults(BadSample(f"not an image with a label: {error}"), group["__key__"], shard)
             continue
         yield Encoded(group["__key__"], images[0], label, shard)

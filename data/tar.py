@@ -5,32 +5,37 @@ the rest without a word; this reader names the place. It is also several times f
 (benchmarks/index.py). Formats: ustar and pax (POSIX.1-2001), GNU long names, v7.
 """
 
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
-
-from google_crc32c import value as crc32c
+from zlib import adler32
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-# What may be decoded as an image, by extension; nothing is ever unpickled.
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff"))
-_MAX_IMAGE_BYTES = 1 << 30
-_MAX_LABEL_BYTES = 1 << 20
 _MAX_EXTENDED_HEADER = 1 << 20
+# How what is often called .tar, and is none, begins.
+_NO_ARCHIVES = {
+    b"\x1f\x8b": "gzip-compressed; decompress it, since training reads by offset",
+    b"BZh": "bzip2-compressed; decompress it, since training reads by offset",
+    b"\xfd7zXZ": "xz-compressed; decompress it, since training reads by offset",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed; decompress it, since training reads by offset",
+    b"version https://git-lfs": "a Git LFS pointer, not the archive; fetch it with `git lfs pull`",
+}
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its data are the bytes [offset, offset + size)."""
+    """A file in an archive: its data are the bytes [offset, offset + size).
+
+    Of a hard or symbolic link, which has no data, `link` is the name that it points at: from
+    the top of the archive, also where it was written relative to the link.
+    """
 
     name: str
     offset: int
     size: int
+    link: str | None = None
 
 
 class TarError(ValueError):
@@ -38,10 +43,11 @@ class TarError(ValueError):
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"at byte {offset:,}: {reason}")
+        self.offset, self.reason = offset, reason
 
 
 def members(file: BinaryIO, file_size: int) -> Iterator[Member]:
-    """The regular files of an archive, in order.
+    """The regular files and the links of an archive, in order.
 
     While it waits at a member, `file` stands at the member's data. Raises TarError at the
     first damage, after all members before it: an invalid header, a member that reaches
@@ -49,6 +55,7 @@ def members(file: BinaryIO, file_size: int) -> Iterator[Member]:
     """
     position, header = 0, 0
     long_name: str | None = None
+    long_link: str | None = None
     long_size: int | None = None
     while True:
         file.seek(position)
@@ -56,10 +63,10 @@ def members(file: BinaryIO, file_size: int) -> Iterator[Member]:
         if len(block) < BLOCK or block == _ZEROS:
             break
         kind, size = _check(block, position)
-        if long_name is None and long_size is None:
+        if long_name is None and long_link is None and long_size is None:
             header = position
         offset = position + BLOCK
-        if kind not in b"xgLK" and long_size is not None:
+        if long_size is not None and kind not in b"xgLK":
             size = long_size
         position = offset + -(-size // BLOCK) * BLOCK
         if position > file_size:
@@ -72,17 +79,29 @@ def members(file: BinaryIO, file_size: int) -> Iterator[Member]:
             text = file.read(size)
             if kind == b"L":
                 long_name = _text(text)
+            elif kind == b"K":
+                long_link = _text(text)
             elif kind == b"x":
                 records = _pax(text, offset)
                 long_name = records.get("path", long_name)
+                long_link = records.get("linkpath", long_link)
                 long_size = int(records["size"]) if "size" in records else long_size
             continue
         if kind in b"0\x007":
             yield Member(long_name or _name(block), offset, size)
-        elif kind not in b"5126":  # folders, links, and pipes hold no data and no samples
+        elif kind in b"12":
+            name, link = long_name or _name(block), long_link or _text(block[157:257])
+            yield Member(name, offset, 0, _from_top(name, link) if kind == b"2" else link)
+        elif kind not in b"3456VD":  # folders, devices, pipes, volume names hold no samples
             raise TarError(header, f"member type {kind!r} (such as a sparse file) is not supported")
-        long_name = long_size = None
+        long_name = long_link = long_size = None
     _check_end(file, position, block)
+
+
+def _from_top(name: str, link: str) -> str:
+    """Where a symbolic link points, from the top of the archive as hard links do."""
+    folder = name.rpartition("/")[0]
+    return link if link.startswith("/") or not folder else f"{folder}/{link}"
 
 
 def _check(block: bytes, position: int) -> tuple[bytes, int]:
@@ -93,10 +112,18 @@ def _check(block: bytes, position: int) -> tuple[bytes, int]:
     except ValueError:
         expected, size = -1, -1
     # The checksum counts its own field as eight spaces.
-    actual = sum(block) - sum(block[148:156]) + 8 * 32
+    actual = _sum(block[:256]) + _sum(block[256:]) - sum(block[148:156]) + 8 * 32
     if actual != expected or size < 0:
+        known = [what for start, what in _NO_ARCHIVES.items() if block.startswith(start)]
+        if known and position == 0:
+            raise TarError(position, f"the file is {known[0]}")
         raise TarError(position, "invalid header; what follows it cannot be trusted")
     return block[156:157], size
+
+
+def _sum(half: bytes) -> int:
+    """The sum of up to 256 bytes: the lower half of Adler-32, where its modulus has no part."""
+    return (adler32(half) & 0xFFFF) - 1
 
 
 def _number(digits: bytes) -> int:
@@ -130,6 +157,8 @@ def _pax(text: bytes, offset: int) -> dict[str, str]:
         value = record[match.end() : -1]
         records[match[2].decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         text = text[len(record) :]
+    if any(key.startswith("GNU.sparse.") for key in records):
+        raise TarError(offset, "a sparse file is not supported; store it whole")
     if not records.get("size", "0").isdigit():
         raise TarError(offset, "invalid size in an extended header")
     return records
@@ -144,92 +173,6 @@ def _check_end(file: BinaryIO, position: int, block: bytes) -> None:
     while rest := file.read(1 << 20):
         if rest.strip(b"\0"):
             raise TarError(position, "data follow the end mark; were two archives joined?")
-
-
-@dataclass
-class Scan:
-    """The samples of one archive, column by column, and what is wrong with it."""
-
-    bytes: int = 0
-    keys: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    crcs: list[int] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def scan_shard(path: Path) -> Scan:
-    """Find the labelled images of one WebDataset archive.
-
-    As in WebDataset, consecutive members with the same name up to the first dot of the file
-    name form a sample. Its image is the member with an extension of IMAGE_EXTENSIONS; its
-    label is the integer in KEY.cls, or `label` in KEY.json. Samples that have no image are
-    passed over. Problems are listed, with the archive and the offset; nothing raises but
-    OSError.
-    """
-    scan = Scan(bytes=path.stat().st_size)
-    sample = _Sample("")
-    with path.open("rb", buffering=1 << 20) as file:
-        try:
-            for member in members(file, scan.bytes):
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not stem or not extension:
-                    continue
-                key = folder + slash + stem
-                if key != sample.key:
-                    _close(scan, sample, path.name)
-                    sample = _Sample(key)
-                sample.add(extension.lower(), member, file)
-        except TarError as error:
-            scan.problems.append(f"{path.name} {error}")
-    _close(scan, sample, path.name)
-    return scan
-
-
-@dataclass
-class _Sample:
-    key: str
-    image: Member | None = None
-    crc: int = 0
-    label: int | None = None
-    problem: str = ""
-
-    def add(self, extension: str, member: Member, file: BinaryIO) -> None:
-        if extension in IMAGE_EXTENSIONS:
-            if self.image is not None:
-                self.problem = "has two images"
-            elif member.size > _MAX_IMAGE_BYTES:
-                self.image, self.problem = member, f"has an image of {member.size:,} bytes"
-            else:
-                self.image, self.crc = member, crc32c(file.read(member.size))
-        elif extension in ("cls", "json") and member.size <= _MAX_LABEL_BYTES:
-            text = file.read(member.size)
-            try:
-                label = int(text) if extension == "cls" else json.loads(text).get("label")
-            except (ValueError, AttributeError, RecursionError):
-                label = None
-            if isinstance(label, int) and 0 <= label < 1 << 31:
-                self.label = label
-            elif extension == "cls" or label is not None:
-                self.problem = f"has no class number in .{extension} ({text[:40]!r})"
-
-
-def _close(scan: Scan, sample: _Sample, shard: str) -> None:
-    image, label, problem = sample.image, sample.label, sample.problem
-    if image is None:
-        return
-    if label is None:
-        problem = problem or "has no label (.cls, or .json with `label`)"
-    if label is None or problem:
-        scan.problems.append(f"{shard} at byte {image.offset:,}: sample {sample.key!r} {problem}")
-        return
-    scan.keys.append(sample.key)
-    scan.offsets.append(image.offset)
-    scan.sizes.append(image.size)
-    scan.labels.append(label)
-    scan.crcs.append(sample.crc)
 
 
 def write_member(file: BinaryIO, name: str, data: bytes) -> None:

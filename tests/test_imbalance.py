@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigbatch.data.writing.shard import open_source
+from bigbatch.data.writing.kinds import open_source
 
 CLASSES = ("cube", "ball", "cone")
 TRAIN, TEST = 30, 8  # images of each class in the source

@@ -1,6 +1,5 @@
 """Which sample goes into which split, which shard, and where in it: from its key alone."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,15 +40,14 @@ def assign_splits(source: Source, fractions: Sequence[float] | None) -> npt.NDAr
     becomes `val` where it has none: something must choose snapshots, and never the test
     split. `fractions` divides the samples of a source without splits, or the training
     samples of one with. Division is stratified: each class by largest remainder, its
-    samples in the order of a hash of their keys.
+    samples in the order of a hash of their keys. Where the classes are so small that this
+    leaves a split empty, they share the remainders (`_shared`).
     """
     splits = np.full(len(source.keys), "train", "<U5")
-    if source.splits is None:
-        fractions = fractions or source.fractions
-    else:
+    fractions = fractions or _usual_fractions(source)
+    if source.splits is not None:
         splits[:] = source.splits
         own = set(source.splits.tolist())
-        fractions = fractions or ((1.0,) if "val" in own or "train" not in own else (0.9, 0.1))
         for name, fraction in zip(SPLITS[1:], fractions[1:], strict=False):
             if fraction > 0 and name in own:
                 raise UserError(
@@ -60,10 +58,63 @@ def assign_splits(source: Source, fractions: Sequence[float] | None) -> npt.NDAr
     labels = source.labels[pool]
     order = pool[np.lexsort((_hashes("split", source.keys)[pool], labels))]
     edges = np.searchsorted(source.labels[order], np.arange(len(source.classes) + 1))
-    for first, last in itertools.pairwise(edges):
-        counts = largest_remainder(int(last - first), fractions)
-        splits[order[first:last]] = np.repeat(SPLITS[: len(counts)], counts)
+    sizes = np.diff(edges).tolist()
+    counts = [largest_remainder(size, fractions) for size in sizes]
+    if any(f > 0 and total == 0 for f, total in zip(fractions, np.sum(counts, 0), strict=True)):
+        counts = _shared(sizes, fractions)
+    for first, row in zip(edges.tolist(), counts, strict=False):
+        splits[order[first : first + sum(row)]] = np.repeat(SPLITS[: len(row)], row)
     return splits
+
+
+def _usual_fractions(source: Source) -> Sequence[float]:
+    if source.splits is None:
+        return source.fractions
+    own = set(source.splits.tolist())
+    return (1.0,) if "val" in own or "train" not in own else (0.9, 0.1)
+
+
+def _shared(sizes: Sequence[int], fractions: Sequence[float]) -> list[list[int]]:
+    """How many samples of each class go into each split, near the fractions over all classes.
+
+    The first sample of each class is for training. Each further one, class by class, goes to
+    the split that is furthest behind its fraction.
+    """
+    rows, given, total = [], [0] * len(fractions), 0
+    for size in sizes:
+        row = [0] * len(fractions)
+        for i in range(size):
+            total += 1
+            behind = [f * total - n for f, n in zip(fractions, given, strict=True)]
+            split = behind.index(max(behind)) if i else 0
+            row[split] += 1
+            given[split] += 1
+        rows.append(row)
+    return rows
+
+
+def doubts(
+    source: Source, splits: npt.NDArray[np.str_], fractions: Sequence[float] | None
+) -> list[str]:
+    """What is probably not meant: one class alone, classes and splits without a sample."""
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    empty = np.flatnonzero(counts == 0).tolist()
+    found = []
+    if len(counts) - len(empty) == 1:
+        found.append("all samples are of one class: there is nothing to tell apart")
+    if empty:
+        hint = "; class numbers go from 0, do these go from 1?" if empty == [0] else ""
+        names = ", ".join(source.classes[c] for c in empty[:5]) + (", ..." * (len(empty) > 5))
+        found.append(f"{len(empty):,} of {len(counts):,} classes have no sample: {names}{hint}")
+    wanted = fractions or _usual_fractions(source)
+    for split, fraction in zip(SPLITS, wanted, strict=False):
+        if fraction > 0 and not (splits == split).any():
+            found.append(
+                f"no sample is left for {split}: {len(splits):,} samples in {len(counts):,} "
+                "classes are too few for these fractions; give others with --split, such as "
+                "0.5,0.25,0.25, or 1 for training alone"
+            )
+    return found
 
 
 def largest_remainder(total: int, fractions: Sequence[float]) -> list[int]:

@@ -15,6 +15,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.index import Index, open_index, verify_index
 from bigbatch.data.writing.assign import SPLITS
 from bigbatch.data.writing.recode import open_image, prepare
+from bigbatch.data.writing.skips import count_skips, read_skips
 
 _LOOKED_AT = 5_000  # images of each split whose header is read
 
@@ -26,8 +27,10 @@ def inspect(root: Path, *, verify: bool = False, picture: Path | None = None) ->
     resolutions come from up to 5,000 images of each split, evenly spaced; `verify` reads
     and decodes every image instead. `problems` lists, with shard and offset, what does not
     fit; `duplicates` counts images whose bytes occur more than once, within a split and
-    between two of them. `picture` is a file to draw the distributions into (.png, .svg,
-    .pdf). Raises UserError where there are no shards at all.
+    between two of them. `left_out` counts by reason and extension what skipped.txt names, each
+    split's `passed_over` what its index does; `notes` say what is probably not meant. `picture`
+    is a file to draw the distributions into (.png, .svg, .pdf). Raises UserError where there
+    are no shards at all.
     """
     root = Path(root)
     problems: list[str] = []
@@ -46,6 +49,7 @@ def inspect(root: Path, *, verify: bool = False, picture: Path | None = None) ->
         problems += [f"{name}/{problem}" for problem in bad]
         indexes[name] = index
         splits[name] = _describe(index, formats, sides[name])
+        splits[name]["passed_over"] = index.passed_over
     if picture is not None and indexes:
         draw(indexes, sides, Path(picture))
     return {
@@ -53,8 +57,32 @@ def inspect(root: Path, *, verify: bool = False, picture: Path | None = None) ->
         "verified": verify,
         "splits": splits,
         "duplicates": _duplicates(indexes),
+        "left_out": count_skips(_left_out(root)),
+        "notes": _notes(indexes),
         "problems": problems,
     }
+
+
+def _left_out(root: Path) -> list[tuple[str, str]]:
+    """What `shard` noted beside or, for one split, above the shards."""
+    return read_skips(root / "skipped.txt") or read_skips(root.absolute().parent / "skipped.txt")
+
+
+def _notes(indexes: dict[str, Index]) -> list[str]:
+    """What is probably not meant, of all splits together."""
+    classes = {index.classes for index in indexes.values()}
+    if len(classes) > 1:
+        return [f"the splits have {len(classes)} different lists of classes"]
+    if not classes:
+        return []
+    counts = np.sum([index.class_counts for index in indexes.values()], 0)
+    empty = [name for name, n in zip(classes.pop(), counts.tolist(), strict=True) if n == 0]
+    found = []
+    if len(counts) - len(empty) == 1:
+        found.append("all samples are of one class")
+    if empty:
+        found.append(f"classes without a sample in any split: {', '.join(empty[:5])}")
+    return found
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

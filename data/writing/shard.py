@@ -23,16 +23,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl, sync, to_json, write_atomically
 from bigbatch.data.index import build_index
-from bigbatch.data.tar import BLOCK, IMAGE_EXTENSIONS
-from bigbatch.data.writing.assign import SPLITS, assign_splits, parse_fractions, plan_shards
+from bigbatch.data.tar import BLOCK
+from bigbatch.data.writing.assign import (
+    SPLITS,
+    assign_splits,
+    doubts,
+    parse_fractions,
+    plan_shards,
+)
+from bigbatch.data.writing.kinds import open_source
 from bigbatch.data.writing.recode import prepare
-from bigbatch.data.writing.sources import Source, digits, image_folder, tars
-from bigbatch.data.writing.tables import parquet, saved_dataset
+from bigbatch.data.writing.sources import Source
 from bigbatch.data.writing.write import Work, write_all
 
 SAMPLES_PER_SHARD = 10_000
@@ -41,7 +46,11 @@ _FORMAT = 1  # of what a source becomes; part of the plan, so that a new version
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What `shard` wrote. `skipped` lists (key, reason) of images that could not be read."""
+    """What `shard` wrote.
+
+    `skipped` lists (key or file, reason) of what was left out, the same that skipped.txt does;
+    `notes` say what else may be wrong, such as a class without a sample.
+    """
 
     dest: str
     classes: int
@@ -49,6 +58,7 @@ class ShardReport:
     shards: dict[str, int]
     bytes: int
     skipped: list[tuple[str, str]]
+    notes: list[str]
     seconds: float
 
 
@@ -63,6 +73,7 @@ def shard(
     quality: int = 90,
     image_column: str | None = None,
     label_column: str | None = None,
+    kind: str | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> ShardReport:
@@ -72,11 +83,12 @@ def shard(
     `samples_per_shard` samples (default 10,000), or about `shard_size`, such as "256MB".
     Images whose short side is above `short_side` pixels are reduced to it, as JPEG of
     `quality` (see recode.prepare). `image_column` and `label_column` are for Parquet and
-    saved datasets. `workers` is the number of processes.
+    saved datasets, and `label_column` for tars with KEY.json. `kind` says which of several
+    kinds of source in one folder to read. `workers` is the number of processes.
 
-    Unreadable images are left out and reported. Raises UserError for a source or an option
-    that cannot be used, and where `dest` exists already. A call that was killed goes on
-    where it was when it is repeated.
+    Unreadable images and files that are no images are left out and reported. Raises UserError
+    for a source or an option that cannot be used, and where `dest` exists already. A call that
+    was killed goes on where it was when it is repeated.
     """
     for name, value, low, high in (
         ("samples per shard", samples_per_shard, 1, 1 << 31),
@@ -92,8 +104,9 @@ def shard(
     target_bytes = None if shard_size is None else parse_bytes(shard_size)
     dest = Path(dest)
     _refuse_to_overwrite(dest)  # before a long listing
-    opened = open_source(source, image_column, label_column, workers)
+    opened = open_source(source, image_column, label_column, workers, kind)
     splits = assign_splits(opened, fractions)
+    opened.notes.extend(doubts(opened, splits, fractions))
     if target_bytes is not None:
         samples_per_shard = _samples_in(target_bytes, opened, splits, short_side, quality)
     return write_shards(
@@ -106,53 +119,6 @@ def shard(
         workers=workers,
         progress=progress,
     )
-
-
-def open_source(
-    name: str, image_column: str | None = None, label_column: str | None = None, workers: int = 1
-) -> Source:
-    """`digits`, or a path: an image folder, Parquet, a saved dataset, or tars.
-
-    Raises UserError where it is none of these, or cannot be read.
-    """
-    path = Path(name)
-    if name == "digits" and not path.exists():
-        return digits()
-    if not path.exists():
-        raise UserError(
-            f"no source {name!r}; give `digits`, or the path of an image folder, of Parquet files, "
-            "of a saved Hugging Face dataset, or of tars"
-        )
-    try:
-        kind = _kind(path)
-        if kind == "saved dataset":
-            return saved_dataset(path, image_column, label_column)
-        if kind == ".parquet":
-            return parquet(path, image_column, label_column)
-        if image_column or label_column:
-            raise UserError(f"{path} has no columns; leave out --image-column and --label-column")
-        return tars(path, workers) if kind == ".tar" else image_folder(path)
-    except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a source that can be read") from None
-
-
-def _kind(path: Path) -> str:
-    """What a source is, by the first folder in it, from the top, that tells."""
-    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return "saved dataset"
-    if path.is_file():
-        if path.suffix not in (".parquet", ".tar"):
-            raise UserError(f"{path} is neither a .parquet nor a .tar file nor a folder")
-        return path.suffix
-    for folder, below, files in os.walk(path):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        suffixes = {os.path.splitext(name)[1].lower() for name in files}
-        for kind in (".parquet", ".tar"):
-            if kind in suffixes:
-                return kind
-        if Path(folder) != path and suffixes & {f".{e}" for e in IMAGE_EXTENSIONS}:
-            break
-    return "image folder"
 
 
 def parse_bytes(text: str) -> int:
@@ -233,8 +199,22 @@ def write_shards(
         shards={n: sum(r["shard"].startswith(n) for r in records) for n in names},
         bytes=sum(r["bytes"] for r in records),
         skipped=source.skipped + [(k, why) for r in records for k, why in r["skipped"]],
+        notes=source.notes + _emptied(source, records),
         seconds=time.monotonic() - started,
     )
+
+
+def _emptied(source: Source, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note on the classes of which no image could be read."""
+    lost = {key for r in records for key, _ in r["skipped"]}
+    kept = [i for i, key in enumerate(source.keys) if key not in lost] if lost else slice(None)
+    had, left = (
+        np.bincount(labels, minlength=len(source.classes))
+        for labels in (source.labels, source.labels[kept])
+    )
+    emptied = [source.classes[c] for c in np.flatnonzero((had > 0) & (left == 0))]
+    shown = ", ".join(emptied[:5]) + (", ..." if len(emptied) > 5 else "")
+    return [f"classes of which no image could be read: {shown}"] if emptied else []
 
 
 def _partial(dest: Path) -> Path:

@@ -18,7 +18,12 @@ from bigbatch.launcher.cli import options
 @click.option("--short-side", type=int, help="Reduce images to this short side, in pixels.")
 @click.option("--quality", type=int, default=90, show_default=True, help="Of JPEGs reduced.")
 @click.option("--image-column", help="Of Parquet and saved data sets, where it is unclear.")
-@click.option("--label-column", help="The same for labels, such as coarse_label.")
+@click.option("--label-column", help="The same for labels; of tars, the entry of KEY.json.")
+@click.option(
+    "--kind",
+    type=click.Choice(["images", "tars", "parquet", "dataset"]),
+    help="What to read of a folder that holds several of them.",
+)
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
 @options.as_json
 def shard(
@@ -31,6 +36,7 @@ def shard(
     quality: int,
     image_column: str | None,
     label_column: str | None,
+    kind: str | None,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -46,6 +52,7 @@ def shard(
     from dataclasses import asdict
 
     from bigbatch.data.writing.shard import shard as write
+    from bigbatch.data.writing.skips import count_skips, describe
 
     try:
         written = write(
@@ -58,6 +65,7 @@ def shard(
             quality=quality,
             image_column=image_column,
             label_column=label_column,
+            kind=kind,
             workers=workers,
             progress=not as_json,
         )
@@ -71,10 +79,13 @@ def shard(
         shards = options.plural(written.shards[name], "shard")
         click.echo(f"{dest / name}  {count:,} samples in {shards}")
     click.echo(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
-    for key, reason in written.skipped[:20]:
-        click.echo(f"left out: {key}: {reason}", err=True)
-    if len(written.skipped) > 20:
-        click.echo(f"and {len(written.skipped) - 20} more; see {dest / 'skipped.txt'}", err=True)
+    rows = count_skips(written.skipped)
+    for row in rows[:20]:
+        click.echo(f"left out: {describe(row)}", err=True)
+    if len(rows) < len(written.skipped) or len(rows) > 20:
+        click.echo(f"each by its name: {dest / 'skipped.txt'}", err=True)
+    for note in written.notes:
+        click.echo(f"warning: {note}", err=True)
 
 
 @click.command(short_help="Index WebDataset tars that exist.")
@@ -101,6 +112,7 @@ def index(
         made = build_remote_index(remote, workers=workers, skip_bad=skip_bad)
     else:
         made = build_index(Path(shards), workers=workers, skip_bad=skip_bad)
+    empty = [n for n, c in zip(made.classes, made.class_counts.tolist(), strict=True) if c == 0]
     if as_json:
         options.print_json(
             {
@@ -110,6 +122,8 @@ def index(
                 "classes": list(made.classes),
                 "hash": made.hash,
                 "problems": list(made.problems),
+                "passed_over": made.passed_over,
+                "empty_classes": empty,
             }
         )
         return
@@ -119,6 +133,13 @@ def index(
     )
     for problem in made.problems:
         click.echo(f"left out: {problem}", err=True)
+    for what, count in made.passed_over.items():
+        click.echo(f"passed over: {count:,} {what}", err=True)
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        click.echo(f"warning: classes without a sample: {shown}", err=True)
+    if len(made.classes) - len(empty) == 1:
+        click.echo("warning: all samples are of one class", err=True)
 
 
 @click.command(short_help="Describe shards: counts, labels, sizes, problems.")
@@ -173,6 +194,8 @@ def inspect(
         options.print_json(found)
     else:
         render.show(*render.inspect_tables(found))
+        for note in found["notes"]:
+            click.echo(f"warning: {note}", err=True)
         for problem in found["problems"]:
             click.echo(f"problem: {problem}", err=True)
     sys.exit(1 if found["problems"] else 0)

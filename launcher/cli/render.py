@@ -148,6 +148,16 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
         labels.caption = f"{labels.caption or ''}\nclasses without a sample: {', '.join(empty)}"
         labels.caption = labels.caption.strip()
     tables = [splits, labels]
+    passed_over = {
+        f"{what} in {name}": f"{count:,}"
+        for name, split in found["splits"].items()
+        for what, count in split["passed_over"].items()
+    }
+    left_out = {
+        f"{row['reason']} {row['extension']}": f"{row['count']:,}" for row in found["left_out"]
+    }
+    if passed_over or left_out:
+        tables.append(two_columns({"left out or passed over": "", **left_out, **passed_over}))
     if found["duplicates"]:
         copies = {place: f"{count:,} images" for place, count in found["duplicates"].items()}
         tables.append(two_columns({"the same bytes more than once": "", **copies}))

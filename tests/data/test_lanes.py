@@ -29,6 +29,7 @@ def index_of(counts):
         classes=("only",),
         shards=tuple(ShardFile(f"{i:06d}.tar", 1, n) for i, n in enumerate(counts)),
         problems=(),
+        passed_over={},
         hash=f"hash of {counts}",
     )
 

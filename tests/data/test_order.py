@@ -61,6 +61,7 @@ def index_of(counts, root=Path("nowhere"), digest="hash"):
         classes=tuple(map(str, range(len(counts)))),
         shards=(ShardFile("000000.tar", 0, len(labels)),),
         problems=(),
+        passed_over={},
         hash=digest,
     )
 

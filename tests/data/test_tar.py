@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -44,15 +47,67 @@ def test_reads_what_python_writes(files: list[tuple[str, bytes]], style: int) ->
     assert read_all(out.getvalue()) == files
 
 
-def test_reads_the_ustar_prefix_and_passes_over_folders_and_links() -> None:
+def test_reads_the_ustar_prefix_and_links_and_passes_over_folders() -> None:
     name = "a" * 90 + "/" + "b" * 90
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        folder, link = tarfile.TarInfo("folder"), tarfile.TarInfo("link")
-        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "x"
-        for info in (folder, tarfile.TarInfo(name), link):
+        folder, link = tarfile.TarInfo("folder"), tarfile.TarInfo("in/link")
+        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "../x"
+        hard = tarfile.TarInfo("in/hard")
+        hard.type, hard.linkname = tarfile.LNKTYPE, "x"
+        for info in (folder, tarfile.TarInfo(name), link, hard):
             tar.addfile(info)
-    assert read_all(out.getvalue()) == [(name, b"")]
+    assert read_all(out.getvalue()) == [(name, b""), ("in/link", b""), ("in/hard", b"")]
+    found = list(members(io.BytesIO(out.getvalue()), len(out.getvalue())))
+    assert [member.link for member in found] == [None, "in/../x", "x"]
+
+
+@pytest.mark.parametrize("style", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_of_links(style: int) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=style) as tar:
+        for name in ("short", "n" * 150, "é" * 70):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, name + "l" * 120
+            tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("last"))
+    found = list(members(io.BytesIO(out.getvalue()), len(out.getvalue())))
+    names = ["short", "n" * 150, "é" * 70]
+    assert [(m.name, m.link) for m in found] == [
+        *((name, name + "l" * 120) for name in names),
+        ("last", None),
+    ]
+
+
+def test_a_volume_name_is_no_member() -> None:
+    label = tarfile.TarInfo("my volume")
+    label.type = b"V"
+    assert read_all(label.tobuf(tarfile.GNU_FORMAT) + THREE) == read_all(THREE)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(THREE), "the file is gzip-compressed; decompress it"),
+        (bz2.compress(THREE) * 9, "the file is bzip2-compressed; decompress it"),
+        (lzma.compress(THREE) * 9, "the file is xz-compressed; decompress it"),
+        (b"version https://git-lfs.github.com/spec/v1\n" * 20, "a Git LFS pointer"),
+    ],
+)
+def test_what_is_called_tar_and_is_none(data: bytes, message: str) -> None:
+    with pytest.raises(TarError, match=f"at byte 0: .*{message}"):
+        read_all(data.ljust(BLOCK, b"\0"))
+
+
+def test_a_sparse_file_in_pax_is_refused() -> None:
+    """Its data begin with a map of the holes, which is no part of the file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("GNUSparseFile.7/a.jpg")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.name": "a.jpg"}
+        tar.addfile(info)
+    with pytest.raises(TarError, match="a sparse file is not supported"):
+        read_all(out.getvalue())
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,10 +1,15 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.writing.assign import assign_splits, largest_remainder, plan_shards
+from bigbatch.data.writing.assign import (
+    assign_splits,
+    doubts,
+    largest_remainder,
+    plan_shards,
+)
 from bigbatch.data.writing.sources import Source
 
 
@@ -51,6 +56,8 @@ def test_largest_remainder_known() -> None:
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), FRACTIONS)
 def test_each_class_is_divided_by_itself(labels: list[int], fractions: list[float]) -> None:
     splits = assign_splits(source(labels), fractions)
+    sums = np.sum([largest_remainder(labels.count(c), fractions) for c in set(labels)], 0)
+    assume(sums.all())  # else the classes share their remainders
     for c in set(labels):
         inside = splits[np.array(labels) == c]
         expected = largest_remainder(len(inside), fractions)
@@ -67,6 +74,42 @@ def test_the_split_of_a_sample_follows_from_its_key(random) -> None:  # type: ig
     plain = assign_splits(source(list(labels.values()), list(labels)), None)
     shuffled = assign_splits(source([labels[k] for k in keys], keys), None)
     assert dict(zip(labels, plain, strict=True)) == dict(zip(keys, shuffled, strict=True))
+
+
+def test_small_classes_share_their_remainders() -> None:
+    labels = [i // 3 for i in range(720)]
+    splits = assign_splits(source(labels), None)
+    assert [int((splits == name).sum()) for name in ("train", "val", "test")] == [576, 72, 72]
+    assert set(np.array(labels)[splits == "train"].tolist()) == set(range(240))
+    assert doubts(source(labels), splits, None) == []
+    single = assign_splits(source(list(range(50))), None)
+    assert set(single.tolist()) == {"train"}  # no class is without training samples
+    said = doubts(source(list(range(50))), single, None)
+    assert [s.partition(":")[0] for s in said] == [
+        "no sample is left for val",
+        "no sample is left for test",
+    ]
+    assert "give others with --split" in said[0]
+    assert doubts(source(list(range(50))), single, (1.0,)) == []
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=150), FRACTIONS)
+def test_shared_splits_are_near_their_fractions(labels: list[int], fractions: list[float]) -> None:
+    splits = assign_splits(source(labels), fractions)
+    classes = len(set(labels))
+    for name, fraction in zip(("train", "val", "test"), fractions, strict=False):
+        off = abs(int((splits == name).sum()) - fraction * len(labels))
+        assert off <= classes + 1  # each class keeps one for training
+
+
+def test_doubts() -> None:
+    one = source([1, 1, 1] * 20)
+    assert doubts(one, assign_splits(one, None), None) == [
+        "all samples are of one class: there is nothing to tell apart",
+        "1 of 2 classes have no sample: 0; class numbers go from 0, do these go from 1?",
+    ]
+    gaps = source([0, 1, 4] * 20)
+    assert doubts(gaps, assign_splits(gaps, None), None) == ["2 of 5 classes have no sample: 2, 3"]
 
 
 def test_own_splits_are_kept_and_a_missing_val_is_taken_from_train() -> None:

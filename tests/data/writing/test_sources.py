@@ -10,8 +10,11 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import open_index
-from bigbatch.data.writing.shard import open_source, shard
-from bigbatch.data.writing.sources import digits, image_folder, tars, unique_keys
+from bigbatch.data.writing.archives import tars
+from bigbatch.data.writing.folders import image_folder
+from bigbatch.data.writing.kinds import open_source
+from bigbatch.data.writing.shard import shard
+from bigbatch.data.writing.sources import digits, unique_keys
 
 
 def touch(*paths: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import open_index
-from bigbatch.data.writing.shard import open_source, shard
+from bigbatch.data.writing.kinds import open_source
+from bigbatch.data.writing.shard import shard
 
 NAMES = ["cat", "dog", "eel"]
 
