@@ -6,7 +6,7 @@ since it was written, not that what was written makes sense.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,12 @@ COLUMNS = {
 }
 MAX_MANIFEST_BYTES = 1 << 30
 _FIELDS = {"format", "samples", "classes", "shards", "problems", "columns", "hash"}
+_OPTIONAL = {"passed_over"}  # {what: how many}
 _SHARD_FIELDS = {"name", "bytes", "samples"}
 _MOST_SAMPLES = 1 << 32  # class_members are uint32
 _MOST_BYTES = 1 << 63  # a file's offset is a signed number of 64 bits
 # As find_shards lists them: the name of a file in the folder, and nothing that leads elsewhere.
-_SHARD_NAME = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*\.tar")
+_SHARD_NAME = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*\.tar", re.IGNORECASE)
 _LONGEST_NAME = 255  # bytes
 _CHUNK = 1 << 20  # samples that are looked at together
 
@@ -41,7 +42,7 @@ def check_manifest(manifest: Any) -> None:
     Looks at all of it, and at no column: names, numbers, and that the shards' samples add up.
     """
     _expect(isinstance(manifest, dict), "it is no mapping")
-    _fields(manifest, _FIELDS, "it")
+    _fields(manifest, _FIELDS, "it", _OPTIONAL)
     _expect(manifest["format"] == FORMAT, f"its format is {manifest['format']!r:.40}")
     samples = manifest["samples"]
     _expect(_is_count(samples, _MOST_SAMPLES) and samples > 0, f"samples = {samples!r:.40}")
@@ -49,6 +50,9 @@ def check_manifest(manifest: Any) -> None:
         texts = manifest[name]
         good = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
         _expect(good, f"{name} is no list of texts")
+    counts = manifest.get("passed_over", {})
+    good = isinstance(counts, dict) and all(_is_count(n, _MOST_BYTES) for n in counts.values())
+    _expect(good, "passed_over holds what is no count")
     _expect(len(manifest["classes"]) > 0, "it names no class")
     columns = manifest["columns"]
     _expect(isinstance(columns, dict), "columns is no mapping")
@@ -149,10 +153,12 @@ def _is_count(value: Any, limit: int) -> bool:
     return type(value) is int and 0 <= value < limit
 
 
-def _fields(mapping: dict[str, Any], known: set[str], what: str) -> None:
+def _fields(
+    mapping: dict[str, Any], known: set[str], what: str, optional: Set[str] = frozenset()
+) -> None:
     if lacking := known - mapping.keys():
         raise ValueError(f"{what} has no {sorted(lacking)[0]}")
-    if odd := mapping.keys() - known:
+    if odd := mapping.keys() - known - optional:
         shown = [f"{name!a:.60}" for name in sorted(odd)[:3]]
         raise ValueError(f"{what} has {', '.join(shown)}, which no index has")
 

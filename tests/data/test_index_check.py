@@ -73,6 +73,8 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "no digest": (lambda m: m["columns"].update(crc=7), "columns holds what is no SHA-256"),
     "a field more": (put("extra", 1), "it has 'extra', which no index has"),
     "a field less": (lambda m: m.pop("problems"), "it has no problems"),
+    "passed over": (put("passed_over", {"members .txt": -1}), "passed_over holds what is no"),
+    "passed over, a list": (put("passed_over", ["a"]), "passed_over holds what is no count"),
     "classes": (put("classes", [1, 2, 3]), "classes is no list of texts"),
     "no class": (put("classes", []), "it names no class"),
     "no sample": (put("samples", 0), "samples = 0"),
@@ -300,3 +302,14 @@ def test_a_copy_is_called_by_its_name_or_else_file(tmp_path: Path) -> None:
     assert stat(f"file://{tmp_path}/.about.json").name == "file"
     (tmp_path / "0.tar").write_bytes(b"x")
     assert stat(f"file://{tmp_path}/0.tar").name == "0.tar"
+
+
+def test_what_was_passed_over_may_be_counted(split: Path) -> None:
+    before = open_index(split)
+    forge(split, put("passed_over", {"members .txt": 3}))
+    assert open_index(split).label.tolist() == before.label.tolist()
+
+
+@pytest.mark.parametrize("name", ["a.tar", "A.TAR", "a b.tar", "photos-\u00e9.tar", "a..tar"])
+def test_names_of_shards(name: str) -> None:
+    index_check.check_shard_name(name)
