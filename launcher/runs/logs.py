@@ -17,6 +17,7 @@ import click
 from bigbatch.configs.rundir import RunDir
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) (.*)")
+_RANK = re.compile(r"rank-\d{1,9}\.log")
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green")
 _POLL_S = 0.3
 
@@ -97,7 +98,7 @@ class _Ended:
 
 
 def _files(run: RunDir, ranks: Sequence[int]) -> list[Path]:
-    found = sorted((run.path / "logs").glob("rank-*.log"))
+    found = sorted(p for p in (run.path / "logs").glob("rank-*.log") if _RANK.fullmatch(p.name))
     return [path for path in found if not ranks or _rank(path) in ranks]
 
 

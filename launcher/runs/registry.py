@@ -4,7 +4,6 @@ Looking at runs writes nothing, so any number of people may do so at once.
 """
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
 from bigbatch.launcher.slurm import squeue
@@ -320,7 +320,7 @@ def _progress(metrics: Path) -> tuple[int, float | None]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """One record; None where a power cut tore the line."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
@@ -328,6 +328,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None

@@ -73,3 +73,9 @@ def test_following_from_the_last_lines_on_does_not_wait_for_the_end(run: RunDir)
 def test_a_run_without_logs(tmp_path: Path) -> None:
     assert list(read(RunDir(tmp_path))) == []
     assert list(follow(RunDir(tmp_path), ended=lambda: True)) == []
+
+
+def test_other_files_among_the_logs_are_passed_over(run: RunDir) -> None:
+    before = list(read(run))
+    (run.path / "logs/rank-old.log").write_text("x\n")
+    assert list(read(run)) == before

@@ -258,6 +258,12 @@ def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
     assert (info.step, info.best_accuracy, info.state) == (2, 0.5, "running")
 
 
+def test_json_that_is_nested_too_deeply_is_a_torn_line(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", [START], METRICS + "[" * 100_000 + "\n")
+    run.summary.write_text("[" * 100_000)
+    assert (describe(run).step, registry._json(run.summary)) == (2, None)
+
+
 def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     run = make(tmp_path, "a", [])
     assert find_run("a", tmp_path).path == run.path
