@@ -1,6 +1,7 @@
 """Commands from outside: exit statuses, messages, and JSON that can be parsed."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,23 @@ def test_a_plateau_cannot_be_drawn_in_advance(here: Path) -> None:
     assert (
         json.loads(invoke("check", "--quick", *DIGITS, plateau, "--json").output)["lr"]["0"] == 0.0
     )
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_finished_run_that_a_launcher_starts_again_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    """Its shards may be gone; the launcher repeats the command that made it."""
+    torchrun = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, numbers: None)
+    monkeypatch.chdir(tmp_path)
+    run = create_run(Path("runs/a"), load_recipe("digits"))
+    run.summary.write_text("{}")
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    assert status_of("train", "digits", "--run", "a") == (
+        *(0, f"runs/a is finished; see {run.report}\n" if rank == "0" else ""),
+    )
+    assert status_of("train", "digits", "seed=1", "--run", "a")[0] == 2  # another recipe's
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before

@@ -99,6 +99,16 @@ def test_a_requeued_job_does_not_wait_for_itself(folder, monkeypatch):
     assert not started.is_set()
 
 
+def test_a_run_of_an_array_is_named_by_its_task(folder, monkeypatch):
+    """Its job id may be the array's own number, by which scancel would end all runs."""
+    for name, value in (("JOB_ID", "7"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "2")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    heartbeat = Heartbeat(folder, 0)
+    heartbeat.lock()
+    said = str(heartbeat._refusal(read_heartbeat(folder, 0)))
+    assert ", job 7_2, since" in said
+
+
 def test_a_run_that_ended_leaves_no_holder(folder):
     heartbeat = Heartbeat(folder, 0)
     heartbeat.lock()
