@@ -119,9 +119,12 @@ class Place:
                 return
             time.sleep(0.1)
 
-    def preempt(self) -> None:
-        """Take the whole cluster for a moment, at a higher priority."""
-        urgent = ["sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive", "--wrap=true"]
+    def preempt(self, job: str | None = None) -> None:
+        """Take the whole cluster for a moment, or the node of a job, at a higher priority."""
+        nodes = ["-N", "4"]
+        if job is not None:
+            nodes = ["-w", self.call("squeue", "-h", "-j", job, "-o", "%N").strip()]
+        urgent = ["sbatch", "--parsable", "-p", "urgent", *nodes, "--exclusive", "--wrap=true"]
         self.wait(self.call(*urgent, "--output=/dev/null").strip(), "COMPLETED 0:0")
 
     def run(self, name: str) -> RunDir:

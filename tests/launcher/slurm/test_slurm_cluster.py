@@ -32,6 +32,9 @@ TRIAL = [
     *("data.image_size=16", "global_batch=256", "schedule={name: constant}", "log.wandb=off"),
     *("optimizer={name: adamw, lr: 0.01}", "ensemble.soup=false"),
 ]
+# For a run of one rank that lasts long enough to be disturbed.
+LONG = 100
+SMALL = [f"duration={LONG} steps", "evaluate.every=1000 steps", *TRIAL[2:]]
 CHANGES = [f"duration={STEPS} steps", "evaluate.every=20 steps", "checkpoint.every=1000 steps"]
 
 
@@ -49,9 +52,9 @@ def place(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
         yield here
 
 
-def assert_same_weights(run: RunDir, reference: RunDir) -> None:
+def assert_same_weights(run: RunDir, reference: RunDir, steps: int = STEPS) -> None:
     """Bit for bit: the last checkpoint's weights and optimizer state."""
-    name = f"step-{STEPS:08d}"
+    name = f"step-{steps:08d}"
     for file in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = run.checkpoints / name / file, reference.checkpoints / name / file
         assert relative_difference(ours, theirs) == 0.0
@@ -69,9 +72,9 @@ def begun(place: Place, command: Sequence[object]) -> Iterator[subprocess.Popen[
             process.kill()
 
 
-def assert_every_step_once(run: RunDir) -> None:
-    steps = [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"]
-    assert steps == list(range(1, STEPS + 1))
+def assert_every_step_once(run: RunDir, steps: int = STEPS) -> None:
+    found = [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"]
+    assert found == list(range(1, steps + 1))
 
 
 def test_two_nodes_give_the_weights_of_this_machine(place: Place) -> None:
@@ -179,36 +182,62 @@ def test_cancelled_it_saves_and_goes_on_when_it_is_resumed(place: Place) -> None
     assert_every_step_once(run)
 
 
-def test_what_scancel_ends_is_not_requeued(place: Place) -> None:
-    job = place.submit("scancelled", "--nodes", "2", "--ranks-per-node", "1")
-    run = place.run("scancelled")
-    place.wait_for_step(job, "scancelled", 3)
-    place.call("scancel", job)
-    place.wait(job, "CANCELLED 75:0")
-    assert [e["state"] for e in read_jsonl(run.events) if e["kind"] == "end"] == ["stopped"]
+def test_each_run_of_an_array_is_alone(place: Place) -> None:
+    """One finished, one preempted, one cancelled, and the last ended by scancel.
 
-
-def test_an_array_with_frozen_code_and_a_job_after_it(place: Place) -> None:
-    changes = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=0 steps"]
-    options = ["--ranks-per-node", "1", "--sbatch-arg=--hold"]
-    job = place.submit("members", "--array", "0-1", *options, changes=changes)
-    after = place.submit("after", "--after", "members-1", changes=changes)
-    assert place.state(after) == "PENDING 0:0"
+    The last one to start has the job id of the whole array. Runs of one seed give one result,
+    so that the first, undisturbed, is what the third has to become.
+    """
+    options = ["--array", "0-3", "--vary", "seed=3,4,3,4", "--ranks-per-node", "1"]
+    options += ["--sbatch-arg=--exclusive", "--sbatch-arg=--hold"]
+    job = place.submit("members", *options, changes=SMALL)
+    after = place.submit("after", "--after", "members-0", changes=[*SMALL, "duration=9 steps"])
+    place.call(BIGBATCH, "train", "digits", *SMALL, "seed=4", "--run", "four", "--nproc", "1")
+    tasks = [f"{job}_{i}" for i in range(4)]
+    runs = [place.run(f"members-{i}") for i in range(4)]
     # The job runs the copy: what is changed in there shows, and only there.
-    worker = place.run("members-1").path / "code/bigbatch/trainers/worker.py"
+    worker = runs[1].path / "code/bigbatch/trainers/worker.py"
     worker.write_text(f"print('from the copy')\n{worker.read_text()}")
-    place.call("scontrol", "release", job)
-    place.wait(f"{job}_0", "COMPLETED 0:0")
-    place.wait(f"{job}_1", "COMPLETED 0:0")
-    place.wait(after, "COMPLETED 0:0")
-    zero, one = place.run("members-0"), place.run("members-1")
-    assert one.recipe().seed == zero.recipe().seed + 1
+    assert place.state(after) == "PENDING 0:0"
+    place.call("scontrol", "release", tasks[0])
+    place.wait(tasks[0], "COMPLETED 0:0")
+    place.call("scontrol", "release", ",".join(tasks[1:]))
+    for task, run in zip(tasks[1:], runs[1:], strict=True):
+        place.wait_for_step(task, run.name, 1)
+    assert place.call("squeue", "-h", "-j", tasks[3], "-o", "%A").strip() == job
+    place.call("scancel", tasks[3])
+    assert "is not requeued" in place.call(BIGBATCH, "cancel", "members-2")
+    place.preempt(tasks[1])
+    place.wait(tasks[3], "CANCELLED 75:0")
+    place.wait(tasks[2], "FAILED 75:0")
+    again = [place.call(BIGBATCH, "resume", run.name, "--slurm").strip() for run in runs[2:]]
+    for task in (*again, tasks[1], after):
+        place.wait(task, "COMPLETED 0:0")
+    assert [place.state(task) for task in tasks] == [
+        *("COMPLETED 0:0", "COMPLETED 0:0", "FAILED 75:0", "CANCELLED 75:0")
+    ]
+
+    starts = [[e["step"] for e in read_jsonl(r.events) if e["kind"] == "start"] for r in runs]
+    ends = [[e["state"] for e in read_jsonl(r.events) if e["kind"] == "end"] for r in runs]
+    assert (starts[0], ends[0]) == ([0], ["finished"])
+    assert ends[1:] == [["stopped", "finished"]] * 3
+    assert all(len(own) == 2 and own[1] > 0 for own in starts[1:])
+    for run, reference in zip(runs, ("members-0", "four", "members-0", "four"), strict=True):
+        assert_same_weights(run, place.run(reference), LONG)
+        assert_every_step_once(run, LONG)
+        assert job_of(run) == [*tasks[:2], *again][runs.index(run)]
     assert "from the copy" in place.call(BIGBATCH, "logs", "members-1")
     assert "from the copy" not in place.call(BIGBATCH, "logs", "members-0")
     names = [info["name"] for info in json.loads(place.call(BIGBATCH, "runs", "m*", "--json"))]
-    assert sorted(names) == ["members-0", "members-1"]
+    assert sorted(names) == [run.name for run in runs]
+
+    # A finished run that is started again, by whatever, does nothing.
+    before = {path: path.read_bytes() for path in runs[0].path.glob("*.json*")}
+    one_more = place.call("sbatch", "--parsable", "--array=0", runs[0].path / "job.sbatch").strip()
+    place.wait(f"{one_more}_0", "COMPLETED 0:0")
+    assert {path: path.read_bytes() for path in runs[0].path.glob("*.json*")} == before
     place.call(BIGBATCH, "rm", "--yes", "members-0")
-    assert not zero.path.exists()
+    assert not runs[0].path.exists()
 
 
 def test_the_template_by_hand_on_another_number_of_ranks(place: Place) -> None:
@@ -254,11 +283,14 @@ def test_a_refused_job(place: Place) -> None:
 
 
 def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
-    """Two good rates, then two hopeless ones, pruned: the seed gives that order."""
+    """Two good rates, then two hopeless ones, pruned: the seed gives that order.
+
+    The first is preempted as well. Each trial is alone, and what becomes of it is exact.
+    """
     (place.folder / "space.yaml").write_text(
         "parameters: {optimizer.lr: {type: choice, choices: [0.01, 0.02, 1e-8, 1e-9]}}"
     )
-    options = "--ranks-per-node 2 --cpus-per-rank 1 --no-check"
+    options = "--ranks-per-node 2 --cpus-per-rank 1 --no-check --sbatch-arg=--exclusive"
     command = [BIGBATCH, "tune", "digits", "space.yaml", *TRIAL, "--trials", "4", "--parallel", "2"]
     command += ["--sampler", "grid", "--seed", "4", "--pruner", "median", "--startup", "1"]
     runs = [RunDir(place.folder / f"studies/digits/trials/{i:04d}") for i in range(4)]
@@ -285,6 +317,7 @@ def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
         assert search.returncode == SAVED
     assert [t["state"] for t in stopped["trials"]] == ["running", "running"]
     assert [job_of(run) for run in runs[:2]] == jobs
+    place.preempt(jobs[0])
 
     found = json.loads(place.call(*command))
     states = ["complete", "complete", "pruned", "pruned"]
@@ -292,7 +325,7 @@ def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
     for run, trial in zip(runs, found["trials"], strict=True):
         events = read_jsonl(run.events)
         assert [e["kind"] for e in events].count("submitted") == 1
-        assert [e["kind"] for e in events].count("start") == 1
+        assert [e["kind"] for e in events].count("start") == (2 if run is runs[0] else 1)
         assert run.recipe().optimizer.lr == trial["params"]["optimizer.lr"]
         job = place.call("scontrol", "show", "job", "-o", job_of(run))
         assert f"Command={run.path}/job.sbatch" in job
@@ -306,7 +339,8 @@ def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
             assert 1 <= trial["evaluations"] <= len(evaluations) < STEPS
             assert [e["state"] for e in events if e["kind"] == "end"] == ["stopped"]
             assert list(run.checkpoints.glob("step-????????"))
-    times = [{e["kind"]: e["time"] for e in read_jsonl(run.events)} for run in runs[:2]]
+    # Of each kind the first.
+    times = [{e["kind"]: e["time"] for e in read_jsonl(run.events)[::-1]} for run in runs[:2]]
     assert max(t["start"] for t in times) < min(t["end"] for t in times)
     best = max(found["trials"][:2], key=lambda t: t["values"]["accuracy"])
     assert found["best"][0]["overrides"] == [
@@ -319,3 +353,12 @@ def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
     assert json.loads(place.call(*command))["trials"] == found["trials"]
     known = place.call("scontrol", "show", "job", "-o").splitlines()
     assert sum(f"Command={place.folder}/studies/" in job for job in known) == 4
+
+    # The preempted trial, and a pruned one that is gone on with, as if nothing had happened.
+    place.wait(place.call(BIGBATCH, "resume", runs[2].path, "--slurm").strip(), "COMPLETED 0:0")
+    for run in (runs[0], runs[2]):
+        rate = f"optimizer.lr={run.recipe().optimizer.lr}"
+        name = f"trial-{run.name}"
+        place.call(BIGBATCH, "train", "digits", *TRIAL, rate, "--run", name, "--nproc", "2")
+        assert_same_weights(run, place.run(name))
+        assert_every_step_once(run)
