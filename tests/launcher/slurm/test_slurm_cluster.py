@@ -211,6 +211,7 @@ def test_each_run_of_an_array_is_alone(place: Place) -> None:
     place.wait(tasks[3], "CANCELLED 75:0")
     place.wait(tasks[2], "FAILED 75:0")
     again = [place.call(BIGBATCH, "resume", run.name, "--slurm").strip() for run in runs[2:]]
+    place.call("scontrol", "release", ",".join(again))
     for task in (*again, tasks[1], after):
         place.wait(task, "COMPLETED 0:0")
     assert [place.state(task) for task in tasks] == [
@@ -234,6 +235,7 @@ def test_each_run_of_an_array_is_alone(place: Place) -> None:
     # A finished run that is started again, by whatever, does nothing.
     before = {path: path.read_bytes() for path in runs[0].path.glob("*.json*")}
     one_more = place.call("sbatch", "--parsable", "--array=0", runs[0].path / "job.sbatch").strip()
+    place.call("scontrol", "release", one_more)
     place.wait(f"{one_more}_0", "COMPLETED 0:0")
     assert {path: path.read_bytes() for path in runs[0].path.glob("*.json*")} == before
     place.call(BIGBATCH, "rm", "--yes", "members-0")
