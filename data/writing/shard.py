@@ -191,7 +191,7 @@ def write_shards(
         raise UserError(
             f"cannot write {dest}: {error}; mend this and repeat the command: it goes on"
         ) from None
-    names = [s for s in SPLITS if any(r["shard"].startswith(s) for r in records)]
+    names = [s for s in SPLITS if any(r["shard"].startswith(s) and r["samples"] for r in records)]
     return ShardReport(
         dest=str(dest),
         classes=len(source.classes),
@@ -205,7 +205,12 @@ def write_shards(
 
 
 def _emptied(source: Source, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note on the classes of which no image could be read."""
+    """Notes on the splits and classes of which no image could be read."""
+    notes = []
+    for split in SPLITS:
+        counts = [r["samples"] for r in records if r["shard"].startswith(split)]
+        if counts and not any(counts):
+            notes.append(f"no image of the {split} split could be read; it is left out")
     lost = {key for r in records for key, _ in r["skipped"]}
     kept = [i for i, key in enumerate(source.keys) if key not in lost] if lost else slice(None)
     had, left = (
@@ -214,7 +219,7 @@ def _emptied(source: Source, records: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     emptied = [source.classes[c] for c in np.flatnonzero((had > 0) & (left == 0))]
     shown = ", ".join(emptied[:5]) + (", ..." if len(emptied) > 5 else "")
-    return [f"classes of which no image could be read: {shown}"] if emptied else []
+    return notes + ([f"classes of which no image could be read: {shown}"] if emptied else [])
 
 
 def _partial(dest: Path) -> Path:
@@ -278,7 +283,10 @@ def _finish(
     skipped = [f"{k}\t{why}\n" for r in records for k, why in r["skipped"]]
     if not any(r["samples"] for r in records):
         raise UserError(f"no image of the source could be read; the first: {skipped[0].strip()}")
-    for folder in sorted({Path(r["shard"]).parent for r in records}):
+    read = sorted({Path(r["shard"]).parent for r in records if r["samples"]})
+    for folder in sorted({Path(r["shard"]).parent for r in records} - set(read)):
+        shutil.rmtree(data / folder, ignore_errors=True)  # nothing in it could be read
+    for folder in read:
         build_index(data / folder, classes=source.classes, workers=workers)
     write_atomically(data / "classes.txt", "".join(f"{name}\n" for name in source.classes))
     skipped = [f"{k}\t{why}\n" for k, why in source.skipped] + skipped
@@ -286,7 +294,8 @@ def _finish(
         write_atomically(data / "skipped.txt", "".join(skipped))
     # Records of the journal are checked by size alone: a power cut may leave the rest to chance.
     for r in records:
-        sync(data / r["shard"])
+        if Path(r["shard"]).parent in read:
+            sync(data / r["shard"])
     for folder in (*data.iterdir(), data):
         sync(folder)
     data.rename(dest)

@@ -79,26 +79,6 @@ def test_long_names_of_links(style: int) -> None:
     ]
 
 
-def test_a_volume_name_is_no_member() -> None:
-    label = tarfile.TarInfo("my volume")
-    label.type = b"V"
-    assert read_all(label.tobuf(tarfile.GNU_FORMAT) + THREE) == read_all(THREE)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (gzip.compress(THREE), "the file is gzip-compressed; decompress it"),
-        (bz2.compress(THREE) * 9, "the file is bzip2-compressed; decompress it"),
-        (lzma.compress(THREE) * 9, "the file is xz-compressed; decompress it"),
-        (b"version https://git-lfs.github.com/spec/v1\n" * 20, "a Git LFS pointer"),
-    ],
-)
-def test_what_is_called_tar_and_is_none(data: bytes, message: str) -> None:
-    with pytest.raises(TarError, match=f"at byte 0: .*{message}"):
-        read_all(data.ljust(BLOCK, b"\0"))
-
-
 def test_a_sparse_file_in_pax_is_refused() -> None:
     """Its data begin with a map of the holes, which is no part of the file."""
     out = io.BytesIO()
@@ -175,6 +155,26 @@ def test_an_invalid_header_in_the_middle_is_an_error_though_tarfile_sees_the_end
 def test_endings(data: bytes, message: str) -> None:
     with pytest.raises(TarError, match=message):
         read_all(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(THREE), "the file is gzip-compressed; decompress it"),
+        (bz2.compress(THREE) * 9, "the file is bzip2-compressed; decompress it"),
+        (lzma.compress(THREE) * 9, "the file is xz-compressed; decompress it"),
+        (b"version https://git-lfs.github.com/spec/v1\n" * 20, "a Git LFS pointer"),
+    ],
+)
+def test_what_is_called_tar_and_is_none(data: bytes, message: str) -> None:
+    with pytest.raises(TarError, match=f"at byte 0: .*{message}"):
+        read_all(data.ljust(BLOCK, b"\0"))
+
+
+def test_a_volume_name_is_no_member() -> None:
+    label = tarfile.TarInfo("my volume")
+    label.type = b"V"
+    assert read_all(label.tobuf(tarfile.GNU_FORMAT) + THREE) == read_all(THREE)
 
 
 def test_padding_behind_the_end_mark_is_fine() -> None:
