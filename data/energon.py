@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from bigbatch.configs.errors import UserError
 
 EXCLUDED = "excluded"
-_FILE = Path(".nv-meta") / "split.yaml"
+SPLIT_FILE = ".nv-meta/split.yaml"
 
 
 def energon_parts(tars: Sequence[Path]) -> list[str] | None:
@@ -23,17 +23,17 @@ def energon_parts(tars: Sequence[Path]) -> list[str] | None:
     folders = dict.fromkeys(
         folder for tar in tars for folder in (tar.parent, tar.absolute().parent.parent)
     )
-    root = next((folder for folder in folders if (folder / _FILE).is_file()), None)
+    root = next((folder for folder in folders if (folder / SPLIT_FILE).is_file()), None)
     if root is None:
         return None
-    part_of = _read(root / _FILE)
+    part_of = _read(root / SPLIT_FILE)
     parts = []
     for tar in tars:
         name = Path(os.path.relpath(tar, root)).as_posix()
         if name not in part_of:
             raise UserError(
-                f"{root / _FILE} names no part for {name}; run `energon prepare` again, or remove "
-                "the file and let `bigbatch shard` divide the samples"
+                f"{root / SPLIT_FILE} names no part for {name}; run `energon prepare` again, or "
+                "remove the file and let `bigbatch shard` divide the samples"
             )
         parts.append(part_of[name])
     return parts
@@ -45,8 +45,8 @@ def one_part_only(tars: Sequence[Path]) -> None:
     if parts is not None and (len(set(parts)) > 1 or EXCLUDED in parts):
         found = ", ".join(f"{part} ({parts.count(part)})" for part in dict.fromkeys(parts))
         raise UserError(
-            f"{tars[0].parent} holds shards of several parts by its {_FILE}: {found}; an index "
-            "is one split: move each part into a folder of its own, or use `bigbatch shard`, "
+            f"{tars[0].parent} holds shards of several parts by its {SPLIT_FILE}: {found}; an "
+            "index is one split: move each part into a folder of its own, or use `bigbatch shard`, "
             "which keeps the parts apart"
         )
 

@@ -41,6 +41,10 @@ _SHOWN_PROBLEMS = 20
 OURS = ("classes.txt", "skipped.txt")  # files that `bigbatch shard` writes beside or above shards
 
 
+class BadShards(UserError):
+    """Shards with problems, which were not indexed."""
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """One archive: its file name, its size on disk, and how many samples it holds."""
@@ -194,10 +198,10 @@ def build_index(
     `classes` names the classes by number; without it, the lines of classes.txt in `root` or
     in the folder above it, or else the numbers themselves. `workers` processes scan shards.
 
-    Any problem (damaged archive, duplicate key, missing or impossible label) raises
-    UserError with all of them and leaves the old index as it was. With `skip_bad`, samples
-    with a problem are left out, and the problems are kept in the index. So is a count of what is
-    passed over: members that are no part of a sample, and files beside the archives.
+    Any problem (damaged archive, duplicate key, missing or impossible label, label without an
+    image) raises BadShards with all of them and leaves the old index as it was. With `skip_bad`,
+    samples with a problem are left out, and the problems are kept in the index. So is a count of
+    what is passed over: members that are no part of a sample, and files beside the archives.
     """
     root = Path(root)
     paths = find_shards(root)
@@ -220,7 +224,7 @@ def write_index(
 ) -> None:
     """Write root/index from what was found in `shards`, which are at `place`.
 
-    `beside` counts the files there that are no shards. Raises UserError with all problems;
+    `beside` counts the files there that are no shards. Raises BadShards with all problems;
     build_index says which.
     """
     keys = pa.array([key for scan in scans for key in scan.keys], pa.string())
@@ -252,7 +256,7 @@ def write_index(
     if problems and not skip_bad:
         shown = "\n".join(f"  {p}" for p in problems[:_SHOWN_PROBLEMS])
         more = len(problems) - _SHOWN_PROBLEMS
-        raise UserError(
+        raise BadShards(
             f"{place} was not indexed; {len(problems):,} found wrong:\n{shown}\n"
             + (f"  and {more:,} more\n" if more > 0 else "")
             + "mend the shards, or leave these samples out with --skip-bad"

@@ -4,12 +4,14 @@ import fnmatch
 import os
 import posixpath
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index, write_index
+from bigbatch.data.energon import SPLIT_FILE
+from bigbatch.data.index import OURS, Index, write_index
 from bigbatch.data.pool import map_all
 from bigbatch.data.remote import open_remote
 from bigbatch.data.retry import retry
@@ -29,19 +31,31 @@ def build_remote_index(remote: Remote, *, workers: int = 1, skip_bad: bool = Fal
             f"{remote.url} can be read only, and its files cannot be listed; run `bigbatch index` "
             "where the tars lie, and serve SPLIT/index/ beside them"
         )
-    names = _tars(remote, system, path)
+    names, beside = _tars(remote, system, path)
+    _refuse_parts(remote, system, path)
     Cache(Path(remote.cache), remote.limit)  # fails here rather than in every process
     scan = partial(_scan, remote)
     scans = [scan(n) for n in names] if workers == 1 else map_all(scan, names, workers)
     with tempfile.TemporaryDirectory() as folder:
         classes = _classes(remote, system, path)
-        write_index(Path(folder), names, scans, classes, skip_bad, remote.url)
+        write_index(Path(folder), names, scans, classes, skip_bad, remote.url, beside)
         _upload(remote, system, path, Path(folder) / "index")
     return open_remote(remote)
 
 
-def _tars(remote: Remote, system: Any, path: str) -> list[str]:
-    """The archives in a remote folder, sorted by name."""
+def _refuse_parts(remote: Remote, system: Any, path: str) -> None:
+    """UserError where megatron-energon has divided the archives: an index is one split."""
+    path = path.rstrip("/")
+    for folder in (path, posixpath.dirname(path)):
+        if retry(remote.url, partial(system.exists, f"{folder}/{SPLIT_FILE}")):
+            raise UserError(
+                f"{remote.url} has a split of its own ({SPLIT_FILE}), which `bigbatch index` keeps "
+                "only in a local folder; index it there, or remove that file"
+            )
+
+
+def _tars(remote: Remote, system: Any, path: str) -> tuple[list[str], dict[str, int]]:
+    """The archives in a remote folder, sorted by name; and what else lies there, counted."""
 
     def ask() -> list[dict[str, Any]]:
         system.invalidate_cache()
@@ -52,7 +66,8 @@ def _tars(remote: Remote, system: Any, path: str) -> list[str]:
     tars = sorted(n for n in names if fnmatch.fnmatchcase(n, "[!.]*.tar"))
     if not tars:
         raise UserError(f"{remote.url} holds no *.tar shards; give the folder that holds them")
-    return tars
+    others = [n for n in names if n not in tars and n not in OURS]
+    return tars, dict(Counter(f"files {Path(n).suffix or 'without extension'}" for n in others))
 
 
 def _scan(remote: Remote, name: str) -> Scan:

@@ -100,18 +100,23 @@ def index(
 ) -> None:
     """Index the tars in SHARDS, one split of a data set: a folder, or its URL.
 
-    Reads every byte and checks each archive. The index is written beside the tars.
+    Reads every byte and checks each archive. The index is written beside the tars. Exit status 1
+    where samples have problems; then nothing is written.
     """
-    from bigbatch.data.index import build_index
+    from bigbatch.data.index import BadShards, build_index
     from bigbatch.data.remote import remote_at
     from bigbatch.data.remote_index import build_remote_index
     from bigbatch.data.staging import is_url
 
-    if is_url(shards):
-        remote = remote_at(shards, cache, cache_gb)
-        made = build_remote_index(remote, workers=workers, skip_bad=skip_bad)
-    else:
-        made = build_index(Path(shards), workers=workers, skip_bad=skip_bad)
+    try:
+        if is_url(shards):
+            remote = remote_at(shards, cache, cache_gb)
+            made = build_remote_index(remote, workers=workers, skip_bad=skip_bad)
+        else:
+            made = build_index(Path(shards), workers=workers, skip_bad=skip_bad)
+    except BadShards as error:
+        click.echo(f"bigbatch: {error}", err=True)
+        sys.exit(1)
     empty = [n for n, c in zip(made.classes, made.class_counts.tolist(), strict=True) if c == 0]
     if as_json:
         options.print_json(
