@@ -2,10 +2,10 @@
 # accelerate 1.15.0: ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment overrules the
 # gradient_accumulation_steps that the code passes.
 #
-# For most settings an argument beats the environment. Here the environment wins, without a word,
-# and backward() divides every gradient by its number. `accelerate launch` sets the variable,
-# so a script that asks for 2 steps trains with gradients of half their size under a launcher
-# that was told 4.
+# The docstring names the variable as the value "if not passed". It wins over the argument too,
+# without a word, and backward() divides every gradient by its number. `accelerate launch
+# --gradient_accumulation_steps 4` sets it, so a script that asks for 2 steps trains with
+# gradients of half their size.
 #
 # Seen 2026-11-28, a gradient that is 1 before accelerate divides it:
 #   argument 2, no variable: 2 steps, gradient 0.5

@@ -5,7 +5,7 @@
 # quantize_static puts QuantizeLinear and DequantizeLinear around every convolution of a residual
 # network. With uint8 activations the runtime joins all nine of them into QLinearConv. With int8
 # activations it joins four; the others run in float32 between two conversions, without a word.
-# The model is as small and as exact, and slower: 11 of resnet18's 20 convolutions stay in float32.
+# The model is as small, and slower: 11 of resnet18's 20 convolutions stay in float32.
 #
 # Seen 2026-11-28:
 #   QInt8:  9 convolutions, 4 in int8, 5 in float32

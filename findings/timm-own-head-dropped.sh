@@ -19,7 +19,8 @@ python=${FINDINGS_PYTHON:-}
 if [ -z "$python" ]; then
   python3 -m venv venv
   python=$work/venv/bin/python
-  "$python" -m pip install --quiet timm==1.0.31 torch==2.14.1 torchvision==0.29.1 numpy==2.4.6 safetensors==0.8.0
+  "$python" -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm==1.0.31 \
+    numpy==2.4.6 safetensors==0.8.0
 fi
 
 "$python" - <<'PY'

@@ -4,8 +4,8 @@
 #
 # The gradient of the bias is the sum of the incoming gradients. With 0.1 everywhere and 64
 # images of 56x56 pixels it is off by 0.2 %, with 256 of 112x112 by 3.3 %, and by other amounts
-# with two threads; the same tensors in the contiguous format are right to 3e-6. No warning:
-# channels_last is the format that the documentation recommends for convolutions on a CPU.
+# with two threads; the same tensors in the contiguous format are right to 3e-6. The errors are
+# those of a plain float32 running sum (numpy.cumsum), to all their digits.
 #
 # Seen 2026-11-28, relative error of bias.grad, one thread and two:
 #   64x64x56x56:   contiguous 6.8e-07 and 6.8e-07, channels_last 2.0e-03 and 1.6e-04

@@ -4,7 +4,8 @@
 #
 # `torchrun train.py --run x` and `torchrun train.py --log x` end with status 2 and "ambiguous
 # option", since argparse looks at every argument for abbreviations before it gives the rest of
-# the line to the script. `--name x`, and `--run x` behind a `--`, arrive. (Python 3.11 to 3.13.)
+# the line to the script (so do Python 3.11.7, 3.12.1 and 3.13.0). `--name x` arrives, and so does
+# `--run x` behind a `--`.
 #
 # Seen 2026-11-28:
 #   run.py: error: ambiguous option: --run could match --run-path, --run_path
@@ -31,3 +32,5 @@ for option in --run --log; do
 done
 "$python" -m torch.distributed.run --standalone train.py --name x 2>&1 | tee said
 grep -q "script got \['--name', 'x'\]" said
+"$python" -m torch.distributed.run --standalone train.py -- --run x 2>&1 | tee said
+grep -q "script got \['--run', 'x'\]" said
