@@ -21,8 +21,8 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.writing.shard import shard
 from bigbatch.launcher.child import kill_tree
 from bigbatch.launcher.start import agent_command
-from bigbatch.trainers.recovery.checkpoint import Damaged, list_checkpoints, step_of, verify
 from bigbatch.trainers.recovery.signals import SAVED
+from bigbatch.trainers.recovery.stored import CorruptCheckpoint, list_checkpoints, step_of, verify
 
 STEPS = 60
 RANKS = 2
@@ -75,7 +75,7 @@ class Run:
         """The newest step that a whole checkpoint holds, with all its records."""
         recorded = self.step()
         for path in list_checkpoints(self.run.checkpoints):
-            with suppress(Damaged):
+            with suppress(CorruptCheckpoint):
                 verify(path)
                 if step_of(path) <= recorded:
                     return step_of(path)

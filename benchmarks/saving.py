@@ -21,8 +21,9 @@ import torch
 from machine import benchmark_parser, machine, write_figures
 
 from bigbatch.trainers.engine.ddp import DdpEngine
-from bigbatch.trainers.recovery.checkpoint import Retention, TrainState
+from bigbatch.trainers.recovery.checkpoint import TrainState
 from bigbatch.trainers.recovery.saving import Saver
+from bigbatch.trainers.recovery.stored import Retention
 
 MODEL, MICRO, SIZE = "resnet50", 16, 96
 

@@ -32,8 +32,8 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.recovery.checkpoint import list_checkpoints
 from bigbatch.trainers.recovery.signals import SAVED, STALLED
+from bigbatch.trainers.recovery.stored import list_checkpoints
 
 # How long the machines that are there wait for more, where fewer than all are enough.
 _LAST_CALL_S = 15

@@ -16,10 +16,10 @@ from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.planning.plateau import Evaluation
-from bigbatch.trainers.recovery.checkpoint import Retention
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.signals import StopFlag
+from bigbatch.trainers.recovery.stored import Retention
 from bigbatch.trainers.recovery.watchdog import Watchdog
 
 
@@ -53,7 +53,7 @@ class Attempt:
         number = sorted(job.inputs.plan.snapshots).index(step) + 1
         with job.engine.full_model() as model:
             if job.engine.rank == 0:
-                save_snapshot(job.run.snapshots, number, step, model, scores)
+                save_snapshot(job.run.snapshots, number, step, model, scores, job.state.info)
         job.engine.barrier()
 
 

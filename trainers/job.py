@@ -21,7 +21,8 @@ from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.losses.build import Objective, build_objective
-from bigbatch.trainers.models.build import build_model, memory_layout
+from bigbatch.trainers.models.build import build_model, choose_memory_format
+from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plan import check_world
@@ -107,8 +108,16 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     inputs = open_inputs(recipe, stop_at, evaluations)
     check_same_data(inputs, engine)
     classes = len(inputs.classes)
-    model = build_model(recipe.model, classes=classes, channels=data.channels, seed=recipe.seed)
-    memory_format = memory_layout(recipe.model, engine.device)
+    info = describe(recipe, inputs.classes)
+    model = build_model(
+        recipe.model,
+        classes=classes,
+        channels=data.channels,
+        seed=recipe.seed,
+        info=info,
+        quiet=engine.rank != 0,
+    )
+    memory_format = choose_memory_format(recipe.model, engine.device)
     model.to(memory_format=memory_format)
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
     augmenter = Augmenter(
@@ -134,6 +143,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         fingerprint,
         engine.pieces,
         evaluations=evaluations,
+        info=info,
     )
     objective = build_objective(recipe.loss)
     return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state)

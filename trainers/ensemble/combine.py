@@ -18,7 +18,7 @@ from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.models.weights_file import describe
-from bigbatch.trainers.recovery.checkpoint import MODEL
+from bigbatch.trainers.recovery.stored import MODEL
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.trainers.models.weights_file import WeightsInfo
-from bigbatch.trainers.recovery.checkpoint import MODEL
+from bigbatch.trainers.recovery.stored import MODEL
 from bigbatch.trainers.recovery.tensor_files import save_weights
 
 

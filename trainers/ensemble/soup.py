@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.recovery.checkpoint import MODEL
+from bigbatch.trainers.recovery.stored import MODEL
 from bigbatch.trainers.recovery.tensor_files import load_weights
 
 SOUP = "soup.safetensors"

@@ -84,7 +84,7 @@ def build_model(
     return model
 
 
-def memory_layout(model: Model, device: torch.device) -> torch.memory_format:
+def choose_memory_format(model: Model, device: torch.device) -> torch.memory_format:
     """Of images and convolutions. On a CPU always NCHW: in NHWC torch 2.15 sums BatchNorm's
     gradients with errors up to 0.8 %, and some convolutions write beyond their memory."""
     last = model.channels_last and device.type == "cuda"

@@ -1,11 +1,6 @@
-"""Checkpoints: atomic, verified on load, free of pickle.
-
-A checkpoint is a folder that appears under its final name only when every byte of it is on
-disk; its manifest holds the size and SHA-256 of each file.
-"""
+"""What a checkpoint holds, and how it is written and loaded: atomic, free of pickle."""
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,41 +19,21 @@ from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.trainers.engine.pieces import Pieces
-from bigbatch.trainers.models.weights_file import WeightsInfo, read_header
+from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.planning.plateau import Evaluation
+from bigbatch.trainers.recovery.stored import MANIFEST, MODEL, OPTIMIZER, STATE, Retention, prune
 from bigbatch.trainers.recovery.tensor_files import (
     copy_to_cpu,
     load_fitting,
-    measure,
     write_file,
     write_tensors,
 )
 
-MODEL, OPTIMIZER, STATE, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "manifest.json",
-)
-_FILES = (MODEL, OPTIMIZER, STATE)  # of a checkpoint, beside the manifest
-_STATE_KINDS: dict[str, Any] = {
-    "optimizer": dict,
-    "scaler": dict | None,
-    "fingerprint": dict,
-    "losses": list,
-    "over": list,
-    "accuracy": float | int | None,
-}
-_NAME = re.compile(r"step-(\d{8})")
 _OTHER_VERSION = (
     ": another version wrote it; go on with those that manifest.json of the run names, "
     "or start a new run"
 )
-
-
-class Damaged(Exception):
-    """A checkpoint that does not verify; the message names the file and the reason."""
 
 
 @dataclass
@@ -118,25 +93,6 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
     )
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay on the disk; the others go when a new one stands."""
-
-    newest: int = 2
-    best: int = 0  # by accuracy on the validation split, among those whose step was evaluated
-    every: int | None = None  # steps: those at multiples of it stay for good
-    back: int = 0  # steps: the newest that is this much older than the last one, for a rollback
-
-    def kept(self, accuracies: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of {step: accuracy or None}."""
-        steps = sorted(accuracies)
-        scored = [(a, -step) for step, a in accuracies.items() if a is not None]
-        kept = set(steps[-self.newest :])
-        kept |= {-step for _, step in sorted(scored, reverse=True)[: self.best]}
-        kept |= set([s for s in steps if s <= steps[-1] - self.back][-1:])
-        return kept | {step for step in steps if self.every and step % self.every == 0}
-
-
 def write(
     folder: Path,
     captured: Capture,
@@ -174,105 +130,6 @@ def write(
     sync(folder)
     prune(folder, retention, captured.step)
     return final
-
-
-def prune(folder: Path, retention: Retention, step: int) -> None:
-    """Remove what `retention` does not keep, and what killed attempts left behind.
-
-    Checkpoints beyond `step`, the one just written, are those that the run could not go on
-    from: they stay until it comes there, and do not count as the newest.
-    """
-    found = {step_of(path): path for path in list_checkpoints(folder)}
-    paths = {number: path for number, path in found.items() if number <= step}
-    scores = {s: _accuracy(p) if retention.best else None for s, p in paths.items()}
-    for number in paths.keys() - retention.kept(scores):
-        shutil.rmtree(paths[number])
-    for path in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(path)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """The number of finished steps that a checkpoint's name says."""
-    return int(path.name.removeprefix("step-"))
-
-
-def verify(path: Path) -> None:
-    """Raise Damaged unless every file has the size and hash that the manifest names, and holds
-    what a checkpoint's can hold. The manifest names a checkpoint's files and no other ones."""
-    try:
-        files = parse_json((path / MANIFEST).read_bytes())["files"]
-        if files.keys() != set(_FILES):
-            raise Damaged(f"{path / MANIFEST} names other files than {', '.join(_FILES)}")
-        for name in _FILES:
-            if measure(path / name) != files[name]:
-                raise Damaged(f"{path / name} differs from its manifest (size or SHA-256)")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is incomplete: {error}") from None
-    for name in _FILES:
-        try:
-            if name == STATE:
-                check_state(parse_json((path / STATE).read_bytes()), step_of(path))
-            else:
-                read_header(path / name)
-        except (OSError, ValueError) as error:
-            raise Damaged(f"{path / name} is damaged: {error}") from None
-
-
-def check_state(content: Any, step: int) -> None:
-    """Raise ValueError where state.json, of the checkpoint of `step`, holds what cannot be.
-
-    What it lacks is the matter of `load_checkpoint`: another version may have written it.
-    """
-    if not isinstance(content, dict):
-        raise ValueError("it is no mapping")
-    if content.get("step", step) != step:
-        raise ValueError(f"it is of step {content['step']!r:.40}")
-    for name, kinds in _STATE_KINDS.items():
-        if name in content and not isinstance(content[name], kinds):
-            raise ValueError(f"{name} is {content[name]!r:.40}")
-    if not all(isinstance(loss, float | int) for loss in content.get("losses", [])):
-        raise ValueError("losses holds what is no number")
-    for steps in content.get("over", []):
-        if not (isinstance(steps, list) and len(steps) == 2 and {*map(type, steps)} == {int}):
-            raise ValueError(f"over holds {steps!r:.40}, no range of steps")
-
-
-def newest_valid(
-    folder: Path, objection: Callable[[int], str | None] = lambda step: None
-) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with the newer ones.
-
-    One whose step meets with an `objection` is used only where there is no other. Raises
-    UserError where there are checkpoints and none verifies: starting again from nothing must
-    be the user's own decision.
-    """
-    problems: list[str] = []
-    second_best: Path | None = None
-    for path in list_checkpoints(folder):
-        try:
-            verify(path)
-        except Damaged as error:
-            problems.append(str(error))
-            continue
-        why = objection(step_of(path))
-        if why is None:
-            return path, problems
-        problems.append(f"{path}: {why}")
-        second_best = second_best or path
-    if problems and second_best is None:
-        raise UserError(
-            f"no checkpoint in {folder} verifies:\n  "
-            + "\n  ".join(problems)
-            + "\nrestore one from a backup, or start a new run with `bigbatch train`"
-        )
-    return second_best, problems
 
 
 def _check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -323,12 +180,3 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.losses[:] = content.get("losses", [])
     state.skipped_steps[:] = content.get("over", [])
     state.step = content["step"]
-
-
-def _accuracy(path: Path) -> float | None:
-    """The validation accuracy that a checkpoint was saved with; None: none, or damaged."""
-    try:
-        value = parse_json((path / STATE).read_bytes())["accuracy"]
-        return None if value is None else float(value)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -8,9 +8,10 @@ from bigbatch.configs.rundir import RunDir, remove_leftovers
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.monitoring.log import last_step
 from bigbatch.trainers.planning.plateau import Evaluation, read_evaluations
-from bigbatch.trainers.recovery.checkpoint import TrainState, load_checkpoint, newest_valid
+from bigbatch.trainers.recovery.checkpoint import TrainState, load_checkpoint
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.rollback import Range, read_rollbacks, remove_stale
+from bigbatch.trainers.recovery.stored import newest_valid
 
 
 def acquire_run_lock(run: RunDir, engine: Engine) -> Heartbeat:

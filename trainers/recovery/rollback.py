@@ -18,7 +18,7 @@ from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.recovery import Recovery, Spike
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.recovery.checkpoint import STATE, list_checkpoints, step_of
+from bigbatch.trainers.recovery.stored import STATE, list_checkpoints, step_of
 
 Range = list[int]  # the first and the last step, as counted before them, that make no update
 

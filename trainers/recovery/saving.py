@@ -14,7 +14,8 @@ from typing import Self
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.monitoring.log import Log
-from bigbatch.trainers.recovery.checkpoint import Capture, Retention, TrainState, capture, write
+from bigbatch.trainers.recovery.checkpoint import Capture, TrainState, capture, write
+from bigbatch.trainers.recovery.stored import Retention
 
 _NICE = 10  # the writer's share of a core comes after training's
 

@@ -110,10 +110,3 @@ def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, int
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def measure(path: Path) -> dict[str, int | str]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}

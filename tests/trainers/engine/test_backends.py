@@ -21,15 +21,8 @@ from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.optim import build_optimizer, trust_ratios
-from bigbatch.trainers.recovery.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    Retention,
-    TrainState,
-    capture,
-    load_checkpoint,
-    write,
-)
+from bigbatch.trainers.recovery.checkpoint import TrainState, capture, load_checkpoint, write
+from bigbatch.trainers.recovery.stored import MODEL, OPTIMIZER, Retention
 from tests.helpers.ranks import run_ranks
 
 MICRO_BATCHES, MICRO = 4, 8

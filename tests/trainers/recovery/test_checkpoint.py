@@ -13,16 +13,9 @@ from bigbatch.configs.optimizers import LARS
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.models.weights_file import WeightsInfo, read_header, read_info
 from bigbatch.trainers.optim import build_optimizer
-from bigbatch.trainers.recovery import checkpoint, tensor_files
-from bigbatch.trainers.recovery.checkpoint import (
-    Retention,
-    TrainState,
-    capture,
-    list_checkpoints,
-    load_checkpoint,
-    newest_valid,
-    write,
-)
+from bigbatch.trainers.recovery import stored, tensor_files
+from bigbatch.trainers.recovery.checkpoint import TrainState, capture, load_checkpoint, write
+from bigbatch.trainers.recovery.stored import Retention, list_checkpoints, newest_valid
 
 
 def fingerprint_of(*overrides, order="abc"):
@@ -79,7 +72,7 @@ def test_what_lies_beyond_the_step_that_is_saved_counts_for_nothing(tmp_path):
     state = make_state(steps=1)
     for state.step in (4, 8):
         save_checkpoint(tmp_path, state, keep=2)
-    (tmp_path / "step-00000008" / checkpoint.MODEL).unlink()
+    (tmp_path / "step-00000008" / stored.MODEL).unlink()
     for state.step in (5, 6):
         save_checkpoint(tmp_path, state, keep=1)
         assert newest_valid(tmp_path)[0] == tmp_path / f"step-{state.step:08d}"
@@ -89,7 +82,7 @@ def test_what_lies_beyond_the_step_that_is_saved_counts_for_nothing(tmp_path):
     assert newest_valid(tmp_path)[1] == []
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
+@pytest.mark.parametrize("name", [stored.MODEL, stored.OPTIMIZER, stored.STATE])
 def test_one_flipped_bit_is_found_and_the_older_checkpoint_is_used(tmp_path, name):
     state = make_state(steps=1)
     for state.step in (1, 2):
@@ -104,7 +97,7 @@ def test_one_flipped_bit_is_found_and_the_older_checkpoint_is_used(tmp_path, nam
     assert str(path) in problems[0]
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [stored.MODEL, stored.MANIFEST])
 def test_a_missing_file_is_found(tmp_path, name):
     save_checkpoint(tmp_path, make_state(steps=1), keep=1)
     (tmp_path / "step-00000001" / name).unlink()
@@ -158,9 +151,9 @@ def test_a_checkpoint_with_a_mere_hash_of_the_recipe_still_loads(tmp_path):
 
 def without(path, *keys):
     """The checkpoint as a version would have written it that did not know these keys."""
-    content = json.loads((path / checkpoint.STATE).read_text())
+    content = json.loads((path / stored.STATE).read_text())
     kept = {k: v for k, v in content.items() if k not in keys}
-    (path / checkpoint.STATE).write_text(json.dumps(kept))
+    (path / stored.STATE).write_text(json.dumps(kept))
     return path
 
 
@@ -182,7 +175,7 @@ def test_what_no_version_can_do_without_is_named(tmp_path, key):
         load_checkpoint(without(path, key), make_state())
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("name", [stored.MODEL, stored.OPTIMIZER])
 def test_names_of_another_version_are_named(tmp_path, name):
     path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
     tensors = {n: value.clone() for n, value in load_file(path / name).items()}
@@ -204,8 +197,8 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
 
 def test_nothing_is_pickled(tmp_path):
     path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    assert set(manifest["files"]) == {checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE}
+    manifest = json.loads((path / stored.MANIFEST).read_text())
+    assert set(manifest["files"]) == {stored.MODEL, stored.OPTIMIZER, stored.STATE}
     for file in path.iterdir():
         assert file.suffix in (".safetensors", ".json")
 
@@ -260,7 +253,7 @@ def test_our_files_are_safetensors(tmp_path, dtype):
         'naïve "name"': torch.zeros(1),
     }
     measured = tensor_files.write_tensors(tmp_path / "a", tensors)
-    assert measured == tensor_files.measure(tmp_path / "a")
+    assert measured == stored.measure(tmp_path / "a")
     read = load_file(tmp_path / "a")
     assert read.keys() == tensors.keys()
     for name, value in read.items():
@@ -271,9 +264,9 @@ def test_our_files_are_safetensors(tmp_path, dtype):
 def forge(path, name, content):
     """Change a file of a checkpoint and make the manifest right again."""
     (path / name).write_bytes(content)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest["files"][name] = tensor_files.measure(path / name)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((path / stored.MANIFEST).read_text())
+    manifest["files"][name] = stored.measure(path / name)
+    (path / stored.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -291,7 +284,7 @@ def two_checkpoints(tmp_path):
         {"../outside": {"bytes": 1, "sha256": "0"}},
         {"/outside": {"bytes": 1, "sha256": "0"}},
         {"metrics.json": {"bytes": 1, "sha256": "0"}},
-        {checkpoint.STATE: None},
+        {stored.STATE: None},
         [],
         None,
     ],
@@ -300,13 +293,13 @@ def test_a_manifest_names_a_checkpoint_s_files_and_no_other_ones(
     two_checkpoints, monkeypatch, files
 ):
     older, newer = two_checkpoints
-    manifest = json.loads((newer / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((newer / stored.MANIFEST).read_text())
     manifest["files"] = {**manifest["files"], **files} if isinstance(files, dict) else files
-    if isinstance(files, dict) and checkpoint.STATE in files:
-        del manifest["files"][checkpoint.STATE]
-    (newer / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-    read, measure = [], tensor_files.measure
-    monkeypatch.setattr(checkpoint, "measure", lambda path: (read.append(path), measure(path))[1])
+    if isinstance(files, dict) and stored.STATE in files:
+        del manifest["files"][stored.STATE]
+    (newer / stored.MANIFEST).write_text(json.dumps(manifest))
+    read, measure = [], stored.measure
+    monkeypatch.setattr(stored, "measure", lambda path: (read.append(path), measure(path))[1])
     chosen, problems = newest_valid(older.parent)
     assert chosen == older
     assert len(problems) == 1
@@ -330,13 +323,13 @@ STATES = {
 @pytest.mark.parametrize("what", STATES)
 def test_a_state_that_cannot_be_is_damage(two_checkpoints, what):
     older, newer = two_checkpoints
-    forge(newer, checkpoint.STATE, STATES[what])
+    forge(newer, stored.STATE, STATES[what])
     chosen, (problem,) = newest_valid(older.parent)
     assert chosen == older
-    assert problem.startswith(f"{newer / checkpoint.STATE} is damaged: ")
+    assert problem.startswith(f"{newer / stored.STATE} is damaged: ")
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("name", [stored.MODEL, stored.OPTIMIZER])
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"{}more"])
 def test_tensors_that_cannot_be_are_damage(two_checkpoints, name, content):
     older, newer = two_checkpoints
@@ -347,23 +340,23 @@ def test_tensors_that_cannot_be_are_damage(two_checkpoints, name, content):
 
 
 def test_deep_json_of_an_accuracy_is_none(two_checkpoints):
-    (two_checkpoints[0] / checkpoint.STATE).write_bytes(b"[" * 100_000)
-    assert checkpoint._accuracy(two_checkpoints[0]) is None
+    (two_checkpoints[0] / stored.STATE).write_bytes(b"[" * 100_000)
+    assert stored._accuracy(two_checkpoints[0]) is None
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:2], lambda t: t.half()])
 def test_weights_of_another_shape_or_dtype_are_named(tmp_path, change):
     path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
     # Copies: load_file maps the file, which is then written anew.
-    tensors = {n: value.clone() for n, value in load_file(path / checkpoint.MODEL).items()}
+    tensors = {n: value.clone() for n, value in load_file(path / stored.MODEL).items()}
     tensors["0.weight"] = change(tensors["0.weight"]).contiguous()
-    tensor_files.write_tensors(path / checkpoint.MODEL, tensors)
+    tensor_files.write_tensors(path / stored.MODEL, tensors)
     with pytest.raises(UserError, match=r"0\.weight is torch\.float.*, the model's torch\.float32"):
         load_checkpoint(path, make_state())
     model = make_state(seed=1).model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=r"cannot be loaded: .*restore it from a backup"):
-        tensor_files.load_weights(model, path / checkpoint.MODEL)
+        tensor_files.load_weights(model, path / stored.MODEL)
     assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
 
 
@@ -376,9 +369,9 @@ def test_a_snapshot_that_is_damaged_is_a_user_s_error(tmp_path):
 @pytest.mark.parametrize("key", ["step/group.9", "step/group.x", "a[1]/0.weight"])
 def test_optimizer_state_that_cannot_be_is_named(tmp_path, key):
     path = save_checkpoint(tmp_path, make_state(steps=1), keep=1)
-    content = json.loads((path / checkpoint.STATE).read_text())
+    content = json.loads((path / stored.STATE).read_text())
     content["optimizer"][key] = 1
-    (path / checkpoint.STATE).write_text(json.dumps(content))
+    (path / stored.STATE).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"step-00000001: .*another version wrote it"):
         load_checkpoint(path, make_state())
 
@@ -389,20 +382,20 @@ def test_what_weights_are_for_is_in_a_checkpoint_and_older_ones_without_it_load(
     plain = save_checkpoint(tmp_path / "old", state, keep=1)
     state.info = info
     path = save_checkpoint(tmp_path / "new", state, keep=1)
-    assert read_info(read_header(path / checkpoint.MODEL)) == info
-    assert read_info(read_header(plain / checkpoint.MODEL)) is None
+    assert read_info(read_header(path / stored.MODEL)) == info
+    assert read_info(read_header(plain / stored.MODEL)) is None
     for folder in (plain, path):
         other = make_state(seed=1)
         assert newest_valid(folder.parent) == (folder, [])
         load_checkpoint(folder, other)
         for name, value in other.model.state_dict().items():
             assert torch.equal(value, state.model.state_dict()[name])
-    old, new = (load_file(folder / checkpoint.MODEL) for folder in (plain, path))
+    old, new = (load_file(folder / stored.MODEL) for folder in (plain, path))
     assert all(torch.equal(value, new[name]) for name, value in old.items())
-    assert (plain / checkpoint.OPTIMIZER).read_bytes() == (path / checkpoint.OPTIMIZER).read_bytes()
+    assert (plain / stored.OPTIMIZER).read_bytes() == (path / stored.OPTIMIZER).read_bytes()
 
 
 def test_a_snapshot_says_what_its_weights_are_for(tmp_path):
     info = WeightsInfo("none", ("a", "b", "c"), (0.5,), (0.25,), 4, 1)
     path = save_snapshot(tmp_path, 1, 7, make_state().model, {"accuracy": 0.5}, info)
-    assert read_info(read_header(path / checkpoint.MODEL)) == info
+    assert read_info(read_header(path / stored.MODEL)) == info

@@ -16,7 +16,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.cli import main
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
-from bigbatch.trainers.recovery.checkpoint import list_checkpoints
+from bigbatch.trainers.recovery.stored import list_checkpoints
 
 RESULTS = ("ensemble/members.json", "ensemble/confusion.json", "summary.json", "report.html")
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.recovery import saving
-from bigbatch.trainers.recovery.checkpoint import Retention, TrainState, list_checkpoints, write
+from bigbatch.trainers.recovery.checkpoint import TrainState, write
 from bigbatch.trainers.recovery.saving import Saver
+from bigbatch.trainers.recovery.stored import Retention, list_checkpoints
 
 
 class Alone:

@@ -8,9 +8,9 @@ import pytest
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.recovery.checkpoint import list_checkpoints
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.signals import SAVED
+from bigbatch.trainers.recovery.stored import list_checkpoints
 from bigbatch.trainers.recovery.watchdog import Watchdog
 
 SCRIPT = """
