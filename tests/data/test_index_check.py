@@ -25,10 +25,10 @@ LABELS = (2, 0, 0, 1, 2, 0)  # of six samples in two shards, three each
 Change = Callable[[dict[str, Any]], Any]
 
 
-@pytest.fixture
-def split(tmp_path: Path) -> Path:
-    folder = tmp_path / "shards" / "train"
-    folder.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    folder.mkdir()
     for shard in range(2):
         with (folder / f"{shard}.tar").open("wb") as file:
             for i in range(3 * shard, 3 * shard + 3):
@@ -37,6 +37,12 @@ def split(tmp_path: Path) -> Path:
             write_end(file)
     build_index(folder)
     return folder
+
+
+@pytest.fixture
+def split(indexed: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(indexed, tmp_path / "shards" / "train"))
 
 
 def forge(split: Path, change: Change, column: str | None = None) -> None:
@@ -286,14 +292,14 @@ def test_a_remote_column_of_another_size_is_not_copied(split: Path, remote: Remo
     assert sum(path.stat().st_size for path in copied if path.is_file()) < 10_000
 
 
-@pytest.mark.parametrize("what", COLUMN_FAULTS)
+@pytest.mark.parametrize("what", ["a label too high", "an offset that wraps", "a member twice"])
 def test_a_remote_index_is_checked_in_full_when_it_is_copied(
     split: Path, remote: Remote, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_files, "_READ_AT_OPEN", 0)
     column, change, message = COLUMN_FAULTS[what]
     forge(split, change, column)
-    with pytest.raises(UserError, match=message if what != "other numbers" else r"crc|size"):
+    with pytest.raises(UserError, match=message):
         open_remote(remote)
 
 
