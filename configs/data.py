@@ -37,15 +37,26 @@ class Data(StrictModel):
     cache_gb: Positive = Field(100.0, description="size of the cache on each node, in 1e9 bytes")
     image_size: Annotated[int, Field(ge=8, le=4096)] = 224
     channels: Literal[1, 3] = 3
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="decoding processes per rank")
-    threads: Count = Field(2, description="decoding threads in each worker")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        2, description="decoding processes per rank"
+    )
+    threads: Annotated[int, Field(ge=1, le=1024)] = Field(
+        2, description="decoding threads in each worker"
+    )
     bad_samples: Annotated[int, Field(ge=0)] = Field(
         100, description="how many unreadable samples are substituted before the run stops"
     )
 
 
 def refusals(recipe: Any) -> Iterator[str]:
-    """Why a recipe cannot read its samples in lanes."""
+    """Why a recipe cannot read its splits, or not in lanes."""
+    for role in ("train", "val", "test"):
+        split = getattr(recipe.data, role)
+        if split is not None and (split.startswith("/") or ".." in split.split("/")):
+            yield (
+                f"data.{role} {split!r} leads out of data.path; name a folder inside it, or set "
+                "data.path to where all splits are"
+            )
     lanes, sampling = recipe.data.lanes, recipe.data.sampling.name
     if lanes and sampling != "uniform":
         yield (

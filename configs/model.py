@@ -1,10 +1,21 @@
 """The network as a recipe writes it; trainers/models builds it."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
 from bigbatch.configs.part import StrictModel
+
+_ELSEWHERE = {  # arguments of timm.create_model that are no options here, and what says them
+    "model_name": "write model.name",
+    "pretrained": "write model.pretrained",
+    "checkpoint_path": "write model.checkpoint",
+    "pretrained_cfg_overlay": "write model.checkpoint",
+    "num_classes": "it follows from the classes of the data",
+    "in_chans": "write data.channels",
+    "features_only": "training needs a classifier's logits; drop it",
+}
 
 
 class Model(StrictModel):
@@ -12,7 +23,9 @@ class Model(StrictModel):
 
     name: str
     pretrained: bool = False
-    checkpoint: str | None = Field(None, description="local weights to start from")
+    checkpoint: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="local weights to start from"
+    )
     stem: Literal["standard", "small"] = Field(
         "standard",
         description="small: for images of about 32 pixels, a ResNet's first convolution becomes "
@@ -26,3 +39,27 @@ class Model(StrictModel):
     options: dict[str, JsonValue] = Field(
         default_factory=dict, description="keyword arguments of timm.create_model"
     )
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """What a recipe's options cannot say of its model."""
+    options, size = recipe.model.options, recipe.data.image_size
+    for key, remedy in _ELSEWHERE.items():
+        if key in options:
+            yield f"model.options.{key}: {remedy}"
+    for key, rate in options.items():
+        if "drop" in key and key.endswith("_rate") and rate is not None and not _is_rate(rate):
+            yield (
+                f"model.options.{key} = {rate!r} is no probability; give a number from 0 to less "
+                "than 1"
+            )
+    written = options.get("img_size", size)
+    if written not in (size, [size, size]):
+        yield (
+            f"model.options.img_size = {written} and data.image_size = {size} differ; set "
+            "data.image_size to what the model shall see, and img_size likewise"
+        )
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

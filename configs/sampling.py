@@ -64,7 +64,7 @@ class EasyEnsemble(StrictModel):
     """
 
     name: Literal["easy_ensemble"]
-    member: Annotated[int, Field(ge=0)] = Field(description="which subset, from 0")
+    member: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="which subset, from 0")
     ratio: Annotated[float, Field(ge=1)] = Field(
         1.0, description="samples of a class at most, as a multiple of the smallest class"
     )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bigbatch.configs import augment, backends, data, optimizers, recovery, stream
+from bigbatch.configs import augment, backends, data, model, optimizers, recovery, stream
 from bigbatch.configs.augment import Augment
 from bigbatch.configs.backends import Backend
 from bigbatch.configs.clipping import Clip
@@ -21,7 +21,9 @@ from bigbatch.configs.recovery import Checkpoint, Recovery
 from bigbatch.configs.schedules import Cosine, Schedule
 
 # What keys of several parts may not ask for together; each rule stands beside its part.
-_RULES = tuple(part.refusals for part in (backends, optimizers, recovery, data, stream, augment))
+_RULES = tuple(
+    part.refusals for part in (backends, optimizers, recovery, data, stream, model, augment)
+)
 
 
 class Recipe(StrictModel):

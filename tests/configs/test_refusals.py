@@ -1,0 +1,72 @@
+"""Recipes whose keys are right one by one and cannot train together, or compute what none means."""
+
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import builtin_recipes, load_recipe
+
+COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 0.5, 0.5]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        # One channel has no colour (hue ended in a traceback at the first step).
+        (["augment.jitter.hue=0.1"], "data.channels = 1 have no colour; set augment.jitter.hue"),
+        (["augment.jitter.saturation=0.1"], "data.channels = 1 have no colour"),
+        (["augment.crop={scale: [1, 0.35]}"], r"scale \[1, 0.35\]: put the lower bound first"),
+        (["augment.crop={ratio: [1.5, 0.5]}"], r"ratio \[1.5, 0.5\]: put the lower bound first"),
+        (["augment.crop={ratio: [1, 1e300]}"], "at most 100 times as wide as high"),
+        (["augment.affine.shear=90"], r"augment.affine.shear = 90: .* less than 90"),
+        (["augment.affine.degrees=1e300"], "less than or equal to 360"),
+        # Factors below 0 turn an image into its negative.
+        (["augment.jitter.contrast=1.5"], r"augment.jitter.contrast = 1.5: .* less than or equal"),
+        (["augment.mean=[123.7]"], r"mean \[123.7\] .* divide those of pixels in 0..255 by 255"),
+        (["augment.std=[58.4]"], "are no values of pixels in"),
+        (["augment.std=[1e-39]"], "give no channel a std below 0.001"),
+        (["micro_batch=1"], "augment.mixup = 0.1 mixes the images of a micro-batch"),
+        (["evaluate.crop_fraction=1e-9"], "greater than or equal to 0.1"),
+        (["model.options.num_classes=5"], "num_classes: it follows from the classes of the data"),
+        (["model.options.in_chans=3"], "model.options.in_chans: write data.channels"),
+        (["model.options.pretrained=true"], "model.options.pretrained: write model.pretrained"),
+        (["model.options.checkpoint_path=x"], "checkpoint_path: write model.checkpoint"),
+        (["model.options.features_only=true"], "a classifier's logits"),
+        (["model.options.drop_rate=5"], "drop_rate = 5 is no probability"),
+        (["model.options.drop_path_rate=abc"], "drop_path_rate = 'abc' is no probability"),
+        (["model.checkpoint=''"], "at least 1 character"),  # it asked timm's hub for weights
+        (["model.options.img_size=48"], "img_size = 48 and data.image_size = 32 differ"),
+        (["model.options.img_size=[32, 48]"], r"img_size = \[32, 48\] and data.image_size = 32"),
+        (["data.sampling={name: easy_ensemble, member: 99999999999}"], "less than 2147483648"),
+        (["data.train=../train"], "data.train '../train' leads out of data.path"),
+        (["data.val=/data/val"], "data.val '/data/val' leads out of data.path"),
+        (["data.threads=100000"], "less than or equal to 1024"),
+        # Several parts at once: each is named.
+        (["augment.jitter.hue=0.1", "data.lanes=3"], "data.lanes = 3 works with .* no colour"),
+    ],
+)
+def test_what_cannot_train_is_refused_with_its_remedy(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_recipe("digits", overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*COLOUR, "augment.jitter={hue: 0.5, saturation: 1}"],
+        ["augment.jitter={hue: 0, saturation: 0, brightness: 1}"],
+        ["augment.crop={scale: [0.5, 0.5], ratio: [0.01, 100]}"],
+        ["augment.affine={degrees: 180, shear: 89}"],
+        ["augment.mean=[0]", "augment.std=[1]"],
+        ["augment.mixup=0", "micro_batch=1"],
+        ["model.options={drop_rate: 0, drop_block_rate: null, img_size: 32, global_pool: max}"],
+        ["model.options={img_size: [32, 32]}"],
+        ["data.train=all/train"],
+    ],
+)
+def test_what_is_next_to_it_is_taken(overrides: list[str]) -> None:
+    load_recipe("digits", overrides)
+
+
+def test_every_built_in_recipe_is_taken() -> None:
+    for name in builtin_recipes():
+        load_recipe(name)
