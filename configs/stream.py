@@ -22,6 +22,8 @@ def refusals(recipe: Any) -> Iterator[str]:
             "uniform, or index the tars and set data.path"
         )
     for url in data.stream:
+        if not url.strip():
+            yield "data.stream names an empty place; write a path, a URL or pipe:COMMAND"
         if url.startswith("pipe:") and (problem := _command_problem(url.removeprefix("pipe:"))):
             yield f"data.stream {url!r} {problem}"
     if data.lanes:

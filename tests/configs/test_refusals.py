@@ -40,6 +40,7 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
         (["data.train=../train"], "data.train '../train' leads out of data.path"),
         (["data.val=/data/val"], "data.val '/data/val' leads out of data.path"),
         (["data.threads=100000"], "less than or equal to 1024"),
+        (["data.stream=['']", "data.sampling=uniform"], "data.stream names an empty place"),
         # Several parts at once: each is named.
         (["augment.jitter.hue=0.1", "data.lanes=3"], "data.lanes = 3 works with .* no colour"),
     ],

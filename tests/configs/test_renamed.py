@@ -1,6 +1,9 @@
 """Old names of keys: files, commands, runs, checkpoints and searches that have them work on."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,21 @@ def test_a_search_may_say_either_and_goes_on(
     path.write_text(yaml.safe_dump({"parameters": both}))
     with pytest.raises(UserError, match=r"ensemble\.gate is the old name of"):
         load_space(path, "digits")
+
+
+def test_of_several_ranks_one_says_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "train", "digits", OLD[0]]
+    command += [f"data.path={tmp_path}", "--run", "x"]  # no shards there: it ends at once
+    said = []
+    for rank in ("0", "1"):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "::1"}
+        variables |= {"LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "a"}
+        done = subprocess.run(
+            command, env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        said.append(done.stderr.count("is now called"))
+    assert said == [1, 0]
 
 
 def test_the_schema_knows_the_new_names_alone() -> None:
