@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
+from bigbatch.data.pixels import orientation, upright
 from bigbatch.data.read import BadSample
 
 Pixels = npt.NDArray[np.uint8]  # [H, W, C]
@@ -16,9 +17,11 @@ Pixels = npt.NDArray[np.uint8]  # [H, W, C]
 MAX_BYTES = 100_000_000  # of one encoded image
 MAX_PIXELS = 89_478_485  # Pillow's own limit; a larger image is taken for a decompression bomb
 # Nothing else is tried: Pillow has decoders that start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF"]  # of a GIF, the first picture
+if "avif" in features.modules and features.check_module("avif"):  # Pillow 11.3
+    FORMATS.append("AVIF")
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 LONGEST = 8  # times the training size, that the side of an image may be
-_ORIENTATION = 0x0112  # EXIF tag
 _SEGMENT = struct.Struct(">BBH")  # of a JPEG: 255, marker, length
 _FRAME = struct.Struct(">HHB")  # height, width, colours
 _FRAME_STARTS = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
@@ -145,38 +148,32 @@ def _open_jpeg(data: bytes) -> Jpeg | None:
 
 
 def _rotated(data: bytes) -> bool:
-    return _open(data).getexif().get(_ORIENTATION, 1) != 1
+    return orientation(_open(data)) != 1
 
 
 def _open(data: bytes) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        what = f"not an image (it starts with {data[:8]!r})" if data else "0 bytes"
-        raise BadSample(what) from None
+        raise BadSample(no_image(data) if data else "0 bytes") from None
     _check_pixels(*image.size)
     return image
 
 
+def no_image(data: bytes) -> str:
+    """What bytes are that no decoder knows."""
+    if data.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the image itself; run `git lfs pull` where it comes from"
+    return f"not an image (it starts with {data[:8]!r})" if data else "the file is empty"
+
+
 def _pillow(data: bytes, channels: int) -> Pixels:
-    image = _open(data)
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
-    return _array(image, channels)
+    return _array(upright(_open(data)), channels)
 
 
 def _array(image: Image.Image, channels: int) -> Pixels:
     converted = image.convert("L" if channels == 1 else "RGB")
     return np.asarray(converted).reshape(image.height, image.width, channels)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray to 8 bits; Pillow's own conversion cuts off instead of scaling."""
-    values = np.asarray(image, np.float64)
-    scale = 255 / 65535 if image.mode.startswith("I") else 1.0
-    return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -1,11 +1,21 @@
 """Checking images on their way into shards, and making large ones smaller."""
 
 import io
+import math
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from bigbatch.data.decode import FORMATS, MAX_BYTES, MAX_PIXELS
+from bigbatch.data.decode import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    Jpeg,
+    no_image,
+    reduced,
+)
+from bigbatch.data.pixels import upright
+from bigbatch.data.read import BadSample
 
 # Pillow's name of each format that is read, and the extension that it gets in a shard.
 _EXTENSIONS = {
@@ -16,6 +26,8 @@ _EXTENSIONS = {
     "BMP": "bmp",
     "PPM": "ppm",
     "TIFF": "tif",
+    "GIF": "gif",
+    "AVIF": "avif",
 }
 # Before Lanczos, a JPEG may be decoded at a fraction of its size as long as this many times
 # the target is left; Pillow's documentation calls the result almost indistinguishable at 3.
@@ -27,22 +39,24 @@ def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, s
 
     Its bytes stay as they are, unless its short side is above `short_side` pixels; then it
     is turned upright as its EXIF data say, reduced by Lanczos, and written as JPEG at
-    `quality` where JPEG can hold it (8-bit gray or colour, no transparency), else as PNG.
-    Every image is decoded once, so that one which is damaged is found here. Raises OSError
-    for what cannot be decoded.
+    `quality` where it has 8 bits and no transparency, else as PNG, of 8 bits as well. Every
+    image is decoded once, by what decodes it for training, so that one which is damaged, or
+    whose values have no certain range, is found here. Raises OSError for what cannot be used.
     """
     image = open_image(data)
+    kind = str(image.format)
     try:
         if short_side is None or min(image.size) <= short_side:
-            # At an eighth of its size, all entropy-coded data of a JPEG are still read.
-            image.draft("L", (1, 1))
-            image.load()
-            return data, _EXTENSIONS[str(image.format)]
-        scale = short_side / min(image.size)
-        width, height = (max(short_side, round(side * scale)) for side in image.size)
-        image.draft(None, (width * _DRAFT_GAP, height * _DRAFT_GAP))
-        image.load()
-        return _reduce(image, (width, height), quality)
+            if kind in ("JPEG", "MPO"):  # at an eighth of its size, all of its data are read
+                reduced(Jpeg(image.height, image.width, data), 8, channels=1)
+            else:
+                upright(image)
+            return data, _EXTENSIONS[kind]
+        scale = _DRAFT_GAP * short_side / min(image.size)
+        image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        return _reduce(image, short_side, quality)
+    except BadSample as error:
+        raise OSError(str(error)) from None
     except (OSError, MemoryError):
         raise
     except Exception as error:  # decoders raise what they like; the bytes are at fault
@@ -58,8 +72,7 @@ def open_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's about large images: we have our own limit
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        what = f"not an image (it starts with {data[:8]!r})" if data else "the file is empty"
-        raise OSError(what) from None
+        raise OSError(no_image(data)) from None
     except (OSError, MemoryError):
         raise
     except Exception as error:
@@ -69,16 +82,22 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def _reduce(image: Image.Image, size: tuple[int, int], quality: int) -> tuple[bytes, str]:
-    if image.mode == "1":  # Lanczos makes values in between, which these modes cannot hold
+def _reduce(image: Image.Image, short_side: int, quality: int) -> tuple[bytes, str]:
+    # Lanczos makes values in between, which the modes 1, P and PA cannot hold.
+    deep = image.mode.startswith("I") or image.mode == "F"
+    image = upright(image)
+    if image.mode == "1":
         image = image.convert("L")
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif image.mode == "CMYK":
         image = image.convert("RGB")
-    image = ImageOps.exif_transpose(image.resize(size, Image.Resampling.LANCZOS))
+    scale = short_side / min(image.size)
+    width, height = (max(short_side, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image.info.pop("exif", None)  # it is upright now
     file = io.BytesIO()
-    if image.mode in ("L", "RGB"):
+    if image.mode in ("L", "RGB") and not deep:
         image.save(file, "JPEG", quality=quality)
         return file.getvalue(), "jpg"
     image.save(file, "PNG")

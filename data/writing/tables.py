@@ -2,12 +2,15 @@
 
 Layouts: an image column that is binary, or Hugging Face's struct {bytes, path}; a label
 column of integers (named by the schema's metadata where it has names) or of strings; an
-optional `split` column. The `datasets` package is not needed.
+optional `split` column. The `datasets` package is not needed. columns.py chooses columns
+and numbers the labels.
 """
 
 import json
-import re
-from collections.abc import Sequence
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.writing.sources import SPLIT_NAMES, Source, printable
+from bigbatch.data.decode import LFS_POINTER
+from bigbatch.data.writing.columns import (
+    Columns,
+    Part,
+    find_columns,
+    known_split,
+    number_labels,
+    own_splits,
+)
+from bigbatch.data.writing.sources import Source
+from bigbatch.data.writing.table_files import find_tables
 
-_IMAGE_COLUMNS = ("image", "img", "jpeg", "jpg", "png")
-_LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
-_MAX_CLASSES = 1 << 20
-# Row groups are read whole; a process holds this many bytes of them, or one.
-_WINDOW_BYTES = 256 << 20
+# What one process holds of row groups: this many bytes, or one row group while it is read.
+_HELD_BYTES = 128 << 20
+# Reading a row group takes up to this many times its size at once: its bytes in the file, the
+# dictionary that some writers make of all its images (pyarrow where it has up to 1,024 rows),
+# and the images (pyarrow 26, measured).
+_READING = 3.2
+_BATCH_BYTES = 4 << 20
 
 
 def parquet(path: Path, image: str | None, label: str | None) -> Source:
@@ -35,206 +49,162 @@ def parquet(path: Path, image: str | None, label: str | None) -> Source:
     split comes from a `split` column, or from file or folder names (train-00000-of-00004).
     Keys are row numbers, counted through the files in the order of their names.
     """
-    paths = [path]
-    if path.is_dir():
-        below = sorted(path.rglob("*.parquet"))
-        paths = [p for p in below if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-    files = [pq.ParquetFile(p) for p in paths]
-    schema = files[0].schema_arrow
-    for p, file in zip(paths, files, strict=True):
-        if file.schema_arrow.names != schema.names:
-            raise UserError(
-                f"{p} has the columns {', '.join(file.schema_arrow.names)}, {paths[0]} has "
-                f"{', '.join(schema.names)}; give files with the same columns"
-            )
-    columns = _Columns.find(schema, path, image, label)
-    tables = [file.read(columns=columns.small) for file in files]
-    metadata = [file.metadata for file in files]
-    groups = [(f, g) for f, m in enumerate(metadata) for g in range(m.num_row_groups)]
-    rows = np.array([metadata[f].row_group(g).num_rows for f, g in groups], np.int64)
-    volume = sum(metadata[f].row_group(g).total_byte_size for f, g in groups)
-    window = max(1, int(_WINDOW_BYTES * len(groups) / max(1, volume)))
+    found = find_tables(path)
+    parts, files = [], []
+    for name, split in zip(found.paths, found.splits, strict=True):
+        with _naming(name):
+            file = pq.ParquetFile(name)
+            parts.append(Part(found.name(name), file.schema_arrow, split))
+            files.append(file.metadata)
+            file.close()
+    columns = find_columns(parts, path, image, label)
+    tables = []
+    for name in found.paths:
+        with _naming(name), pq.ParquetFile(name) as file:
+            tables.append(file.read(columns=columns.small))
+    groups = [(f, g) for f, m in enumerate(files) for g in range(m.num_row_groups)]
+    rows = np.array([files[f].row_group(g).num_rows for f, g in groups], np.int64)
+    largest = max((_size(files[f].row_group(g), columns.image) for f, g in groups), default=1)
+    window = max(1, int(_HELD_BYTES / max(1, largest) - (_READING - 1)))
     starts = np.concatenate([[0], np.cumsum(rows)])
-    reader = _RowGroups([str(p) for p in paths], groups, starts, columns.image, window)
-    return _source(
+    reader = _RowGroups([str(p) for p in found.paths], groups, starts, columns.image, window)
+    source = _source(
         path,
         columns,
+        parts,
         tables,
-        splits=[_split_of(p, path) for p in paths],
         read=reader,
         groups=np.repeat(np.arange(len(rows)), rows),
         window=window,
     )
+    source.skipped.extend(found.skipped)
+    return source
 
 
 def saved_dataset(path: Path, image: str | None, label: str | None) -> Source:
     """A folder that Hugging Face's `Dataset` or `DatasetDict` saved with `save_to_disk`."""
     names = [""]
     if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        names = _listed(path / "dataset_dict.json", "splits")
     paths: list[Path] = []
     splits: list[str] = []
     for name in names:
-        state = json.loads((path / name / "state.json").read_text())
+        folder = path / name
+        state = _json(folder / "state.json")
         if state.get("_indices_data_files"):
-            raise UserError(
-                f"{path / name} is a view of another order; save it after flatten_indices()"
-            )
-        files = [path / name / file["filename"] for file in state["_data_files"]]
+            raise UserError(f"{folder} is a view of another order; save it after flatten_indices()")
+        files = [folder / file for file in _listed(folder / "state.json", "_data_files")]
         paths += files
-        splits += [_known_split(name, path) if name else ""] * len(files)
+        splits += [known_split(name, path) if name else ""] * len(files)
     tables = [_map(p) for p in paths]
-    columns = _Columns.find(tables[0].schema, path, image, label)
+    parts = [
+        Part(str(p.relative_to(path)), table.schema, split)
+        for p, table, split in zip(paths, tables, splits, strict=True)
+    ]
+    columns = find_columns(parts, path, image, label)
     small = [table.select(columns.small) for table in tables]
     starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
     reader = _Mapped([str(p) for p in paths], starts, columns.image)
-    return _source(path, columns, small, splits=splits, read=reader)
+    return _source(path, columns, parts, small, read=reader)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Names of the columns, and of the classes where the schema gives them."""
-
-    image: str
-    label: str
-    split: str | None
-    classes: tuple[str, ...] | None
-
-    @property
-    def small(self) -> list[str]:
-        """The columns that are read at once, for all rows."""
-        return [self.label] + ([self.split] if self.split else [])
-
-    @classmethod
-    def find(
-        cls, schema: pa.Schema, path: Path, image: str | None, label: str | None
-    ) -> "_Columns":
-        metadata = schema.metadata or {}
-        features = (
-            json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        )
-        images = [f.name for f in schema if _holds_images(f.type)]
-        labels = [n for n, f in features.items() if _is_class_label(f)]
-        image = _choose("image", image, schema.names, images, _IMAGE_COLUMNS, path)
-        label = _choose("label", label, schema.names, labels, _LABEL_COLUMNS, path)
-        classes = features[label]["names"] if label in labels else None
-        if classes is None and b"class_names" in metadata:
-            classes = metadata[b"class_names"].decode().split(",")
-        split = "split" if "split" in schema.names else None
-        return cls(image, label, split, tuple(map(printable, classes)) if classes else None)
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}; save the data set anew") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not what `save_to_disk` writes; save the data set anew")
+    return found
 
 
-def _is_class_label(feature: Any) -> bool:
-    return isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _choose(
-    what: str,
-    given: str | None,
-    names: Sequence[str],
-    by_type: Sequence[str],
-    by_name: Sequence[str],
-    path: Path,
-) -> str:
-    """The column asked for, else the only one of the right type, else the first known name."""
-    if given is None:
-        found = list(by_type) if len(by_type) == 1 else [n for n in by_name if n in names]
-        if found and (what == "label" or found[0] in by_type):
-            return found[0]
-    elif given in names:
-        return given
+def _listed(path: Path, key: str) -> list[str]:
+    """The file or folder names that a JSON file of a saved data set lists: beside it, no paths."""
+    names = _json(path).get(key)
+    if isinstance(names, list):
+        names = [n.get("filename") if isinstance(n, dict) else n for n in names]
+        if names and all(isinstance(n, str) and n not in ("", ".", "..") for n in names):
+            if not any("/" in n or "\0" in n for n in names):
+                return names
     raise UserError(
-        f"{path} has no {what} column{f' {given!r}' if given else ' that can be told by itself'}; "
-        f"name one of {', '.join(names)} with --{what}-column"
+        f"{path} lists no names of files beside it under {key!r}; save the data set anew"
     )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Arrow's errors do not say which file they speak of."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it") from None
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` there"
+            ) from None
+        raise UserError(
+            f"cannot read {path}: {str(error).strip()}; it may be cut short: fetch it again, or "
+            "remove it"
+        ) from None
+
+
+def _pages(group: Any, column: str) -> list[Any]:
+    """The metadata of what holds a column in a row group: one for each field of a struct."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    return [c for c in chunks if c.path_in_schema.partition(".")[0] == column]
+
+
+def _size(group: Any, column: str) -> int:
+    """Bytes of a row group's images, by its metadata, in the file or out of it."""
+    pages = _pages(group, column)
+    return sum(max(c.total_uncompressed_size, c.total_compressed_size) for c in pages)
 
 
 def _source(
     path: Path,
-    columns: _Columns,
+    columns: Columns,
+    parts: Sequence[Part],
     tables: Sequence[pa.Table],
     *,
-    splits: Sequence[str],
     read: Any,
     groups: npt.NDArray[np.int64] | None = None,
     window: int = 1,
 ) -> Source:
-    """A Source from the small columns of each file, and the split of each file ("" for none)."""
-    column = pa.chunked_array([c for t in tables for c in t[columns.label].chunks])
-    labels, classes = _labels(column, columns, path)
+    """A Source from the small columns of each file."""
+    values = [table[columns.label] for table in tables]
+    each, classes = number_labels(parts, columns, values, path)
+    labels = np.concatenate(each)
     if columns.split:
-        text = pa.chunked_array(
-            [c for t in tables for c in t[columns.split].cast(pa.string()).chunks]
-        )
-        own = np.array([_known_split(s, path) for s in text.to_pylist()])
+        own = np.array(own_splits(tables, columns.split, path))
     else:
-        own = np.repeat(np.array(splits), [len(t) for t in tables])
+        own = np.repeat([part.split for part in parts], [len(t) for t in tables])
     if len(set(own.tolist())) > 1 and "" in own:
         raise UserError(f"{path}: some of its files belong to a split and some to none; name all")
     labelled = labels >= 0
-    missing = len(labels) - int(labelled.sum())
+    skipped = [
+        (f"{part.name}: {_rows(np.flatnonzero(own < 0))}", f"no {columns.label}")
+        for part, own in zip(parts, each, strict=True)
+        if (own < 0).any()
+    ]
     return Source(
         keys=[f"{row:08d}" for row in np.flatnonzero(labelled)],
         labels=labels[labelled],
         classes=classes,
-        read=_Selected(read, np.flatnonzero(labelled)) if missing else read,
+        read=_Selected(read, np.flatnonzero(labelled)) if skipped else read,
         splits=own[labelled] if own[0] else None,
         groups=groups[labelled] if groups is not None else None,
         window=window,
-        skipped=[(f"{missing:,} rows", f"no {columns.label}")] if missing else [],
+        skipped=skipped,
     )
 
 
-def _labels(
-    column: pa.ChunkedArray, columns: _Columns, path: Path
-) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Class numbers, int32 [N], -1 where there is no label; and the names of the classes."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        text = column.cast(pa.string())
-        names = sorted(name for name in text.unique().to_pylist() if name is not None)
-        numbers = pc.index_in(text, pa.array(names, pa.string()))
-        labels = numbers.fill_null(-1).to_numpy().astype(np.int32)
-        return labels, tuple(map(printable, names))
-    if not pa.types.is_integer(kind):
-        raise UserError(
-            f"{path}: column {columns.label} holds {kind}, not class numbers or names; name "
-            "another with --label-column"
-        )
-    values = column.cast(pa.int64()).fill_null(-1).to_numpy()
-    highest = int(values.max(initial=-1))
-    limit = len(columns.classes) if columns.classes else _MAX_CLASSES
-    if not 0 <= highest < limit:
-        raise UserError(
-            f"{path}: the highest value in column {columns.label} is {highest}; class numbers here "
-            f"go from 0 to {limit - 1}; name another column with --label-column"
-        )
-    classes = columns.classes or tuple(map(str, range(highest + 1)))
-    return np.maximum(values, -1).astype(np.int32), classes
-
-
-def _split_of(file: Path, root: Path) -> str:
-    """The split that a file's name or a folder above it tells: train-00000-of-00014.parquet."""
-    parts = (file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix("").parts
-    for part in reversed(parts):
-        word = re.split(r"[^a-z]", part.lower())[0]
-        if word in SPLIT_NAMES:
-            return SPLIT_NAMES[word]
-    return ""
-
-
-def _known_split(name: str | None, path: Path) -> str:
-    if name is None or name.lower() not in SPLIT_NAMES:
-        raise UserError(
-            f"{path} has a split {name!r}; known are {', '.join(SPLIT_NAMES)}; rename or remove it"
-        )
-    return SPLIT_NAMES[name.lower()]
+def _rows(rows: npt.NDArray[np.int64]) -> str:
+    first = ", ".join(map(str, rows[:5]))
+    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {first}{more}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +219,18 @@ class _Selected:
         return data
 
 
+class _Chunks:
+    """Rows of one column in several arrays, one behind the other."""
+
+    def __init__(self, arrays: Sequence[pa.Array]) -> None:
+        self.arrays = arrays
+        self.edges = np.cumsum([0] + [len(array) for array in arrays])
+
+    def __getitem__(self, row: int) -> Any:
+        chunk = int(np.searchsorted(self.edges, row, "right")) - 1
+        return self.arrays[chunk][row - int(self.edges[chunk])].as_py()
+
+
 @dataclass(eq=False)
 class _RowGroups:
     """Reads image i out of Parquet, keeping the row groups that were used last."""
@@ -258,7 +240,7 @@ class _RowGroups:
     starts: npt.NDArray[np.int64]
     column: str
     window: int
-    cache: dict[int, pa.Array] = field(default_factory=dict)
+    cache: dict[int, _Chunks] = field(default_factory=dict)
 
     def __call__(self, i: int) -> bytes:
         group = int(np.searchsorted(self.starts, i, "right")) - 1
@@ -267,20 +249,42 @@ class _RowGroups:
         if rows is None:
             while len(self.cache) >= self.window:
                 del self.cache[next(iter(self.cache))]
+            pa.default_memory_pool().release_unused()  # it would keep what was freed
             rows = self._read(group)
         self.cache[group] = rows
-        return _image_bytes(rows, i - int(self.starts[group]), self.paths[self.groups[group][0]])
+        return _image_bytes(rows[i - int(self.starts[group])], self.paths[self.groups[group][0]])
 
-    def _read(self, group: int) -> pa.Array:
-        file, number = self.groups[group]
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache: another process would get a copy of all that is in it."""
+        return {**self.__dict__, "cache": {}}
+
+    def _read(self, group: int) -> _Chunks:
+        number, at = self.groups[group]
+        path = self.paths[number]
         try:
-            table = pq.ParquetFile(self.paths[file]).read_row_group(number, columns=[self.column])
+            # In batches, out of a memory map whose pages are given back at once: otherwise two
+            # more copies of the images exist for a moment.
+            with open(path, "rb") as opened:
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(mapped)))
+            metadata = file.metadata.row_group(at)
+            _read_through(path, metadata, self.column)
+            each = max(1, _size(metadata, self.column) // max(1, metadata.num_rows))
+            rows = []
+            for batch in file.iter_batches(
+                batch_size=min(max(1, _BATCH_BYTES // each), 1024),
+                row_groups=[at],
+                columns=[self.column],
+                use_threads=False,
+            ):
+                rows.append(batch.column(0))
+                mapped.madvise(mmap.MADV_DONTNEED)
+            return _Chunks(rows)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's fault, not the file's
             text = str(error).strip()
-            raise OSError(f"{self.paths[file]}, row group {number}: {text}") from None
-        return table[self.column].combine_chunks()
+            raise OSError(f"{path}, row group {at}: {text}") from None
 
 
 @dataclass(eq=False)
@@ -290,34 +294,57 @@ class _Mapped:
     paths: list[str]
     starts: npt.NDArray[np.int64]
     column: str
-    opened: dict[int, tuple[list[pa.Array], npt.NDArray[np.int64]]] = field(default_factory=dict)
+    opened: dict[int, _Chunks] = field(default_factory=dict)
 
     def __call__(self, i: int) -> bytes:
         file = int(np.searchsorted(self.starts, i, "right")) - 1
         if file not in self.opened:
-            chunks = _map(Path(self.paths[file]))[self.column].chunks
-            self.opened[file] = chunks, np.cumsum([0] + [len(c) for c in chunks])
-        chunks, edges = self.opened[file]
-        row = i - int(self.starts[file])
-        chunk = int(np.searchsorted(edges, row, "right")) - 1
-        return _image_bytes(chunks[chunk], row - int(edges[chunk]), self.paths[file])
+            self.opened[file] = _Chunks(_map(Path(self.paths[file]))[self.column].chunks)
+        return _image_bytes(self.opened[file][i - int(self.starts[file])], self.paths[file])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: another process would get all of them as a copy."""
+        return {**self.__dict__, "opened": {}}
+
+
+def _read_through(path: str, group: Any, column: str) -> None:
+    """Read a column once into the page cache: what a disk cannot read is an OSError here, and
+    would be SIGBUS out of a memory map."""
+    buffer = bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        for pages in _pages(group, column):
+            first = pages.data_page_offset
+            if pages.has_dictionary_page:
+                first = min(first, pages.dictionary_page_offset)
+            file.seek(first)
+            left = pages.total_compressed_size
+            while left > 0 and (count := file.readinto(memoryview(buffer)[:left])):
+                left -= count
+            if left > 0:
+                raise OSError("the file has become shorter")
 
 
 def _map(path: Path) -> pa.Table:
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    with _naming(path):
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
-def _image_bytes(column: pa.Array, row: int, file: str) -> bytes:
+def _image_bytes(value: Any, file: str) -> bytes:
     """The encoded image of one row: from binary, from a struct, or from the path in a struct."""
-    if pa.types.is_struct(column.type):
-        value = column[row].as_py()
-        if value is None:
-            raise OSError("no image in this row")
+    if isinstance(value, dict):
         if value["bytes"] is None and value.get("path"):
-            return (Path(file).parent / value["path"]).read_bytes()
-        data = value["bytes"]
-    else:
-        data = column[row].as_py()
-    if data is None:
+            return _beside(file, value["path"])
+        value = value["bytes"]
+    if value is None:
         raise OSError("no image in this row")
-    return bytes(data)
+    return bytes(value)
+
+
+def _beside(file: str, name: str) -> bytes:
+    """An image that a table names instead of holding it; one from elsewhere is not read."""
+    folder = os.path.dirname(os.path.abspath(file))
+    path = os.path.normpath(os.path.join(folder, name))
+    if os.path.commonpath([folder, path]) != folder or "\0" in name:
+        raise OSError(f"the row names {name!r}, which does not lie beside or below its table")
+    with open(path, "rb") as image:
+        return image.read()

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from bigbatch.data.decode import decode, fill, open_pixels
+from bigbatch.data.decode import FORMATS, decode, fill, open_pixels
 from bigbatch.data.read import BadSample
 
 SMALL = 1000  # an image_size that no test image needs to be reduced for
@@ -78,6 +78,131 @@ def test_sixteen_bits_are_scaled_not_cut():
     for kind in ("PNG", "TIFF"):
         pixels = decode(encoded(Image.fromarray(values), kind), image_size=SMALL, channels=3)
         assert pixels[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def tiff(values, bits, *, form=1, white_is_zero=False):
+    """An uncompressed TIFF of one strip, as other programs write them; gray or RGB."""
+    height, width, *colours = values.shape
+    colours = colours[0] if colours else 1
+    if bits == 12:  # two values in three bytes, the first in the upper bits
+        a, b = values.reshape(-1, 2).astype(np.uint16).T
+        data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
+    else:
+        data = values.tobytes()
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, bits) if colours == 1 else (258, 3, 3, 8 + 2 + 12 * 10 + 4),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2 if colours == 3 else 0 if white_is_zero else 1),
+        (273, 4, 1, 200),
+        (277, 3, 1, colours),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+        (339, 3, 1, form) if colours == 1 else (339, 3, 3, 8 + 2 + 12 * 10 + 4 + 6),
+    ]
+    head = struct.pack("<2sHIH", b"II", 42, 8, 10) + b"".join(
+        struct.pack("<HHII", *tag) for tag in tags
+    )
+    more = struct.pack("<I3H3H", 0, bits, bits, bits, form, form, form)
+    return (head + more).ljust(200, b"\0") + data
+
+
+def gray(data):
+    return decode(data, image_size=SMALL, channels=1)[..., 0].tolist()
+
+
+def test_twelve_bits_that_the_file_declares_are_scaled():
+    values = np.array([[0, 16, 2048, 4095]], np.uint16)
+    assert gray(tiff(values, 12)) == [[0, 1, 128, 255]]
+    assert gray(b"P5 4 1 4095\n" + values.astype(">u2").tobytes()) == [[0, 1, 128, 255]]
+    dark = np.array([[0, 16, 100, 200]], np.uint16)  # sure, however dark it is
+    assert gray(tiff(dark, 12)) == [[0, 1, 6, 12]]
+    assert gray(b"P5 4 1 4095\n" + dark.astype(">u2").tobytes()) == [[0, 1, 6, 12]]
+
+
+def test_floats_from_zero_to_one():
+    values = np.array([[0, 0.25, 0.5, 1]], np.float32)
+    assert gray(tiff(values, 32, form=3)) == [[0, 64, 128, 255]]
+    assert gray(tiff(values, 32, form=3, white_is_zero=True)) == [[255, 191, 128, 0]]
+
+
+def test_white_is_zero():
+    values = np.array([[0, 65535, 257, 32768]], np.uint16)
+    assert gray(tiff(values, 16, white_is_zero=True)) == [[255, 0, 254, 127]]
+
+
+def test_black_has_no_range():
+    assert gray(tiff(np.zeros((1, 4), np.uint16), 16)) == [[0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            tiff(np.array([[0, 4095]], np.uint16), 16),
+            "16-bit values from 0 to 4095, of which white",
+        ),
+        (tiff(np.array([[5, 16383]], np.uint16), 16), "16-bit values from 5 to 16383"),
+        (
+            tiff(np.array([[-7, 300]], np.int16), 16, form=2),
+            "signed 16-bit integers from -7 to 300",
+        ),
+        (tiff(np.array([[0, 255]], np.int32), 32, form=2), "signed 32-bit integers from 0 to 255"),
+        (tiff(np.array([[0, 255]], np.uint32), 32), "32-bit integers from 0 to 255"),
+        (tiff(np.array([[0, 255]], np.float32), 32, form=3), "float values from 0 to 255; floats"),
+        (tiff(np.array([[-1, 1]], np.float32), 32, form=3), "float values from -1 to 1"),
+        (tiff(np.array([[np.nan, 1]], np.float32), 32, form=3), "float values from nan to nan"),
+        (
+            tiff(np.full((1, 2, 3), 4095, np.uint16), 16),
+            "16-bit colour, all of its values below 4096",
+        ),
+        (
+            tiff(np.full((1, 2, 3), 255, np.uint16), 16),
+            "16-bit colour, all of its values below 256",
+        ),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_without_a_certain_range_are_refused_with_it(data, reason, channels):
+    with pytest.raises(BadSample, match=reason):
+        decode(data, image_size=SMALL, channels=channels)
+
+
+def test_sixteen_bits_of_colour():
+    values = np.array([[[0, 256, 65535], [30_000, 0, 20_000]]], np.uint16)
+    pixels = decode(tiff(values, 16), image_size=SMALL, channels=3)
+    assert pixels[0].tolist() == [[0, 1, 255], [117, 0, 78]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lab(channels):
+    """As other programs read it: neutral L of 0, 50 and 100 per cent."""
+    lightness = Image.fromarray(np.array([[0, 128, 255]], np.uint8))
+    neutral = Image.fromarray(np.full((1, 3), 128, np.uint8))
+    lab = Image.merge("LAB", [lightness, neutral, neutral])
+    pixels = decode(encoded(lab, "TIFF"), image_size=SMALL, channels=channels)
+    assert pixels.shape == (1, 3, channels)
+    assert close(pixels[0].mean(1), np.array([0, 119, 255]), 2)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "AVIF"])
+def test_more_formats(kind):
+    if kind == "AVIF" and kind not in FORMATS:
+        pytest.skip("this Pillow reads no AVIF")
+    still = encoded(picture(mode="L"), kind)
+    assert close(
+        decode(still, image_size=SMALL, channels=1), np.asarray(picture(mode="L"))[..., None], 12
+    )
+
+
+def test_exif_that_cannot_be_read_changes_nothing():
+    exif = b"Exif\x00\x00" + b"no TIFF header"
+    data = jpeg()
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + data[2:]
+    assert np.array_equal(
+        decode(data, image_size=SMALL, channels=3), decode(jpeg(), image_size=SMALL, channels=3)
+    )
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -170,7 +295,8 @@ def jpeg_claiming(width, height):
         (jpeg()[:600], "cannot be decoded"),
         (jpeg()[:-200], "truncated"),
         (encoded(picture(), "PNG")[:-60], "truncated"),
-        (encoded(picture(), "GIF"), "not an image"),
+        (encoded(picture(), "ICO"), "not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (png_claiming(20_000, 20_000), "pixels"),
         (png_claiming(2**31 - 1, 2**31 - 1), "pixels|large|exceed"),

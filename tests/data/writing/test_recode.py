@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bigbatch.data.decode import decode
 from bigbatch.data.writing.recode import prepare
 
 
@@ -31,6 +32,7 @@ def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
         ("BMP", "bmp"),
         ("PPM", "ppm"),
         ("TIFF", "tif"),
+        ("GIF", "gif"),
     ],
 )
 def test_images_that_fit_keep_their_bytes(style: str, extension: str) -> None:
@@ -59,7 +61,7 @@ def test_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
         ("CMYK", "JPEG", "jpg", "RGB"),
         ("RGBA", "PNG", "png", "RGBA"),
         ("LA", "PNG", "png", "LA"),
-        ("I;16", "PNG", "png", "I;16"),
+        ("I;16", "PNG", "png", "L"),
     ],
 )
 def test_modes(mode: str, style: str, extension: str, result: str) -> None:
@@ -72,7 +74,7 @@ def test_modes(mode: str, style: str, extension: str, result: str) -> None:
     reduced = Image.open(io.BytesIO(data))
     assert (found, reduced.mode, reduced.size) == (extension, result, (45, 30))
     if mode == "I;16":
-        assert np.asarray(reduced).max() > 60_000
+        assert np.asarray(reduced).max() > 60_000 / 257
 
 
 def test_reduced_pixels_are_lanczos() -> None:
@@ -116,7 +118,7 @@ def test_damage(style: str, short_side: int | None) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"]),
+    st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF"]),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1),
     st.sampled_from([None, 16]),
 )
@@ -129,9 +131,62 @@ def test_any_damage_is_an_oserror_or_none(
     with contextlib.suppress(OSError):
         data, extension = prepare(bytes(damaged), short_side, 90)
         assert data
-        assert extension in ("jpg", "png", "webp", "bmp", "ppm", "tif")
+        assert extension in ("jpg", "png", "webp", "bmp", "ppm", "tif", "gif")
+        # What is let into a shard can be read in training.
+        for channels in (1, 3):
+            assert decode(data, image_size=1000, channels=channels).shape[2] == channels
 
 
 def test_formats_beyond_the_list_are_refused() -> None:
     with pytest.raises(OSError, match="not an image"):
         prepare(encode(photo(9, 9), "ICO"), None, 90)
+
+
+LAB = Image.merge("LAB", [photo(40, 30, "L")] * 3)
+DEEP = np.linspace(0, 65_535, 40 * 30).reshape(30, 40)
+
+
+@pytest.mark.parametrize(
+    ("image", "style"),
+    [
+        (LAB, "TIFF"),
+        (Image.fromarray((DEEP / 65_535).astype(np.float32)), "TIFF"),
+        (Image.fromarray(DEEP.astype(np.uint16)), "TIFF"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reduced_and_not_they_decode_to_the_same(
+    image: Image.Image, style: str, channels: int
+) -> None:
+    data = encode(image, style)
+    assert prepare(data, None, 90) == (data, "tif")
+    small, extension = prepare(data, 20, 95)
+    assert extension == ("jpg" if image.mode == "LAB" else "png")
+    found = decode(small, image_size=1000, channels=channels).astype(float)
+    whole = Image.fromarray(decode(data, image_size=1000, channels=3))
+    whole = whole.resize((27, 20), Image.Resampling.LANCZOS).convert(
+        "L" if channels == 1 else "RGB"
+    )
+    assert (
+        np.abs(found - np.asarray(whole, float).reshape(found.shape)).mean() < 12
+    )  # JPEG halves colour
+
+
+@pytest.mark.parametrize("short_side", [None, 8])
+def test_values_without_a_certain_range_are_refused_with_it(short_side: int | None) -> None:
+    twelve = (DEEP / 16).astype(np.uint16)
+    for image, reason in (
+        (Image.fromarray(twelve), "16-bit values from 0 to 4095, of which white would be 65535"),
+        (Image.fromarray((DEEP / 257).astype(np.int32)), "32-bit integers from 0 to 255"),
+        (Image.fromarray((DEEP / 257).astype(np.float32)), "float values from 0 to 255"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            prepare(encode(image, "TIFF"), short_side, 90)
+
+
+def test_files_that_git_lfs_has_not_fetched() -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12345\n"
+    with pytest.raises(
+        OSError, match="a Git LFS pointer, not the image itself; run `git lfs pull`"
+    ):
+        prepare(pointer, None, 90)

@@ -128,7 +128,7 @@ def test_labels_as_text_and_missing_labels(tmp_path: Path) -> None:
     assert source.labels.tolist() == [2, 1, 2, 0]
     assert source.keys == ["00000000", "00000001", "00000003", "00000004"]
     assert source.read(2) == images[3]
-    assert source.skipped == [("1 rows", "no cls")]
+    assert source.skipped == [("x.parquet: row 2", "no cls")]
     unsigned = pa.array([1, None, 0, 2, 1], pa.uint8())
     source = open_source(write(tmp_path / "y.parquet", img=images, label=unsigned))
     assert source.labels.tolist() == [1, 0, 2, 1]
@@ -166,7 +166,7 @@ def test_choice_of_columns(tmp_path: Path) -> None:
     [
         ({"label": [0.5, 1.0]}, "column label holds double, not class numbers or names"),
         ({"label": [3, 2**40]}, "the highest value in column label is 1099511627776"),
-        ({"label": [-1, -1]}, "the highest value in column label is -1"),
+        ({"label": [-1, -1]}, "no row has a label in column label"),
         (
             {"label": [0, 5], "metadata": {"class_names": "a,b"}},
             "class numbers here go from 0 to 1",
