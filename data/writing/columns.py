@@ -244,7 +244,7 @@ def _numbers(part: Part, columns: Columns, i: int, column: pa.ChunkedArray) -> L
     if pa.types.is_null(kind):
         return np.full(len(column), -1, np.int32)
     low, high = pc.min_max(column).as_py().values()
-    if high is not None and not (-1 <= low and high < limit):
+    if high is not None and not (low >= -1 and high < limit):
         raise UserError(
             f"{part.name}: the {'highest' if high >= limit else 'lowest'} value in column "
             f"{columns.label} is {high if high >= limit else low}; class numbers here go from 0 "

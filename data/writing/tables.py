@@ -9,6 +9,7 @@ and numbers the labels.
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,9 +124,10 @@ def _listed(path: Path, key: str) -> list[str]:
     names = _json(path).get(key)
     if isinstance(names, list):
         names = [n.get("filename") if isinstance(n, dict) else n for n in names]
-        if names and all(isinstance(n, str) and n not in ("", ".", "..") for n in names):
-            if not any("/" in n or "\0" in n for n in names):
-                return names
+        if names and all(
+            isinstance(n, str) and re.fullmatch(r"[^/\0]*[^/\0.][^/\0]*", n) for n in names
+        ):
+            return names
     raise UserError(
         f"{path} lists no names of files beside it under {key!r}; save the data set anew"
     )

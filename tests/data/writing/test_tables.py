@@ -1,6 +1,9 @@
 import io
 import json
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +202,228 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
     Path(path).write_bytes(data)
     with pytest.raises(OSError, match=r"x\.parquet, row group 0: "):
         source.read(0)
+
+
+def named(path: Path, names: list[str] | None, labels: Any, first: int = 0) -> None:
+    """A file whose row i shows picture(first + i); with ClassLabel names, or without."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = None
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    write(
+        path,
+        image=[picture(first + i) for i in range(len(labels))],
+        label=labels,
+        metadata=metadata,
+    )
+
+
+def classes_of(root: Path) -> list[str]:
+    source = open_source(str(root))
+    assert [source.read(i) for i in range(len(source.keys))] == [
+        picture(int(key)) for key in source.keys
+    ]
+    return [source.classes[label] for label in source.labels]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_class_names_in_another_order_in_each_file(tmp_path: Path, form: str) -> None:
+    orders = (NAMES, ["eel", "cat", "dog"], ["dog", "eel", "cat"])
+    if form == "parquet":
+        for i, names in enumerate(orders):
+            named(tmp_path / f"train-{i}.parquet", names, [0, 1, 2], 3 * i)
+    else:
+        splits = ("train", "validation", "test")
+        for i, (names, split) in enumerate(zip(orders, splits, strict=True)):
+            table = hugging_face(range(3 * i, 3 * i + 3))
+            features = {"label": {"names": names, "_type": "ClassLabel"}}
+            noted = {"huggingface": json.dumps({"info": {"features": features}})}
+            save(table.replace_schema_metadata(noted), tmp_path / split)
+        (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    assert classes_of(tmp_path) == [name for names in orders for name in names]
+
+
+def test_names_in_one_file_only(tmp_path: Path) -> None:
+    named(tmp_path / "test-0.parquet", None, [2, 1])
+    named(tmp_path / "train-0.parquet", NAMES, [0, 1, 2], 2)
+    assert classes_of(tmp_path) == ["eel", "dog", "cat", "dog", "eel"]
+    named(tmp_path / "test-0.parquet", None, [3, 1])
+    with pytest.raises(
+        UserError, match=r"test-0.parquet has the label 3, but train-0.parquet names"
+    ):
+        open_source(str(tmp_path))
+    named(tmp_path / "test-0.parquet", None, [2, 1])
+    named(tmp_path / "val-0.parquet", NAMES[::-1], [0])
+    with pytest.raises(
+        UserError, match=r"test-0.parquet has class numbers without names, and train-"
+    ):
+        open_source(str(tmp_path))
+
+
+def test_other_classes_are_refused_with_both_files(tmp_path: Path) -> None:
+    named(tmp_path / "train-0.parquet", NAMES, [0, 1, 2])
+    named(tmp_path / "val-0.parquet", [*NAMES, "fox"], [3])
+    with pytest.raises(
+        UserError, match=r"train-0.parquet and val-0.parquet differ: .* names 'fox'"
+    ):
+        open_source(str(tmp_path))
+    named(tmp_path / "val-0.parquet", None, ["fox"])
+    with pytest.raises(
+        UserError, match=r"val-0.parquet has the class 'fox', which train-0.parquet"
+    ):
+        open_source(str(tmp_path))
+    named(tmp_path / "val-0.parquet", None, ["eel"], 3)  # text, by name
+    assert classes_of(tmp_path) == [*NAMES, "eel"]
+    named(tmp_path / "train-0.parquet", None, [0, 1, 2])
+    with pytest.raises(
+        UserError, match=r"holds names in val-0.parquet, but numbers without names in"
+    ):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("fine/train-00000-of-00001.parquet", "coarse/train-00000-of-00001.parquet"),
+        ("fine/train/0000.parquet", "coarse/train/0000.parquet"),
+        ("a/train.parquet", "b/train.parquet"),
+        ("data/train-clean-00000-of-00001.parquet", "data/train-other-00000-of-00002.parquet"),
+        ("train-00000-of-00001-aa.parquet", "train-00000-of-00001-bb.parquet"),
+    ],
+)
+def test_two_tables_of_one_split_are_a_question(tmp_path: Path, files: tuple[str, str]) -> None:
+    for file in files:
+        named(tmp_path / file, NAMES, [0, 1, 2])
+    with pytest.raises(UserError, match=r"two tables for the split train: ") as refused:
+        open_source(str(tmp_path))
+    assert all(file in str(refused.value) for file in files)
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (("TRAIN.PARQUET", "Test.Parquet"), ("train", "test")),
+        (("train.parquet/part-0.snappy.parquet", "train.parquet/part-1.parquet"), ("train",) * 2),
+        (("split=test/0.parquet", "split=train/0.parquet"), ("test", "train")),
+        (("year=1/train-0.parquet", "year=2/train-0.parquet"), ("train",) * 2),
+        (("default/partial-train/0000.parquet", "default/test/0000.parquet"), ("train", "test")),
+        (("a/train-0.parquet", "b/train-1.parquet"), ("train",) * 2),
+        (("train_a.parquet", "train_b.parquet"), ("train",) * 2),
+        (("train-2024-01.parquet", "train-2024-02.parquet"), ("train",) * 2),
+    ],
+)
+def test_layouts(tmp_path: Path, files: tuple[str, ...], splits: tuple[str, ...]) -> None:
+    for i, file in enumerate(sorted(files)):
+        named(tmp_path / file, NAMES, [0, 1, 2], 3 * i)
+    (tmp_path / "_SUCCESS").touch()
+    assert classes_of(tmp_path) == NAMES * 2
+    found = open_source(str(tmp_path)).splits
+    assert found is not None
+    assert found.tolist() == [split for split in splits for _ in NAMES]
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
+    named(tmp_path / "train-00001-of-00003.parquet", NAMES, [0, -1, None])
+    named(tmp_path / "_temporary" / "x.parquet", NAMES, [0])
+    source = open_source(str(tmp_path))
+    assert source.skipped == [
+        ("train-00001-of-00003.parquet: rows 1, 2", "no label"),
+        ("_temporary/x.parquet", "its name begins with a dot or _"),
+        ("train", "2 of 3 files missing"),
+    ]
+
+
+@pytest.mark.parametrize("one", [pa.int32(), pa.uint8(), pa.int64()])
+def test_other_integers_and_texts_beside_each_other(tmp_path: Path, one: pa.DataType) -> None:
+    named(tmp_path / "train-0.parquet", None, pa.array([0, 1, 2], pa.int64()))
+    named(tmp_path / "test-0.parquet", None, pa.array([2], one), 3)
+    source = open_source(str(tmp_path))
+    assert source.labels.tolist() == [2, 0, 1, 2]
+    named(tmp_path / "train-0.parquet", None, pa.array(NAMES, pa.string()), 1)
+    texts = (pa.array(["eel"], pa.large_string()), pa.array(["eel"]).dictionary_encode())
+    for text in (*texts, pa.array(["eel"], pa.string_view())):
+        named(tmp_path / "test-0.parquet", None, text)
+        assert classes_of(tmp_path) == ["eel", *NAMES]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    named(tmp_path / "train-0.parquet", NAMES, [0, 1, 2])
+    whole = (tmp_path / "train-0.parquet").read_bytes()
+    (tmp_path / "train-1.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*/train-1.parquet: .* may be cut short"):
+        open_source(str(tmp_path))
+    (tmp_path / "train-1.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"train-1.parquet is a Git LFS pointer, .* `git lfs pull`"):
+        open_source(str(tmp_path))
+    save(hugging_face(range(4)), tmp_path / "saved")
+    (tmp_path / "saved" / "data-00001-of-00002.arrow").write_bytes(b"ARROW")
+    with pytest.raises(UserError, match=r"cannot read .*data-00001-of-00002.arrow"):
+        open_source(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("noted", ["{", "[]", '{"info": {"features": [1]}}', "[" * 100_000])
+def test_damaged_metadata_is_one_message(tmp_path: Path, noted: str) -> None:
+    path = write(
+        tmp_path / "x.parquet", image=[picture(0)], label=[0], metadata={"huggingface": noted}
+    )
+    with pytest.raises(UserError, match=r"metadata `huggingface` of x.parquet cannot be read"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "a/../../secret.png"])
+def test_rows_do_not_name_files_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    (tmp_path / "set").mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": name}], kind)
+    source = open_source(write(tmp_path / "set" / "x.parquet", image=rows, label=[0]))
+    with pytest.raises(OSError, match="does not lie beside or below its table"):
+        source.read(0)
+    for file in ("../x.arrow", "/etc/x.arrow", "", ".."):
+        save(hugging_face(range(4)), tmp_path / "saved") if file == "../x.arrow" else None
+        state = {"_data_files": [{"filename": file}]}
+        (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match="lists no names of files beside it"):
+            open_source(str(tmp_path / "saved"))
+
+
+def test_a_reader_takes_nothing_along_to_another_process(tmp_path: Path) -> None:
+    images = [bytes(100_000) for _ in range(20)]
+    path = write(tmp_path / "x.parquet", image=images, label=[0] * 20)
+    source = open_source(path)
+    source.read(0)
+    assert len(pickle.dumps(source)) < 100_000
+
+
+@pytest.mark.slow
+def test_memory_of_row_groups(tmp_path: Path) -> None:
+    """100 MB row groups: a process holds less than 450 MB of them, of itself and its libraries."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.parquet"
+    writer = None
+    for _ in range(3):
+        file = io.BytesIO()
+        rows = []
+        for _ in range(1000):
+            file = io.BytesIO()
+            pixels = rng.integers(0, 256, (183, 183, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, "BMP")
+            rows.append(file.getvalue())
+        table = pa.table({"image": rows, "label": [i % 3 for i in range(1000)]})
+        writer = writer or pq.ParquetWriter(path, table.schema, use_dictionary=False)
+        writer.write_table(table, row_group_size=1000)
+    assert writer is not None
+    writer.close()
+    code = (
+        "import resource, sys; from pathlib import Path; "
+        "from bigbatch.data.writing.shard import shard; "
+        "shard(sys.argv[1], Path(sys.argv[2]), progress=False); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "d")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) * 1024 < 450e6
 
 
 @pytest.mark.skipif("BIGBATCH_CIFAR10" not in os.environ, reason="BIGBATCH_CIFAR10 names no file")
