@@ -106,6 +106,8 @@ def doubts(
         hint = "; class numbers go from 0, do these go from 1?" if empty == [0] else ""
         names = ", ".join(source.classes[c] for c in empty[:5]) + (", ..." * (len(empty) > 5))
         found.append(f"{len(empty):,} of {len(counts):,} classes have no sample: {names}{hint}")
+    if source.splits is not None and not (splits == "test").any():
+        found.append("the source has no test split: train with data.test=null")
     wanted = fractions or _usual_fractions(source)
     for split, fraction in zip(SPLITS, wanted, strict=False):
         if fraction > 0 and not (splits == split).any():

@@ -73,6 +73,11 @@ def open_inputs(
 def open_split(data: Data, name: str) -> Index:
     """Open the index of a split, here or on remote storage."""
     if not is_url(data.path):
+        if name == data.test and not (Path(data.path) / name).exists():
+            raise UserError(
+                f"{data.path} has no split {name}; set data.test=null to train without a test "
+                "split, or name another one"
+            )
         return open_index(Path(data.path) / name)
     url = f"{data.path.rstrip('/')}/{name}"
     return open_remote(remote_at(url, data.cache, data.cache_gb))

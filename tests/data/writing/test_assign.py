@@ -108,6 +108,10 @@ def test_doubts() -> None:
         "all samples are of one class: there is nothing to tell apart",
         "1 of 2 classes have no sample: 0; class numbers go from 0, do these go from 1?",
     ]
+    own = source([0, 1] * 20, splits=["train"] * 20 + ["val"] * 20)
+    assert doubts(own, assign_splits(own, None), None) == [
+        "the source has no test split: train with data.test=null"
+    ]
     gaps = source([0, 1, 4] * 20)
     assert doubts(gaps, assign_splits(gaps, None), None) == ["2 of 5 classes have no sample: 2, 3"]
 
