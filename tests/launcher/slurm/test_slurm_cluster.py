@@ -315,11 +315,13 @@ def test_a_study_as_jobs_stopped_twice_and_gone_on_with(place: Place) -> None:
         while search.poll() is None and not all(read_jsonl(run.metrics) for run in runs[:2]):
             time.sleep(0.1)
         search.send_signal(signal.SIGTERM)
+        place.preempt(jobs[0])
         stopped = json.loads(search.communicate(timeout=60)[0])
         assert search.returncode == SAVED
     assert [t["state"] for t in stopped["trials"]] == ["running", "running"]
     assert [job_of(run) for run in runs[:2]] == jobs
-    place.preempt(jobs[0])
+    for job in jobs:  # so late, the preempted one would be compared with the other, and pruned
+        place.wait(str(job), "COMPLETED 0:0")
 
     found = json.loads(place.call(*command))
     states = ["complete", "complete", "pruned", "pruned"]
