@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.json_text import parse_json
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write through a temporary file, so that a reader sees the old content or the new one.
@@ -65,7 +67,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue  # torn by a power cut; the next attempt writes that step again
         if isinstance(record, dict):

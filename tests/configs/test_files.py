@@ -63,3 +63,9 @@ def test_no_writer_bypasses_to_json() -> None:
 
 def _is_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
+
+
+def test_a_line_that_is_nested_too_deeply_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b"[" * 100_000 + b'\n{"step": 2}\n')
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
