@@ -70,8 +70,8 @@ def test_every_step_stands_once_in_the_metrics(place):
 def test_every_json_of_data_and_run_is_strict(place):
     lines = [path.read_text() for path in place.rglob("*.json")]
     lines += [line for path in place.rglob("*.jsonl") for line in path.read_text().splitlines()]
-    assert len(lines) > 100
-    for line in lines:
+    assert len(lines) > 50  # steps, evaluations, events and a dozen whole files
+    for line in filter(None, lines):  # the heartbeat of a run that has ended is empty
         json.loads(line, parse_constant=pytest.fail)
 
 

@@ -28,7 +28,7 @@ reduction: overlapped
 data:
   sampling: uniform
   stream: ["pipe:cat shards/digits/train/00000{0..0}.tar", bad.tar]
-schedule: {name: cosine}
+schedule: {name: cosine, warmup: 0 steps}
 evaluate: {every: 3 steps}
 checkpoint: {every: 2 steps}
 ensemble: {soup: false}
