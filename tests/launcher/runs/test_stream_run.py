@@ -98,7 +98,7 @@ def test_check_counts_classes_where_they_are_known(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(here)
-    found = json.loads(invoke("check", "--quick", "streamed.yaml", "--json").output)
+    found = json.loads(invoke("check", "--quick", "streamed.yaml", "--json").stdout)
     assert (found["classes"], found["counted"], found["steps"]) == (10, "val", 6)
     assert "train" not in found["splits"]
     assert "in val" in invoke("check", "--quick", "streamed.yaml").output
