@@ -1,6 +1,7 @@
 """Samples per second that one core indexes, and how long an index takes to open.
 
     python benchmarks/index.py [--quick] [--json FILE] [--folder DIR]
+    python benchmarks/index.py --against REV [--photos TAR] [--quick] ...
 
 Archives of random bytes, of the sizes of small pictures, of photos reduced to a short side
 of 256 pixels, and of full ImageNet photos, are written and then read from the page cache in
@@ -15,6 +16,10 @@ in one per core, and open_index. Figures of one process are samples per second o
 that other load on the machine does not count, and neither do waits for the disk; those of all
 cores and of open_index are of the clock. Full: 3.9 GB on disk, about three minutes. --quick:
 0.3 GB.
+
+--against REV compares this tree with another commit instead: build_index of the same archives,
+and `shard` of photos (the JPEGs in TAR, or generated ones of 108 kB) from folders, a tar and
+Parquet, the two in turn.
 """
 
 import argparse
@@ -110,12 +115,40 @@ def measure(folder: Path, samples: int, repeats: int) -> dict[str, float]:
     return figures | {"samples": samples, "cores": cores, "open_index_s": round(opened, 4)}
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Index and shard by this tree and by another commit, and print the ratios."""
+    from against import checkout, photos, side_by_side, write_sources
+
+    shrink = QUICK if options.quick else 1
+    with (
+        checkout(options.against) as old,
+        tempfile.TemporaryDirectory(dir=options.folder) as temporary,
+    ):
+        folder = Path(temporary)
+        tasks = {}
+        for name, (size, full) in CASES.items():
+            archives = folder / f"{size}-bytes"
+            write_shards(archives, size, full // shrink)
+            tasks[f"index, {name}"] = ("index", archives)
+        sources = write_sources(folder, photos(options.photos, 3000 // shrink))
+        tasks |= {f"shard of photos, {name}": ("shard", path) for name, path in sources.items()}
+        figures = side_by_side(old, tasks, folder / "out", 3 if options.quick else 5)
+    if options.json:
+        where = {**machine("numpy", "pyarrow", "pillow", "simplejpeg"), "against": options.against}
+        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} times fewer samples")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     parser.add_argument("--folder", type=Path, help="where to write the archives")
+    parser.add_argument("--against", metavar="REV", help="compare with this commit")
+    parser.add_argument("--photos", type=Path, help="with --against: a tar of JPEGs")
     options = parser.parse_args()
+    if options.against:
+        compare(options)
+        return
     figures = {}
     for name, (size, full) in CASES.items():
         samples = full // QUICK if options.quick else full
