@@ -248,7 +248,12 @@ def _hide(run: RunDir) -> Path:
 
 
 def _refuse_to_remove(run: RunDir) -> None:
-    state = "running" if processes(run) else look_up(run).state
+    state = "running" if processes(run) else state_of(run)
+    if state == "unknown":
+        raise UserError(
+            f"SLURM does not answer whether job {_live_job(run)} of {run.name} is over; try again "
+            f"later, or `rm -r {run.path}` once you know"
+        )
     if state in ("running", "queued"):
         raise UserError(f"{run.name} is {state}; `bigbatch cancel {run.path}` ends it first")
 

@@ -178,6 +178,25 @@ def test_a_run_that_starts_or_resumes_is_not_removed(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_whose_job_may_still_wait_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a preempted run say no more than that it stopped."""
+    events = [{"kind": "submitted", "job": "7"}, START, {"kind": "end", "state": "stopped"}]
+    run = make(tmp_path / "runs", "a", events)
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    waits = "echo '7|PENDING|'"
+    for body, error in (("exit 1", "does not answer whether job 7"), (waits, "queued")):
+        squeue.write_text(f"#!/bin/sh\n{body}\n")
+        squeue.chmod(0o755)
+        with pytest.raises(UserError, match=error):
+            registry.remove(run)
+    squeue.write_text("#!/bin/sh\necho 'Invalid job id specified' >&2; exit 1\n")
+    registry.remove(run)
+    assert not run.path.exists()
+
+
 def test_a_link_to_a_run_goes_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").mkdir()
