@@ -141,6 +141,19 @@ def test_the_split_of_energon_is_kept(prepared: Path) -> None:
     assert ("shards/3.tar", "excluded by .nv-meta/split.yaml") in source.skipped
 
 
+def test_the_split_of_energon_is_found_from_far_below(prepared: Path) -> None:
+    text = SPLIT.replace("shards/", "shards/a/b/")
+    (prepared / ".nv-meta" / "split.yaml").write_text(text)
+    for i in range(4):
+        (prepared / "shards" / "a" / "b").mkdir(parents=True, exist_ok=True)
+        (prepared / "shards" / f"{i}.tar").rename(prepared / "shards" / "a" / "b" / f"{i}.tar")
+    source = open_source(str(prepared / "shards"))
+    assert source.splits is not None
+    assert source.splits.tolist() == ["train"] * 6 + ["val"] * 3
+    with pytest.raises(UserError, match="several parts"):
+        build_index(prepared / "shards" / "a" / "b")
+
+
 def test_an_index_over_parts_of_energon_is_refused(prepared: Path) -> None:
     with pytest.raises(UserError, match=r"several parts .* train \(2\), val \(1\), excluded \(1\)"):
         build_index(prepared / "shards")
