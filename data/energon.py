@@ -17,7 +17,8 @@ SPLIT_FILE = ".nv-meta/split.yaml"
 def energon_parts(tars: Sequence[Path]) -> list[str] | None:
     """The part of each archive, EXCLUDED for one that is left out; None without a split.yaml.
 
-    The file lies in a folder beside the archives or above them, to which its names are relative. Raises UserError where it cannot be read or has no word about one of them.
+    The file lies in a folder beside the archives or above them, to which its names are
+    relative. Raises UserError where it cannot be read or has no word about one of them.
     """
     folders = dict.fromkeys(folder for tar in tars for folder in tar.absolute().parents)
     root = next((folder for folder in folders if (folder / SPLIT_FILE).is_file()), None)
