@@ -1,12 +1,13 @@
 """Sharding and indexing by two commits, side by side: for `benchmarks/index.py --against REV`.
 
 Each measurement is a fresh process of the one tree, then of the other, in turn, several times;
-the best counts. CPU seconds leave out imports, waits for the disk and other load.
+medians are quoted. CPU seconds leave out imports, waits for the disk and other load.
 """
 
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -31,10 +32,11 @@ if what == "index":
     from bigbatch.data.index import build_index
     work = lambda: build_index(Path(source))
 else:
+    import importlib
     try:
-        from bigbatch.data.writing.shard import shard
-    except ImportError:
-        from bigbatch.data.shard import shard
+        shard = importlib.import_module("bigbatch.data.writing.shard").shard
+    except ImportError:  # before the rooms
+        shard = importlib.import_module("bigbatch." "data.shard").shard
     work = lambda: shard(source, Path(dest), progress=False)
 cpu, wall = time.process_time(), time.perf_counter()
 work()
@@ -107,7 +109,7 @@ def timed(tree: Path, what: str, source: Path, dest: Path) -> dict[str, float]:
 def side_by_side(
     old: Path, tasks: dict[str, tuple[str, Path]], dest: Path, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """For each (what, source): the best of both trees, and how many times as fast this one is."""
+    """For each (what, source): medians of both trees, and how many times as fast this one is."""
     figures: dict[str, dict[str, Any]] = {}
     for name, (what, source) in tasks.items():
         runs: dict[str, list[dict[str, float]]] = {"old": [], "new": []}
@@ -115,16 +117,18 @@ def side_by_side(
             trees = {"old": old, "new": ROOT}
             for which in sorted(trees, reverse=number % 2 == 0):  # each goes first in turn
                 runs[which].append(timed(trees[which], what, source, dest))
-        best = {
-            which: {key: round(min(run[key] for run in those), 3) for key in those[0]}
+        middle = {
+            which: {key: round(statistics.median(run[key] for run in those), 3) for key in those[0]}
             for which, those in runs.items()
         }
-        ratios = {key: round(best["old"][key] / best["new"][key], 3) for key in ("cpu_s", "wall_s")}
-        figures[name] = {**best, "times_as_fast": ratios}
+        ratios = {
+            key: round(middle["old"][key] / middle["new"][key], 3) for key in ("cpu_s", "wall_s")
+        }
+        figures[name] = {**middle, "times_as_fast": ratios}
         print(
-            f"{name:28} CPU {best['old']['cpu_s']:7.2f} -> {best['new']['cpu_s']:7.2f} s "
-            f"({ratios['cpu_s']:.2f}), wall {best['old']['wall_s']:7.2f} -> "
-            f"{best['new']['wall_s']:7.2f} s ({ratios['wall_s']:.2f}), peak "
-            f"{best['old']['peak_mib']:5.0f} -> {best['new']['peak_mib']:5.0f} MiB"
+            f"{name:28} CPU {middle['old']['cpu_s']:7.2f} -> {middle['new']['cpu_s']:7.2f} s "
+            f"({ratios['cpu_s']:.2f}), wall {middle['old']['wall_s']:7.2f} -> "
+            f"{middle['new']['wall_s']:7.2f} s ({ratios['wall_s']:.2f}), peak "
+            f"{middle['old']['peak_mib']:5.0f} -> {middle['new']['peak_mib']:5.0f} MiB"
         )
     return figures

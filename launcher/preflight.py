@@ -57,6 +57,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "global_batch": recipe.global_batch,
         "micro_batch": recipe.micro_batch,
         "micro_batches": recipe.micro_batches,
+        "notes": list(inputs.notes),
         "world_size": world,
         "epoch_samples": inputs.epoch_samples,
         "steps": plan.total,

@@ -92,14 +92,17 @@ def speaks(peers: Peers | None) -> bool:
     return peers is None or peers.rank == 0
 
 
-def check_start(recipe: Recipe) -> None:
+def check_start(recipe: Recipe, peers: Peers | None = None) -> None:
     """Raise UserError, with the remedy, for what would stop a run of `recipe` at its start.
 
-    Shards and indexes that are missing or damaged, and a schedule that does not fit.
+    Shards and indexes that are missing or damaged, and a schedule that does not fit. Of `peers`
+    one says what is worth knowing, though nothing is refused.
     """
     from bigbatch.trainers.planning.inputs import open_inputs  # pyarrow takes a while to import
 
-    open_inputs(recipe)
+    notes = open_inputs(recipe).notes
+    for note in notes if speaks(peers) else ():
+        notice(note)
 
 
 def run_path(

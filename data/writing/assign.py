@@ -107,7 +107,7 @@ def doubts(
         names = ", ".join(source.classes[c] for c in empty[:5]) + (", ..." * (len(empty) > 5))
         found.append(f"{len(empty):,} of {len(counts):,} classes have no sample: {names}{hint}")
     if source.splits is not None and not (splits == "test").any():
-        found.append("the source has no test split: train with data.test=null")
+        found.append("the source has no test split: runs will report scores of val alone")
     wanted = fractions or _usual_fractions(source)
     for split, fraction in zip(SPLITS, wanted, strict=False):
         if fraction > 0 and not (splits == split).any():

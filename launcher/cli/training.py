@@ -72,7 +72,7 @@ def train(
         count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         if not RunDir(path).summary.exists():  # a finished run needs its shards no more
-            start.check_start(loaded)
+            start.check_start(loaded, peers)
         if peers is None and not several:
             create_run(path, loaded)
         else:
@@ -128,7 +128,7 @@ def resume(
             click.echo(resubmit(found, sbatch_arg))
             return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
-        start.check_start(recipe)
+        start.check_start(recipe, peers)
         start.begin(found.path, peers, None if count is None else Launch(nproc=count))
 
 

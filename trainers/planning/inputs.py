@@ -19,6 +19,8 @@ from bigbatch.trainers.planning.schedules import build_schedule
 
 Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
+_USUAL_TEST: str | None = Data.model_fields["test"].default
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -29,6 +31,7 @@ class Inputs:
     epoch_samples: int  # of a stream: of the whole run
     plan: Plan
     schedule: Schedule
+    notes: tuple[str, ...] = ()  # what a user should know, though nothing is refused
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -52,6 +55,10 @@ def open_inputs(
         )
     train = data.train if data.stream is None else None
     names = {"train": train, "val": data.val, "test": data.test}
+    notes = []
+    if data.test == _USUAL_TEST and not is_url(data.path) and not (root / _USUAL_TEST).exists():
+        names["test"] = None  # nobody asked for it by another name
+        notes.append(f"{root} has no split test: the run reports scores of {data.val} alone")
     splits = {role: open_split(data, name) for role, name in names.items() if name is not None}
     classes = splits["val"].classes
     for role, index in splits.items():
@@ -67,7 +74,7 @@ def open_inputs(
         order = None
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
-    return Inputs(splits, order, epoch_samples, plan, schedule)
+    return Inputs(splits, order, epoch_samples, plan, schedule, tuple(notes))
 
 
 def open_split(data: Data, name: str) -> Index:

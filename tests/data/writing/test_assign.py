@@ -110,7 +110,7 @@ def test_doubts() -> None:
     ]
     own = source([0, 1] * 20, splits=["train"] * 20 + ["val"] * 20)
     assert doubts(own, assign_splits(own, None), None) == [
-        "the source has no test split: train with data.test=null"
+        "the source has no test split: runs will report scores of val alone"
     ]
     gaps = source([0, 1, 4] * 20)
     assert doubts(gaps, assign_splits(gaps, None), None) == ["2 of 5 classes have no sample: 2, 3"]
