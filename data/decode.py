@@ -42,7 +42,7 @@ def open_pixels(data: bytes, channels: int) -> Jpeg | Pixels:
     """
     try:
         if data[:2] == b"\xff\xd8":
-            jpeg = _open_jpeg(data)
+            jpeg = open_jpeg(data)
             if jpeg is not None:
                 return jpeg
         return _pillow(data, channels)
@@ -126,7 +126,7 @@ def reduced(opened: Jpeg | Pixels, factor: int, channels: int) -> Pixels:
     return shrink(pixels, factor // scale)
 
 
-def _open_jpeg(data: bytes) -> Jpeg | None:
+def open_jpeg(data: bytes) -> Jpeg | None:
     """The size in a JPEG's header (ITU-T T.81, B.2); None where Pillow must decode it.
 
     simplejpeg reads a header, too, but says nothing of EXIF, so the segments are walked anyway.

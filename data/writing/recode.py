@@ -12,6 +12,7 @@ from bigbatch.data.decode import (
     MAX_PIXELS,
     Jpeg,
     no_image,
+    open_jpeg,
     reduced,
 )
 from bigbatch.data.pixels import upright
@@ -43,11 +44,13 @@ def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, s
     image is decoded once, by what decodes it for training, so that one which is damaged, or
     whose values have no certain range, is found here. Raises OSError for what cannot be used.
     """
-    image = open_image(data)
-    kind = str(image.format)
     try:
+        if _is_usual_jpeg(data, short_side):
+            return data, "jpg"
+        image = open_image(data)
+        kind = str(image.format)
         if short_side is None or min(image.size) <= short_side:
-            if kind in ("JPEG", "MPO"):  # at an eighth of its size, all of its data are read
+            if kind in ("JPEG", "MPO"):  # turned, or of four colours
                 reduced(Jpeg(image.height, image.width, data), 8, channels=1)
             else:
                 upright(image)
@@ -61,6 +64,16 @@ def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, s
         raise
     except Exception as error:  # decoders raise what they like; the bytes are at fault
         raise OSError(f"cannot be decoded: {error or type(error).__name__}") from None
+
+
+def _is_usual_jpeg(data: bytes, short_side: int | None) -> bool:
+    """Whether it is a JPEG that keeps its bytes, as most are; decoded without Pillow's header."""
+    usual = data[:2] == b"\xff\xd8" and len(data) <= MAX_BYTES
+    jpeg = open_jpeg(data) if usual else None
+    if jpeg is None or (short_side is not None and min(jpeg[:2]) > short_side):
+        return False
+    reduced(jpeg, 8, channels=1)  # at an eighth of its size, all of its data are read
+    return True
 
 
 def open_image(data: bytes) -> Image.Image:
