@@ -19,7 +19,7 @@ from bigbatch.trainers.planning.schedules import build_schedule
 
 Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
-_USUAL_TEST: str | None = Data.model_fields["test"].default
+_USUAL_TEST = str(Data.model_fields["test"].default)
 
 
 @dataclass(frozen=True)
