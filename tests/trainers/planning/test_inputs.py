@@ -9,7 +9,7 @@ from bigbatch.trainers.planning.inputs import open_inputs
 
 
 def test_a_data_set_without_a_test_split(tmp_path: Path) -> None:
-    """It trains, and says what it will not report; a split of another name was meant to be there."""
+    """It trains, and says what it will not report; a split of another name is missed."""
     shard("digits", tmp_path / "digits", split="0.8,0.2", progress=False)
     keys = [f"data.path={tmp_path / 'digits'}", "global_batch=256", "micro_batch=64"]
     usual = open_inputs(load_recipe("digits", keys))
