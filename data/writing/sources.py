@@ -30,7 +30,8 @@ class Source:
     labels[i] is a number below len(classes). `splits`, where the source has its own, names
     each sample's split ("" for none). `groups`, where reading has a grain, numbers the
     blocks (such as Parquet row groups) that are cheap to read as a whole; `window` of them
-    fit into memory at a time. read(i) returns the encoded image, or raises OSError.
+    fit into memory at a time, and a process that reads holds up to `held` bytes of them.
+    read(i) returns the encoded image, or raises OSError.
     `fractions` is how train, val and test are divided where nobody says otherwise;
     `skipped` lists (what, why) of samples that were found unusable while listing, and of files
     that are no part of it; `notes` are what else its user should know.
@@ -43,6 +44,7 @@ class Source:
     splits: npt.NDArray[np.str_] | None = None
     groups: npt.NDArray[np.int64] | None = None
     window: int = 1
+    held: int = 0
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -77,6 +77,7 @@ def parquet(path: Path, image: str | None, label: str | None) -> Source:
         read=reader,
         groups=np.repeat(np.arange(len(rows)), rows),
         window=window,
+        held=max(_HELD_BYTES, int(_READING * largest)),
     )
     source.skipped.extend(found.skipped)
     return source
@@ -174,6 +175,7 @@ def _source(
     read: Any,
     groups: npt.NDArray[np.int64] | None = None,
     window: int = 1,
+    held: int = 0,
 ) -> Source:
     """A Source from the small columns of each file."""
     values = [table[columns.label] for table in tables]
@@ -199,6 +201,7 @@ def _source(
         splits=own[labelled] if own[0] else None,
         groups=groups[labelled] if groups is not None else None,
         window=window,
+        held=held,
         skipped=skipped,
     )
 

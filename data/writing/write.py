@@ -73,6 +73,18 @@ def _write_shard(work: Work, shard: Shard, tick: Callable[[int], None]) -> dict[
 _SKIPPED_ERRORS = (None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP)
 
 
+# What all processes together may hold of a source; a process needs so much besides.
+_HELD_TOGETHER = 8 << 30
+_PROCESS = 150 << 20
+
+
+def processes(source: Source, workers: int) -> int:
+    """`workers`, or as many as together hold 8 GiB of row groups, libraries included."""
+    if not source.held:
+        return workers
+    return min(workers, max(1, _HELD_TOGETHER // (source.held + _PROCESS)))
+
+
 def write_all(
     work: Work,
     tasks: Sequence[list[Shard]],
@@ -81,6 +93,7 @@ def write_all(
 ) -> Generator[dict[str, Any], None, None]:
     """Write shards, here or in `workers` processes; yield the records as they come."""
     total = sum(len(s.items) for task in tasks for s in task)
+    workers = processes(work.source, workers)
     with _progress_bar(total, progress) as advance:
         if workers == 1 or len(tasks) <= 1:
             for task in tasks:

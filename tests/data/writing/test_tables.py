@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.index import open_index
 from bigbatch.data.writing.kinds import open_source
 from bigbatch.data.writing.shard import shard
+from bigbatch.data.writing.write import processes
 
 NAMES = ["cat", "dog", "eel"]
 
@@ -394,6 +396,17 @@ def test_a_reader_takes_nothing_along_to_another_process(tmp_path: Path) -> None
     source = open_source(path)
     source.read(0)
     assert len(pickle.dumps(source)) < 100_000
+
+
+def test_all_processes_together_are_bounded(tmp_path: Path) -> None:
+    source = open_source(write(tmp_path / "x.parquet", image=[picture(0)], label=[0]))
+    assert source.held == 128 << 20
+    assert [processes(source, n) for n in (1, 8, 1000)] == [1, 8, 29]
+    large = replace(source, held=int(3.2 * 100e6))
+    assert processes(large, 1000) == 17
+    assert 17 * (large.held + (150 << 20)) <= 8 << 30
+    assert processes(replace(source, held=100 << 30), 1000) == 1
+    assert processes(replace(source, held=0), 1000) == 1000
 
 
 @pytest.mark.slow
