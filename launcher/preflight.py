@@ -1,5 +1,6 @@
 """What can be known of a run before it starts, on a machine without torch or GPU."""
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import verify_index
 from bigbatch.launcher.estimate import Estimate, look
 from bigbatch.trainers.models.weights_file import describe, differences, open_weights
+from bigbatch.trainers.planning.environment import check_environment
 from bigbatch.trainers.planning.inputs import fit, open_inputs
 from bigbatch.trainers.planning.plan import Plan, check_world
 
@@ -33,6 +35,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
 
     `world` is a number of ranks to check the recipe against.
     """
+    check_environment(os.environ)
     if world is not None:
         check_world(recipe, world)
     inputs = open_inputs(recipe)

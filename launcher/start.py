@@ -20,6 +20,7 @@ from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
+from bigbatch.trainers.planning.environment import check_environment
 from bigbatch.trainers.planning.plan import check_world
 
 RUNS = Path("runs")
@@ -95,9 +96,11 @@ def speaks(peers: Peers | None) -> bool:
 def check_start(recipe: Recipe, peers: Peers | None = None) -> None:
     """Raise UserError, with the remedy, for what would stop a run of `recipe` at its start.
 
-    Shards and indexes that are missing or damaged, and a schedule that does not fit. Of `peers`
-    one says what is worth knowing, though nothing is refused.
+    Variables that would change what is computed, shards and indexes that are missing or
+    damaged, and a schedule that does not fit. Of `peers` one says what is worth knowing, though
+    nothing is refused.
     """
+    check_environment(os.environ)
     from bigbatch.trainers.planning.inputs import open_inputs  # pyarrow takes a while to import
 
     notes = open_inputs(recipe).notes

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import torch
 from PIL import Image
 from pydantic import JsonValue
 from torch import nn
@@ -21,6 +22,7 @@ from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.losses.build import Objective, build_objective
+from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_model, choose_memory_format
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
@@ -117,6 +119,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         quiet=engine.rank != 0,
     )
+    objective = build_objective(recipe.loss)
+    probe(model, objective, recipe, classes)
     memory_format = choose_memory_format(recipe.model, engine.device)
     model.to(memory_format=memory_format)
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
@@ -145,8 +149,16 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         evaluations=evaluations,
         info=info,
     )
-    objective = build_objective(recipe.loss)
     return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state)
+
+
+def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) -> None:
+    """Raise UserError where a forward pass changes state that ranks cannot agree on."""
+    size, count = recipe.data.image_size, min(2, recipe.micro_batch)
+    images = torch.linspace(-1, 1, count * recipe.data.channels * size * size)
+    images = images.view(count, recipe.data.channels, size, size)
+    targets = images.new_full((count, classes), 1 / classes)
+    check_state(model, lambda network, x: objective(network, x, targets), images)
 
 
 def check_same_data(inputs: Inputs, engine: Engine) -> None:

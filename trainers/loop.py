@@ -33,6 +33,7 @@ def train(attempt: Attempt) -> bool:
     if recipe.optimizer.name == "lbfgs":
         closure = Closure(engine, statistics, objective, plan.micro_batches)
     skipped = 0
+    statistics.check()
     model.train()
 
     for step in range(state.step, plan.stop):
@@ -71,6 +72,7 @@ def train(attempt: Attempt) -> bool:
         watchdog.beat(step, "reducing")
         with clock("reduce"):
             engine.reduce()
+            changed = engine.changed_parameters()
             totals = engine.sum_by_name(
                 {
                     "loss": loss_sum,
@@ -78,24 +80,30 @@ def train(attempt: Attempt) -> bool:
                     "micro_sq": engine.micro_batch_sq(),
                     "statistics": statistics.local(),
                     "timings": monitor.table(step + 1),
+                    "changed": loss_sum.new_full((), float(bool(changed))),
                 }
             )
             on_device = totals.pop("statistics")
             norm = engine.gradient_norm()
-            agreed = read_back({**totals, "norm": norm})
+            agreed = read_back({**totals, "norm": norm, "buffers": on_device.sum()})
+        engine.refuse_changes(step, changed, agreed["changed"][0])
         mean_loss = agreed["loss"][0] / plan.micro_batches
         norm_value = agreed["norm"][0]
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
+        spoilt = [] if math.isfinite(agreed["buffers"][0]) else statistics.non_finite(on_device)
         finite = math.isfinite(mean_loss) and math.isfinite(norm_value)
         skipped = 0 if finite else skipped + 1
-        if not finite:
-            log.event("non_finite", step=step, loss=mean_loss, grad_norm=norm_value)
+        if not finite or spoilt:
+            log.event(
+                "non_finite", step=step, loss=mean_loss, grad_norm=norm_value, buffers=spoilt[:20]
+            )
         if check_step(
             recipe.recovery,
             step,
             mean_loss,
             norm_value,
+            not_finite=spoilt,
             earlier=state.losses,
             skipped_steps=state.skipped_steps,
             may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,

@@ -11,6 +11,9 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+
+from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.attempt import open_attempt
 from bigbatch.trainers.engine import Engine, open_engine
@@ -21,6 +24,7 @@ from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log, open_log
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.monitoring.output import close_output, copy_output
+from bigbatch.trainers.planning.environment import recorded_variables, said_variables
 from bigbatch.trainers.recovery.failures import explain
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.resume import acquire_run_lock, resume
@@ -133,9 +137,15 @@ def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
         host=socket.gethostname(),
         pid=os.getpid(),
         agent=agent_pid(),
+        environment=recorded_variables(os.environ),
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
         flops_per_image=monitor.flops,
         peak_flops=monitor.peak,
     )
+    if engine.rank == 0:
+        for line in said_variables(os.environ):
+            notice(line)
     if engine.rank == 0 and not job.run.contact_sheet.exists():
         try:
             job.save_contact_sheet()

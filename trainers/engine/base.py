@@ -1,5 +1,6 @@
 """The engine as the loop sees it: processes, device and precision, and the calls of a step."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    TorchDynamoPlugin,
+)
 from torch import Tensor, nn
 
 from bigbatch.configs.clipping import Clip
@@ -16,6 +23,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine.collectives import Collectives
 from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
 from bigbatch.trainers.engine.pieces import Pieces
+from bigbatch.trainers.planning.environment import asks_for_cpu, check_environment
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -38,14 +46,27 @@ class Engine(Collectives, ABC):
     def __init__(
         self, precision: str, timeout_s: float, handlers: Sequence[KwargsHandler] = ()
     ) -> None:
-        if precision == "fp16" and not torch.cuda.is_available():
+        check_environment(os.environ)
+        cpu = asks_for_cpu(os.environ) or not torch.cuda.is_available()
+        if precision == "fp16" and cpu:
             raise UserError("precision = fp16 needs a GPU; on CPU use fp32 or bf16")
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
+        # Whatever is not given here, accelerate and torch take from the environment.
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[precision],
-            cpu=not torch.cuda.is_available(),
+            cpu=cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(
+                backend=DynamoBackend.NO,
+                mode="default",
+                fullgraph=False,
+                dynamic=False,
+                use_regional_compilation=False,
+            ),
             kwargs_handlers=[*handlers, group],
         )
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True  # torch's default
         self.device: torch.device = self.accelerator.device
         # Called when the last of a step's gradients are on their way and the host only waits.
         self.on_sent: Callable[[], None] = lambda: None
@@ -58,6 +79,35 @@ class Engine(Collectives, ABC):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int
     ) -> None:
         """Put the model on the device; a step is made of `micro_batches`, over all ranks."""
+
+    def _fix_parameters(self) -> None:
+        """Remember what is trained: of anything that joins later no rank would tell the others."""
+        self._fixed = {n: (p, p.requires_grad) for n, p in self.module.named_parameters()}
+
+    def changed_parameters(self) -> list[str]:
+        """What `prepare` has not seen: parameters that woke up, froze, or took another's place."""
+        now = dict(self.module.named_parameters())
+        changed = []
+        for name, parameter in now.items():
+            known, trained = self._fixed.get(name, (parameter, False))
+            if parameter.requires_grad != trained:
+                change = "froze" if trained else "woke up" if name in self._fixed else "is new"
+                changed.append(f"{name} {change}")
+            elif trained and parameter is not known:
+                changed.append(f"{name} was replaced")
+        return changed + [f"{n} is gone" for n, (_, t) in self._fixed.items() if t and n not in now]
+
+    def refuse_changes(self, step: int, changed: list[str], ranks: float) -> None:
+        """Raise UserError on every rank where `changed_parameters` are found on any."""
+        if ranks:
+            found = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            raise UserError(
+                f"step {step}: parameters of the model changed since the start: "
+                f"{found or 'on another rank'}; ranks exchange gradients of those alone that were "
+                "trained at the start, so that this one would differ between ranks. The weights "
+                "were not touched. Set requires_grad before training starts, and start a new run "
+                "to train others"
+            )
 
     @property
     def scaler(self) -> Any | None:

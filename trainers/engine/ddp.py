@@ -45,6 +45,7 @@ class DdpEngine(Engine):
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             self.model = self.accelerator.prepare_model(self.module, evaluation_mode=self.exact)
         self._stepper = self.accelerator.prepare_optimizer(optimizer)
+        self._fix_parameters()
         self._trained = [p for p in self.module.parameters() if p.requires_grad]
         if self.exact:
             sizes = [p.numel() for p in self._trained]

@@ -38,6 +38,7 @@ class ShardedEngine(Engine):
         parameters = dict(model.named_parameters())
         # FSDP2 takes no other layout, and DeepSpeed flattens to this one.
         pieces = self.shard(model.to(memory_format=torch.contiguous_format).to(self.device))
+        self._fix_parameters()
         self.pieces = Pieces(self.module, pieces)
         self.pieces.adopt(optimizer, parameters)
         self._pieces = [piece.tensor for piece in pieces]

@@ -13,9 +13,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine.pieces import Piece
 from bigbatch.trainers.engine.sharded import ShardedEngine
 
@@ -27,6 +29,12 @@ class ZeroEngine(ShardedEngine):
 
     def __init__(self, precision: str, stage: int, timeout_s: float = 600) -> None:
         super().__init__(precision, timeout_s)
+        found = get_accelerator().device_name()
+        if found != self.device.type:
+            raise UserError(
+                f"DeepSpeed computes on {found} (DS_ACCELERATOR), torch on {self.device.type}; "
+                "unset DS_ACCELERATOR, or use another backend"
+            )
         self._stage = stage
         self._collected = ExitStack()
         logger.setLevel(logging.ERROR)

@@ -1,14 +1,27 @@
 """BatchNorm running statistics that do not depend on the world size.
 
 Each micro-batch is normalised by its own statistics. The running statistics move once a
-step, towards the mean of those over all of the step's micro-batches on all ranks.
+step, towards the mean of those over all of the step's micro-batches on all ranks. The same
+holds of EvoNorm's running variance (Liu et al. 2020, arXiv:2004.02967, B variants), which
+timm blends in as BatchNorm does. Other state that a forward pass changes is refused at the
+start (`check_state`): it would depend on which rank computes which micro-batch.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from bigbatch.configs.errors import UserError
+
+# Each keeps old * (1 - momentum) + new * momentum of statistics that it does not train with.
+_AVERAGED = (_BatchNorm, EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2)
+_STATISTICS = ("running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
 
 
 class StepStatistics:
@@ -19,19 +32,26 @@ class StepStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [
-            m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None
+        found = [
+            (name, m)
+            for name, m in model.named_modules()
+            if isinstance(m, _AVERAGED) and m.running_var is not None
         ]
+        self.layers = [layer for _, layer in found]
         self.momentum = [0.1 if m.momentum is None else m.momentum for m in self.layers]
         for layer in self.layers:
             layer.momentum = 1.0
-        self.buffers: list[Tensor] = [
-            b for m in self.layers for b in (m.running_mean, m.running_var) if b is not None
+        kept = [
+            (f"{name}.{kind}", buffer, momentum)
+            for (name, layer), momentum in zip(found, self.momentum, strict=True)
+            for kind in _STATISTICS
+            if (buffer := getattr(layer, kind, None)) is not None
         ]
-        self.counters: list[Tensor] = [
-            m.num_batches_tracked for m in self.layers if m.num_batches_tracked is not None
-        ]
-        self.weights = [w for m in self.momentum for w in (m, m)]
+        self.names = [name for name, _, _ in kept]
+        self.buffers: list[Tensor] = [buffer for _, buffer, _ in kept]
+        self.weights = [momentum for _, _, momentum in kept]
+        counters = [getattr(layer, _COUNTER, None) for layer in self.layers]
+        self.counters: list[Tensor] = [c for c in counters if c is not None]
         self.kept = [b.clone() for b in self.buffers]
         self.kept_counters = [c.clone() for c in self.counters]
         # float64: the sum is then the same in whatever order ranks and micro-batches come.
@@ -42,8 +62,9 @@ class StepStatistics:
         """Remember the statistics as they are before the step."""
         if self.layers:
             torch._foreach_copy_(self.kept, self.buffers)
-            torch._foreach_copy_(self.kept_counters, self.counters)
             torch._foreach_zero_(self.sums)
+        if self.counters:
+            torch._foreach_copy_(self.kept_counters, self.counters)
 
     @torch.no_grad()
     def add(self) -> None:
@@ -51,9 +72,27 @@ class StepStatistics:
         if self.layers:
             torch._foreach_add_(self.sums, self.buffers)
 
+    def check(self) -> None:
+        """Raise UserError where the statistics that training starts from are not finite."""
+        if bad := self.non_finite(self._flat(self.buffers)):
+            raise UserError(
+                f"{bad[0]} of the model is not finite ({len(bad)} of {len(self.names)} running "
+                "statistics are not); no step would mend it, so start from other weights"
+            )
+
+    def non_finite(self, total: Tensor) -> list[str]:
+        """Names of the statistics that are not finite in `total`, a vector like `local`."""
+        parts = total.split([b.numel() for b in self.buffers])
+        finite = zip(self.names, parts, strict=True) if self.buffers else ()
+        return [name for name, part in finite if not math.isfinite(float(part.sum()))]
+
+    @staticmethod
+    def _flat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.double().flatten() for t in tensors]) if tensors else torch.zeros(0)
+
     def local(self) -> Tensor:
         """This rank's sums as one vector, to be summed over ranks."""
-        return torch.cat([s.flatten() for s in self.sums]) if self.layers else torch.zeros(0)
+        return self._flat(self.sums)
 
     @torch.no_grad()
     def finish(self, total: Tensor, micro_batches: int) -> None:
@@ -61,7 +100,8 @@ class StepStatistics:
         self.discard()
         if self.layers:
             # Counted in steps: counted in forward passes it would depend on the world size.
-            torch._foreach_add_(self.counters, 1)
+            if self.counters:
+                torch._foreach_add_(self.counters, 1)
             parts = total.div(micro_batches).split([s.numel() for s in self.sums])
             means = [p.view_as(b).to(b) for p, b in zip(parts, self.buffers, strict=True)]
             torch._foreach_lerp_(self.buffers, means, self.weights)
@@ -71,6 +111,7 @@ class StepStatistics:
         """Put back the statistics from before the step, as when the step is skipped."""
         if self.layers:
             torch._foreach_copy_(self.buffers, self.kept)
+        if self.counters:
             torch._foreach_copy_(self.counters, self.kept_counters)
 
 
@@ -100,3 +141,54 @@ def recompute_statistics(
     for layer, momentum in zip(statistics.layers, statistics.momentum, strict=True):
         layer.momentum = momentum
     model.train(was_training)
+
+
+def check_state(
+    model: nn.Module, forward: Callable[[nn.Module, Tensor], object], images: Tensor
+) -> None:
+    """Raise UserError where training changes state that ranks cannot agree on.
+
+    Makes a forward pass of a copy of `model` in training mode over `images` [B, C, H, W], as
+    `forward(model, images)`, and compares: what changed, and is no running statistic that
+    `StepStatistics` averages, has a name in the message. Weights whose gradients are averaged
+    may not change in it either. No pass is made where there is nothing that could change, or
+    where parameters are on the meta device. Random streams stay as they are.
+    """
+    owned = {
+        id(buffer)
+        for m in model.modules()
+        if isinstance(m, _AVERAGED)
+        for kind in (*_STATISTICS, _COUNTER)
+        if (buffer := getattr(m, kind, None)) is not None
+    }
+    state = dict(_state(model))
+    others = [name for name, t in state.items() if id(t) not in owned]
+    frozen_or_buffer = any(not state[name].requires_grad for name in others)
+    if not frozen_or_buffer or any(t.is_meta for t in state.values()):
+        return
+    probe = copy.deepcopy(model).train()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        forward(probe, images)
+    after = dict(_state(probe))
+    for name in others:
+        if name not in after or not _same(state[name], after[name]):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            raise UserError(
+                f"{name} of the model ({type(owner).__name__}) changes in a forward pass: it would "
+                "depend on which rank computes which micro-batch, and stay changed by a step that "
+                "is skipped. Build the model without that layer, or with one of torch's BatchNorm "
+                "or timm's EvoNorm, whose statistics are averaged over all micro-batches of a step"
+            )
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    equal: Tensor = (before == after) | ((before != before) & (after != after))
+    return bool(equal.all())

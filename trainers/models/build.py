@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import set_fused_attn
 from torch import nn
 
 from bigbatch.configs.errors import UserError
@@ -48,6 +49,8 @@ def build_model(
             "model.checkpoint, model.pretrained and a tag in model.name, such as resnet50.a1_in1k"
         )
     there = open_weights(Path(config.checkpoint)) if config.checkpoint else None
+
+    set_fused_attn()  # whatever TIMM_FUSED_ATTN says
 
     def create(pretrained: bool = False, **more: Any) -> nn.Module:
         torch.manual_seed(key64(seed, "init"))

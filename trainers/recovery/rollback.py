@@ -53,6 +53,7 @@ def check_step(
     loss: float,
     norm: float,
     *,
+    not_finite: Sequence[str] = (),
     earlier: list[float],
     skipped_steps: list[Range],
     may_overflow: bool,
@@ -61,9 +62,11 @@ def check_step(
 
     `earlier` holds the losses of the steps before, and takes this one in; `skipped_steps`
     holds what is stepped over already. All are the same on every rank, and so is the result.
-    With `may_overflow` (fp16) a step that is not finite makes no update, and is no mistake.
+    With `may_overflow` (fp16) a loss or norm that is not finite makes no update, and is no
+    mistake. `not_finite` names running statistics that the step would spoil.
     """
-    finite = math.isfinite(loss) and math.isfinite(norm)
+    overflowed = not (math.isfinite(loss) and math.isfinite(norm))
+    finite = not overflowed and not not_finite
     if is_skipped(skipped_steps, step):
         return False
     if finite and not (recovery.spike and spikes(loss, earlier, recovery.spike)):
@@ -71,9 +74,11 @@ def check_step(
             earlier.append(loss)
             del earlier[: -recovery.spike.window]
         return True
-    if not finite and may_overflow:
+    if overflowed and may_overflow:
         return False
     why = f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g}"
+    if not_finite:
+        why += f", {not_finite[0]} and {len(not_finite) - 1} more running statistics not finite"
     if finite:
         why += f", a spike over the median {statistics.median(earlier):.6g}"
     if len(skipped_steps) >= recovery.max_rollbacks:
