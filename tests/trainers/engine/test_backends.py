@@ -110,6 +110,7 @@ def train(
                 engine.backward(loss * math.inf if bad else loss)
             statistics.add()
         engine.reduce()
+        assert engine.changed_parameters() == []
         totals = engine.sum(torch.cat([engine.micro_batch_sq().view(1), statistics.local()]))
         norm = engine.gradient_norm()
         assert math.isfinite(norm) == (step != overflow)

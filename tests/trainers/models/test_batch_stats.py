@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2
 from torch import nn
 
-from bigbatch.trainers.models.batch_stats import StepStatistics, recompute_statistics
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers.models.batch_stats import (
+    StepStatistics,
+    check_state,
+    recompute_statistics,
+)
 
 
 @pytest.fixture
@@ -89,3 +95,91 @@ def test_a_model_without_batch_norm_needs_nothing():
     statistics.add()
     assert statistics.local().numel() == 0
     statistics.finish(torch.zeros(0), 1)
+
+
+@pytest.mark.parametrize("kind", [EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evonorm_s_running_variance_is_averaged_like_batch_norm_s(kind, world):
+    batches = micro_batches(4)
+    variances = [b.transpose(0, 1).flatten(1).var(1) for b in batches]
+    models = [nn.Sequential(kind(3, momentum=0.2)) for _ in range(world)]
+    run_step(models, batches)
+    expected = 0.8 * 1 + 0.2 * torch.stack(variances).mean(0)
+    for rank in models:
+        torch.testing.assert_close(rank[0].running_var, expected)
+        assert torch.equal(rank[0].running_var, models[0][0].running_var)
+    statistics = StepStatistics(models[0])
+    statistics.begin()
+    models[0](torch.full((8, 3, 6, 6), float("nan")))
+    statistics.add()
+    assert statistics.non_finite(statistics.local()) == ["0.running_var"]
+    statistics.discard()
+    torch.testing.assert_close(models[0][0].running_var, expected)
+
+
+def test_statistics_that_are_not_finite_are_refused_at_the_start(model):
+    statistics = StepStatistics(model)
+    statistics.check()
+    model[1].running_mean[2] = float("inf")
+    with pytest.raises(UserError, match=r"^1.running_mean of the model is not finite \(1 of 2"):
+        statistics.check()
+
+
+class Odd(nn.Module):
+    """State of several kinds that a forward pass changes; `kind` says which."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.table = nn.Embedding(3, 2).requires_grad_(False)
+        self.register_buffer("counter", torch.tensor(0))
+        self.register_buffer("average", torch.full((2,), float("nan")), persistent=False)
+
+    def forward(self, x):
+        if self.kind == "counter":
+            self.counter += 1
+        if self.kind == "average":
+            self.average.copy_(x.mean((0, 2, 3))[:2])
+        if self.kind == "frozen weight":
+            self.table.weight.lerp_(self.table.weight + 1, 0.1)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("counter", "1.counter"), ("average", "1.average"), ("frozen weight", "1.table.weight")],
+)
+def test_state_that_a_forward_pass_changes_is_found(kind, name):
+    model = nn.Sequential(nn.BatchNorm2d(3), Odd(kind))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=f"^{name} of the model .* changes in a forward pass"):
+        check_state(model, lambda m, x: m(x), micro_batches(1)[0])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Odd(None),  # frozen weights and buffers that stay: the pass is made
+        nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 3, 1)),
+        EvoNorm2dB0(3),
+        nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3), nn.SyncBatchNorm(3).eval()),
+    ],
+)
+def test_what_training_leaves_alone_or_averages_is_let_through(layer):
+    images = micro_batches(1)[0]
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    stream = torch.get_rng_state()
+    check_state(layer, lambda m, x: m(x), images)
+    assert torch.equal(torch.get_rng_state(), stream)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_no_pass_is_made_where_nothing_could_change():
+    def forward(model, images):
+        raise AssertionError
+
+    check_state(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), forward, torch.zeros(1))
+    check_state(Odd(None).to("meta"), forward, torch.zeros(1))
