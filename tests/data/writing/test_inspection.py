@@ -91,7 +91,7 @@ def test_only_verify_decodes(tmp_path: Path) -> None:
     assert inspect(tmp_path)["problems"] == []
     problems = inspect(tmp_path, verify=True)["problems"]
     assert len(problems) == 1
-    assert "0.tar at byte 512: image file is truncated" in problems[0]
+    assert "0.tar at byte 512: cannot be decoded: image file is truncated" in problems[0]
 
 
 def test_nothing_to_inspect(tmp_path: Path, digits_root: Path) -> None:
