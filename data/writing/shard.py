@@ -41,7 +41,7 @@ from bigbatch.data.writing.sources import Source
 from bigbatch.data.writing.write import Work, write_all
 
 SAMPLES_PER_SHARD = 10_000
-_FORMAT = 1  # of what a source becomes; part of the plan, so that a new version starts anew
+_FORMAT = 2  # of what a source becomes; part of the plan, so that a new version starts anew
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigbatch.configs.schema import Affine, Augment, Crop, Jitter
+from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
 from bigbatch.data.augment import pipeline
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.augment.warp import sampling_grid

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from bigbatch.configs.schema import Loss
+from bigbatch.configs.losses import Loss
 from bigbatch.trainers.losses.build import build_loss
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Loss)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.schema import Model
+from bigbatch.configs.model import Model
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.recovery.tensor_files import save_weights
