@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbatch.configs.losses import CrossEntropy, Loss
+from bigbatch.configs.losses import CrossEntropy, Loss, Poly1
 
 # Model, images [B, C, H, W], target probabilities [B, classes] -> mean loss over B, a scalar.
 # It calls the model itself, so that a loss may look at features or ask a teacher. What such a
@@ -30,3 +30,11 @@ def build_loss(config: Loss) -> LossFunction:
     match config:
         case CrossEntropy():
             return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        case Poly1():
+            return partial(poly1, epsilon=config.epsilon)
+
+
+def poly1(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
+    """Mean over B of cross-entropy + epsilon (1 - p), p the target's probability (PolyLoss, eq. 6)."""
+    target_probability = (targets * logits.softmax(1)).sum(1)
+    return F.cross_entropy(logits, targets) + epsilon * (1 - target_probability).mean()

@@ -23,6 +23,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
         {"name": "cross_entropy", "label_smoothing": 0.1},
         lambda p, t: -((0.9 * t + 0.1 / CLASSES) * p.log()).sum(1),
     ),
+    "poly-1 (Leng et al. 2022, equation 6)": (
+        {"name": "poly1", "epsilon": 2.0},
+        lambda p, t: -(t * p.log()).sum(1) + 2.0 * (1 - (t * p).sum(1)),
+    ),
 }
 
 
