@@ -42,22 +42,34 @@ def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
             place.append(part)
             continue
         named = isinstance(tree, Mapping) and not last
-        tag = tree if isinstance(tree, str) else tree.get("name") if named else None
+        kind = tree.get("name", usual_kind(place)) if named else None
+        tag = tree if isinstance(tree, str) else kind
         if part != tag:
             place.append(part)
     return place
 
 
+def usual_kind(place: Sequence[str]) -> Any:
+    """The kind of the part at a place in a recipe where the part does not say its `name`."""
+    names = [m.model_fields["name"] for m in _parts_at(place) if "name" in m.model_fields]
+    return next((f.default for f in names if not f.is_required()), None)
+
+
 def keys_of_kind(place: Sequence[str], kind: Any) -> set[str] | None:
     """The keys of the part at a place in a recipe that calls itself `kind`; None where there is
     no such part."""
+    named = [m for m in _parts_at(place) if "name" in m.model_fields]
+    found = [m for m in named if not _names(m) or kind in _names(m)]
+    return {key for m in found for key in m.model_fields} or None
+
+
+def _parts_at(place: Sequence[str]) -> list[type[BaseModel]]:
+    """What may stand at a place in a recipe: one class, or those of a union."""
     models: list[type[BaseModel]] = [Recipe]
     for key in place:
         fields = [m.model_fields[key] for m in models if key in m.model_fields]
         models = [m for f in fields for m in _models_in((f.annotation, *f.metadata))]
-    named = [m for m in models if "name" in m.model_fields]
-    found = [m for m in named if not _names(m) or kind in _names(m)]
-    return {key for m in found for key in m.model_fields} or None
+    return models
 
 
 def valid_keys(loc: Sequence[Any]) -> list[str]:

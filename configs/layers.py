@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from bigbatch.configs.explain import keys_of_kind, shortened
+from bigbatch.configs.explain import keys_of_kind, shortened, usual_kind
 from bigbatch.configs.files import to_json
 from bigbatch.configs.renamed import RENAMED, with_new_names
 
@@ -71,7 +71,8 @@ def _settle(
         if not (isinstance(part, dict) and isinstance(was, dict) and isinstance(written, dict)):
             continue
         here = (*place, key)
-        kind, old = part.get("name"), was.get("name")
+        old = was.get("name", usual_kind(here))
+        kind = part.get("name", old)
         valid = keys_of_kind(here, kind) if old is not None and kind != old else None
         if valid is not None:
             valid = set(written) if here in whole else valid | set(written)

@@ -35,6 +35,6 @@ def build_loss(config: Loss) -> LossFunction:
 
 
 def poly1(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
-    """Mean over B of cross-entropy + epsilon (1 - p), p the target's probability (PolyLoss, eq. 6)."""
+    """Mean over B of cross-entropy + epsilon (1 - p), p the target's probability."""
     target_probability = (targets * logits.softmax(1)).sum(1)
     return F.cross_entropy(logits, targets) + epsilon * (1 - target_probability).mean()
