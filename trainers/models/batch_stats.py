@@ -151,7 +151,8 @@ def check_state(
     Makes a forward pass of a copy of `model` in training mode over `images` [B, C, H, W], as
     `forward(model, images)`, and compares: what changed, and is no running statistic that
     `StepStatistics` averages, has a name in the message. Weights whose gradients are averaged
-    may not change in it either. No pass is made where there is nothing that could change, or
+    may not change in it either. A table that a first pass fills and that no images and no
+    second pass change may stay. No pass is made where there is nothing that could change, or
     where parameters are on the meta device. Random streams stay as they are.
     """
     owned = {
@@ -166,13 +167,18 @@ def check_state(
     frozen_or_buffer = any(not state[name].requires_grad for name in others)
     if not frozen_or_buffer or any(t.is_meta for t in state.values()):
         return
-    probe = copy.deepcopy(model).train()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        forward(probe, images)
-    after = dict(_state(probe))
-    for name in others:
-        if name not in after or not _same(state[name], after[name]):
+    probe = _moved(model)
+    before, after = _copied(probe), _passed(probe, forward, images)
+    changed = [name for name in others if not _same(before[name], after.get(name))]
+    if not changed:
+        return
+    again = _passed(probe, forward, images)
+    elsewhere = _passed(_moved(model), forward, images.flip(0) / 2 + 1)
+    for name in changed:
+        filled = after.get(name)
+        if filled is None or not (
+            _same(filled, again.get(name)) and _same(filled, elsewhere.get(name))
+        ):
             owner = model.get_submodule(name.rpartition(".")[0])
             raise UserError(
                 f"{name} of the model ({type(owner).__name__}) changes in a forward pass: it would "
@@ -182,13 +188,38 @@ def check_state(
             )
 
 
+@torch.no_grad()
+def _moved(model: nn.Module) -> nn.Module:
+    """A copy to try, away from its start, where an average of weights equals the weights."""
+    probe = copy.deepcopy(model).train()
+    for parameter in probe.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(1.01)
+    return probe
+
+
+@torch.no_grad()
+def _passed(
+    probe: nn.Module, forward: Callable[[nn.Module, Tensor], object], images: Tensor
+) -> dict[str, Tensor]:
+    """The state after one more pass."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        forward(probe, images)
+    return _copied(probe)
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _state(model)}
+
+
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _same(before: Tensor, after: Tensor) -> bool:
-    if before.shape != after.shape or before.dtype != after.dtype:
+def _same(before: Tensor, after: Tensor | None) -> bool:
+    if after is None or before.shape != after.shape or before.dtype != after.dtype:
         return False
     equal: Tensor = (before == after) | ((before != before) & (after != after))
     return bool(equal.all())

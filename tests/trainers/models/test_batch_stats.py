@@ -1,5 +1,7 @@
 """BatchNorm statistics against their definition."""
 
+import copy
+
 import pytest
 import torch
 from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2
@@ -131,7 +133,9 @@ class Odd(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
-        self.table = nn.Embedding(3, 2).requires_grad_(False)
+        self.trained = nn.Embedding(3, 2)
+        self.table = copy.deepcopy(self.trained).requires_grad_(False)
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
         self.register_buffer("counter", torch.tensor(0))
         self.register_buffer("average", torch.full((2,), float("nan")), persistent=False)
 
@@ -141,13 +145,23 @@ class Odd(nn.Module):
         if self.kind == "average":
             self.average.copy_(x.mean((0, 2, 3))[:2])
         if self.kind == "frozen weight":
-            self.table.weight.lerp_(self.table.weight + 1, 0.1)
+            self.table.weight.lerp_(self.trained.weight, 0.1)
+        if self.kind == "initialised by data" and self.counter == 0:
+            self.counter += 1
+            self.average.copy_(x.mean((0, 2, 3))[:2])
+        if self.kind == "cache" and self.cache.numel() == 0:
+            self.cache = torch.arange(x.shape[-1])
         return x
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("counter", "1.counter"), ("average", "1.average"), ("frozen weight", "1.table.weight")],
+    [
+        ("counter", "1.counter"),
+        ("average", "1.average"),
+        ("frozen weight", "1.table.weight"),
+        ("initialised by data", "1.average"),
+    ],
 )
 def test_state_that_a_forward_pass_changes_is_found(kind, name):
     model = nn.Sequential(nn.BatchNorm2d(3), Odd(kind))
@@ -161,6 +175,7 @@ def test_state_that_a_forward_pass_changes_is_found(kind, name):
 @pytest.mark.parametrize(
     "layer",
     [
+        Odd("cache"),
         Odd(None),  # frozen weights and buffers that stay: the pass is made
         nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 3, 1)),
         EvoNorm2dB0(3),
