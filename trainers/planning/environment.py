@@ -7,8 +7,8 @@ The recipe alone says what is computed. So each such variable is one of:
 - recorded: it chooses among ways that differ by rounding (threads, instruction sets, the order
   of sums); it stands in the start event, and is said once.
 
-Sources, read as installed: accelerate 1.15 (Accelerator, its state and its plugins),
-timm 1.0.31 (its layers' config, its models), oneDNN's "Primitive Attributes: floating-point math
+Sources, read as installed: accelerate 1.15 (its accelerator, state and utils.dataclasses),
+timm 1.0.31 (its layers.config and models), oneDNN's "Primitive Attributes: floating-point math
 mode" and "CPU Dispatcher Control", PyTorch's "Numerical accuracy", NCCL's "Environment
 Variables".
 """
