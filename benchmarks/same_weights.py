@@ -3,7 +3,8 @@
     python benchmarks/same_weights.py --against REV [--quick] [--json FILE]
 
 Each case trains the digits for some steps from a checkout of REV and from this tree, on this
-machine, and compares the SHA-256 of the weights. Exit status 0: all the same, 1: some differ.
+machine, and compares the SHA-256 of the weights; one run is begun by REV and resumed here. Exit
+status 0: all the same, 1: some differ.
 --quick runs two of the cases.
 """
 
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from against import checkout
 from machine import benchmark_parser, machine, write_figures
 
 ROOT = Path(__file__).parents[1]
@@ -37,20 +40,43 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, changes to the digit
 QUICK = ("digits, 2 ranks", "lamb")
 
 
-def weights(tree: Path, shards: Path, folder: Path, ranks: int, changes: tuple[str, ...]) -> str:
-    """SHA-256 of the weights that the code in `tree` trains."""
+BEGUN = "begun by REV, ended here"  # its first 15 steps by the other commit, the rest by this one
+CREATE = (
+    "import sys; from pathlib import Path; from bigbatch.configs.load import load_recipe; "
+    "from bigbatch.configs.rundir import create_run; "
+    "create_run(Path(sys.argv[1]), load_recipe('digits', sys.argv[2:]))"
+)
+
+
+def run(tree: Path, folder: Path, *arguments: str) -> None:
+    """Python of the code in `tree`; ends this script with its output where it fails."""
     # typings/ maps the import name onto the folders, before an installed package is asked.
     environment = {**os.environ, "PYTHONPATH": str(tree / "typings"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "train", "digits", *changes]
-    command += [f"data.path={shards}", "log.wandb=off", "--nproc", str(ranks)]
-    command += ["--run-dir", str(folder)]
+    command = [sys.executable, "-P", *arguments]
     done = subprocess.run(
-        command, env=environment, cwd=shards.parent, capture_output=True, text=True, check=False
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
-    newest = max((folder / "checkpoints").glob("step-*/model.safetensors"))
-    content = newest.read_bytes()
+
+
+def trained(tree: Path, path: Path, ranks: int, changes: tuple[str, ...]) -> str:
+    """SHA-256 of the weights that the code in `tree` trains, in a new run directory."""
+    train = ("-m", "bigbatch.launcher.cli", "train", "digits", *changes)
+    run(tree, path.parent, *train, "--nproc", str(ranks), "--run-dir", str(path))
+    return weights(path)
+
+
+def taken_over(old: Path, path: Path, changes: tuple[str, ...]) -> str:
+    """The same of a run that the code in `old` begins and the code here resumes."""
+    run(old, path.parent, "-c", CREATE, str(path), *changes)
+    run(old, path.parent, "-m", "bigbatch.trainers.worker", str(path), "--stop-at", "15")
+    run(ROOT, path.parent, "-m", "bigbatch.launcher.cli", "resume", str(path), "--nproc", "1")
+    return weights(path)
+
+
+def weights(path: Path) -> str:
+    content = max((path / "checkpoints").glob("step-*/model.safetensors")).read_bytes()
     # The bytes of all tensors; the header before them also says what they were trained for.
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
@@ -59,26 +85,24 @@ def main() -> int:
     parser = benchmark_parser(__doc__, quick=f"only {' and '.join(QUICK)}")
     parser.add_argument("--against", default="HEAD", metavar="REV", help="commit to compare with")
     options = parser.parse_args()
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="same-weights-") as temporary:
+    found: dict[str, dict[str, Any]] = {}
+
+    def compare(name: str, then: str, now: str) -> None:
+        found[name] = {"old": then, "new": now, "same": then == now}
+        print(f"{name:32} {'same' if then == now else 'DIFFERENT':10} {now[:16]}", flush=True)
+
+    with checkout(options.against) as old, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        old, shards = folder / "old", folder / "shards"
-        git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--detach", str(old), options.against], check=True)
-        try:
-            shard = [sys.executable, "-m", "bigbatch.launcher.cli", "shard", "digits", str(shards)]
-            subprocess.run(shard, check=True, capture_output=True)
-            for number, (name, (ranks, changes)) in enumerate(CASES.items()):
-                if options.quick and name not in QUICK:
-                    continue
-                then, now = (
-                    weights(tree, shards, folder / f"{which}-{number}", ranks, changes)
-                    for which, tree in (("old-run", old), ("new-run", ROOT))
-                )
-                found[name] = {"old": then, "new": now, "same": then == now}
-                print(f"{name:32} {'same' if then == now else 'DIFFERENT':10} {now[:16]}")
-        finally:
-            subprocess.run([*git, "remove", "--force", str(old)], check=False)
+        run(ROOT, folder, "-m", "bigbatch.launcher.cli", "shard", "digits", "shards")
+        common = (f"data.path={folder / 'shards'}", "log.wandb=off")
+        for number, (name, (ranks, changes)) in enumerate(CASES.items()):
+            if options.quick and name not in QUICK:
+                continue
+            keys = (*changes, *common)
+            then = trained(old, folder / f"old-{number}", ranks, keys)
+            compare(name, then, trained(ROOT, folder / f"new-{number}", ranks, keys))
+            if name == "digits, 1 rank":
+                compare(BEGUN, then, taken_over(old, folder / "begun", keys))
     where = machine("torch", "timm", "accelerate", "deepspeed", against=options.against)
     write_figures(options.json, machine=where, figures=found)
     return 0 if all(case["same"] for case in found.values()) else 1
