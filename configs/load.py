@@ -46,7 +46,9 @@ def change_recipe(recipe: Recipe, overrides: Iterable[str], say: Say | None = no
     """A resolved recipe with further ``key=value`` applied; says and raises as load_recipe."""
     changes = list(overrides)
     # Only what was written: another kind of a part keeps no defaults of the one before.
-    tree, notes = _overridden(recipe.model_dump(mode="json", exclude_unset=True), changes)
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    tree.setdefault("schedule", {"name": recipe.schedule.name})  # a change may name none
+    tree, notes = _overridden(tree, changes)
     changed = parse_recipe(tree, f"{recipe.name} with {' '.join(changes)}")
     _tell(notes, say)
     return changed

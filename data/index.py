@@ -313,6 +313,8 @@ def _beside(root: Path) -> dict[str, int]:
     """How many files of each extension lie beside the shards, and tars in folders below them."""
     found = Counter[str]()
     for path in sorted(root.iterdir()):
+        if path.name.startswith("index.tmp-"):
+            continue  # of another writer, which may be gone by the next line
         if path.is_dir():
             below = sum(is_shard(p.name) for p in path.iterdir()) if path.name[0] != "." else 0
             found[f"tars in {path.name}/"] += below

@@ -88,7 +88,7 @@ def one_voice(peers: Peers | None) -> Iterator[None]:
         sys.exit(2)
 
 
-def speaks(peers: Peers | None) -> bool:
+def should_report(peers: Peers | None) -> bool:
     """Whether this process is the one of several alike that says what all of them know."""
     return peers is None or peers.rank == 0
 
@@ -104,7 +104,7 @@ def check_start(recipe: Recipe, peers: Peers | None = None) -> None:
     from bigbatch.trainers.planning.inputs import open_inputs  # pyarrow takes a while to import
 
     notes = open_inputs(recipe).notes
-    for note in notes if speaks(peers) else ():
+    for note in notes if should_report(peers) else ():
         notice(note)
 
 
@@ -183,7 +183,7 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
     One of several ranks writes it, and the others wait for it: each of them reads it again.
     """
     before = run.recipe()
-    changed = change_recipe(before, overrides, notice if speaks(peers) else None)
+    changed = change_recipe(before, overrides, notice if should_report(peers) else None)
     if found := differences(before, changed):
         free = [
             key if part is None else f"{key}.{part}"
@@ -194,7 +194,7 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
             f"{' '.join(overrides)}: that changes what is computed ({summary(found)}), so this "
             f"would not be the same run; you may change {', '.join(free)}, or start a new run"
         )
-    if speaks(peers):
+    if should_report(peers):
         try:
             write_atomically(run.recipe_file, dump_recipe(changed))
         except OSError as error:
@@ -226,7 +226,9 @@ def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
         # srun's tasks choose for themselves, on the machine on which they are.
         here = launch.nproc, launch.most_nodes, launch.endpoint
         variables = {} if launch.launcher == "srun" else start_variables(*here, os.environ)
-    if speaks(peers):
+    if launch is not None and launch.launcher == "torchrun":  # ours: both listen later
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+    if should_report(peers):
         print(f"bigbatch: {describe_start(peers, launch, variables)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

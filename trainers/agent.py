@@ -59,6 +59,8 @@ class Signals:
         for number in FORWARD:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
                 signal.signal(number, self._forward)
+        # The launcher holds signals back until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, tuple(FORWARD))
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
@@ -135,9 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
             rendezvous.shutdown()
     if result.is_failed():
         # The others lose their connections to a rank that ends with a message.
-        said = [found for found in result.failures.items() if found[1].exitcode == 2]
+        explained = [found for found in result.failures.items() if found[1].exitcode == 2]
         first = min(result.failures.items(), key=lambda item: item[1].timestamp)
-        rank, failure = said[0] if said else first
+        rank, failure = explained[0] if explained else first
         return explain(failure.exitcode, rank, signals.sent, options.run)
     return 0
 

@@ -167,10 +167,12 @@ def check_same_data(inputs: Inputs, engine: Engine) -> None:
     Copies on the disks of machines may differ, and an index may be replaced while ranks start.
     """
     hashes = {role: index.hash for role, index in inputs.splits.items()}
-    for role, expected in engine.from_main(hashes).items():
-        if hashes[role] != expected:
-            index = inputs.splits[role]
+    theirs: dict[str, str] = engine.from_main(hashes)
+    for role in theirs | hashes:
+        here, expected = hashes.get(role, "none"), theirs.get(role, "none")
+        if here != expected:
+            place = inputs.splits[role].place if role in hashes else f"split {role}"
             raise UserError(
-                f"{index.place} has index {hashes[role]} here, rank 0 has {expected}; give every "
+                f"{place} has index {here} here, rank 0 has {expected}; give every "
                 "machine the same shards and index, then start again"
             )

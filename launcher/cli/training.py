@@ -63,7 +63,7 @@ def train(
     start.hold_signals(peers)
     with start.one_voice(peers):
         # Of several ranks one says what is to be said of the recipe.
-        loaded = load_recipe(recipe, overrides, notice if start.speaks(peers) else None)
+        loaded = load_recipe(recipe, overrides, notice if start.should_report(peers) else None)
         cpus = cpus_per_task(os.environ)
         launch = Launch(launcher, 1, nnodes, rdzv_endpoint, node_rank, hostfile, cpus)
         several = launch.most_nodes > 1 and launcher in ("torchrun", "accelerate")

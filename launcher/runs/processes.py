@@ -49,9 +49,12 @@ def find_trainers() -> list[Trainer]:
 
 
 def _is_same(trainer: Trainer, run: RunDir) -> bool:
+    process = _PROC / str(trainer.pid)
     try:
-        return (_PROC / str(trainer.pid) / "cwd" / trainer.path).samefile(run.path)
-    except PermissionError:  # another user's: by the name alone, rather than not at all
-        return trainer.path.name == run.path.absolute().name
+        try:
+            return (process / "cwd" / trainer.path).samefile(run.path)
+        except PermissionError:  # another user's: by the name alone, of that user's runs
+            owned = process.stat().st_uid == run.path.stat().st_uid
+            return owned and trainer.path.name == run.path.absolute().name
     except OSError:
         return False

@@ -203,7 +203,7 @@ def _end(search: Search, found: optuna.Study, one: _Active) -> str:
         pairs = zip(search.space.objectives, outcome, strict=True)
         return f"{name}: " + ", ".join(f"{o} {v:.4g}" for o, v in pairs)
     if events(one.run, "non_finite"):
-        one.trial.set_user_attr("reason", "the loss or the gradient was not finite")
+        one.trial.set_user_attr("reason", "loss, gradient or running statistics were not finite")
         found.tell(one.trial, state=_bad(search))
         return f"{name} diverged"
     one.trial.set_user_attr("reason", tail(one.run, 3) or "the run left no result")

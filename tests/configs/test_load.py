@@ -1,6 +1,7 @@
 """Recipes: inheritance, overrides, hashes, and what bad ones are told."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,11 +11,13 @@ from bigbatch.configs.durations import Length, parse
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import (
     builtin_recipes,
+    change_recipe,
     dump_recipe,
     load_recipe,
     parse_recipe,
     read_yaml,
 )
+from bigbatch.configs.schedules import Cosine
 
 FIVE_LINES = """\
 data: {path: shards/mine}
@@ -209,3 +212,17 @@ def test_a_warmup_may_be_nothing_and_a_tiny_interval_is_a_step():
 def test_whole_epochs_cover_every_sample(samples, batch, epochs):
     steps = Length(epochs, "epochs").steps(batch, samples)
     assert (steps - 1) * batch < epochs * samples <= steps * batch
+
+
+def test_a_change_names_no_kind_where_the_recipe_leaves_it_to_the_default(tmp_path: Path) -> None:
+    """`submit --vary schedule.warmup=...` of a recipe that says nothing of a schedule."""
+    file = tmp_path / "plain.yaml"
+    file.write_text(
+        "duration: 10 steps\ndata: {path: shards/digits, image_size: 8, channels: 1}\n"
+        "augment: {mean: [0.5], std: [0.5]}\nmodel: {name: resnet10t}\n"
+        "optimizer: {name: sgd, lr: 0.1}\n"
+    )
+    changed = change_recipe(load_recipe(file), ["schedule.warmup=2 steps"])
+    assert changed.schedule == Cosine(name="cosine", warmup=Length(2, "steps"))
+    constant = change_recipe(load_recipe(file), ["schedule.name=constant"])
+    assert constant.schedule.name == "constant"

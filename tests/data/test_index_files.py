@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data import index_files
+from bigbatch.data import index, index_files
 from bigbatch.data.index import build_index, open_index
 from bigbatch.data.tar import write_end, write_member
 
@@ -89,3 +89,19 @@ def test_keys_are_those_of_the_index_that_was_opened(folder: Path) -> None:
     build_index(folder, classes=["b"])
     with pytest.raises(UserError, match="was replaced meanwhile"):
         index.keys()
+
+
+def test_the_folder_of_another_writer_may_go_at_any_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (other := folder / "index.tmp-1-elsewhere").mkdir()
+    is_dir = Path.is_dir
+
+    def gone_when_looked_at(path: Path) -> bool:
+        found = is_dir(path)
+        if path == other:
+            other.rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", gone_when_looked_at)
+    assert index._beside(folder) == {}

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -115,6 +116,19 @@ def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Si
     assert checkpoint.name == f"step-{last:08d}"
     assert said(run).count(f"saved after step {last}; go on with `bigbatch resume {run.path}`") == 1
     assert "Traceback" not in said(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_signal_in_a_start_s_first_moments_ends_with_75(run: RunDir, nproc: int) -> None:
+    """`cancel` finds a process that still imports; nothing is lost, and it says what others say."""
+    command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "resume", str(run.path)]
+    program = f"bigbatch.trainers.{'worker' if nproc == 1 else 'agent'}"
+    with subprocess.Popen([*command, "--nproc", str(nproc)]) as process:
+        while program not in psutil.Process(process.pid).cmdline():
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(120) == SAVED
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a rank checks before it trains with the others."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,19 @@ def test_a_machine_with_other_shards_is_named(digits: Path) -> None:
     engine.from_main = lambda value: value | {"val": "0123456789abcdef"}
     with pytest.raises(UserError, match=r"digits/val .* rank 0 has 0123456789abcdef"):
         check_same_data(inputs, engine)
+
+
+def test_a_split_that_one_machine_lacks_is_named(digits: Path) -> None:
+    """Data without a test split trains; not where another rank would evaluate one."""
+    whole = open_inputs(load_recipe("digits", [f"data.path={digits}"]))
+    splits = {role: index for role, index in whole.splits.items() if role != "test"}
+    hashes = {role: index.hash for role, index in whole.splits.items()}
+    engine: Any = SimpleNamespace(from_main=lambda value: hashes)
+    with pytest.raises(UserError, match=r"split test has index none here, rank 0 has \w{16}"):
+        check_same_data(replace(whole, splits=splits), engine)
+    engine.from_main = lambda value: {role: index.hash for role, index in splits.items()}
+    with pytest.raises(UserError, match=r"digits/test has index \w{16} here, rank 0 has none"):
+        check_same_data(whole, engine)
 
 
 @pytest.mark.slow

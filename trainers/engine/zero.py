@@ -48,7 +48,7 @@ class ZeroEngine(ShardedEngine):
         }
         for parameter in trained.values():
             # Before DeepSpeed's own hooks, which send the gradient away.
-            parameter.register_post_accumulate_grad_hook(self._see)
+            parameter.register_post_accumulate_grad_hook(self._note_gradient)
         size = sum(p.numel() for p in trained.values())
         config = {
             "train_micro_batch_size_per_gpu": 1,  # the loop counts, not DeepSpeed
@@ -95,7 +95,7 @@ class ZeroEngine(ShardedEngine):
         self._deepspeed.backward(scaled if self.scaler is None else self.scaler.scale(scaled))
         self._norms.passes += 1
 
-    def _see(self, parameter: Tensor) -> None:
+    def _note_gradient(self, parameter: Tensor) -> None:
         if self._norms.passes == 0 and parameter.grad is not None:
             self._norms.add([parameter.grad])
 

@@ -1,4 +1,4 @@
-"""Members scored, gated and combined: a mean of probabilities, and a soup of weights."""
+"""Members scored, selected and combined: a mean of probabilities, and a soup of weights."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.ensemble.members import gate, list_snapshots
+from bigbatch.trainers.ensemble.members import list_snapshots, within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
@@ -33,7 +33,7 @@ def combine(
     recompute_images: Callable[[], Iterator[Tensor]],
     recompute_batches: int,
 ) -> dict[str, dict[str, Any]] | None:
-    """Score every snapshot, gate them, and build the ensemble and the soup.
+    """Score every snapshot, select members, and build the ensemble and the soup.
 
     `splits` holds the validation split first: it alone decides on members and soup; the
     other splits are only reported. Collective; the result, scores by split of members,
@@ -66,7 +66,7 @@ def combine(
             for path, p in zip(paths, probabilities[name], strict=True):
                 members[name].append({"name": path.name, **score(p, labels[name])})
         accuracies = [m["accuracy"] for m in members[val]]
-        kept = gate(accuracies, config.selection_margin)
+        kept = within_margin(accuracies, config.selection_margin)
         for name in splits:
             for number, member in enumerate(members[name]):
                 member["kept"] = number in kept

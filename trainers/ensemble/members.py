@@ -45,7 +45,7 @@ def list_snapshots(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("cycle-*") if ".tmp-" not in p.name)
 
 
-def gate(accuracies: list[float], margin: float) -> list[int]:
+def within_margin(accuracies: list[float], margin: float) -> list[int]:
     """Members whose validation accuracy is within `margin` of the best one's."""
     best = max(accuracies)
     return [i for i, accuracy in enumerate(accuracies) if accuracy >= best - margin]

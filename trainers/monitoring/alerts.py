@@ -13,7 +13,7 @@ from typing import Any
 TITLES = {
     "spike": "Loss spike",
     "slow": "Low throughput",
-    "non_finite": "Loss or gradient is not finite",
+    "non_finite": "Loss, gradient or running statistics are not finite",
     "rollback": "Rolled back",
     "stall": "A step hangs",
     "disk": "The disk takes no records",

@@ -27,9 +27,9 @@ class JsonLines:
 
     def sync(self) -> None:
         """Put all lines onto the disk; raises OSError where it takes none."""
-        problem = self._flush()
-        if problem:
-            raise OSError(problem)
+        refusal = self._flush()
+        if refusal:
+            raise OSError(refusal)
         os.fsync(self._handle)
 
     def close(self) -> None:

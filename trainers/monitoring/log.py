@@ -173,8 +173,8 @@ class Log:
             self._report_wandb()
         if self._tensorboard:
             self._tensorboard.send(record)
-        if self._prometheus and (problem := self._prometheus.record(record)):
-            self.error("prometheus", problem)
+        if self._prometheus and (refusal := self._prometheus.record(record)):
+            self.error("prometheus", refusal)
 
     def _report_wandb(self) -> None:
         """Turn what went wrong inside wandb into events and warnings; training goes on."""

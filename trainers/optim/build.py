@@ -83,13 +83,13 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
             return pytorch_optimizer.Muon(groups, **options)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's rate to `base_lr` times the schedule's factor for the coming step.
+def set_lr(optimizer: torch.optim.Optimizer, lr_multiplier: float) -> None:
+    """Set each group's rate to `base_lr` times the schedule's value for the coming step.
 
     A rate held as a tensor is written in place, so that a captured graph sees it.
     """
     for group in optimizer.param_groups:
-        lr = group["base_lr"] * factor
+        lr = group["base_lr"] * lr_multiplier
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:

@@ -78,7 +78,8 @@ def check_step(
         return False
     why = f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g}"
     if not_finite:
-        why += f", {not_finite[0]} and {len(not_finite) - 1} more running statistics not finite"
+        more = f" and {len(not_finite) - 1} more running statistics" if not_finite[1:] else ""
+        why += f", {not_finite[0]}{more} not finite"
     if finite:
         why += f", a spike over the median {statistics.median(earlier):.6g}"
     if len(skipped_steps) >= recovery.max_rollbacks:
@@ -102,7 +103,7 @@ def read_rollbacks(run: RunDir) -> list[Range]:
 
 
 def remove_stale(folder: Path, skipped_steps: list[Range]) -> None:
-    """Remove the checkpoints whose weights took in a step that shall be stepped skipped_steps.
+    """Remove the checkpoints whose weights took in one of the `skipped_steps`.
 
     Raises UserError, and removes nothing, where none from before those steps is left.
     """

@@ -85,9 +85,9 @@ class Saver:
             return None
         if not isinstance(done.error, OSError):
             raise done.error
-        problem = f"cannot save step {done.captured.step} in {self._folder}: {done.error}"
-        self._log.error("save_failed", problem, **times)
-        return problem
+        error = f"cannot save step {done.captured.step} in {self._folder}: {done.error}"
+        self._log.error("save_failed", error, **times)
+        return error
 
     def __enter__(self) -> Self:
         return self

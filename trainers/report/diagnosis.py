@@ -58,9 +58,9 @@ def _stability(history: History) -> Iterator[Finding]:
     if skipped:
         yield Finding(
             "problem",
-            "Non-finite loss or gradient",
-            f"{skipped} steps had a loss or gradient that was not finite; their updates were not "
-            "applied. Lower optimizer.lr, lengthen the warmup or set clip.",
+            "Non-finite loss, gradient or statistics",
+            f"{skipped} steps had a loss, gradient or running statistics that were not finite; "
+            "their updates were not applied. Lower optimizer.lr, lengthen the warmup or set clip.",
         )
     if np.isnan(loss).all():
         return

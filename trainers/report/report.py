@@ -24,7 +24,7 @@ from bigbatch.trainers.report.diagnosis import diagnose
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 COMBINED = ("ensemble", "soup")
 _SHOWN_RANKS = 16
-Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept by the gate
+Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept as a member
 
 
 def write_report(run: RunDir) -> Path:
@@ -61,7 +61,7 @@ def write_report(run: RunDir) -> Path:
 def final_table(summary: Mapping[str, Any]) -> Table:
     """Accuracy, NLL and ECE of each member, the ensemble and the soup, on val and test.
 
-    `summary` is the content of summary.json. Members that the gate left out are dimmed
+    `summary` is the content of summary.json. Members beyond the selection margin are dimmed
     and marked.
     """
     splits = [split for split in ("val", "test") if split in summary]

@@ -95,6 +95,22 @@ def test_a_process_on_this_machine_is_asked_whether_it_lives(tmp_path: Path) -> 
         assert describe(make(tmp_path, "b", [here])).state == "killed"
 
 
+def test_another_users_process_is_that_of_their_own_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose folder may not be looked into; names such as `digits` are everybody's."""
+    run = make(tmp_path, "a", [{**START, "host": socket.gethostname(), "pid": 1}])
+
+    def refuse(path: Path, other: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "samefile", refuse)
+    with trains("worker", "runs/a"):
+        assert describe(run).state == "running"  # the run is that user's
+        os.chown(run.path, os.getuid() + 1, -1) if os.getuid() == 0 else pytest.skip("needs root")
+        assert describe(run).state == "killed"
+
+
 @contextmanager
 def trains(
     module: str, path: Path | str, body: str = "pass", launcher: Sequence[str] = ()

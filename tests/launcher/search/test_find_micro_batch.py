@@ -19,13 +19,16 @@ from bigbatch.trainers.recovery.oom import OUT_OF_MEMORY, is_out_of_memory
 
 
 def test_sizes_divide_the_batch_and_leave_work_for_every_rank() -> None:
-    recipe = load_recipe("digits", ["global_batch=96", "micro_batch=96"])
+    plain = ["augment.mixup=0", "global_batch=96"]
+    recipe = load_recipe("digits", [*plain, "micro_batch=96"])
     assert sizes(recipe, 1) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96]
     assert sizes(recipe, 4) == [1, 2, 3, 4, 6, 8, 12, 16, 24]
     lanes = load_recipe(
-        "digits", ["global_batch=96", "micro_batch=24", "data.lanes=4", "data.sampling=uniform"]
+        "digits", [*plain, "micro_batch=24", "data.lanes=4", "data.sampling=uniform"]
     )
     assert sizes(lanes, 1) == [1, 2, 3, 4, 6, 8, 12, 24]
+    mixed = load_recipe("digits", ["global_batch=96", "micro_batch=96"])
+    assert sizes(mixed, 4) == [2, 3, 4, 6, 8, 12, 16, 24]  # one image has none to mix with
     with pytest.raises(UserError, match="97 ranks"):
         sizes(recipe, 97)
 
@@ -40,7 +43,7 @@ def test_a_probe_is_the_recipe_with_one_or_two_micro_batches_on_each_rank() -> N
 
 @pytest.mark.parametrize("largest", [1, 7, 8, 64, 200, 256])
 def test_bisection_finds_the_largest(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
-    recipe = load_recipe("digits")
+    recipe = load_recipe("digits", ["augment.mixup=0"])
 
     def probe(recipe, size, world, folder, limit):
         return Probe(size, size <= largest, None, size)

@@ -113,6 +113,14 @@ def test_each_run_of_an_array_is_requeued_alone(
     assert ("not requeued" in done.stderr) == (not queue)
 
 
+def test_a_job_of_no_array_is_requeued_also_while_squeue_does_not_answer(tmp_path: Path) -> None:
+    env = _stand_ins(tmp_path, 75, "")
+    command = ["bash", str(TEMPLATE), "digits"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (75, "")
+    assert (tmp_path / "calls").read_text().splitlines()[-3:] == _requeue("7")
+
+
 def _requeue(job: str) -> list[str]:
     return ["scontrol", "requeue", job]
 

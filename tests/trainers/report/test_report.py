@@ -253,7 +253,7 @@ def test_diverged_run_with_nan_losses(tmp_path: Path) -> None:
             print(json.dumps({"kind": "train", "step": step, "loss": loss, "lr": 6.0}), file=file)
     titles = {f.title: f.level for f in diagnose(read_history(run))}
     assert titles["Diverged"] == "problem"
-    assert titles["Non-finite loss or gradient"] == "problem"
+    assert titles["Non-finite loss, gradient or statistics"] == "problem"
     assert "Diverged" in write_report(run).read_text()
 
 
@@ -269,7 +269,7 @@ def test_a_run_without_one_finite_value(tmp_path: Path) -> None:
                 print(
                     json.dumps({"kind": "eval", "split": "val", "step": step, **scores}), file=file
                 )
-    assert "Non-finite loss or gradient" in write_report(run).read_text()
+    assert "Non-finite loss, gradient or statistics" in write_report(run).read_text()
     watch(run, ended=lambda: None, console=Console(file=io.StringIO(), width=100))
 
 
