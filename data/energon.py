@@ -61,7 +61,15 @@ def _read(path: Path) -> dict[str, str]:
             for pattern in patterns
             for name in braceexpand(pattern, escape=False)
         }
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {error}); run `energon prepare` again"
         ) from None

@@ -31,6 +31,7 @@ from bigbatch.data.index_files import (
     read_keys,
     read_manifest,
     verify_columns,
+    verify_keys,
     write_files,
 )
 from bigbatch.data.pool import map_all
@@ -38,6 +39,7 @@ from bigbatch.data.samples import Scan, scan_shard
 from bigbatch.data.staging import Remote
 
 _SHOWN_PROBLEMS = 20
+MAX_UNNAMED = 1 << 20  # classes that no classes.txt names: a larger label is no class number
 OURS = ("classes.txt", "skipped.txt")  # files that `bigbatch shard` writes beside or above shards
 
 
@@ -136,12 +138,13 @@ def _open(root: Path, remote: Remote | None) -> Index:
 
 
 def verify_index(index: Index) -> None:
-    """Read all columns, and raise UserError where one is damaged or cannot be true."""
+    """Read all columns and keys; UserError where one is damaged or cannot be true."""
 
     def read() -> None:
         manifest = _same_manifest(index)
         if not is_read_at_open({name: getattr(index, name) for name in COLUMNS}):
             verify_columns(index.root, manifest)
+        verify_keys(index.root, len(index))
 
     consistently(index.root, read)
 
@@ -205,9 +208,10 @@ def build_index(
     """
     root = Path(root)
     paths = find_shards(root)
-    one_part_only(paths)
-    names = tuple(classes) if classes is not None else read_classes(root)
+    if classes is None:  # not what `bigbatch shard` has just written, perhaps below such a folder
+        one_part_only(paths)
     shards = [path.name for path in paths]
+    names = tuple(classes) if classes is not None else read_classes(root)
     scans = scan_shards(paths, workers)
     write_index(root, shards, scans, names, skip_bad, str(root), _beside(root))
     return open_index(root)
@@ -240,19 +244,13 @@ def write_index(
     problems += [
         _describe(i, "has the key of an earlier one", columns, shards, keys) for i in bad.tolist()
     ]
-    if names is not None:
-        unknown = np.flatnonzero(columns["label"] >= len(names))
-        problems += [
-            _describe(
-                i,
-                f"has label {columns['label'][i]}, beyond the {len(names)} classes",
-                columns,
-                shards,
-                keys,
-            )
-            for i in unknown.tolist()
-        ]
-        bad = np.union1d(bad, unknown)
+    limit = MAX_UNNAMED if names is None else len(names)
+    told = f"{limit:,} that there may be without a classes.txt" if names is None else limit
+    unknown = np.flatnonzero(columns["label"] >= limit)
+    for i in unknown.tolist():
+        problem = f"has label {columns['label'][i]}, beyond the {told} classes"
+        problems.append(_describe(i, problem, columns, shards, keys))
+    bad = np.union1d(bad, unknown)
     if problems and not skip_bad:
         shown = "\n".join(f"  {p}" for p in problems[:_SHOWN_PROBLEMS])
         more = len(problems) - _SHOWN_PROBLEMS
@@ -296,7 +294,7 @@ def find_shards(root: Path) -> list[Path]:
         return paths
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the folder that holds the *.tar shards")
-    folders = sorted({str(p.parent) for p in root.glob("*/*.tar")})
+    folders = sorted({str(p.parent) for p in root.glob("*/*") if is_shard(p.name)})
     hint = (
         f"did you mean {' or '.join(folders[:3])}?"
         if folders
@@ -343,8 +341,17 @@ def read_classes(root: Path) -> tuple[str, ...] | None:
     """Class names, one a line, from classes.txt in `root` or the folder above it."""
     for path in (root / "classes.txt", root.resolve().parent / "classes.txt"):
         if path.is_file():
-            return tuple(path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+            return parse_classes(path.read_bytes(), path)
     return None
+
+
+def parse_classes(text: bytes, path: Path | str) -> tuple[str, ...]:
+    """The lines of a classes.txt, by whatever editor, in UTF-8; UserError for other bytes."""
+    try:
+        lines = text.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); write it as UTF-8") from None
+    return tuple(lines.rstrip("\n").split("\n"))
 
 
 def _concatenate(lists: list[list[int]]) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,14 +200,31 @@ def is_read_at_open(columns: Mapping[str, npt.NDArray[Any]]) -> bool:
 
 def read_keys(root: Path, samples: int) -> list[str]:
     """The keys of all samples; UserError where they cannot be read, or are not so many."""
+    return [key for keys in _keys(root, samples) for key in keys.to_pylist()]
+
+
+def verify_keys(root: Path, samples: int) -> None:
+    """Raise UserError where read_keys would, and hold a few of them at a time."""
+    for _ in _keys(root, samples):
+        pass
+
+
+def _keys(root: Path, samples: int) -> Iterator[pa.StringArray]:
     path = root / "index" / "keys.parquet"
+    found = 0
     try:
-        keys: list[str] = pq.read_table(path, columns=["key"])["key"].to_pylist()
-        if len(keys) != samples:
-            raise ValueError(f"{len(keys):,} keys for {samples:,} samples")
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["key"]):
+                keys = batch["key"]
+                if keys.type != pa.string() or keys.null_count:
+                    raise ValueError(f"{keys.null_count:,} of {len(keys):,} {keys.type} missing")
+                keys.validate(full=True)
+                found += len(keys)
+                yield keys
+        if found != samples:
+            raise ValueError(f"{found:,} keys for {samples:,} samples")
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None
-    return keys
 
 
 def verify_columns(root: Path, manifest: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.index_check import COLUMNS
-from bigbatch.data.index_files import parse_manifest, verify_columns
+from bigbatch.data.index_files import parse_manifest, verify_columns, verify_keys
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, Positions
 from bigbatch.data.readahead import reading_ahead
@@ -85,6 +85,7 @@ def _copy_index(remote: Remote, text: bytes, root: Path) -> None:
             with (temporary / "index" / name).open("w+b") as file:
                 fetch(found, file.fileno())
         verify_columns(temporary, manifest)
+        verify_keys(temporary, manifest["samples"])
         for path in (*(temporary / "index").iterdir(), temporary / "index"):
             sync(path)
         temporary.rename(root)

@@ -1,6 +1,5 @@
 """Indexing tars on remote storage: each is read once through the cache."""
 
-import fnmatch
 import os
 import posixpath
 import tempfile
@@ -11,7 +10,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.energon import SPLIT_FILE
-from bigbatch.data.index import OURS, Index, write_index
+from bigbatch.data.index import OURS, Index, is_shard, parse_classes, write_index
 from bigbatch.data.pool import map_all
 from bigbatch.data.remote import open_remote
 from bigbatch.data.retry import retry
@@ -63,7 +62,7 @@ def _tars(remote: Remote, system: Any, path: str) -> tuple[list[str], dict[str, 
         return found
 
     names = [posixpath.basename(i["name"]) for i in retry(remote.url, ask) if i["type"] == "file"]
-    tars = sorted(n for n in names if fnmatch.fnmatchcase(n, "[!.]*.tar"))
+    tars = sorted(filter(is_shard, names))
     if not tars:
         raise UserError(f"{remote.url} holds no *.tar shards; give the folder that holds them")
     others = [n for n in names if n not in tars and n not in OURS]
@@ -89,7 +88,7 @@ def _classes(remote: Remote, system: Any, path: str) -> tuple[str, ...] | None:
     ):
         name = f"{folder}/classes.txt"
         if retry(url, partial(system.exists, name)):
-            return tuple(read(f"{url}/classes.txt").decode().rstrip("\n").split("\n"))
+            return parse_classes(read(f"{url}/classes.txt"), f"{url}/classes.txt")
     return None
 
 

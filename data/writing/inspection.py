@@ -12,7 +12,7 @@ import numpy.typing as npt
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index, open_index, verify_index
+from bigbatch.data.index import Index, is_shard, open_index, verify_index
 from bigbatch.data.writing.assign import SPLITS
 from bigbatch.data.writing.recode import open_image, prepare
 from bigbatch.data.writing.skips import count_skips, read_skips
@@ -89,7 +89,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """Folders of shards at or directly below `root`, by name, train first."""
 
     def holds_shards(path: Path) -> bool:
-        return (path / "index").is_dir() or any(path.glob("*.tar"))
+        return (path / "index").is_dir() or any(is_shard(p.name) for p in path.glob("*"))
 
     if holds_shards(root):
         return {root.name: root}

@@ -278,3 +278,26 @@ def test_reading_shards_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xef\xbb\xbfant\r\nbee\r\ncat\r\n", b"ant\nbee\ncat", b"ant\nbee\ncat\n\n"]
+)
+def test_classes_of_any_editor(two_shards: Path, text: bytes) -> None:
+    (two_shards / "classes.txt").write_bytes(text)
+    assert build_index(two_shards).classes == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_classes_in_other_encodings_are_refused(two_shards: Path, encoding: str) -> None:
+    (two_shards / "classes.txt").write_text("âne\nbœuf\nchat\n".replace("œ", "ö"), encoding)
+    with pytest.raises(UserError, match=r"classes.txt is not UTF-8 .*; write it as UTF-8"):
+        build_index(two_shards)
+
+
+def test_a_hint_at_shards_in_capitals(two_shards: Path) -> None:
+    (two_shards / "more").mkdir()
+    for name in ("0", "1"):
+        (two_shards / f"{name}.tar").rename(two_shards / "more" / f"{name}.TAR")
+    with pytest.raises(UserError, match=r"holds no \*.tar shards; did you mean .*/more\?"):
+        build_index(two_shards)

@@ -319,3 +319,29 @@ def test_what_was_passed_over_may_be_counted(split: Path) -> None:
 @pytest.mark.parametrize("name", ["a.tar", "A.TAR", "a b.tar", "photos-\u00e9.tar", "a..tar"])
 def test_names_of_shards(name: str) -> None:
     index_check.check_shard_name(name)
+
+
+KEYS: dict[str, Any] = {
+    "integers": list(range(6)),
+    "a null": [*"abcde", None],
+    "too few": list("abcde"),
+    "bytes that are no text": [b"a", b"b", b"c", b"d", b"e", b"\xff"],
+}
+
+
+@pytest.mark.parametrize("what", [*KEYS, "no file", "a cut file", "another column"])
+def test_keys_are_verified(split: Path, remote: Remote, what: str) -> None:
+    path = split / "index" / "keys.parquet"
+    if what == "no file":
+        path.unlink()
+    elif what == "a cut file":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif what == "another column":
+        pq.write_table(pa.table({"name": list("abcdef")}), path)
+    else:
+        pq.write_table(pa.table({"key": KEYS[what]}), path)
+    index = open_index(split)  # training never reads them
+    with pytest.raises(UserError, match=r"keys\.parquet is damaged .*; make it again with"):
+        verify_index(index)
+    with pytest.raises(UserError, match=r"keys\.parquet"):
+        open_remote(remote)

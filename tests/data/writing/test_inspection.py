@@ -99,3 +99,9 @@ def test_nothing_to_inspect(tmp_path: Path, digits_root: Path) -> None:
         inspect(tmp_path)
     with pytest.raises(UserError, match="cannot draw into"):
         inspect(digits_root / "val", picture=tmp_path / "x.nonsense")
+
+
+def test_shards_in_capitals_without_an_index_are_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.TAR").write_bytes(b"")
+    assert "has no index" in inspect(tmp_path)["problems"][0]
