@@ -4,7 +4,6 @@ As in WebDataset, consecutive members whose names agree up to the first dot of t
 form a sample, and what comes behind that dot is the member's extension, in lower case.
 """
 
-import json
 import posixpath
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import BinaryIO
 
 from google_crc32c import value as crc32c
 
+from bigbatch.configs.json_text import parse_json
 from bigbatch.data.tar import Member, TarError, members
 
 # What may be decoded as an image, by extension; nothing is ever unpickled.
@@ -21,6 +21,7 @@ _JPEG_AND_PNG = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng")
 IMAGE_EXTENSIONS = frozenset(
     (*_JPEG_AND_PNG, "webp", "gif", "avif", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff")
 )
+META = re.compile(r"__[^/]*__($|/)")  # names that are no samples, to WebDataset
 _LABELS = ("cls", "json")
 _MAX_IMAGE_BYTES = 1 << 30
 _MAX_LABEL_BYTES = 1 << 20
@@ -105,8 +106,8 @@ def class_number(cls: bytes | None, record: bytes | None, key: str | None = None
 
 def _entry(record: bytes, key: str) -> object:
     try:
-        entries = json.loads(record)
-    except (ValueError, RecursionError):
+        entries = parse_json(record)
+    except ValueError:
         return None
     return entries.get(key) if isinstance(entries, dict) else None
 
@@ -137,7 +138,7 @@ class _Reader:
 
     def passes_over(self, name: str, base: str) -> bool:
         """Whether WebDataset takes a name for no part of a sample; if so, it is counted."""
-        if re.match(r"__[^/]*__($|/)", name):
+        if META.match(name):
             self.scan.passed_over["__NAME__"] += 1
         elif base.startswith("."):
             self.scan.passed_over["hidden"] += 1
@@ -246,6 +247,13 @@ class _Reader:
                 f"has {len(images)} images ({_list([e for e, _ in images])}); a key ends at the "
                 "first dot of the file name, so give each image its own, without a dot"
             )
+        elif labels := {e.removesuffix("cls") for e, _ in sample.others if _last(e) == "cls"}:
+            theirs = [e for e, _ in images if e.removesuffix(_last(e)) in labels]
+            if theirs:  # p.1.jpg with p.1.cls beside p.jpg, and no mask such as p.seg.png
+                sample.problem = (
+                    f"has a label of another image (of .{theirs[0]}); a key ends at the first dot "
+                    "of the file name, so give each image its own, without a dot"
+                )
         self.file.seek(position)
 
     def _take(self, extension: str, member: Member) -> None:

@@ -103,7 +103,8 @@ def doubts(
     if len(counts) - len(empty) == 1:
         found.append("all samples are of one class: there is nothing to tell apart")
     if empty:
-        hint = "; class numbers go from 0, do these go from 1?" if empty == [0] else ""
+        odd = empty == [0] and not source.skipped  # else its samples may be among those left out
+        hint = "; class numbers go from 0, do these go from 1?" if odd else ""
         names = ", ".join(source.classes[c] for c in empty[:5]) + (", ..." * (len(empty) > 5))
         found.append(f"{len(empty):,} of {len(counts):,} classes have no sample: {names}{hint}")
     if source.splits is not None and not (splits == "test").any():

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl, sync, to_json, write_atomically
+from bigbatch.configs.json_text import parse_json
 from bigbatch.data.index import build_index
 from bigbatch.data.tar import BLOCK
 from bigbatch.data.writing.assign import (
@@ -37,7 +38,7 @@ from bigbatch.data.writing.assign import (
 )
 from bigbatch.data.writing.kinds import open_source
 from bigbatch.data.writing.recode import prepare
-from bigbatch.data.writing.sources import Source
+from bigbatch.data.writing.sources import Source, printable
 from bigbatch.data.writing.write import Work, write_all
 
 SAMPLES_PER_SHARD = 10_000
@@ -102,7 +103,7 @@ def shard(
         raise UserError("a shard is limited by samples or by size; give one of the two")
     fractions = None if split is None else parse_fractions(split)
     target_bytes = None if shard_size is None else parse_bytes(shard_size)
-    dest = Path(dest)
+    dest = Path(dest) if Path(dest).name else Path(dest).resolve()  # "."
     _refuse_to_overwrite(dest)  # before a long listing
     opened = open_source(source, image_column, label_column, workers, kind)
     splits = assign_splits(opened, fractions)
@@ -198,21 +199,24 @@ def write_shards(
         samples={n: sum(r["samples"] for r in records if r["shard"].startswith(n)) for n in names},
         shards={n: sum(r["shard"].startswith(n) for r in records) for n in names},
         bytes=sum(r["bytes"] for r in records),
-        skipped=source.skipped + [(k, why) for r in records for k, why in r["skipped"]],
-        notes=source.notes + _emptied(source, records),
+        skipped=_skipped(source, records),
+        notes=source.notes + _emptied(source, splits, records),
         seconds=time.monotonic() - started,
     )
 
 
-def _emptied(source: Source, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _emptied(
+    source: Source, splits: npt.NDArray[np.str_], records: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """Notes on the splits and classes of which no image could be read."""
     notes = []
     for split in SPLITS:
         counts = [r["samples"] for r in records if r["shard"].startswith(split)]
         if counts and not any(counts):
             notes.append(f"no image of the {split} split could be read; it is left out")
-    lost = {key for r in records for key, _ in r["skipped"]}
-    kept = [i for i, key in enumerate(source.keys) if key not in lost] if lost else slice(None)
+    lost = {(r["shard"].partition("/")[0], key) for r in records for key, _ in r["skipped"]}
+    places = enumerate(zip(splits.tolist(), source.keys, strict=True))
+    kept = [i for i, place in places if place not in lost] if lost else slice(None)
     had, left = (
         np.bincount(labels, minlength=len(source.classes))
         for labels in (source.labels, source.labels[kept])
@@ -223,7 +227,7 @@ def _emptied(source: Source, records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _partial(dest: Path) -> Path:
-    return dest.with_name(dest.name + ".partial")
+    return dest.parent / f"{dest.name}.partial"
 
 
 def _refuse_to_overwrite(dest: Path) -> bool:
@@ -250,7 +254,7 @@ def _claim(dest: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {dest}; wait for it") from None
-        if plan.exists() and json.loads(plan.read_text())["fingerprint"] != fingerprint:
+        if plan.exists() and _fingerprint(plan) != fingerprint:
             raise UserError(
                 f"{partial} was begun from another source or with other options; repeat those "
                 "to go on, or remove it to begin anew"
@@ -272,6 +276,15 @@ def _claim(dest: Path, fingerprint: str) -> Iterator[dict[str, dict[str, Any]]]:
         yield done
 
 
+def _fingerprint(plan: Path) -> object:
+    """What a plan.json says; None for a damaged one, which is then of another source."""
+    try:
+        content = parse_json(plan.read_bytes())
+    except ValueError:
+        return None
+    return content.get("fingerprint") if isinstance(content, dict) else None
+
+
 def _finish(
     data: Path,
     dest: Path,
@@ -280,18 +293,19 @@ def _finish(
     workers: int,
 ) -> None:
     """Index each split, write classes.txt, and rename the whole to its final name."""
-    skipped = [f"{k}\t{why}\n" for r in records for k, why in r["skipped"]]
     if not any(r["samples"] for r in records):
-        raise UserError(f"no image of the source could be read; the first: {skipped[0].strip()}")
+        key, why = next(skipped for r in records for skipped in r["skipped"])
+        raise UserError(f"no image of the source could be read; the first: {key}: {why}")
     read = sorted({Path(r["shard"]).parent for r in records if r["samples"]})
     for folder in sorted({Path(r["shard"]).parent for r in records} - set(read)):
         shutil.rmtree(data / folder, ignore_errors=True)  # nothing in it could be read
     for folder in read:
-        build_index(data / folder, classes=source.classes, workers=workers)
+        made = build_index(data / folder, classes=source.classes, workers=workers)
+        wrote = sum(r["samples"] for r in records if Path(r["shard"]).parent == folder)
+        assert len(made) == wrote, f"{folder}: wrote {wrote:,} samples, {len(made):,} are found"
     write_atomically(data / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-    skipped = [f"{k}\t{why}\n" for k, why in source.skipped] + skipped
-    if skipped:
-        write_atomically(data / "skipped.txt", "".join(skipped))
+    if skipped := _skipped(source, records):
+        write_atomically(data / "skipped.txt", "".join(f"{k}\t{why}\n" for k, why in skipped))
     # Records of the journal are checked by size alone: a power cut may leave the rest to chance.
     for r in records:
         if Path(r["shard"]).parent in read:
@@ -300,3 +314,9 @@ def _finish(
         sync(folder)
     data.rename(dest)
     sync(dest.parent)
+
+
+def _skipped(source: Source, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """All that was left out, and why: printable, whatever bytes names and errors hold."""
+    found = [*source.skipped, *(skipped for r in records for skipped in r["skipped"])]
+    return [(printable(what), printable(why)) for what, why in found]

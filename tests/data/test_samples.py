@@ -232,3 +232,16 @@ def test_a_contradiction_is_found_in_any_order(tmp_path: Path, order: tuple[str,
     assert scan_shard(tmp_path / "0.tar").problems[0][1] == (
         "sample 'k' has label 0 in .cls and 2 in .json"
     )
+
+
+def test_a_label_of_another_image_is_a_problem(tmp_path: Path) -> None:
+    """p.1.jpg is of the key p, and would be lost; a mask or a second label is no image's."""
+    masks = [(f"q.{part}", b"1") for part in ("jpg", "seg.png", "cls", "fine.cls")]
+    more = [(f"p.{part}", b"1") for part in ("1.cls", "1.jpg", "cls", "jpg")]
+    pack(tmp_path / "0.tar", *more, *masks)
+    scan = scan_shard(tmp_path / "0.tar")
+    assert scan.keys == ["q"]
+    assert [what for _, what in scan.problems] == [
+        "sample 'p' has a label of another image (of .1.jpg); a key ends at the first dot of the "
+        "file name, so give each image its own, without a dot"
+    ]

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.index import open_index
 from bigbatch.data.writing.folders import image_folder
 from bigbatch.data.writing.inspection import inspect
 from bigbatch.data.writing.shard import shard
@@ -137,3 +138,18 @@ def test_a_split_of_which_nothing_can_be_read(tmp_path: Path) -> None:
     assert report.samples == {"train": 4, "val": 4}
     assert "no image of the test split could be read; it is left out" in report.notes
     assert not (tmp_path / "out" / "test").exists()
+
+
+def test_a_class_that_readers_take_for_no_samples_gets_other_keys(tmp_path: Path) -> None:
+    """WebDataset passes over members that begin as __NAME__/ does."""
+    for i in range(3):
+        save(tmp_path / "in" / "__background__" / f"{i}.jpg")
+        save(tmp_path / "in" / "__init" / f"{i}.jpg")
+    save(tmp_path / "in" / "\x01_bell__" / "0.jpg")  # keys have _ for control characters
+    report = shard(str(tmp_path / "in"), tmp_path / "out", split="1", progress=False)
+    assert report.samples == {"train": 7}
+    index = open_index(tmp_path / "out" / "train")
+    expected = ["x__bell__/0", *(f"{c}/{i}" for c in ("__init", "x__background__") for i in "012")]
+    assert sorted(index.keys()) == sorted(expected)
+    assert index.classes == ("__bell__", "__background__", "__init")
+    assert index.class_counts.tolist() == [1, 3, 3]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from sklearn.datasets import load_digits
 from bigbatch.configs.errors import UserError
 from bigbatch.data.decode import MAX_PIXELS
 from bigbatch.data.index import open_index
-from bigbatch.data.writing.shard import ShardReport, parse_bytes, shard
+from bigbatch.data.writing.shard import ShardReport, parse_bytes, shard, write_shards
+from bigbatch.data.writing.sources import digits
 from bigbatch.data.writing.write import _write_shard
 
 
@@ -386,3 +388,41 @@ def test_no_room_on_the_disk(photo_folder: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "d").exists()
     assert shard(str(photo_folder), tmp_path / "d").samples["train"] == 30
+
+
+def test_names_that_are_not_utf_8_are_listed(photo_folder: Path, tmp_path: Path) -> None:
+    """In skipped.txt and on the terminal, whichever kind of source they are of."""
+    shard(str(photo_folder), tmp_path / "in", split="1")
+    (tmp_path / "in" / "train" / "0\udcff.tar").write_bytes(b"no archive")
+    report = shard(str(tmp_path / "in" / "train"), tmp_path / "d")
+    text = (tmp_path / "d" / "skipped.txt").read_text()
+    assert text.startswith("0\ufffd.tar at byte 0\t")
+    assert [f"{what}\t{why}" for what, why in report.skipped] == text.splitlines()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "", "[" * 100_000, "\udcff"])
+def test_a_damaged_plan_is_of_another_source(photo_folder: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "d.partial").mkdir()
+    (tmp_path / "d.partial" / "plan.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"d\.partial was begun from another .* remove it to begin"):
+        shard(str(photo_folder), tmp_path / "d")
+
+
+def test_into_the_current_folder(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    assert shard(str(photo_folder), Path(".")).samples["train"] == 30
+    assert len(open_index(tmp_path / "d" / "train")) == 30
+    assert not (tmp_path / "d.partial").exists()
+
+
+def test_what_was_written_is_what_is_indexed(tmp_path: Path) -> None:
+    """A key that readers pass over would be a defect of ours, and is not silent."""
+    bunch = digits()
+    source = replace(bunch, keys=["__meta__/0", *bunch.keys[1:]])
+    splits = np.full(len(source.keys), "train")
+    with pytest.raises(AssertionError, match="wrote 1,797 samples, 1,796 are found"):
+        write_shards(source, tmp_path / "d", splits=splits)
+    assert not (tmp_path / "d").exists()
