@@ -36,6 +36,7 @@ from bigbatch.data.index_files import (
 )
 from bigbatch.data.pool import map_all
 from bigbatch.data.samples import Scan, scan_shard
+from bigbatch.data.splits import one_split_only
 from bigbatch.data.staging import Remote
 
 _SHOWN_PROBLEMS = 20
@@ -211,6 +212,7 @@ def build_index(
     if classes is None:  # not what `bigbatch shard` has just written, perhaps below such a folder
         one_part_only(paths)
     shards = [path.name for path in paths]
+    one_split_only(shards, str(root))
     names = tuple(classes) if classes is not None else read_classes(root)
     scans = scan_shards(paths, workers)
     write_index(root, shards, scans, names, skip_bad, str(root), _beside(root))

@@ -15,6 +15,7 @@ from bigbatch.data.pool import map_all
 from bigbatch.data.remote import open_remote
 from bigbatch.data.retry import retry
 from bigbatch.data.samples import Scan, scan_shard
+from bigbatch.data.splits import one_split_only
 from bigbatch.data.staging import Cache, Remote, file_system, read
 
 
@@ -31,6 +32,7 @@ def build_remote_index(remote: Remote, *, workers: int = 1, skip_bad: bool = Fal
             "where the tars lie, and serve SPLIT/index/ beside them"
         )
     names, beside = _tars(remote, system, path)
+    one_split_only(names, remote.url)
     _refuse_parts(remote, system, path)
     Cache(Path(remote.cache), remote.limit)  # fails here rather than in every process
     scan = partial(_scan, remote)

@@ -11,14 +11,15 @@ import numpy.typing as npt
 from bigbatch.configs.errors import UserError
 from bigbatch.data.energon import EXCLUDED, energon_parts
 from bigbatch.data.index import (
+    MAX_UNNAMED,
     OURS,
     is_shard,
     members_passed_over,
     read_classes,
     scan_shards,
 )
-from bigbatch.data.samples import Scan
-from bigbatch.data.writing.sources import SPLIT_NAMES, Source, printable
+from bigbatch.data.splits import SPLIT_NAMES, told_splits
+from bigbatch.data.writing.sources import Source
 from bigbatch.data.writing.tree import Tree, walk
 
 
@@ -46,31 +47,45 @@ def tars(
 
     Class names come from a classes.txt beside or above the archives; `label_key` names the
     entry of KEY.json that is the label. The split is that of .nv-meta/split.yaml, where there
-    is one, else that of the folder names. Samples without a label, second ones of the same
-    key, and what lies behind damage are skipped. `tree` is what lies below `path`.
+    is one, else that of the folder names, else of the file names. Samples without a label,
+    second ones of the same key in a split, and what lies behind damage are skipped. `tree` is
+    what lies below `path`.
     """
     files, splits, skipped = _archives(path, tree)
     scans = scan_shards(files, workers, label_key)
-    skipped += [problem for scan in scans for problem in scan.problems]
-    taken: set[str] = set()
+    names = [str(file.relative_to(path)) if file != path else file.name for file in files]
+    problems = [
+        (name + where.removeprefix(file.name), what)  # val/0.tar, for there may be a train/0.tar
+        for name, file, scan in zip(names, files, scans, strict=True)
+        for where, what in scan.problems
+    ]
+    skipped += problems
+    taken: set[tuple[str, str]] = set()
     rows = []
     for shard, scan in enumerate(scans):
         for i, key in enumerate(scan.keys):
-            if key in taken:
-                why = f"{files[shard].name}: has the key of an earlier sample"
-                skipped.append((printable(key), why))
+            if (splits[shard], key) in taken:  # a reader sees one split at a time
+                skipped.append((key, f"{names[shard]}: has the key of an earlier sample"))
                 continue
-            taken.add(key)
+            taken.add((splits[shard], key))
             rows.append((key, shard, scan.offsets[i], scan.sizes[i], scan.labels[i]))
     if not rows:
-        raise _nothing(path, scans)
+        raise _nothing(path, problems)
     for what, count in members_passed_over(scans).items():
         skipped.append((f"{count:,} {what}", "no part of a sample"))
     columns = np.array([row[1:] for row in rows], np.int64).T
-    classes = read_classes(files[0].parent) or tuple(map(str, range(int(columns[3].max()) + 1)))
-    if columns[3].max() >= len(classes):
+    highest = int(columns[3].max())
+    classes = _classes(files)
+    if classes is None and highest >= MAX_UNNAMED:
         raise UserError(
-            f"{path} has label {columns[3].max()}, but classes.txt names {len(classes)} classes; "
+            f"{path} has label {highest}; without a classes.txt they are below {MAX_UNNAMED:,}: "
+            "give class numbers that count from 0, or a classes.txt with a line for each class"
+        )
+    if classes is None:
+        classes = tuple(map(str, range(highest + 1)))
+    if highest >= len(classes):
+        raise UserError(
+            f"{path} has label {highest}, but classes.txt names {len(classes)} classes; "
             "give each class a line"
         )
     return Source(
@@ -81,6 +96,22 @@ def tars(
         splits=np.array(splits)[columns[0]] if splits[0] else None,
         skipped=skipped,
     )
+
+
+def _classes(files: Sequence[Path]) -> tuple[str, ...] | None:
+    """The class names, which all folders must number alike; None where none has a classes.txt."""
+    first: dict[tuple[str, ...], Path] = {}  # where each list of names was found first
+    for folder in dict.fromkeys(file.parent for file in files):
+        names = read_classes(folder)
+        if names is not None:
+            first.setdefault(names, folder)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise UserError(
+            f"the classes.txt of {one} and of {other} differ, so a label does not mean the same "
+            "in both; give both the same lines, and labels that go with them"
+        )
+    return next(iter(first), None)
 
 
 def _archives(path: Path, tree: Tree | None) -> tuple[list[Path], list[str], list[tuple[str, str]]]:
@@ -97,10 +128,11 @@ def _archives(path: Path, tree: Tree | None) -> tuple[list[Path], list[str], lis
     if parts is not None:
         return _by_part(path, names, parts, tree)
     splits = [SPLIT_NAMES.get(n.partition("/")[0].lower(), "") if "/" in n else "" for n in names]
+    splits = splits if any(splits) else told_splits(names)
     if any(splits):
         for name, split in zip(names, splits, strict=True):
             if not split:
-                tree.passes_over(name, "an archive in no folder of a split")
+                tree.passes_over(name, "an archive of no split")
         chosen = [(p, s) for p, s in zip(files, splits, strict=True) if s]
         files, splits = [p for p, _ in chosen], [s for _, s in chosen]
     if not files:
@@ -135,9 +167,8 @@ def _is_ours(name: str, tree: Tree) -> bool:
     return base in OURS or bool(beside and beside.is_file())
 
 
-def _nothing(path: Path, scans: Sequence[Scan]) -> UserError:
-    problems = [f"{where}: {what}" for scan in scans for where, what in scan.problems]
-    first = f"; the first problem: {problems[0]}" if problems else ""
+def _nothing(path: Path, problems: Sequence[tuple[str, str]]) -> UserError:
+    first = f"; the first problem: {': '.join(problems[0])}" if problems else ""
     return UserError(
         f"{path} holds no image with a label (.cls){first}; label the images, or unpack them "
         "into CLASS/NAME.jpg and shard that folder"

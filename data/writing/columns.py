@@ -4,7 +4,6 @@ Every file is asked for its own class names: two files of one data set may numbe
 names in another order, and then a number alone means nothing.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.writing.sources import SPLIT_NAMES, printable
+from bigbatch.configs.json_text import parse_json
+from bigbatch.data.index import MAX_UNNAMED
+from bigbatch.data.splits import SPLIT_NAMES
+from bigbatch.data.writing.sources import printable
 
 _IMAGE_COLUMNS = ("image", "img", "jpeg", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
-_MAX_CLASSES = 1 << 20
 Labels = npt.NDArray[np.int32]  # [N], -1 where there is none
 
 
@@ -85,10 +86,10 @@ def _features(part: Part) -> dict[str, Any]:
     """What the `datasets` library notes of each column."""
     text = (part.schema.metadata or {}).get(b"huggingface", b"{}")
     try:
-        info = json.loads(text).get("info") or {}
+        info = parse_json(text).get("info") or {}
         features = info.get("features") or {}
         return dict(features.items())
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"the metadata `huggingface` of {part.name} cannot be read: {error}; write the file "
             "anew"
@@ -240,7 +241,7 @@ def _numbers(part: Part, columns: Columns, i: int, column: pa.ChunkedArray) -> L
     if pa.types.is_dictionary(column.type):
         column = column.cast(kind)
     names = columns.classes[i]
-    limit = len(names) if names else _MAX_CLASSES
+    limit = len(names) if names else MAX_UNNAMED
     if pa.types.is_null(kind):
         return np.full(len(column), -1, np.int32)
     low, high = pc.min_max(column).as_py().values()

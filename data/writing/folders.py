@@ -10,7 +10,8 @@ import numpy as np
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.samples import IMAGE_EXTENSIONS
-from bigbatch.data.writing.sources import SPLIT_NAMES, Source, printable, unique_keys
+from bigbatch.data.splits import SPLIT_NAMES
+from bigbatch.data.writing.sources import Source, printable, unique_keys
 from bigbatch.data.writing.tree import Tree, walk
 
 # How the files of those formats begin that often have no extension.
@@ -74,7 +75,7 @@ def _images(tree: Tree) -> list[str]:
     for path in tree.files:
         stem, dot, extension = path.rpartition("/")[2].rpartition(".")
         if not dot:
-            if _begins_as_image(tree.root / path):
+            if begins_as_image(tree.root / path):
                 images.append(path)
             else:
                 tree.passes_over(path, "no extension, and no image")
@@ -85,7 +86,7 @@ def _images(tree: Tree) -> list[str]:
     return images
 
 
-def _begins_as_image(path: Path) -> bool:
+def begins_as_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(16)

@@ -1,17 +1,16 @@
 """Which kind of source a path is, and opening it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.json_text import parse_json
 from bigbatch.data.index import is_shard
 from bigbatch.data.samples import IMAGE_EXTENSIONS
 from bigbatch.data.writing.archives import tars
-from bigbatch.data.writing.folders import image_folder
+from bigbatch.data.writing.folders import begins_as_image, image_folder
 from bigbatch.data.writing.sources import Source, digits
 from bigbatch.data.writing.tables import parquet, saved_dataset
 from bigbatch.data.writing.tree import Tree, walk
@@ -47,13 +46,13 @@ def open_source(
         if kind == "dataset":
             return saved_dataset(path, image_column, label_column)
         if kind == "parquet":
-            return _with_skips(parquet(path, image_column, label_column), tree)
+            return _with_skips(parquet(path, image_column, label_column, tree), tree)
         if image_column or (label_column and kind == "images"):
             raise UserError(f"{path} has no columns; leave out --image-column and --label-column")
         if kind == "tars":
             return tars(path, workers, label_column, tree)
         return image_folder(path, tree)
-    except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}; give a source that can be read") from None
 
 
@@ -89,6 +88,7 @@ _NOUNS = {
 def _found(path: Path, tree: Tree) -> dict[str, list[str]]:
     """The files that speak for each kind."""
     files: dict[str, list[str]] = {kind: [] for kind in _NOUNS}
+    bare = []
     for name in tree.files:
         base = name.rpartition("/")[2]
         extension = base.rpartition(".")[2].lower()
@@ -96,8 +96,10 @@ def _found(path: Path, tree: Tree) -> dict[str, list[str]]:
             files["tars"].append(name)
         elif extension == "parquet" and not name.endswith("index/keys.parquet"):
             files["parquet"].append(name)
-        elif extension in IMAGE_EXTENSIONS and "/" in name:
+        elif "/" in name and extension in IMAGE_EXTENSIONS and "." in base:
             files["images"].append(name)
+        elif "/" in name and "." not in base:
+            bare.append(name)
     # img2dataset writes 00000.parquet, a list without images, beside each 00000.tar.
     shards = {name.lower().removesuffix(".tar") for name in files["tars"]}
     files["parquet"] = [
@@ -105,6 +107,8 @@ def _found(path: Path, tree: Tree) -> dict[str, list[str]]:
     ]
     if _is_saved_dataset(path):
         files["dataset"] = ["dataset_dict.json or state.json"]
+    if any(files.values()):  # images are what is read where nothing else speaks for itself
+        files["images"] += [name for name in bare if begins_as_image(path / name)]
     return {kind: names for kind, names in files.items() if names}
 
 
@@ -115,7 +119,7 @@ def _is_saved_dataset(path: Path) -> bool:
     if not (path / "state.json").is_file():
         return False
     try:
-        state: Any = json.loads((path / "state.json").read_bytes())
+        state = parse_json((path / "state.json").read_bytes())
     except ValueError:
         return any(path.glob("*.arrow"))
     return isinstance(state, dict) and "_data_files" in state

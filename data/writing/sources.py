@@ -11,29 +11,17 @@ import numpy.typing as npt
 
 from bigbatch.data.samples import META
 
-# What people call the three splits, and what we call them.
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """N labelled images that can be read in any order, also by other processes.
 
-    keys[i] is unique and has no dot in its file name, so that it can be a WebDataset key;
-    labels[i] is a number below len(classes). `splits`, where the source has its own, names
-    each sample's split ("" for none). `groups`, where reading has a grain, numbers the
-    blocks (such as Parquet row groups) that are cheap to read as a whole; `window` of them
-    fit into memory at a time, and a process that reads holds up to `held` bytes of them.
-    read(i) returns the encoded image, or raises OSError.
+    keys[i] is unique in its split and has no dot in its file name, so that it can be a
+    WebDataset key; labels[i] is a number below len(classes). `splits`, where the source has
+    its own, names each sample's split ("" for none). `groups`, where reading has a grain,
+    numbers the blocks (such as Parquet row groups) that are cheap to read as a whole;
+    `window` of them fit into memory at a time, and a process that reads holds up to `held`
+    bytes of them. read(i) returns the encoded image, or raises OSError.
     `fractions` is how train, val and test are divided where nobody says otherwise;
     `skipped` lists (what, why) of samples that were found unusable while listing, and of files
     that are no part of it; `notes` are what else its user should know.

@@ -1,13 +1,13 @@
 """Parquet files below a folder: which of them are one table, and which split each holds."""
 
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.writing.sources import SPLIT_NAMES
+from bigbatch.data.splits import SPLIT_NAMES, told_splits
+from bigbatch.data.writing.tree import Tree, walk
 
 _NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)-of-(\d+)(?!\d).*")  # train-00000-of-00004-1f2e
 
@@ -27,7 +27,7 @@ class TableFiles:
         return str(path.relative_to(self.root)) if path != self.root else path.name
 
 
-def find_tables(root: Path) -> TableFiles:
+def find_tables(root: Path, tree: Tree | None = None) -> TableFiles:
     """The file, or all *.parquet below a folder; UserError where they are several data sets.
 
     As Spark and Hive write them, a table may be a folder (train.parquet/part-00000.parquet);
@@ -35,25 +35,25 @@ def find_tables(root: Path) -> TableFiles:
     """
     if not root.is_dir():
         return TableFiles(root, [root], [_split(Path(root.name))[0]], [])
-    below = sorted(p for p in _walk(root) if p.suffix.lower() == ".parquet")
-    hidden = [p for p in below if any(x[0] in "._" for x in p.relative_to(root).parts)]
+    tree = tree or walk(root)
+    below = sorted(root / name for name in tree.files if name.lower().endswith(".parquet"))
+    hidden = [p for p in below if any(x[0] == "_" for x in p.relative_to(root).parts)]
     paths = [p for p in below if p not in set(hidden)]
     if not paths:
         raise UserError(
             f"{root} holds no .parquet file; names that begin with a dot or _ are not read"
         )
     told = {p: _split(p.relative_to(root)) for p in paths}
+    if not any(split for split, _ in told.values()):  # cifar-train.parquet, cifar-test.parquet
+        files = [p.relative_to(root) for p in paths]
+        loose = told_splits([file.as_posix() for file in files])
+        told = {
+            path: (split, len(file.parts) - 1)
+            for path, file, split in zip(paths, files, loose, strict=True)
+        }
     _ask_which(root, told)
-    skipped = [(str(p.relative_to(root)), "its name begins with a dot or _") for p in hidden]
+    skipped = [(str(p.relative_to(root)), "its name begins with _") for p in hidden]
     return TableFiles(root, paths, [told[p][0] for p in paths], skipped + _missing(root, paths))
-
-
-def _walk(root: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-
-    # Links to folders are not followed: they may lead back.
-    return [Path(folder, f) for folder, _, files in os.walk(root, onerror=stop) for f in files]
 
 
 def _split(file: Path) -> tuple[str, int]:

@@ -6,7 +6,6 @@ optional `split` column. The `datasets` package is not needed. columns.py choose
 and numbers the labels.
 """
 
-import json
 import mmap
 import os
 import re
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.json_text import parse_json
 from bigbatch.data.decode import LFS_POINTER
 from bigbatch.data.writing.columns import (
     Columns,
@@ -31,8 +31,9 @@ from bigbatch.data.writing.columns import (
     number_labels,
     own_splits,
 )
-from bigbatch.data.writing.sources import Source
+from bigbatch.data.writing.sources import Source, printable
 from bigbatch.data.writing.table_files import find_tables
+from bigbatch.data.writing.tree import Tree
 
 # What one process holds of row groups: this many bytes, or one row group while it is read.
 _HELD_BYTES = 128 << 20
@@ -43,14 +44,14 @@ _READING = 3.2
 _BATCH_BYTES = 4 << 20
 
 
-def parquet(path: Path, image: str | None, label: str | None) -> Source:
+def parquet(path: Path, image: str | None, label: str | None, tree: Tree | None = None) -> Source:
     """A Parquet file, or a folder of them such as a Hugging Face repository.
 
     `image` and `label` name the columns; without them they are found by type and name. The
     split comes from a `split` column, or from file or folder names (train-00000-of-00004).
     Keys are row numbers, counted through the files in the order of their names.
     """
-    found = find_tables(path)
+    found = find_tables(path, tree)
     parts, files = [], []
     for name, split in zip(found.paths, found.splits, strict=True):
         with _naming(name):
@@ -112,8 +113,8 @@ def saved_dataset(path: Path, image: str | None, label: str | None) -> Source:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}; save the data set anew") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not what `save_to_disk` writes; save the data set anew")
@@ -139,6 +140,8 @@ def _naming(path: Path) -> Iterator[None]:
     """Arrow's errors do not say which file they speak of."""
     try:
         yield
+    except UnicodeEncodeError:  # Arrow takes names as UTF-8
+        raise UserError(f"the name {printable(str(path))} is not UTF-8; rename it") from None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it") from None

@@ -32,6 +32,7 @@ def walk(root: Path) -> Tree:
     and its target are met. Raises UserError where a folder cannot be read.
     """
     tree = Tree(root)
+    above = {_identity(folder) for folder in root.resolve().parents}
     seen: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     while folders or links:
@@ -41,11 +42,14 @@ def walk(root: Path) -> Tree:
             links.sort(reverse=True)
             folder = links.pop()
         try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in seen:
+            identity = _identity(root / folder)
+            if identity in seen:
                 tree.passes_over(f"{folder}/", "a link to a folder that is read already")
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            if identity in above:  # it leads back here, and to whatever lies beside
+                tree.passes_over(f"{folder}/", "a link to a folder above the source")
+                continue
+            seen.add(identity)
             tree.folders.append(folder)
             with os.scandir(root / folder) as entries:
                 for entry in entries:
@@ -57,6 +61,11 @@ def walk(root: Path) -> Tree:
     tree.files.sort()
     tree.skipped.sort()
     return tree
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _sort_in(

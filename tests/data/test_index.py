@@ -295,6 +295,14 @@ def test_classes_in_other_encodings_are_refused(two_shards: Path, encoding: str)
         build_index(two_shards)
 
 
+def test_shards_of_several_splits_are_no_index(two_shards: Path) -> None:
+    (two_shards / "0.tar").rename(two_shards / "photos-train-0.tar")
+    assert len(build_index(two_shards)) == 4
+    (two_shards / "1.tar").rename(two_shards / "photos-val-0.tar")
+    with pytest.raises(UserError, match=r"shards of several splits by their names \(train, val\)"):
+        build_index(two_shards)
+
+
 def test_a_hint_at_shards_in_capitals(two_shards: Path) -> None:
     (two_shards / "more").mkdir()
     for name in ("0", "1"):

@@ -18,6 +18,7 @@ from bigbatch.data import index_check, index_files
 from bigbatch.data.index import build_index, open_index, verify_index
 from bigbatch.data.index_check import COLUMNS, check_columns
 from bigbatch.data.remote import open_remote
+from bigbatch.data.remote_index import build_remote_index
 from bigbatch.data.staging import Remote, stat
 from bigbatch.data.tar import write_end, write_member
 
@@ -345,3 +346,18 @@ def test_keys_are_verified(split: Path, remote: Remote, what: str) -> None:
         verify_index(index)
     with pytest.raises(UserError, match=r"keys\.parquet"):
         open_remote(remote)
+
+
+def test_a_remote_folder_of_several_splits_is_no_index(split: Path, remote: Remote) -> None:
+    (split / "0.tar").rename(split / "a-train-0.tar")
+    (split / "1.tar").rename(split / "a-test-0.tar")
+    with pytest.raises(UserError, match=r"file:.* several splits by their names \(test, train\)"):
+        build_remote_index(remote)
+    (split / "a-test-0.tar").rename(split / "B.TAR")
+    (split / "classes.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee\r\ncow\r\n")
+    index = build_remote_index(remote)
+    assert [shard.name for shard in index.shards] == ["B.TAR", "a-train-0.tar"]
+    assert index.classes == ("ant", "bee", "cow")
+    (split / "classes.txt").write_bytes(b"\xe2ne\nb\nc\n")
+    with pytest.raises(UserError, match=r"classes\.txt is not UTF-8"):
+        build_remote_index(remote)

@@ -153,3 +153,15 @@ def test_a_class_that_readers_take_for_no_samples_gets_other_keys(tmp_path: Path
     assert sorted(index.keys()) == sorted(expected)
     assert index.classes == ("__bell__", "__background__", "__init")
     assert index.class_counts.tolist() == [1, 3, 3]
+
+
+def test_links_that_lead_above_the_source_are_not_followed(tmp_path: Path) -> None:
+    save(tmp_path / "set" / "ant" / "1.jpg")
+    save(tmp_path / "other" / "2.jpg")
+    (tmp_path / "set" / "ant" / "again").symlink_to("../..")
+    (tmp_path / "set" / "ant" / "root").symlink_to("/")
+    (tmp_path / "set" / "ant" / "more").symlink_to("../../other")
+    source = image_folder(tmp_path / "set")
+    assert source.keys == ["ant/1", "ant/more/2"]
+    above = "a link to a folder above the source"
+    assert source.skipped == [("ant/again/", above), ("ant/root/", above)]

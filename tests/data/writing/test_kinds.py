@@ -13,6 +13,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.index import build_index
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.data.writing.kinds import open_source
+from bigbatch.data.writing.shard import shard
 
 
 def picture(number: int) -> bytes:
@@ -75,17 +76,17 @@ def test_stray_tables_and_state_files(tmp_path: Path) -> None:
 
 def test_img2dataset_is_read_as_tars(tmp_path: Path) -> None:
     """With a .parquet and a _stats.json beside each archive, and the label in KEY.json."""
-    for shard in range(2):
+    for number in range(2):
         files, rows = [], []
         for i in range(6):
-            key = f"{shard:05d}{i:04d}"
+            key = f"{number:05d}{i:04d}"
             row = {"key": key, "label": i % 3, "fine": i % 2, "status": "success"}
             files += [(f"{key}.jpg", picture(i)), (f"{key}.txt", b"a photo")]
             files.append((f"{key}.json", json.dumps(row).encode()))
             rows.append(row)
-        pack(tmp_path / f"{shard:05d}.tar", *files)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{shard:05d}.parquet")
-        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+        pack(tmp_path / f"{number:05d}.tar", *files)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number:05d}.parquet")
+        (tmp_path / f"{number:05d}_stats.json").write_text("{}")
     source = open_source(str(tmp_path))
     assert source.labels.tolist() == [0, 1, 2] * 4
     assert source.skipped[-1] == ("12 members .txt", "no part of a sample")
@@ -111,7 +112,7 @@ def test_tars_outside_the_folders_of_splits_are_named(tmp_path: Path) -> None:
     assert source.splits.tolist() == ["train"] * 3 + ["val"] * 3
     assert source.skipped == [
         ("train/1.tgz", "no archive that is read (*.tar)"),
-        ("more.tar", "an archive in no folder of a split"),
+        ("more.tar", "an archive of no split"),
     ]
 
 
@@ -162,11 +163,17 @@ def test_an_index_over_parts_of_energon_is_refused(prepared: Path) -> None:
     assert len(build_index(prepared / "shards")) == 6
 
 
+def test_shards_may_be_written_below_a_folder_of_energon(prepared: Path) -> None:
+    report = shard(str(prepared), prepared / "out", progress=False)
+    assert report.samples == {"train": 6, "val": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("split_parts: 3", "cannot be read"),
         ("[", "cannot be read"),
+        pytest.param("[" * 3_000, "cannot be read", id="deep"),
         ("split_parts: {train: ['shards/{0..2}.tar']}", r"names no part for shards/3\.tar"),
         ("split_parts: {part7: ['shards/{0..3}.tar']}", "has a part 'part7'; known are train"),
         (
@@ -179,3 +186,105 @@ def test_a_split_of_energon_that_cannot_be_kept(prepared: Path, text: str, said:
     (prepared / ".nv-meta" / "split.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
         open_source(str(prepared))
+
+
+def test_a_stray_tar_among_images_without_extension_is_a_question(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "ant").mkdir(exist_ok=True)
+        (tmp_path / "ant" / f"{i}").write_bytes(picture(i))
+    (tmp_path / "ant" / "README").write_text("about ants")
+    assert len(open_source(str(tmp_path)).keys) == 4
+    pack(tmp_path / "old.tar", *samples(0, 3))
+    with pytest.raises(UserError, match=r"1 tars \(old.tar\), 4 images in folders \(ant/0\)"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("imagenet-train-000000.tar", "imagenet-val-000000.tar"),
+        ("data/train/0.tar", "data/validation/0.tar"),
+        ("TRAIN_0.tar", "x.dev.tar"),
+    ],
+)
+def test_splits_that_names_tell_are_kept(tmp_path: Path, train: str, val: str) -> None:
+    pack(tmp_path / train, *samples(0, 3))
+    assert open_source(str(tmp_path)).splits is None  # one alone may mean a locomotive
+    pack(tmp_path / val, *samples(3, 5))
+    pack(tmp_path / "more.tar", *samples(5, 6))
+    source = open_source(str(tmp_path))
+    assert source.splits is not None
+    found = dict(zip(source.keys, source.splits.tolist(), strict=True))
+    assert found == dict.fromkeys(("0000", "0001", "0002"), "train") | dict.fromkeys(
+        ("0003", "0004"), "val"
+    )
+    assert source.skipped == [("more.tar", "an archive of no split")]
+
+
+def test_keys_are_unique_in_a_split(tmp_path: Path) -> None:
+    """Splits that number their samples each from 0; what is left out is named by its path."""
+    for split, last in (("train", 6), ("val", 4), ("test", 2)):
+        pack(tmp_path / "in" / split / "0.tar", *samples(0, last))
+    pack(tmp_path / "in" / "val" / "1.tar", *samples(3, 5), ("x.jpg", picture(0)))
+    pack(tmp_path / "in" / "train" / "1.tar", ("0006.cls", b"0"), ("0006.jpg", b"no image"))
+    report = shard(str(tmp_path / "in"), tmp_path / "out", progress=False)
+    assert report.samples == {"train": 6, "val": 5, "test": 2}
+    unlabelled = "sample 'x' has no label (.cls, or .json with `label`)"
+    assert report.skipped[:2] == [
+        ("val/1.tar at byte 5,632", unlabelled),
+        ("0003", "val/1.tar: has the key of an earlier sample"),
+    ]
+    assert [key for key, _ in report.skipped[2:]] == ["0006"]
+
+
+def test_a_class_is_emptied_in_the_split_of_its_key(tmp_path: Path) -> None:
+    pack(tmp_path / "in" / "train" / "0.tar", *samples(0, 3))
+    broken = (("0002.cls", b"0"), ("0002.jpg", b"no image"))
+    pack(tmp_path / "in" / "val" / "0.tar", *samples(0, 2), *broken)
+    report = shard(str(tmp_path / "in"), tmp_path / "out", progress=False)
+    assert report.samples == {"train": 3, "val": 2}
+    assert not any("could be read" in note for note in report.notes)
+
+
+def test_splits_number_the_classes_alike(tmp_path: Path) -> None:
+    for split in ("test", "train", "val"):
+        pack(tmp_path / split / "0.tar", *samples(0, 3))
+    assert open_source(str(tmp_path)).classes == ("0", "1", "2")
+    (tmp_path / "train" / "classes.txt").write_text("ant\nbee\ncow\n")
+    assert open_source(str(tmp_path)).classes == ("ant", "bee", "cow")
+    (tmp_path / "val" / "classes.txt").write_text("ant\nbee\ncow\n")
+    assert open_source(str(tmp_path)).classes == ("ant", "bee", "cow")
+    (tmp_path / "val" / "classes.txt").write_text("cow\nbee\nant\n")
+    with pytest.raises(UserError, match=r"classes.txt of .*/train and of .*/val differ"):
+        open_source(str(tmp_path))
+
+
+def test_a_label_that_is_no_class_number(tmp_path: Path) -> None:
+    pack(tmp_path / "0.tar", *samples(0, 3), ("z.jpg", picture(0)), ("z.cls", b"1999999999"))
+    with pytest.raises(UserError, match=r"has label 1999999999; without a classes\.txt they are"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match="beyond the 1,048,576 that there may be without a classes"):
+        build_index(tmp_path)
+    assert build_index(tmp_path, skip_bad=True).classes == ("0", "1", "2")
+
+
+def test_classes_are_not_said_to_go_from_1_where_samples_were_left_out(tmp_path: Path) -> None:
+    wrong = [("a.jpg", picture(0)), ("a.cls", b"0"), ("a.json", b'{"label": 1}')]
+    good = [
+        (f"{i}.{part}", data)
+        for i in range(9)
+        for part, data in (("jpg", picture(i)), ("cls", b"%d" % (1 + i % 2)))
+    ]
+    pack(tmp_path / "in" / "0.tar", *good)
+    said = "1 of 3 classes have no sample: 0"
+    report = shard(str(tmp_path / "in"), tmp_path / "one", progress=False)
+    assert f"{said}; class numbers go from 0, do these go from 1?" in report.notes
+    pack(tmp_path / "in" / "0.tar", *wrong, *good)
+    report = shard(str(tmp_path / "in"), tmp_path / "two", progress=False)
+    assert said in report.notes
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    (tmp_path / "state.json").write_text("[" * 200_000)
+    assert len(open_source(str(tmp_path)).keys) == 20

@@ -24,10 +24,10 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import build_index, open_index
 from bigbatch.data.samples import IMAGE_EXTENSIONS, scan_shard
+from bigbatch.data.splits import SPLIT_NAMES
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.data.writing.kinds import open_source
 from bigbatch.data.writing.shard import shard
-from bigbatch.data.writing.sources import SPLIT_NAMES
 
 
 @pytest.fixture

@@ -331,7 +331,7 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert source.skipped == [
         ("train-00001-of-00003.parquet: rows 1, 2", "no label"),
-        ("_temporary/x.parquet", "its name begins with a dot or _"),
+        ("_temporary/x.parquet", "its name begins with _"),
         ("train", "2 of 3 files missing"),
     ]
 
@@ -449,3 +449,38 @@ def test_cifar10(tmp_path: Path) -> None:
         index = open_index(tmp_path / "d" / split)
         assert index.class_counts.tolist() == [count] * 10
         assert index.classes[6] == "frog"
+
+
+def test_tables_in_linked_folders_are_read(tmp_path: Path) -> None:
+    named(tmp_path / "set" / "train" / "0.parquet", NAMES, [0, 1, 2])
+    named(tmp_path / "elsewhere" / "0.parquet", NAMES, [2], 3)
+    named(tmp_path / "set" / "train" / "@eaDir" / "0.parquet", NAMES, [0])
+    (tmp_path / "set" / "val").symlink_to("../elsewhere")
+    (tmp_path / "set" / "train" / "loop").symlink_to("..")
+    source = open_source(str(tmp_path / "set"))
+    assert source.labels.tolist() == [0, 1, 2, 2]
+    assert source.splits is not None
+    assert source.splits.tolist() == ["train"] * 3 + ["val"]
+    assert source.skipped == [
+        ("train/@eaDir/", "hidden folder"),
+        ("train/loop/", "a link to a folder that is read already"),
+    ]
+
+
+def test_splits_in_the_middle_of_names(tmp_path: Path) -> None:
+    named(tmp_path / "cifar-train.parquet", NAMES, [0, 1, 2])
+    assert open_source(str(tmp_path)).splits is None
+    named(tmp_path / "cifar-test.parquet", NAMES, [0], 3)
+    source = open_source(str(tmp_path))
+    assert source.splits is not None
+    assert source.splits.tolist() == ["test"] + ["train"] * 3
+    named(tmp_path / "fine" / "cifar-train.parquet", NAMES, [0], 4)
+    with pytest.raises(UserError, match="two tables for the split train"):
+        open_source(str(tmp_path))
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    named(tmp_path / "a.parquet", NAMES, [0, 1, 2])
+    (tmp_path / "a.parquet").rename(tmp_path / "\udcff.parquet")
+    with pytest.raises(UserError, match=r"the name .*/\ufffd.parquet is not UTF-8; rename it"):
+        open_source(str(tmp_path))
