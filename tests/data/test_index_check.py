@@ -326,7 +326,8 @@ KEYS: dict[str, Any] = {
     "integers": list(range(6)),
     "a null": [*"abcde", None],
     "too few": list("abcde"),
-    "bytes that are no text": [b"a", b"b", b"c", b"d", b"e", b"\xff"],
+    "bytes": [b"a"] * 6,
+    "no UTF-8": pa.array([b"a"] * 5 + [b"\xff"]).view(pa.string()),
 }
 
 

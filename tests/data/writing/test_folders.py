@@ -159,9 +159,8 @@ def test_links_that_lead_above_the_source_are_not_followed(tmp_path: Path) -> No
     save(tmp_path / "set" / "ant" / "1.jpg")
     save(tmp_path / "other" / "2.jpg")
     (tmp_path / "set" / "ant" / "again").symlink_to("../..")
-    (tmp_path / "set" / "ant" / "root").symlink_to("/")
     (tmp_path / "set" / "ant" / "more").symlink_to("../../other")
     source = image_folder(tmp_path / "set")
     assert source.keys == ["ant/1", "ant/more/2"]
     above = "a link to a folder above the source"
-    assert source.skipped == [("ant/again/", above), ("ant/root/", above)]
+    assert source.skipped == [("ant/again/", above)]
