@@ -127,6 +127,9 @@ def _is_saved_dataset(path: Path) -> bool:
 
 def _with_skips(source: Source, tree: Tree) -> Source:
     for name in tree.files:
-        if not name.lower().endswith(".parquet"):
+        extension = name.lower().rpartition(".")[2]
+        if extension in IMAGE_EXTENSIONS:
+            tree.passes_over(name, "an image beside the tables: read where a row names it")
+        elif extension != "parquet":
             tree.passes_over(name, "no Parquet file")
     return replace(source, skipped=source.skipped + tree.skipped)

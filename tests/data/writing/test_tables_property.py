@@ -159,12 +159,17 @@ def make(rng: random.Random, root: Path) -> Case:
     return case
 
 
+def kind_of(root: Path) -> str | None:
+    """What `--kind` has to say: rows may name images that lie beside the tables."""
+    if not any(path.suffix == ".png" for path in root.rglob("*")):
+        return None
+    return "dataset" if (root / "state.json").exists() else "parquet"
+
+
 def opened(root: Path) -> tuple[Any, str]:
     """The source, or why it was refused."""
     try:
-        # Rows may name images that lie beside the tables, which makes their kind a question.
-        beside = any(path.suffix == ".png" for path in root.rglob("*"))
-        return open_source(str(root), kind="parquet" if beside else None), ""
+        return open_source(str(root), kind=kind_of(root)), ""
     except UserError as refusal:
         return None, str(refusal)
 
@@ -180,11 +185,14 @@ def check(case: Case, root: Path, dest: Path | None) -> bool:
     assert source.keys == list(labelled)
     # The first five are listed, of at most nine in a file.
     left_out = [
-        re.findall(r"(?:rows? |, )(\d+)| and (\d+) more", what) for what, _ in source.skipped
+        re.findall(r"(?:rows? |, )(\d+)| and (\d+) more", what)
+        for what, why in source.skipped
+        if why == "no label"
     ]
     said = [int(more) if more else 1 for found in left_out for _, more in found]
     assert sum(said) == len(case.rows) - len(labelled)
-    assert {reason for _, reason in source.skipped} <= {"no label"}
+    beside = "an image beside the tables: read where a row names it"
+    assert {reason for _, reason in source.skipped} <= {"no label", beside}
     for i, (key, row) in enumerate(labelled.items()):
         named = NAMES[int(source.classes[source.labels[i]])] if case.bare else None
         assert (named or source.classes[source.labels[i]]) == row.name
@@ -194,7 +202,7 @@ def check(case: Case, root: Path, dest: Path | None) -> bool:
         else:
             assert source.read(i) == row.image, key
     if dest is not None and any(r.name and r.image == picture(i) for i, r in enumerate(case.rows)):
-        report = shard(str(root), dest, progress=False)
+        report = shard(str(root), dest, kind=kind_of(root), progress=False)
         written: dict[str, str] = {}
         for split in report.samples:
             index = open_index(dest / split)
