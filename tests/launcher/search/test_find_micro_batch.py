@@ -97,7 +97,7 @@ def test_a_limit_on_memory_is_kept_by_real_runs(
     """The limit lies half-way between what the smallest and the largest size take."""
     monkeypatch.chdir(shards)
     recipe = load_recipe("digits", BIG)
-    ends = [work.probe(recipe, size, 1, tmp_path, 10**12) for size in (1, 1024)]
+    ends = [work.probe(recipe, size, 1, tmp_path, 10**12) for size in (2, 1024)]
     assert all(p.fits for p in ends)
     limit = (ends[0].peak_bytes + ends[1].peak_bytes) / 2
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "find-micro-batch", "digits"]
