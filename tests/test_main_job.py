@@ -110,8 +110,14 @@ def test_a_finished_run_is_never_overwritten(place):
     assert (place / "runs/digits/metrics.jsonl").read_bytes() == before
 
 
-def test_prove_digits(place):
-    said = bigbatch("prove", "digits", "--json", cwd=place)
+# The quick one: two world sizes, and one killed and resumed. The slow one: all that prove tries.
+@pytest.mark.parametrize(
+    "options",
+    [("--ranks", "1,2", "--steps", "5"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["two sizes", "all"],
+)
+def test_prove_digits(place, options):
+    said = bigbatch("prove", "digits", *options, "--json", cwd=place)
     proof = json.loads(said[said.index("{") : said.rindex("}") + 1])
     assert proof["proven"] is True
 
