@@ -23,7 +23,6 @@ Parquet, the two in turn.
 """
 
 import argparse
-import json
 import os
 import tarfile
 import tempfile
@@ -34,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 from google_crc32c import value as crc32c
-from machine import machine
+from machine import benchmark_parser, machine, write_figures
 
 from bigbatch.data.index import build_index, open_index
 from bigbatch.data.samples import scan_shard
@@ -133,15 +132,12 @@ def compare(options: argparse.Namespace) -> None:
         sources = write_sources(folder, photos(options.photos, 3000 // shrink))
         tasks |= {f"shard of photos, {name}": ("shard", path) for name, path in sources.items()}
         figures = side_by_side(old, tasks, folder / "out", 3 if options.quick else 5)
-    if options.json:
-        where = {**machine("numpy", "pyarrow", "pillow", "simplejpeg"), "against": options.against}
-        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=2))
+    where = machine("numpy", "pyarrow", "pillow", "simplejpeg", against=options.against)
+    write_figures(options.json, machine=where, figures=figures)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} times fewer samples")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser = benchmark_parser(__doc__, quick=f"{QUICK} times fewer samples")
     parser.add_argument("--folder", type=Path, help="where to write the archives")
     parser.add_argument("--against", metavar="REV", help="compare with this commit")
     parser.add_argument("--photos", type=Path, help="with --against: a tar of JPEGs")
@@ -158,12 +154,8 @@ def main() -> None:
         print(f"images of {name}")
         for what, value in figures[name].items():
             print(f"  {what:30}{value:>12,}")
-    if options.json:
-        where = {
-            **machine("bigbatch", "numpy", "webdataset"),
-            "quick": options.quick,
-        }
-        options.json.write_text(json.dumps({"machine": where, "figures": figures}, indent=2))
+    where = machine("bigbatch", "numpy", "webdataset", quick=options.quick)
+    write_figures(options.json, machine=where, figures=figures)
 
 
 if __name__ == "__main__":
