@@ -86,13 +86,13 @@ def test_two_nodes_give_the_weights_of_this_machine(place: Place) -> None:
     assert "finished" in place.call(BIGBATCH, "runs")
 
 
-def test_preempted_and_requeued_five_times(place: Place) -> None:
+def test_preempted_and_requeued_three_times(place: Place) -> None:
     job = place.submit("preempted", "--nodes", "2", "--ranks-per-node", "2")
     run = place.run("preempted")
     choose = random.Random(seed := time.time_ns())
     print(f"seed {seed}")
     # The first may come before the ranks listen; the last leaves steps to go on with.
-    for step in sorted(choose.sample(range(STEPS - 10), 5)):
+    for step in sorted(choose.sample(range(STEPS - 10), 3)):
         place.wait_for_step(job, "preempted", step)
         time.sleep(choose.random())
         place.preempt()
@@ -104,7 +104,7 @@ def test_preempted_and_requeued_five_times(place: Place) -> None:
     starts = [e["step"] for e in events if e["kind"] == "start"]
     stops = [e["step"] for e in events if e["kind"] == "signal"]
     # A rank that is stopped before it listens has no start of its own to note.
-    assert 3 <= len(starts) <= 6
+    assert 2 <= len(starts) <= 4
     assert starts == [0, *stops]
     # wandb: one run, each step in it once, over all attempts.
     files = list((run.path / "wandb").glob("offline-run-*/*.wandb"))
