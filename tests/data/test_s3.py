@@ -91,13 +91,13 @@ def test_batches_from_a_bucket(bucket, server, use, tmp_path, lanes, workers):
 
 
 def test_throttling_and_dropped_connections(bucket, server, use, tmp_path):
-    """About half of all connections fail, in one way or another."""
+    """Two of five connections fail, in one way or another: eight in a row hardly ever do."""
     chosen, lock = random.Random(1), threading.Lock()
     failed = []
 
     def plan(number):
         with lock:
-            what = chosen.choice([None, None, "answer", "drop"])
+            what = chosen.choice([None, None, None, "answer", "drop"])
             if what is None:
                 return None
             failed.append(what)
@@ -108,7 +108,7 @@ def test_throttling_and_dropped_connections(bucket, server, use, tmp_path):
         index = open_remote(Remote("s3://digits/v1/train", str(tmp_path), GB))
         found = list(batches_of(index, 8, 0))
     assert found == list(batches_of(open_index(bucket[0] / "train"), 8, 0))
-    assert len(failed) > 5
+    assert len(failed) > 3
     assert set(failed) == {"answer", "drop"}
 
 
