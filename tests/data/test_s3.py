@@ -108,7 +108,7 @@ def test_throttling_and_dropped_connections(bucket, server, use, tmp_path):
         index = open_remote(Remote("s3://digits/v1/train", str(tmp_path), GB))
         found = list(batches_of(index, 8, 0))
     assert found == list(batches_of(open_index(bucket[0] / "train"), 8, 0))
-    assert len(failed) > 3
+    assert len(failed) > 5
     assert set(failed) == {"answer", "drop"}
 
 
