@@ -108,6 +108,7 @@ def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
         CliRunner().invoke(cli, [*command[4:], "seed=1"], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_is_asked_to_stop_and_saves(here: Path) -> None:
     space = Space.model_validate(
         {"parameters": {"optimizer.lr": {"type": "float", "low": 1e-9, "high": 1e-8}}}
@@ -236,6 +237,7 @@ def stand_in(tools: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> Non
     monkeypatch.setattr(trial_module, "_ASK_S", 0.05)
 
 
+@pytest.mark.slow
 def test_a_trial_as_a_job_is_submitted_once_and_waited_for(here: Path, monkeypatch) -> None:
     tools = here / "tools"
     stand_in(
