@@ -13,7 +13,6 @@ are flock's, which the kernel releases with the process that held them.
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -29,6 +28,7 @@ from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
+from bigbatch.configs.json_text import parse_json
 from bigbatch.data.retry import retry
 
 PIECE = 8 << 20  # bytes in one request
@@ -128,9 +128,9 @@ class Cache:
         if handle is None:
             return True
         try:
-            about = json.loads((self._copy(file).parent / ABOUT).read_bytes())
+            about = parse_json((self._copy(file).parent / ABOUT).read_bytes())
             damaged = _checksums(handle) != about["crc32c"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             damaged = True
         finally:
             os.close(handle)

@@ -13,16 +13,7 @@ from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import build_index, open_index
-from bigbatch.data.tar import write_end, write_member
-
-
-def write(path: Path, *files: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for name, data in files:
-            write_member(file, name, data)
-        write_end(file)
-    return path
+from tests.helpers.archives import pack
 
 
 def sample(key: str, label: int, image: bytes = b"picture") -> tuple[tuple[str, bytes], ...]:
@@ -32,8 +23,8 @@ def sample(key: str, label: int, image: bytes = b"picture") -> tuple[tuple[str, 
 @pytest.fixture
 def two_shards(tmp_path: Path) -> Path:
     """Four samples of classes 0, 2, 0, 1 in two shards."""
-    write(tmp_path / "0.tar", *sample("a", 0), *sample("b", 2))
-    write(tmp_path / "1.tar", *sample("c", 0), *sample("d", 1))
+    pack(tmp_path / "0.tar", *sample("a", 0), *sample("b", 2))
+    pack(tmp_path / "1.tar", *sample("c", 0), *sample("d", 1))
     return tmp_path
 
 
@@ -79,7 +70,7 @@ def test_dtypes_and_mapping(digits_root: Path) -> None:
 
 def test_foreign_archives(tmp_path: Path) -> None:
     """Other tools' conventions: json labels, folders in keys, further members, upper case."""
-    write(
+    pack(
         tmp_path / "x.tar",
         ("readme", b"no extension"),
         ("t/a.JPG", b"one"),
@@ -119,7 +110,7 @@ def test_hash_follows_content_alone(two_shards: Path, tmp_path: Path) -> None:
     first = build_index(two_shards).hash
     shutil.copytree(two_shards, tmp_path / "elsewhere")
     assert build_index(tmp_path / "elsewhere").hash == first
-    write(two_shards / "1.tar", *sample("c", 0), *sample("d", 2))
+    pack(two_shards / "1.tar", *sample("c", 0), *sample("d", 2))
     assert build_index(two_shards).hash != first
 
 
@@ -153,7 +144,7 @@ def test_bad_samples_are_named_and_can_be_skipped(two_shards: Path, fault: str) 
     build_index(two_shards)
     before = {p.name: p.read_bytes() for p in (two_shards / "index").iterdir()}
     files, message = FAULTS[fault]
-    write(two_shards / "1.tar", *files)
+    pack(two_shards / "1.tar", *files)
     with pytest.raises(UserError, match=message):
         build_index(two_shards)
     assert before == {p.name: p.read_bytes() for p in (two_shards / "index").iterdir()}
@@ -187,7 +178,7 @@ def test_an_index_of_nothing_is_refused(tmp_path: Path) -> None:
         build_index(tmp_path / "missing")
     with pytest.raises(UserError, match=r"holds no \*\.tar shards"):
         build_index(tmp_path)
-    write(tmp_path / "train" / "0.tar", ("a.txt", b"x"))
+    pack(tmp_path / "train" / "0.tar", ("a.txt", b"x"))
     with pytest.raises(UserError, match=r"did you mean .*train"):
         build_index(tmp_path)
     with pytest.raises(UserError, match="holds no sample"):
@@ -229,7 +220,7 @@ def open_offset(data: bytes, name: str) -> int:
 
 def test_swapped_index_though_all_sizes_agree(tmp_path: Path) -> None:
     for split, keys in (("train", "abcd"), ("val", "efgh")):
-        write(tmp_path / split / "0.tar", *[f for k in keys for f in sample(k, 0)])
+        pack(tmp_path / split / "0.tar", *[f for k in keys for f in sample(k, 0)])
         build_index(tmp_path / split)
     shutil.rmtree(tmp_path / "val" / "index")
     shutil.copytree(tmp_path / "train" / "index", tmp_path / "val" / "index")

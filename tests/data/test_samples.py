@@ -10,16 +10,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import build_index, open_index
 from bigbatch.data.samples import class_number, scan_shard
-from bigbatch.data.tar import write_end, write_member
-
-
-def pack(path: Path, *files: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for name, data in files:
-            write_member(file, name, data)
-        write_end(file)
-    return path
+from tests.helpers.archives import pack
 
 
 def pack_links(path: Path, *files: tuple[str, str, bytes]) -> Path:

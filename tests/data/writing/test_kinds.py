@@ -11,9 +11,9 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import build_index
-from bigbatch.data.tar import write_end, write_member
 from bigbatch.data.writing.kinds import open_source
 from bigbatch.data.writing.shard import shard
+from tests.helpers.archives import pack
 
 
 def picture(number: int) -> bytes:
@@ -27,14 +27,6 @@ def class_folders(root: Path) -> None:
         (root / name).mkdir(parents=True)
         for i in range(10):
             (root / name / f"{i}.jpg").write_bytes(picture(i))
-
-
-def pack(path: Path, *files: tuple[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for name, data in files:
-            write_member(file, name, data)
-        write_end(file)
 
 
 def samples(first: int, last: int) -> list[tuple[str, bytes]]:

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from bigbatch.data.tar import write_end, write_member
 from bigbatch.launcher.cli.main import cli
+from tests.helpers.archives import pack
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -21,14 +21,6 @@ def picture(number: int) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (9, 9), (number, 7, 7)).save(out, "JPEG")
     return out.getvalue()
-
-
-def pack(path: Path, *files: tuple[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for name, data in files:
-            write_member(file, name, data)
-        write_end(file)
 
 
 @pytest.fixture
