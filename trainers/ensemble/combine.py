@@ -12,7 +12,7 @@ from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.ensemble.members import list_snapshots, within_margin
+from bigbatch.trainers.ensemble.members import MEMBERS, list_snapshots, within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
@@ -95,7 +95,7 @@ def combine(
         info = describe(run.recipe(), splits[val].classes)
         save_weights(model, run.ensemble / SOUP, info)
     content = {"kept": [paths[i].name for i in sorted(kept)], "soup": soup_names}
-    write_atomically(run.ensemble / "members.json", to_json(content, indent=1))
+    write_atomically(run.ensemble / MEMBERS, to_json(content, indent=1))
     means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}
     result: dict[str, dict[str, Any]] = {}
     for name in splits:

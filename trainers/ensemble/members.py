@@ -1,16 +1,176 @@
-"""Members of an ensemble: snapshots on the disk, and which of them may take part."""
+"""Members of an ensemble: weights of runs on the disk, and which of them take part."""
 
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
-from bigbatch.trainers.models.weights_file import WeightsInfo
-from bigbatch.trainers.recovery.stored import MODEL
-from bigbatch.trainers.recovery.tensor_files import save_weights
+from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.weights_file import WeightsInfo, describe, read_header, read_info
+from bigbatch.trainers.planning.inputs import open_split
+from bigbatch.trainers.recovery.stored import MODEL, list_checkpoints
+from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
+
+MEMBERS = "members.json"  # of a finished run: which snapshots are kept
+CHOICES = ("auto", "all")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One set of weights, and all that has to be known to use them.
+
+    `name` tells it from the others, such as digits/cycle-03. `recipe` is the one that trained
+    it: its model, image size, channels, crop, mean and std are what the weights expect.
+    """
+
+    name: str
+    weights: Path
+    recipe: Recipe
+    classes: tuple[str, ...]  # by number
+
+    @property
+    def info(self) -> WeightsInfo:
+        return describe(self.recipe, self.classes)
+
+    def build(self) -> nn.Module:
+        """The network on the CPU, in eval mode. UserError, which names the member."""
+        # Where the weights once started from is no matter any more, nor need it still be there.
+        config = self.recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+        try:
+            model = build_model(
+                config, classes=len(self.classes), channels=self.recipe.data.channels, seed=0
+            )
+            load_weights(model, self.weights)
+        except UserError as error:
+            raise UserError(f"member {self.name}: {error}") from None
+        return model.eval()
+
+
+def find_members(run: RunDir, choice: str = "auto") -> list[Member]:
+    """The members of a run.
+
+    `choice` is auto: the snapshots that the run's ensemble kept, of a run that is not finished
+    all that there are, and before the first one the newest checkpoint; all: every snapshot, and
+    the checkpoints of other steps; or names of either, of the soup or of averaged weights, such
+    as ``cycle-01,step-00000120,soup``. Raises UserError where there is none, or not all of them.
+    """
+    recipe = run.recipe()
+    there = _weights(run)
+    names = _chosen(run, choice, there)
+    return [_member(f"{run.name}/{name}", there[name], recipe) for name in names]
+
+
+def _weights(run: RunDir) -> dict[str, Path]:
+    """What a run holds, by name: snapshots, checkpoints from old to new, and what is averaged."""
+    folders = [*list_snapshots(run.snapshots), *reversed(list_checkpoints(run.checkpoints))]
+    found = {folder.name: folder / MODEL for folder in folders}
+    return found | {path.stem: path for path in sorted(run.ensemble.glob("*.safetensors"))}
+
+
+def _chosen(run: RunDir, choice: str, there: dict[str, Path]) -> list[str]:
+    snapshots = [name for name in there if name.startswith("cycle-")]
+    checkpoints = [name for name in there if name.startswith("step-")]
+    if choice == "auto":
+        names = _kept(run) or snapshots or checkpoints[-1:]
+    elif choice == "all":
+        taken = {_step(there[name].parent) for name in snapshots}
+        names = [*snapshots, *(n for n in checkpoints if int(n.removeprefix("step-")) not in taken)]
+    else:
+        names = [name.strip() for name in choice.split(",")]
+    if not names:
+        raise UserError(
+            f"{run.path} holds no weights yet: neither a snapshot nor a checkpoint; train it first"
+        )
+    if missing := [name for name in names if name not in there]:
+        raise UserError(
+            f"{run.path} has no member {missing[0]!a:.60}; it has {', '.join(there) or 'none'}"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"--members {choice} names one member twice; name each once")
+    return names
+
+
+def _kept(run: RunDir) -> list[str]:
+    """The snapshots that a finished run's ensemble is made of."""
+    path = run.ensemble / MEMBERS
+    if not path.is_file():
+        return []
+    try:
+        kept = parse_json(path.read_bytes())["kept"]
+    except (OSError, ValueError, LookupError, TypeError):
+        kept = None
+    if not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
+        raise UserError(
+            f"{path} is damaged; name the members with --members, or give --members all"
+        )
+    return kept
+
+
+def _step(folder: Path) -> int | None:
+    """After how many steps a snapshot was taken; None where it does not say."""
+    try:
+        step = parse_json((folder / "metrics.json").read_bytes())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _member(name: str, weights: Path, recipe: Recipe) -> Member:
+    try:
+        info = read_info(read_header(weights))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"member {name}: {weights} cannot be read ({reason}); restore it from a backup, or "
+            "leave it out with --members"
+        ) from None
+    # Weights of 0.1.0 do not name their classes; their run's data does.
+    classes = info.classes if info else open_split(recipe.data, recipe.data.val).classes
+    member = Member(name, weights, recipe, classes)
+    if info is not None and info != member.info:
+        odd = [key for key, value in vars(info).items() if value != getattr(member.info, key)]
+        raise UserError(
+            f"member {name}: {weights} was trained with another {' and '.join(odd)} than its "
+            "recipe.yaml says; put the files of the run back"
+        )
+    return member
+
+
+def check_members(members: Sequence[Member]) -> None:
+    """Raise UserError, which names the member, where one does not fit the first."""
+    first = members[0]
+    for member in members[1:]:
+        if member.recipe.data.channels != first.recipe.data.channels:
+            raise UserError(
+                f"member {member.name} sees {member.recipe.data.channels} channels, {first.name} "
+                f"{first.recipe.data.channels}; combine members of one kind of images"
+            )
+        if member.classes == first.classes:
+            continue
+        if sorted(member.classes) == sorted(first.classes):
+            place = next(i for i, c in enumerate(first.classes) if c != member.classes[i])
+            how = (
+                f"the classes of {first.name} in another order: number {place} is "
+                f"{member.classes[place]!a:.60} there, {first.classes[place]!a:.60} here"
+            )
+        else:
+            how = (
+                f"other classes than {first.name} ({len(member.classes):,} and "
+                f"{len(first.classes):,} of them)"
+            )
+        raise UserError(
+            f"member {member.name} has {how}; combine members that were trained on shards with "
+            "the same classes.txt"
+        )
 
 
 def save_snapshot(
