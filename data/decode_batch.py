@@ -58,10 +58,11 @@ class Source:
     threads: int
     remote: Remote | None = None  # instead of root
     view: View | None = None  # what will be seen of the images; without it, maybe all
+    loose: bool = False  # the shards are image files, of which no CRC is known
 
     def reader(self) -> ShardReader:
         if self.remote is None:
-            return ShardReader([self.root / name for name in self.shards])
+            return ShardReader([self.root / name for name in self.shards], loose=self.loose)
         cache = Cache(Path(self.remote.cache), self.remote.limit)
         return ShardReader([self.remote.shard(name) for name in self.shards], cache)
 

@@ -48,11 +48,12 @@ class View:
     affine: Affine | None = None
     flip: float = 0.0
     seed: int = 0
+    place: tuple[float, float] = (0.5, 0.5)  # of the centre crop, from (0, 0), top left, to (1, 1)
 
     def boxes(self, sizes: npt.NDArray[np.integer], step: int, index: int) -> Boxes:
         """The crop of each image, sizes [B, 2] (h, w)."""
         if self.crop is None:
-            return centre_boxes(sizes, self.fraction)
+            return centre_boxes(sizes, self.fraction, self.place)
         return random_boxes(self.crop, sizes, self.seed, step, index)
 
     def warps(self, count: int, step: int, index: int) -> Matrices:
@@ -110,11 +111,17 @@ def into_frames(boxes: Boxes, frames: Frames) -> Boxes:
     return np.concatenate([boxes[:, :2] - corner, boxes[:, 2:]], axis=1)
 
 
-def centre_boxes(sizes: npt.NDArray[np.integer], fraction: float) -> Boxes:
-    """The centred square whose side is `fraction` of the short side; sizes [B, 2] (h, w)."""
+def centre_boxes(
+    sizes: npt.NDArray[np.integer], fraction: float, place: tuple[float, float] = (0.5, 0.5)
+) -> Boxes:
+    """The square whose side is `fraction` of the short side; sizes [B, 2] (h, w).
+
+    `place` is (x, y): of what is left beside it, the share to its left and above it.
+    """
     height, width = sizes[:, 0].astype(float), sizes[:, 1].astype(float)
     side = np.minimum(height, width) * fraction
-    return np.stack([(width - side) / 2, (height - side) / 2, side, side], axis=1)
+    x, y = place
+    return np.stack([(width - side) * x, (height - side) * y, side, side], axis=1)
 
 
 def random_boxes(crop: Crop, sizes: npt.NDArray[np.integer], *key: int | str) -> Boxes:

@@ -82,6 +82,7 @@ class Index:
     passed_over: dict[str, int]
     hash: str
     remote: Remote | None = None  # where the shards are, if not in `root`
+    loose: bool = False  # the "shards" are image files, of which no CRC is known
 
     def __len__(self) -> int:
         return len(self.label)
@@ -126,6 +127,7 @@ def open_index(root: Path, remote: Remote | None = None) -> Index:
 
 def _open(root: Path, remote: Remote | None) -> Index:
     manifest = read_manifest(root)
+    columns: dict[str, Any] = read_columns(root, manifest)
     return Index(
         root=root,
         classes=tuple(manifest["classes"]),
@@ -134,7 +136,7 @@ def _open(root: Path, remote: Remote | None) -> Index:
         passed_over=dict(manifest.get("passed_over", {})),
         hash=manifest["hash"],
         remote=remote,
-        **read_columns(root, manifest),
+        **columns,
     )
 
 
@@ -331,9 +333,11 @@ def members_passed_over(scans: Sequence[Scan]) -> dict[str, int]:
     return {f"members {what}": count for what, count in sorted(found.items())}
 
 
-def scan_shards(paths: Sequence[Path], workers: int, label_key: str | None = None) -> list[Scan]:
+def scan_shards(
+    paths: Sequence[Path], workers: int, label_key: str | None = None, unlabelled: bool = False
+) -> list[Scan]:
     """Scan archives, with several processes where `workers` > 1; in the order given."""
-    scan = partial(scan_shard, label_key=label_key)
+    scan = partial(scan_shard, label_key=label_key, unlabelled=unlabelled)
     if workers <= 1 or len(paths) == 1:
         return [scan(path) for path in paths]
     return map_all(scan, paths, workers)

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bigbatch.configs.errors import UserError
@@ -78,11 +79,18 @@ def train_batches(
 
 
 def eval_batches(
-    index: Index, decoding: Decoding, *, batch: int, rank: int, world: int
+    index: Index,
+    decoding: Decoding,
+    *,
+    batch: int,
+    rank: int,
+    world: int,
+    leave_out_bad: bool = False,
 ) -> Iterator[MicroBatch]:
     """Batches rank, rank + world, ... of all samples in index order; the last may be short.
 
-    An unreadable sample raises UserError: an evaluation over other images is another one.
+    An unreadable sample raises UserError: an evaluation over other images is another one. With
+    `leave_out_bad` its batch comes without it, and says so in `bad`.
     """
     source = _source(index, decoding)
 
@@ -95,15 +103,32 @@ def eval_batches(
 
     def batches() -> Iterator[MicroBatch]:
         for todo, decoded in _decode(index, source, work(), decoding.workers):
-            for place, reason in decoded.bad.items():
-                entry = _entry(index, int(todo.samples[place]), reason)
+            bad = [_entry(index, int(todo.samples[i]), r) for i, r in sorted(decoded.bad.items())]
+            if bad and not leave_out_bad:
                 raise UserError(
-                    f"{_where(entry)}; evaluation substitutes nothing, so repair the shard or "
+                    f"{_where(bad[0])}; evaluation substitutes nothing, so repair the shard or "
                     "write it again"
                 )
-            yield _batch(index, decoding.channels, todo, todo.samples, decoded)
+            good = np.array([i not in decoded.bad for i in range(len(todo.samples))])
+            if bad:
+                decoded = _without_bad(decoded, good, decoding.channels)
+            yield _batch(index, decoding.channels, todo, todo.samples[good], decoded, bad)
 
     return pinned(batches()) if decoding.pin_memory else batches()
+
+
+def _without_bad(decoded: Decoded, good: npt.NDArray[np.bool_], channels: int) -> Decoded:
+    pieces = _pieces(decoded, channels)
+    kept = [piece for piece, keep in zip(pieces, good, strict=True) if keep]
+    pixels = np.concatenate([decoded.pixels[:0], *kept])
+    return Decoded(pixels, decoded.frames[good], {}, decoded.slow_read)
+
+
+def _pieces(decoded: Decoded, channels: int) -> list[Pixels]:
+    """The pixels of each image."""
+    frames = decoded.frames
+    ends = np.cumsum(frames["height"].astype(np.int64) * frames["width"]) * channels
+    return np.split(decoded.pixels, ends[:-1])
 
 
 @dataclass(frozen=True)
@@ -152,6 +177,7 @@ def _source(index: Index, decoding: Decoding) -> Source:
         threads=decoding.threads,
         remote=index.remote,
         view=decoding.view,
+        loose=index.loose,
     )
 
 
@@ -216,8 +242,7 @@ class _Mender:
         """Samples and pixels without bad ones, and the journal entries of all that were."""
         channels = self.decoder.source.channels
         samples, frames = work.samples.copy(), decoded.frames.copy()
-        ends = np.cumsum(frames["height"].astype(np.int64) * frames["width"]) * channels
-        pieces = np.split(decoded.pixels, ends[:-1])
+        pieces = _pieces(decoded, channels)
         entries: list[dict[str, Any]] = []
         for place, reason in sorted(decoded.bad.items()):
             other, image, frame, found = self._substitute(work, place, reason)

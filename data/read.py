@@ -25,10 +25,17 @@ class BadSample(Exception):
 
 
 class ShardReader:
-    """Reads byte ranges of shards, from any number of threads; URLs through `cache`."""
+    """Reads byte ranges of shards, from any number of threads; URLs through `cache`.
 
-    def __init__(self, paths: Sequence[Path | str], cache: Cache | None = None) -> None:
+    `loose` ones are image files, each by itself: no CRC is known, and one that cannot be read
+    is a bad sample.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path | str], cache: Cache | None = None, *, loose: bool = False
+    ) -> None:
         self.paths = paths
+        self._loose = loose
         self._cache = cache
         self._most = _OPEN_FILES if cache is None else _OPEN_COPIES
         self._files: dict[int, _File] = {}
@@ -58,13 +65,15 @@ class ShardReader:
                 break
             except OSError as error:
                 if error.errno in _FINAL or attempt == _ATTEMPTS - 1:
+                    if self._loose:
+                        raise BadSample(f"cannot be read: {error.strerror}") from None
                     raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
                 with self._lock:
                     self._files.pop(shard, None)  # a stale network handle must be opened anew
                 time.sleep(_FIRST_PAUSE_S * 2**attempt)
         if len(data) != size:
             raise BadSample(f"the shard ends after {len(data):,} of {size:,} bytes")
-        if crc32c(data) != crc:
+        if not self._loose and crc32c(data) != crc:
             raise BadSample("the bytes differ from the index (CRC-32C)")
         return data
 

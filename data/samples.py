@@ -46,18 +46,19 @@ class Scan:
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def scan_shard(path: Path, label_key: str | None = None) -> Scan:
-    """Find the labelled images of one WebDataset archive.
+def scan_shard(path: Path, label_key: str | None = None, unlabelled: bool = False) -> Scan:
+    """Find the labelled images of one WebDataset archive; with `unlabelled` also the others.
 
     A sample's image is KEY.jpg, or another of IMAGE_EXTENSIONS, or else the only member such
     as KEY.input.jpg. Its label is read by `class_number` from KEY.cls and KEY.json (of
-    KEY.input.jpg also from KEY.input.cls). Links are followed inside the archive. A sample
+    KEY.input.jpg also from KEY.input.cls), and -1 where that is none, with `unlabelled`. Links
+    are followed inside the archive. A sample
     with neither image nor label is passed over, and counted. Problems are listed, with the
     archive and the offset; nothing raises but OSError.
     """
     scan = Scan(bytes=path.stat().st_size)
     with path.open("rb", buffering=1 << 20) as file:
-        reader = _Reader(scan, path.name, file, label_key)
+        reader = _Reader(scan, path.name, file, label_key, unlabelled)
         try:
             for member in members(file, scan.bytes):
                 folder, slash, base = member.name.rpartition("/")
@@ -130,6 +131,7 @@ class _Reader:
     shard: str
     file: BinaryIO
     label_key: str | None
+    takes_unlabelled: bool = False
     sample: _Sample = field(default_factory=lambda: _Sample(""))
     targets: dict[str, Member | None] | None = None
     # Places in scan.problems of images without a label and labels without an image, by key.
@@ -183,6 +185,9 @@ class _Reader:
         if image is None:
             self._close_without_image(sample, label)
             return
+        if label is None and self.takes_unlabelled and not sample.problem:
+            label = -1
+            self.scan.passed_over["labels that are none"] += bool(wrong)
         if label is None or sample.problem:
             if not sample.problem and not wrong:
                 self.unlabelled[sample.key] = len(self.scan.problems)

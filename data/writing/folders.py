@@ -38,7 +38,7 @@ def image_folder(root: Path, tree: Tree | None = None) -> Source:
     folders without an image. `tree` is what lies below `root`.
     """
     tree = tree or walk(root)
-    images = _images(tree)
+    images = images_of(tree)
     own = _own_splits(root, images)
     parts = [path.split("/") for path in images]
     first = _split_place(root, images) if not own else 0
@@ -69,7 +69,7 @@ def image_folder(root: Path, tree: Tree | None = None) -> Source:
     )
 
 
-def _images(tree: Tree) -> list[str]:
+def images_of(tree: Tree) -> list[str]:
     """The paths that are images by their extension, or without one by their first bytes."""
     images = []
     for path in tree.files:

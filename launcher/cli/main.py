@@ -11,13 +11,23 @@ import click
 
 from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.redact import message
-from bigbatch.launcher.cli import advice, data, recipes, runs, submission, training, tuning
+from bigbatch.launcher.cli import (
+    advice,
+    data,
+    inference,
+    recipes,
+    runs,
+    submission,
+    training,
+    tuning,
+)
 
 SECTIONS = {
     "Data": (data.shard, data.index, data.inspect, data.batches),
     "Recipes": (recipes.recipes, recipes.check, recipes.schedule, recipes.schema),
     "Training": (training.train, training.resume, submission.submit, training.prove),
     "Tuning": (tuning.find_lr, tuning.find_micro_batch, advice.advise, tuning.tune),
+    "After training": (inference.evaluate, inference.predict),
     "Runs": (
         runs.runs,
         runs.status,

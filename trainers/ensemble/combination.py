@@ -92,6 +92,11 @@ class Combination:
             return len(self.coefficients[0]) // len(self.coefficients)
         return None if self.weights is None else len(self.weights)
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes it is for; None: any number."""
+        return None if self.intercepts is None else len(self.intercepts)
+
     def apply(self, logits: Logits) -> Probabilities:
         """Probabilities [N, C] from logits [M, N, C], which may be a memory map.
 

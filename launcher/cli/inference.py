@@ -1,0 +1,174 @@
+"""Commands for what comes after training: scores of a split, and predictions."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bigbatch.launcher.cli import options
+
+_TTA = ("none", "flip", "five", "ten", "scales")
+
+
+def _shared(function: Any) -> Any:
+    for option in (
+        click.option(
+            "--members",
+            default="auto",
+            show_default=True,
+            help="auto: those that the run kept; all; or names such as cycle-01,soup.",
+        ),
+        click.option(
+            "--tta",
+            type=click.Choice(_TTA),
+            default="none",
+            show_default=True,
+            help="Looks at each image, whose probabilities are averaged.",
+        ),
+        click.option("--batch", type=click.IntRange(1), help="Images of a batch, on each process."),
+        click.option(
+            "--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU."
+        ),
+        options.runs_folder,
+        options.as_json,
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(short_help="Score a run or an ensemble on a split.")
+@click.argument("models", nargs=-1, required=True, metavar="RUN|FOLDER...")
+@click.option("--data", help="Folder or URL of shards; default: that of the recipe.")
+@click.option("--split", help="Folder below it; default: the recipe's test split, or else val.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the figures; default: in the run."
+)
+@_shared
+def evaluate(
+    models: tuple[str, ...],
+    data: str | None,
+    split: str | None,
+    out: Path | None,
+    members: str,
+    tta: str,
+    batch: int | None,
+    nproc: int | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Score the members of RUN, and their ensemble, on any split: each image once.
+
+    \b
+    bigbatch evaluate digits
+    bigbatch evaluate digits --split val --members all --json
+
+    FOLDER is what `bigbatch ensemble` has written; several runs are one ensemble.
+    """
+    paths = _find(models, runs_folder)
+    source = _source(paths[0], data, split)
+    out = out or paths[0] / "evaluations" / Path(source).name
+    _start(
+        "evaluate", paths, source, out, members=members, tta=tta, batch=batch, nproc=nproc,
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@click.command(short_help="Predict the classes of images.")
+@click.argument("model", metavar="RUN|FOLDER")
+@click.argument("source")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="FILE.parquet or FILE.csv."
+)
+@click.option("--features", is_flag=True, help="Also what goes into the classifier.")
+@_shared
+def predict(
+    model: str,
+    source: str,
+    out: Path,
+    features: bool,
+    members: str,
+    tta: str,
+    batch: int | None,
+    nproc: int | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Predict every image of SOURCE, labelled or not: a row each, in the order of SOURCE.
+
+    \b
+    bigbatch predict digits photos/ --out labels.parquet
+    bigbatch predict digits list.txt --out labels.csv
+
+    SOURCE is a folder of images, a folder of shards or of other tars, one tar or image, or a
+    .txt file with a path on each line. An image that cannot be read is a row with a reason.
+    """
+    from bigbatch.configs.errors import UserError
+
+    if out.suffix not in (".parquet", ".csv"):
+        raise UserError(f"--out {out}: the name must end in .parquet or .csv")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out.parent} is no folder; make it, or choose another --out")
+    _start(
+        "predict", _find([model], runs_folder), source, out, members=members, tta=tta, batch=batch,
+        nproc=nproc, as_json=as_json, features=features,
+    )  # fmt: skip
+
+
+def _find(models: Sequence[str], runs_folder: Path) -> list[Path]:
+    """Folders of ensembles as they are; runs by their name or their directory."""
+    from bigbatch.launcher.runs.registry import find_run
+
+    paths = [Path(model) for model in models]
+    return [
+        path if (path / "ensemble.json").is_file() else find_run(model, runs_folder).path
+        for path, model in zip(paths, models, strict=True)
+    ]
+
+
+def _source(path: Path, data: str | None, split: str | None) -> str:
+    """The shards to score: by the options, or by the recipe of the run, or of the first member."""
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import parse_recipe, read_yaml
+
+    if data is not None and split is None:
+        return data
+    file = path / "recipe.yaml"
+    file = file if file.is_file() else path / "members" / "00.yaml"
+    if not file.is_file():
+        raise UserError(f"{path} holds neither recipe.yaml nor members; name the data with --data")
+    recipe = parse_recipe(read_yaml(file), str(file)).data
+    root = data or recipe.path
+    if split is None:
+        test = recipe.test is not None and (Path(root) / recipe.test).exists()
+        split = recipe.test if test else recipe.val
+    return f"{root.rstrip('/')}/{split}"
+
+
+def _start(
+    command: str,
+    paths: Sequence[Path],
+    source: str,
+    out: Path,
+    *,
+    members: str,
+    tta: str,
+    batch: int | None,
+    nproc: int | None,
+    as_json: bool,
+    features: bool = False,
+) -> None:
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.ranks import run_ranks
+    from bigbatch.trainers.planning.environment import check_environment
+
+    check_environment(os.environ)
+    arguments = [command, *map(str, paths), "--source", source, "--members", members, "--tta", tta]
+    arguments += ["--out", str(out)]
+    arguments += ["--batch", str(batch)] if batch else []
+    arguments += ["--json"] if as_json else []
+    arguments += ["--features"] if features else []
+    run_ranks("bigbatch.trainers.inference", arguments, find_peers(os.environ), nproc)

@@ -1,0 +1,86 @@
+"""Ranks of a module here: started together, ended together. For what needs no restarts."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.launcher.env import Peers, default_nproc, start_variables
+from bigbatch.launcher.launchers import python
+
+_POLL_S = 0.05
+_GRACE_S = 10.0  # that ranks have to end by themselves once one has failed
+
+
+def run_ranks(
+    module: str, arguments: Sequence[str], peers: Peers | None, nproc: int | None
+) -> NoReturn:
+    """Run `module` as `nproc` ranks, or as the one rank that a launcher has made this process.
+
+    Without `nproc`, a rank for each GPU. Does not return: exits with the status of the first
+    rank that failed, or 0.
+    """
+    command = [*python(module), *arguments]
+    if peers is not None and (nproc is None or peers.size > 1):
+        if nproc is not None:
+            raise UserError(
+                f"--nproc {nproc}, but {peers.launcher} has started {peers.size} processes "
+                "already: drop --nproc to use those"
+            )
+        _become(command, peers.variables)
+    count = nproc or default_nproc(os.environ)
+    variables = start_variables(count, 1, None, os.environ)
+    if count == 1:
+        _become(command, variables)
+    sys.exit(_run(command, count, variables))
+
+
+def _become(command: list[str], variables: Mapping[str, str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, {**os.environ, **variables})
+
+
+def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
+    """Start the ranks, wait for them, and end the others where one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(count):
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(subprocess.Popen(command, env={**os.environ, **variables, **own}))
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal tells all of them
+    failed = 0
+    deadline = float("inf")
+    while any(process.poll() is None for process in ranks):
+        if not failed and (bad := [p.returncode for p in ranks if p.returncode]):
+            failed, deadline = bad[0], time.monotonic() + _GRACE_S
+        if time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+        time.sleep(_POLL_S)
+    # A user's error explains those of the ranks that lost a peer by it.
+    statuses = [p.returncode for p in ranks if p.returncode]
+    status = 2 if 2 in statuses else failed or next(iter(statuses), 0)
+    return status if status >= 0 else 128 - status

@@ -1,0 +1,1 @@
+"""Trained members over data: forward passes, predictions and evaluations."""

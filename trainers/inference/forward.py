@@ -1,0 +1,222 @@
+"""Forward passes of several members over the same images, each image decoded once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import Decoding, MicroBatch
+from bigbatch.data.geometry import View
+from bigbatch.data.index import Index
+from bigbatch.data.loader import eval_batches
+from bigbatch.data.order import Positions
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.combination import Logits, log_softmax
+from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.inference.looks import looks_of
+from bigbatch.trainers.inference.progress import Progress
+from bigbatch.trainers.models.build import choose_memory_format
+
+# Below this many images a rank decodes them itself, faster than workers could start.
+_FEW_IMAGES = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What the members say of one batch, in the order of its samples.
+
+    `logits` and `features` are those of the n samples that could be read; `bad` holds the
+    others, as (sample, reason).
+    """
+
+    number: int  # of the batch
+    samples: Positions  # int64 [n]
+    logits: Logits  # float32 [M, n, C]
+    bad: tuple[tuple[int, str], ...]
+    features: npt.NDArray[np.float32] | None = None  # [n, D], of the only member
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    member: Member
+    model: nn.Module
+    augmenter: Augmenter
+
+
+class Forward:
+    """Members on this rank's device. Batch b of an index goes to rank b % world.
+
+    Members that look at images alike share their decoding, their copy to the device and their
+    crops; mean and std are each member's own. `tta` names the looks that are taken of an image
+    (looks.py), whose probabilities are averaged.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        members: Sequence[Member],
+        *,
+        tta: str = "none",
+        batch: int | None = None,
+        features: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.members = members
+        self.classes = len(members[0].classes)
+        first = members[0].recipe
+        self.data = first.data
+        self.batch = batch or first.evaluate.batch
+        self._tta = tta
+        groups: dict[tuple[int, float], list[int]] = {}
+        for place, member in enumerate(members):
+            recipe = member.recipe
+            key = recipe.data.image_size, recipe.evaluate.crop_fraction
+            groups.setdefault(key, []).append(place)
+        self._groups = groups
+        self._loaded = [self._load(member) for member in members]
+        self._features: list[Tensor] = []
+        if features:
+            _watch(self._loaded[0], self._features)
+        self._wants_features = features
+
+    def _load(self, member: Member) -> _Loaded:
+        recipe, device = member.recipe, self.engine.device
+        memory_format = choose_memory_format(recipe.model, device)
+        model = member.build().to(device).to(memory_format=memory_format)
+        augmenter = Augmenter(
+            recipe.augment,
+            image_size=recipe.data.image_size,
+            crop_fraction=recipe.evaluate.crop_fraction,
+            classes=self.classes,
+            seed=recipe.seed,
+            device=device,
+            memory_format=memory_format,
+        )
+        return _Loaded(member, model, augmenter)
+
+    def outputs(self, index: Index, *, leave_out_bad: bool = False) -> Iterator[Outputs]:
+        """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""
+        share = -(-len(index) // self.engine.world)
+        streams = []
+        for size, fraction in self._groups:
+            view = View(size, fraction)
+            decoding = Decoding(
+                image_size=size,
+                channels=self.data.channels,
+                workers=self.data.workers if share > _FEW_IMAGES else 0,
+                threads=self.data.threads,
+                pin_memory=self.engine.device.type == "cuda",
+                view=view if self._tta in ("none", "flip") else None,
+            )
+            streams.append(
+                eval_batches(
+                    index,
+                    decoding,
+                    batch=self.batch,
+                    rank=self.engine.rank,
+                    world=self.engine.world,
+                    leave_out_bad=leave_out_bad,
+                )
+            )
+        for batches in zip(*streams, strict=True):
+            first = batches[0]
+            logits = np.empty((len(self.members), len(first.samples), self.classes), np.float32)
+            if len(first.samples):
+                with torch.inference_mode():
+                    for places, batch in zip(self._groups.values(), batches, strict=True):
+                        self._fill(logits, places, batch)
+            yield Outputs(
+                first.index,
+                first.samples,
+                logits,
+                tuple((entry["sample"], entry["reason"]) for entry in first.bad),
+                self._taken_features(len(first.samples)) if self._wants_features else None,
+            )
+
+    def _fill(self, logits: Logits, places: list[int], batch: MicroBatch) -> None:
+        """Write the logits of the members at `places`, which look at images alike."""
+        augmenter = self._loaded[places[0]].augmenter
+        looks = looks_of(augmenter.eval_view, self._tta)
+        outputs: dict[int, list[Tensor]] = {place: [] for place in places}
+        for look in looks:
+            images = augmenter.crop_and_warp(batch, look)
+            for place in places:
+                mine = images.clone() if len(places) > 1 else images  # normalising overwrites
+                outputs[place].append(self._forward(self._loaded[place], mine))
+        for place, found in outputs.items():
+            arrays = [output.cpu().numpy() for output in found]
+            for array in arrays:
+                self._check(array, self.members[place], batch)
+            logits[place] = arrays[0] if len(arrays) == 1 else _mean_log_probability(arrays)
+
+    def _forward(self, loaded: _Loaded, images: Tensor) -> Tensor:
+        images = loaded.augmenter.normalise(images)
+        with self.engine.autocast():
+            logits: Tensor = loaded.model(images)
+        return logits.float()
+
+    def _check(self, logits: npt.NDArray[np.float32], member: Member, batch: MicroBatch) -> None:
+        finite = np.isfinite(logits).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                f"member {member.name} gives logits that are not finite (sample "
+                f"{int(batch.samples[~finite][0]):,}); its weights are no good: leave it out with "
+                "--members"
+            )
+
+    def _taken_features(self, count: int) -> npt.NDArray[np.float32]:
+        taken, self._features[:] = list(self._features), []
+        if not taken:
+            return np.zeros((count, 0), np.float32)
+        return torch.stack([t.flatten(1).float() for t in taken]).mean(0).cpu().numpy()
+
+    def logits(self, index: Index) -> Logits | None:
+        """Logits [M, N, C] of all samples on rank 0, in index order; None elsewhere. Collective."""
+        found = []
+        with Progress("evaluating", len(index), self.engine) as progress:
+            for outputs in self.outputs(index):
+                found.append(outputs)
+                progress.advance(len(outputs.samples))
+        members, classes = len(self.members), self.classes
+        rows = [o.logits.swapaxes(0, 1).reshape(-1, members * classes) for o in found]
+        flat = np.concatenate([np.zeros((0, members * classes), np.float32), *rows])
+        batches = -(-len(index) // self.batch)
+        capacity = -(-batches // self.engine.world) * self.batch
+        on_device = torch.from_numpy(flat).to(self.engine.device)
+        parts = self.engine.gather_rows(on_device, capacity)
+        if parts is None:
+            return None
+        order = [
+            np.arange(number * self.batch, min((number + 1) * self.batch, len(index)))
+            for rank in range(self.engine.world)
+            for number in range(rank, batches, self.engine.world)
+        ]
+        logits = np.empty((members, len(index), classes), np.float32)
+        together = np.concatenate(parts).reshape(-1, members, classes)
+        logits[:, np.concatenate(order)] = together.swapaxes(0, 1)
+        return logits
+
+
+def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+    """Logits whose softmax is the mean of probabilities of several looks, [n, C]."""
+    total = np.logaddexp.reduce([log_softmax(array) for array in logits], axis=0)
+    mean: npt.NDArray[np.float64] = total - np.log(len(logits))
+    return mean
+
+
+def _watch(loaded: _Loaded, into: list[Tensor]) -> None:
+    """Keep what goes into the classifier at each forward pass."""
+    model: Any = loaded.model
+    head = model.get_classifier()
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Identity):
+        raise UserError(
+            f"member {loaded.member.name}: {loaded.member.recipe.model.name} has no one classifier "
+            "whose input could be its features; leave out --features"
+        )
+    head.register_forward_pre_hook(lambda module, inputs: into.append(inputs[0].detach()))

@@ -1,0 +1,105 @@
+"""Predictions for every image of a source, each exactly once, on any number of ranks."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigbatch.data.listing import Listing
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.folder import Ensemble
+from bigbatch.trainers.evaluation.metrics import Probabilities
+from bigbatch.trainers.inference.forward import Forward, Outputs
+from bigbatch.trainers.inference.progress import Progress
+from bigbatch.trainers.inference.rows import Part, Table, join
+
+
+def predict(
+    engine: Engine,
+    ensemble: Ensemble,
+    forward: Forward,
+    listing: Listing,
+    out: Path,
+    *,
+    features: bool = False,
+) -> dict[str, Any] | None:
+    """Write a row for every image of `listing` to `out`, in its order; collective.
+
+    Returns what was written, on rank 0. An image that cannot be read is a row with a reason.
+    """
+    started = time.perf_counter()
+    members = [member.name for member in ensemble.members]
+    about = {"members": members, "combination": ensemble.combination.to_json()}
+    table = Table(ensemble.classes, ensemble.combination, about, features=features)
+    folder = Path(engine.from_main(str(out.with_name(f".{out.name}.parts-{time.time_ns()}"))))
+    engine.on_main(folder.mkdir)
+    try:
+        part = Part(folder, engine.rank, table.schema)
+        counts = np.zeros(3, np.int64)  # unreadable, with a target, right
+        with Progress("predicting", len(listing.index), engine) as progress:
+            for outputs in forward.outputs(listing.index, leave_out_bad=True):
+                probabilities = ensemble.combination.apply(outputs.logits)
+                part.write(_rows(table, listing, outputs, probabilities))
+                counts += _count(listing, outputs, probabilities)
+                progress.advance(len(outputs.samples) + len(outputs.bad))
+        part.close()
+        engine.barrier()  # all parts are whole
+
+        def joined() -> int:
+            batches = -(-len(listing.index) // forward.batch)
+            reasons = [reason for _, reason in listing.unreadable]
+            keys = [key for key, _ in listing.unreadable]
+            nothing = np.zeros((0, len(ensemble.classes)))
+            none = np.zeros((0, 0), np.float32) if features else None
+            last = table.rows(keys, [-1] * len(keys), nothing, reasons, none)
+            return join(folder, engine.world, batches, last, out)
+
+        rows = engine.on_main(joined)
+    finally:
+        if engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    totals = engine.sum_by_name({"counts": _tensor(counts)})["counts"].tolist()
+    if engine.rank != 0:
+        return None
+    unreadable, known, right = (int(value) for value in totals)
+    seconds = time.perf_counter() - started
+    return {
+        "out": str(out),
+        "rows": rows,
+        "unreadable": unreadable + len(listing.unreadable),
+        "with_target": known,
+        "accuracy": right / known if known else None,
+        "members": members,
+        "seconds": round(seconds, 2),
+        "images_per_s": round(len(listing.index) / seconds, 1),
+        "notes": listing.notes,
+    }
+
+
+def _rows(table: Table, listing: Listing, outputs: Outputs, probabilities: Probabilities) -> Any:
+    """The rows of a batch, in the order of its samples, the unreadable ones among them."""
+    reasons: dict[int, str | None] = dict.fromkeys(outputs.samples.tolist())
+    reasons |= dict(outputs.bad)
+    samples = sorted(reasons)
+    return table.rows(
+        [listing.keys[sample] for sample in samples],
+        listing.index.label[samples].tolist(),
+        probabilities,
+        [reasons[sample] for sample in samples],
+        outputs.features,
+    )
+
+
+def _count(listing: Listing, outputs: Outputs, probabilities: Probabilities) -> Any:
+    labels = listing.index.label[outputs.samples]
+    known = labels >= 0
+    right = (probabilities.argmax(axis=1) == labels) & known
+    return np.array([len(outputs.bad), known.sum(), right.sum()], np.int64)
+
+
+def _tensor(counts: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(counts)
