@@ -39,7 +39,7 @@ class Progress:
             self._bar.update(self._task, completed=self._done, rate=f"{rate:,.0f} img/s")
         elif self._speaks and self._done * 10 // self._total > self._said:
             self._said = self._done * 10 // self._total
-            text = f"{self._title} {self._done:,}/{self._total:,} ({self._said * 10} %)"
+            text = f"{self._title} {self._done:,}/{self._total:,} ({self._done / self._total:.0%})"
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(

@@ -1,0 +1,40 @@
+"""Runs with weights that nobody trained, which is enough to use them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.trainers.ensemble.members import save_snapshot
+from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.weights_file import describe
+
+SMALL = ("model.name=test_resnet", "data.workers=0", "data.threads=1", "evaluate.batch=64")
+
+
+def untrained_run(
+    path: Path,
+    data: Path,
+    classes: Sequence[str],
+    overrides: Sequence[str] = (),
+    snapshots: int = 2,
+    seed: int = 0,
+) -> RunDir:
+    """A run of the digits recipe, a small network in it, with snapshots of random weights."""
+    recipe = load_recipe("digits", [f"data.path={data}", *SMALL, *overrides])
+    run = create_run(path, recipe)
+    for number in range(1, snapshots + 1):
+        model = build_model(
+            recipe.model,
+            classes=len(classes),
+            channels=recipe.data.channels,
+            seed=100 * seed + number,
+        )
+        with torch.no_grad():  # BatchNorm's are alike in every fresh network
+            for name, buffer in model.named_buffers():
+                if name.endswith("running_mean"):
+                    buffer.normal_(generator=torch.Generator().manual_seed(number))
+        save_snapshot(run.snapshots, number, 10 * number, model, {}, describe(recipe, classes))
+    return run
