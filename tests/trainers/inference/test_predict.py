@@ -233,10 +233,12 @@ def test_mirror_images_are_refused_where_training_made_none(ensemble: Ensemble) 
         check_tta(tta, recipe, "a")
 
 
-def check_ranks(world: int, digits: Path, ensemble: Ensemble, engine: Engine, folder: Path) -> None:
+def check_ranks(
+    world: int, digits: Path, ensemble: Ensemble, folder: Path, suffixes: tuple[str, ...]
+) -> None:
     """As many ranks as `world` write the rows that one writes: the last batch is a short one."""
     runs = sorted({str(m.weights.parents[2]) for m in ensemble.members})
-    for suffix in ("parquet", "csv"):
+    for suffix in suffixes:
         out = folder / f"ranks-{world}.{suffix}"
         options = ["--source", str(digits / "val"), "--out", str(out), "--batch", "32"]
         run_ranks(world, MODULE, "predict", *runs, *options)
