@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ Method = Literal["mean", "logits", "weights", "vote", "stack"]
 METHODS: tuple[str, ...] = get_args(Method)
 # What the mean probability counts beside a vote: it decides ties, and nothing else.
 TIE = 2.0**-10
-# Elements [members, rows, classes] of float64 that are held at once: 8 MiB, some caches' size.
+# Numbers in float64 that are worked on at once: 8 MiB.
 _CHUNK = 1 << 20
 
 
@@ -107,15 +107,14 @@ class Combination:
         members, samples, classes = logits.shape
         combine = self._rule(classes)
         result = np.empty((samples, classes))
-        rows = max(1, _CHUNK // (members * classes))
-        for start in range(0, samples, rows):
-            chunk = logits[:, start : start + rows]
+        for rows in row_chunks(samples, members * classes):
+            chunk = logits[:, rows]
             if not np.isfinite(chunk).all():
                 member, row, _ = np.argwhere(~np.isfinite(chunk))[0].tolist()
                 raise ValueError(f"member {member} has a logit that is not finite, of sample "
-                                 f"{start + row}")  # fmt: skip
+                                 f"{rows.start + row}")  # fmt: skip
             p = np.minimum(combine(chunk), 1.0)
-            result[start : start + rows] = tempered(p, self.temperature)
+            result[rows] = tempered(p, self.temperature)
         return result
 
     def accepted(self, probabilities: Probabilities) -> npt.NDArray[np.bool_]:
@@ -183,6 +182,12 @@ class Combination:
                     )
                     + intercepts
                 )
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices that cover all rows, of `_CHUNK` numbers each where a row has `width`."""
+    step = max(1, _CHUNK // width)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def ordered_sum(terms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

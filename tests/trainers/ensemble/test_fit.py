@@ -1,0 +1,202 @@
+"""Fits against other optimisers, and what must hold for each."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize, minimize_scalar
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers.ensemble.combination import Combination, log_softmax, tempered
+from bigbatch.trainers.ensemble.fit import (
+    STRENGTHS,
+    TEMPERATURES,
+    fit_joined,
+    fit_rejection,
+    fit_stack,
+    fit_temperature,
+    fit_weights,
+    label_log_probabilities,
+    temperature_of,
+)
+from bigbatch.trainers.ensemble.held_out import FitData, fold_of
+from bigbatch.trainers.evaluation.metrics import nll, softmax
+from tests.trainers.ensemble.held_out_samples import reordered, samples
+
+
+def loss(weights, data):
+    p = np.stack([softmax(m)[np.arange(len(data.labels)), data.labels] for m in data.logits])
+    return -np.log(np.asarray(weights) @ p).mean()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_are_those_of_another_optimiser(seed):
+    data = samples(4, 200, seed=seed)
+    found = minimize(
+        lambda w: loss(w, data),
+        np.full(4, 0.25),
+        method="SLSQP",
+        bounds=[(0, 1)] * 4,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+        options={"ftol": 1e-13, "maxiter": 500},
+    )
+    weights = fit_weights(data).weights
+    assert loss(weights, data) <= found.fun + 2e-7
+    np.testing.assert_allclose(weights, found.x, atol=2e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 60), st.integers(0, 10**6), st.floats(0.1, 1e3))
+def test_weights_are_on_the_simplex_and_no_corner_or_middle_is_better(members, n, seed, scale):
+    data = samples(members, n, classes=3, seed=seed)
+    data = FitData((scale * data.logits).astype(np.float32), data.labels, data.keys, "val")
+    weights = np.array(fit_weights(data).weights)
+    assert weights.min() >= 0
+    assert abs(weights.sum() - 1) < 1e-12
+    logs = label_log_probabilities(data)
+    assert np.isfinite(logs).all()
+    best = np.logaddexp.reduce(logs + np.log(np.maximum(weights, 1e-300))[:, None]).mean()
+    for other in (*np.eye(members), np.full(members, 1 / members)):
+        value = np.logaddexp.reduce(logs + np.log(np.maximum(other, 1e-300))[:, None]).mean()
+        assert best >= value - 1e-6
+
+
+def test_weights_of_a_mixture_are_its_proportions():
+    """Labels drawn from 0.7 of one member's predictions and 0.3 of another's."""
+    generator = np.random.default_rng(0)
+    logits = (3 * generator.normal(size=(2, 40_000, 3))).astype(np.float32)
+    p = np.tensordot([0.7, 0.3], np.stack([softmax(m) for m in logits]), 1)
+    labels = (p.cumsum(axis=1) < generator.random((40_000, 1))).sum(axis=1)
+    data = FitData(logits, labels, [str(i) for i in range(40_000)], "val")
+    assert fit_weights(data).weights == pytest.approx((0.7, 0.3), abs=0.02)
+
+
+def test_equal_members_share_a_weight():
+    weights = fit_weights(reordered(samples(2), (0, 1, 1, 0, 1))).weights
+    assert len(set(weights)) == 2
+    alone = fit_weights(samples(2)).weights
+    assert sum(weights[1:3]) + weights[4] == pytest.approx(alone[1], abs=2e-3)
+
+
+def test_one_member_has_all_the_weight():
+    assert fit_weights(samples(1)).weights == (1.0,)
+
+
+def test_the_order_of_members_changes_no_bit_of_a_fit():
+    data = samples(3)
+    weights, stack = fit_weights(data).weights, fit_stack(data)
+    blocks = np.array(stack.coefficients).reshape(4, 3, 4)
+    for order in permutations(range(3)):
+        again = reordered(data, order)
+        assert fit_weights(again).weights == tuple(weights[m] for m in order)
+    stacked = fit_stack(reordered(data, (2, 0, 1)))
+    assert stacked.intercepts == stack.intercepts
+    assert (np.array(stacked.coefficients).reshape(4, 3, 4) == blocks[:, [2, 0, 1]]).all()
+
+
+@pytest.mark.parametrize("method", ["mean", "logits", "vote"])
+def test_temperature_is_that_of_another_optimiser(method):
+    data, whole = samples(n=300), Combination(method)
+    p = whole.apply(data.logits)
+    found = minimize_scalar(
+        lambda log: nll(tempered(p, np.exp(log)), data.labels),
+        bounds=np.log(TEMPERATURES),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    fitted = fit_temperature(data, whole)
+    assert fitted.method == method
+    assert fitted.temperature == pytest.approx(np.exp(found.x), rel=1e-5)
+    # It is fitted on what was combined, so one that is there already does not count.
+    assert fit_temperature(data, fitted) == fitted
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.2, 5.0))
+def test_temperature_of_a_power_is_that_much_lower(exponent):
+    data = samples(1, 300)
+    p = softmax(data.logits[0])
+    sharp = p**exponent / (p**exponent).sum(axis=1, keepdims=True)
+    expected = exponent * temperature_of(p, data.labels)
+    assert temperature_of(sharp, data.labels) == pytest.approx(expected, rel=1e-8)
+
+
+def test_temperature_where_the_nll_has_no_minimum():
+    labels = np.array([0, 1])
+    right = np.array([[0.8, 0.2], [0.4, 0.6]])
+    assert temperature_of(right, labels) == TEMPERATURES[0]
+    assert temperature_of(right[::-1], labels) == TEMPERATURES[1]
+    assert temperature_of(np.full((2, 2), 0.5), labels) == 1.0
+
+
+@pytest.mark.parametrize("coverage", [0.01, 0.25, 0.5, 0.9, 1.0])
+def test_rejection_keeps_the_coverage_that_was_asked_for(coverage):
+    data = samples(n=200)
+    whole = fit_rejection(data, Combination(), coverage)
+    accepted = whole.accepted(whole.apply(data.logits))
+    assert accepted.sum() == 200 * coverage  # no two confidences are equal here
+    with pytest.raises(UserError, match=r"coverage = 1\.5"):
+        fit_rejection(data, Combination(), 1.5)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_stack_is_scikit_learns(classes):
+    """Penalty and probabilities: its grid search over our folds, on standardised inputs."""
+    data = samples(3, 100, classes=classes)
+    features = np.concatenate([log_softmax(m) for m in data.logits], axis=1)
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(tol=1e-6, max_iter=10_000)),
+        {"logisticregression__C": STRENGTHS},
+        scoring="neg_log_loss",
+        cv=PredefinedSplit(fold_of(data, 5, seed=0)),
+    ).fit(features, data.labels)
+    p = fit_stack(data).apply(data.logits)
+    np.testing.assert_allclose(p, search.predict_proba(features), atol=1e-6)
+
+
+def test_a_stack_wants_two_samples_of_every_class():
+    data = samples(n=40)
+    rest = data.rows((data.labels != 2) | (np.arange(40) == np.argmax(data.labels == 2)))
+    with pytest.raises(UserError, match="class 2 has 1 samples in 'val'"):
+        fit_stack(rest)
+
+
+def test_a_constant_feature_does_nothing():
+    data = samples(n=60)
+    features = np.concatenate([data.logits[0], np.full((60, 1), 0.1)], axis=1)
+    coefficients, intercepts = fit_joined(features, data)
+    assert (coefficients[:, -1] == 0).all()
+    plain, _ = fit_joined(data.logits[0], data)
+    np.testing.assert_allclose(coefficients[:, :-1], plain, rtol=1e-9)
+    assert intercepts.shape == (4,)
+
+
+def test_joined_features_make_a_linear_layer_that_beats_either_alone():
+    """Two members that each see one half of what tells the classes apart."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    first = np.where(labels[:, None] < 2, 3.0, -3.0) + generator.normal(size=(400, 2))
+    second = np.where(labels[:, None] % 2, 40.0, -40.0) + 9 * generator.normal(size=(400, 3))
+    data = samples(n=400)
+    data = FitData(data.logits, labels, data.keys, "val")
+
+    def accuracy(features):
+        coefficients, intercepts = fit_joined(features, data)
+        layer = torch.nn.Linear(features.shape[1], 4)
+        layer.weight.data = torch.tensor(coefficients, dtype=torch.float32)
+        layer.bias.data = torch.tensor(intercepts, dtype=torch.float32)
+        outputs = layer(torch.tensor(features, dtype=torch.float32))
+        return float((outputs.argmax(1).numpy() == labels).mean())
+
+    assert accuracy(np.concatenate([first, second], axis=1)) > 0.98
+    assert accuracy(first) < 0.6
+    assert accuracy(second) < 0.6
+    with pytest.raises(ValueError, match=r"shape \(399, 2\) for 400 samples"):
+        fit_joined(first[:-1], data)
