@@ -40,10 +40,13 @@ def calibration_error(probabilities: Probabilities, labels: Labels, bins: int = 
     """Expected calibration error with equal-width bins (Guo et al. 2017, eq. 3)."""
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    # Bin k is ((k) / bins, (k + 1) / bins], as in the paper.
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(which, correct - confidence, minlength=bins)
+    gap = np.bincount(width_bins(confidence, bins), correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
+
+
+def width_bins(values: npt.NDArray[np.float64], bins: int = ECE_BINS) -> npt.NDArray[np.int64]:
+    """The bin of each value in [0, 1]: bin k is (k / bins, (k + 1) / bins], as in Guo et al."""
+    return np.clip(np.ceil(values * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def confusion(probabilities: Probabilities, labels: Labels) -> npt.NDArray[np.int64]:
