@@ -3,11 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bigbatch.launcher.cli import options
+
+if TYPE_CHECKING:
+    from bigbatch.configs.data import Data
 
 _TTA = ("none", "flip", "five", "ten", "scales")
 
@@ -114,7 +117,81 @@ def predict(
         raise UserError(f"{out.parent} is no folder; make it, or choose another --out")
     _start(
         "predict", _find([model], runs_folder), source, out, members=members, tta=tta, batch=batch,
-        nproc=nproc, as_json=as_json, features=features,
+        nproc=nproc, as_json=as_json, more=["--features"] if features else [],
+    )  # fmt: skip
+
+
+@click.command(short_help="Make one ensemble of runs.")
+@click.argument("models", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="New folder for the ensemble."
+)
+@click.option(
+    "--combine",
+    type=click.Choice(("mean", "logits", "weights", "greedy", "vote", "stack")),
+    default="mean",
+    show_default=True,
+    help="How the members' outputs become one; docs/ensembles.md explains each.",
+)
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="A run takes part if its accuracy is this near the best one's.",
+)
+@click.option(
+    "--coverage", type=click.FloatRange(0, 1), help="Reject the least certain beyond this share."
+)
+@click.option("--data", help="Folder or URL of shards; default: that of the recipe.")
+@click.option("--fit", help="Split that decides; default: the recipe's val.")
+@click.option("--split", help="Split that is reported; default: the recipe's test split.")
+@click.option("--folds", type=click.IntRange(2), default=5, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the folds.")
+@_shared
+def ensemble(
+    models: tuple[str, ...],
+    out: Path,
+    combine: str,
+    margin: float,
+    coverage: float | None,
+    data: str | None,
+    fit: str | None,
+    split: str | None,
+    folds: int,
+    seed: int,
+    members: str,
+    tta: str,
+    batch: int | None,
+    nproc: int | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Combine the members of RUNs into one ensemble, a folder that evaluate and predict take.
+
+    \b
+    bigbatch ensemble digits digits-2 digits-3 --out ensembles/digits
+    bigbatch ensemble digits --members all --combine greedy --out ensembles/snapshots
+
+    The validation split decides which members take part, with which weights and temperature, and
+    its figures are cross-fitted; the test split only is reported.
+    """
+    from bigbatch.configs.errors import UserError
+
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    paths = _find(models, runs_folder)
+    recipe = _data(paths[0])
+    root = (data or recipe.path).rstrip("/")
+    source = f"{root}/{fit or recipe.val}"
+    test = split or (recipe.test if (Path(root) / str(recipe.test)).exists() else None)
+    more = ["--combine", combine, "--margin", str(margin), "--folds", str(folds)]
+    more += ["--seed", str(seed)]
+    more += [] if coverage is None else ["--coverage", str(coverage)]
+    more += [] if test is None else ["--report", f"{root}/{test}"]
+    _start(
+        "ensemble", paths, source, out, members=members, tta=tta, batch=batch, nproc=nproc,
+        as_json=as_json, more=more,
     )  # fmt: skip
 
 
@@ -131,21 +208,26 @@ def _find(models: Sequence[str], runs_folder: Path) -> list[Path]:
 
 def _source(path: Path, data: str | None, split: str | None) -> str:
     """The shards to score: by the options, or by the recipe of the run, or of the first member."""
-    from bigbatch.configs.errors import UserError
-    from bigbatch.configs.load import parse_recipe, read_yaml
-
     if data is not None and split is None:
         return data
-    file = path / "recipe.yaml"
-    file = file if file.is_file() else path / "members" / "00.yaml"
-    if not file.is_file():
-        raise UserError(f"{path} holds neither recipe.yaml nor members; name the data with --data")
-    recipe = parse_recipe(read_yaml(file), str(file)).data
+    recipe = _data(path)
     root = data or recipe.path
     if split is None:
         test = recipe.test is not None and (Path(root) / recipe.test).exists()
         split = recipe.test if test else recipe.val
     return f"{root.rstrip('/')}/{split}"
+
+
+def _data(path: Path) -> "Data":
+    """The data that a run was trained on, or an ensemble's first member."""
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.load import parse_recipe, read_yaml
+
+    file = path / "recipe.yaml"
+    file = file if file.is_file() else path / "members" / "00.yaml"
+    if not file.is_file():
+        raise UserError(f"{path} holds neither recipe.yaml nor members; name the data with --data")
+    return parse_recipe(read_yaml(file), str(file)).data
 
 
 def _start(
@@ -159,7 +241,7 @@ def _start(
     batch: int | None,
     nproc: int | None,
     as_json: bool,
-    features: bool = False,
+    more: Sequence[str] = (),
 ) -> None:
     from bigbatch.launcher.env import find_peers
     from bigbatch.launcher.ranks import run_ranks
@@ -170,5 +252,5 @@ def _start(
     arguments += ["--out", str(out)]
     arguments += ["--batch", str(batch)] if batch else []
     arguments += ["--json"] if as_json else []
-    arguments += ["--features"] if features else []
+    arguments += more
     run_ranks("bigbatch.trainers.inference", arguments, find_peers(os.environ), nproc)

@@ -27,7 +27,7 @@ SECTIONS = {
     "Recipes": (recipes.recipes, recipes.check, recipes.schedule, recipes.schema),
     "Training": (training.train, training.resume, submission.submit, training.prove),
     "Tuning": (tuning.find_lr, tuning.find_micro_batch, advice.advise, tuning.tune),
-    "After training": (inference.evaluate, inference.predict),
+    "After training": (inference.evaluate, inference.predict, inference.ensemble),
     "Runs": (
         runs.runs,
         runs.status,

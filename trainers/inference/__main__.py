@@ -1,6 +1,6 @@
 """One rank of `bigbatch evaluate`, `predict` or `ensemble`: parse, load, run, say.
 
-    python -m bigbatch.trainers.inference evaluate|predict MODEL... [options]
+    python -m bigbatch.trainers.inference evaluate|predict|ensemble MODEL... [options]
 
 Started once per rank, with torchrun's environment variables where there are several.
 """
@@ -10,12 +10,17 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+from pydantic import JsonValue
+
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.notices import notice
-from bigbatch.data.listing import open_listing
+from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
+from bigbatch.trainers.ensemble.combination import Logits
+from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
+from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.looks import TTA, check_tta
@@ -29,9 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         ensemble = open_ensemble(options.model, options.members)
         engine = open_engine("ddp", _precision(ensemble))
-        if options.command == "predict":
-            return _predict(options, engine, ensemble)
-        return _evaluate(options, engine, ensemble)
+        return _COMMANDS[options.command](options, engine, ensemble)
     except Exception as error:
         known = explain(error, engine, options.model[0])
         if known is None:
@@ -48,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bigbatch.trainers.inference")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("evaluate", "predict"):
+    for name in _COMMANDS:
         command = commands.add_parser(name)
         command.add_argument("model", type=Path, nargs="+")
         command.add_argument("--members", default="auto")
@@ -58,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
     commands.choices["predict"].add_argument("--features", action="store_true")
+    combine = commands.choices["ensemble"]
+    combine.add_argument("--report")
+    combine.add_argument("--combine", choices=making.METHODS, default="mean")
+    combine.add_argument("--margin", type=float, default=1.0)
+    combine.add_argument("--coverage", type=float)
+    combine.add_argument("--folds", type=int, default=5)
+    combine.add_argument("--seed", type=int, default=0)
     return parser
 
 
@@ -82,36 +92,107 @@ def _forward(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
 
 def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
     listing = evaluation.open_labelled(options.source, ensemble.classes)
-    forward = _forward(options, engine, ensemble)
-    found = evaluation.evaluate(ensemble, forward, listing)
-    if found is None:
+    logits = _forward(options, engine, ensemble).logits(listing.index)
+    if logits is None:
         return 0
-    logits, probabilities = found
-    labels = listing.index.label.astype("int64")
-    result = {
-        "source": options.source,
-        "data_hash": listing.index.hash,
-        "tta": options.tta,
-        **evaluation.figures(ensemble, logits, probabilities, labels),
-        "notes": listing.notes,
-    }
+    labels = listing.index.label.astype(np.int64)
+    statistics = evaluation.statistics_of(ensemble, logits, labels)
+    result = _about(options, listing, ensemble) | statistics
     if options.out is not None:
+        probabilities = ensemble.combination.apply(logits)
         evaluation.save_evaluation(options.out, ensemble, listing, result, probabilities, labels)
     if options.json:
         print(to_json(result, indent=1))
         return 0
+    rows = evaluation.rows_of(statistics, ensemble.members[0].name)
+    _say(listing.notes, {Path(options.source).name: rows}, [evaluation.said_of_pair(statistics)])
+    if options.out is not None:
+        print(f"figures  {options.out / 'evaluation.json'}")
+        if result["mistakes_drawn"]:
+            print(f"mistakes {options.out / 'worst.png'}")
+    return 0
+
+
+def _about(
+    options: argparse.Namespace, listing: Listing, ensemble: Ensemble
+) -> dict[str, JsonValue]:
+    return {
+        "source": options.source,
+        "data_hash": listing.index.hash,
+        "notes": list(listing.notes),
+        "models": [str(path) for path in options.model],
+        "member_names": [member.name for member in ensemble.members],
+        "combination": ensemble.combination.method,
+        "tta": options.tta,
+    }
+
+
+def _say(notes: list[str], splits: dict[str, evaluation.Rows], lines: list[str]) -> None:
     from rich.console import Console
 
-    for note in listing.notes:
+    for note in notes:
         notice(note)
-    console = Console(soft_wrap=True)
-    console.print(f"{options.source}: {len(labels):,} images", highlight=False, markup=False)
-    console.print(evaluation.table_of(engine, result))
-    if options.out is not None:
-        console.print(f"figures  {options.out / 'evaluation.json'}", highlight=False)
-        if result["mistakes"]:
-            console.print(f"mistakes {options.out / 'worst.png'}", highlight=False)
+    console = Console()
+    if not console.is_terminal:  # no cell is cut
+        console.width = 200
+    console.print(evaluation.table_of(splits))
+    for line in filter(None, lines):
+        print(line)
+
+
+def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
+    if options.tta != "none":
+        raise UserError(f"--tta {options.tta}: an ensemble is fitted on plain looks; leave it out")
+    fit_on = evaluation.open_labelled(options.source, ensemble.classes)
+    report_on = None
+    if options.report is not None:
+        report_on = evaluation.open_labelled(options.report, ensemble.classes)
+    forward = _forward(options, engine, ensemble)
+    # All ranks take part in the forward passes, of which rank 0 makes something.
+    logits = {id(split): forward.logits(split.index) for split in (fit_on, report_on) if split}
+    plan = making.Plan(
+        options.combine, options.margin, options.coverage, options.folds, options.seed
+    )
+
+    def make() -> None:
+        made = making.make(ensemble, plan, fit_on, report_on, lambda split: _there(logits, split))
+        write_ensemble(options.out, made.ensemble, made.record | _figures(made))
+        _tell(options, made)
+
+    engine.on_main(make)
     return 0
+
+
+def _there(logits: dict[int, Logits | None], split: Listing) -> Logits:
+    found = logits[id(split)]
+    assert found is not None  # on rank 0
+    return found
+
+
+def _figures(made: making.Made) -> dict[str, JsonValue]:
+    return {"fitted": made.fitted, "reported": made.reported}
+
+
+def _tell(options: argparse.Namespace, made: making.Made) -> None:
+    names = [member.name for member in made.ensemble.members]
+    combination = made.ensemble.combination
+    if options.json:
+        content = {"out": str(options.out), "members": names, **made.record, **_figures(made)}
+        print(to_json(content, indent=1))
+        return
+    splits = {f"{Path(options.source).name}*": evaluation.rows_of(made.fitted, names[0])}
+    lines = ["* out of fold: each sample is judged by a fit on the others"]
+    if made.reported is not None:
+        splits[Path(options.report).name] = evaluation.rows_of(made.reported, names[0])
+        lines.append(evaluation.said_of_pair(made.reported))
+    left_out = [name for name in made.record["candidates"] if name not in names]
+    lines += [f"left out: {', '.join(left_out)}"] if left_out else []
+    if combination.weights is not None:
+        pairs = zip(names, combination.weights, strict=True)
+        lines.append("weights: " + ", ".join(f"{name} {weight:.3f}" for name, weight in pairs))
+    lines.append(f"temperature {combination.temperature:.3f}")
+    lines.append(f"ensemble {options.out}")
+    _say([], splits, lines)
 
 
 def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
@@ -133,6 +214,9 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
     if result["accuracy"] is not None:
         print(f"accuracy {result['accuracy']:.2%} of {result['with_target']:,} with a target")
     return 0
+
+
+_COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How good members and their ensemble are on a split: figures, and the worst mistakes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,20 @@ from typing import Any
 import numpy as np
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.data.augment.crop import crop_resize
 from bigbatch.data.batch import Decoding
 from bigbatch.data.geometry import View, into_frames
 from bigbatch.data.index import Index
 from bigbatch.data.listing import Listing, open_listing
-from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits
 from bigbatch.trainers.ensemble.folder import Ensemble
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, score, softmax
-from bigbatch.trainers.inference.forward import Forward
+from bigbatch.trainers.evaluation.conformal import ConformalSets
+from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, softmax
+from bigbatch.trainers.evaluation.outcomes import row_chunks
+from bigbatch.trainers.evaluation.statistics import Statistics
 
+Rows = list[tuple[str, dict[str, Any]]]  # models by name, with their figures
 _WORST = 24  # mistakes that are drawn
 
 
@@ -41,28 +45,29 @@ def _reason(listing: Listing) -> str:
     return f" ({listing.notes[-1]})" if listing.notes else ""
 
 
-def evaluate(
-    ensemble: Ensemble, forward: Forward, listing: Listing
-) -> tuple[Logits, Probabilities] | None:
-    """Logits [M, N, C] of the members and probabilities [N, C] of the ensemble, on rank 0."""
-    logits = forward.logits(listing.index)
-    return None if logits is None else (logits, ensemble.combination.apply(logits))
-
-
-def figures(
-    ensemble: Ensemble, logits: Logits, probabilities: Probabilities, labels: Labels
+def statistics_of(
+    ensemble: Ensemble,
+    logits: Logits,
+    labels: Labels,
+    *,
+    best: str | None = None,
+    sets: Sequence[ConformalSets] = (),
 ) -> dict[str, Any]:
-    """Scores of each member and of the ensemble, ready for JSON."""
-    members = [
-        {"name": member.name, **score(softmax(own), labels)}
-        for member, own in zip(ensemble.members, logits, strict=True)
-    ]
-    return {
-        "samples": len(labels),
-        "members": members,
-        "ensemble": score(probabilities, labels),
-        "combination": ensemble.combination.method,
-    }
+    """What docs/statistics.md lists, of the ensemble and its members' logits [M, N, C].
+
+    `best` is the member that did best on other samples, `sets` were fitted on other samples.
+    """
+    members = [member.name for member in ensemble.members] if len(logits) > 1 else []
+    combination = ensemble.combination
+    plain = replace(combination, temperature=1.0)
+    statistics = Statistics(
+        len(ensemble.classes), members=members, temperature=combination.temperature, sets=sets
+    )
+    for rows in row_chunks(len(labels), logits.shape[0] * logits.shape[2]):
+        own = logits[:, rows]
+        each = np.stack([softmax(member) for member in own]) if members else None
+        statistics.add(labels[rows], plain.apply(own), each)
+    return statistics.summary(best)
 
 
 def draw_worst(
@@ -131,28 +136,56 @@ def save_evaluation(
     labels: Labels,
 ) -> None:
     """Write the figures and the picture of the worst mistakes into `folder`."""
-    from bigbatch.configs.files import to_json, write_atomically
-
     folder.mkdir(parents=True, exist_ok=True)
-    result["mistakes"] = draw_worst(ensemble, listing, probabilities, labels, folder / "worst.png")
+    result["mistakes_drawn"] = draw_worst(
+        ensemble, listing, probabilities, labels, folder / "worst.png"
+    )
     write_atomically(folder / "evaluation.json", to_json(result, indent=1) + "\n")
 
 
-def table_of(engine: Engine, result: dict[str, Any]) -> Any:
-    """The figures as a table for the terminal."""
+def rows_of(statistics: dict[str, Any], name: str) -> Rows:
+    """The models that statistics are of, the ensemble last; a member alone is called `name`."""
+    members = statistics.get("members")
+    if members is None:
+        return [(name, statistics)]
+    return [*((m["name"], m) for m in members["each"]), ("ensemble", statistics)]
+
+
+def table_of(splits: dict[str, Rows]) -> Any:
+    """Rows of figures by split, as a table for the terminal: 80 columns hold two splits."""
     from rich import box
     from rich.table import Table
 
     from bigbatch.trainers.report.report import figure
 
-    table = Table(box=box.SIMPLE_HEAD, title=None)
-    table.add_column("model", no_wrap=True)
-    measures = ("accuracy", "nll", "brier", "ece")
-    for name in measures:
-        table.add_column(name, justify="right", no_wrap=True)
-    rows = [(m["name"], m, "") for m in result["members"]]
-    if len(rows) > 1:
-        rows.append(("ensemble", result["ensemble"], "bold"))
-    for name, entry, style in rows:
-        table.add_row(name, *(figure(entry, measure) for measure in measures), style=style)
+    titles = ["accuracy", "95 %", "nll", "ece"] if len(splits) == 1 else ["accuracy", "nll", "ece"]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("\nmodel", no_wrap=True)
+    found: dict[str, list[str]] = {}
+    for number, (split, rows) in enumerate(splits.items()):
+        for title in titles:
+            table.add_column(f"{split}\n{title}", justify="right", no_wrap=True)
+        for name, entry in rows:
+            low, high = entry["accuracy_interval"]
+            texts = {"95 %": f"{low:.1%} - {high:.1%}"}
+            cells = found.setdefault(name, ["-"] * len(titles) * number)
+            cells += [texts.get(title) or figure(entry, title) for title in titles]
+    for name, cells in found.items():
+        missing = ["-"] * (len(titles) * len(splits) - len(cells))
+        table.add_row(name, *cells, *missing, style="bold" if name == "ensemble" else "")
     return table
+
+
+def said_of_pair(statistics: dict[str, Any]) -> str:
+    """The comparison of the ensemble with its best member, in a line; "" without members."""
+    if statistics["members"] is None:
+        return ""
+    against = statistics["members"]["against_best"]
+    accuracy, mcnemar = against["accuracy"], against["mcnemar"]
+    low, high = accuracy["interval"]
+    p = mcnemar["p_value"]
+    return (
+        f"ensemble minus {against['best']}: {100 * accuracy['difference']:+.2f} points of accuracy "
+        f"(95 %: {100 * low:+.2f} to {100 * high:+.2f}; McNemar p = {p:.2g}), "
+        f"{against['nll']['difference']:+.4f} nll"
+    )
