@@ -1,6 +1,7 @@
 """Members scored, selected and combined: a mean of probabilities, and a soup of weights."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.ensemble.members import MEMBERS, list_snapshots, within_margin
-from bigbatch.trainers.ensemble.soup import SOUP, greedy_soup
+from bigbatch.trainers.ensemble.members import MEMBERS, list_snapshots
+from bigbatch.trainers.ensemble.selection import within_margin
+from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
 from bigbatch.trainers.models.batch_stats import recompute_statistics
@@ -72,13 +74,14 @@ def combine(
                 member["kept"] = number in kept
         # Best first, the order in which a greedy soup tries its ingredients.
         kept.sort(key=lambda i: (-accuracies[i], i))
-    kept = engine.from_main(kept)
+    kept, losses = engine.from_main((kept, [members[val][i]["nll"] for i in kept]))
 
-    soup_names: list[str] = []
+    steps: list[SoupStep] = []
     soup_scores: dict[str, dict[str, float]] = {}
     if config.soup and len(kept) > 1:
-        soup_names = greedy_soup(
-            [paths[i] for i in kept],
+        steps = greedy_soup(
+            {paths[i].name: paths[i] / MODEL for i in kept},
+            losses,
             engine,
             lambda: _score(evaluator.logits(model, splits[val]), labels[val]),
             lambda: recompute_statistics(model, recompute_images(), recompute_batches, engine.sum),
@@ -94,7 +97,11 @@ def combine(
     if soup_scores:
         info = describe(run.recipe(), splits[val].classes)
         save_weights(model, run.ensemble / SOUP, info)
-    content = {"kept": [paths[i].name for i in sorted(kept)], "soup": soup_names}
+    content = {
+        "kept": [paths[i].name for i in sorted(kept)],
+        "soup": [step.name for step in steps if step.kept],
+        "soup_steps": [asdict(step) for step in steps],
+    }
     write_atomically(run.ensemble / MEMBERS, to_json(content, indent=1))
     means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}
     result: dict[str, dict[str, Any]] = {}

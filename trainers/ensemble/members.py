@@ -1,4 +1,4 @@
-"""Members of an ensemble: weights of runs on the disk, and which of them take part."""
+"""Members of an ensemble: weights of runs on the disk."""
 
 import os
 import shutil
@@ -203,9 +203,3 @@ def save_snapshot(
 
 def list_snapshots(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("cycle-*") if ".tmp-" not in p.name)
-
-
-def within_margin(accuracies: list[float], margin: float) -> list[int]:
-    """Members whose validation accuracy is within `margin` of the best one's."""
-    best = max(accuracies)
-    return [i for i, accuracy in enumerate(accuracies) if accuracy >= best - margin]

@@ -22,10 +22,15 @@ from bigbatch.trainers.ensemble.fit import (
     require_fit,
 )
 from bigbatch.trainers.ensemble.held_out import FitData, fold_of
-from bigbatch.trainers.ensemble.members import within_margin
 from bigbatch.trainers.evaluation.metrics import Probabilities, softmax
 
 Score = Literal["nll", "accuracy"]
+
+
+def within_margin(accuracies: list[float], margin: float) -> list[int]:
+    """Members whose validation accuracy is within `margin` of the best one's."""
+    best = max(accuracies)
+    return [i for i, accuracy in enumerate(accuracies) if accuracy >= best - margin]
 
 
 def gate(data: FitData, margin: float) -> tuple[int, ...]:

@@ -141,10 +141,10 @@ def test_out_of_fold_figures_of_noise_promise_nothing():
     data = FitData(logits, np.arange(200) % 3, [f"{i}" for i in range(200)], "val")
 
     def fit(part):
-        inner = fit_stack(part)
+        inner = fit_stack(part, folds=2)
         return Fitted((0, 1, 2, 3), fit_temperature(part, inner))
 
-    found = cross_fit(data, fit)
+    found = cross_fit(data, fit, folds=3)
     assert nll(found.fitted.apply(data.logits), data.labels) < math.log(3)
     assert nll(found.probabilities, data.labels) > math.log(3)
 
