@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.trainers.ensemble.trees import Trees
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, softmax
 
 Logits = npt.NDArray[np.float32]  # [M, N, C]: members, samples, classes
-Method = Literal["mean", "logits", "weights", "vote", "stack"]
+Method = Literal["mean", "logits", "weights", "vote", "stack", "boost"]
 METHODS: tuple[str, ...] = get_args(Method)
 # What the mean probability counts beside a vote: it decides ties, and nothing else.
 TIE = 2.0**-10
@@ -32,13 +33,14 @@ class Combination:
       who has `TIE` of a vote, so that ties go to the class that members think likelier.
     - `stack`: multinomial logistic regression on all members' log-probabilities (Wolpert 1992):
       softmax of ``coefficients [C, M * C] @ log p [M * C] + intercepts [C]``, members outermost.
+    - `boost`: gradient boosting on the same log-probabilities: softmax of the scores of `trees`.
 
     `temperature` comes after combining (Rahaman and Thiery 2021): p^(1 / T), normalised. A
     prediction whose largest probability is below `reject_below` is rejected.
 
-    The order of members, with their weights or coefficients, changes no bit. Under `mean`,
-    `logits` and a weight of 1, a member alone gives its own softmax, bit for bit. No probability
-    is above 1; rows sum to 1 within rounding. Raises ValueError for values that cannot be.
+    The order of members, with what belongs to each, changes no bit. Under `mean`, `logits` and a
+    weight of 1, a member alone gives its own softmax, bit for bit. No probability is above 1; rows
+    sum to 1 within rounding. Raises ValueError for values that cannot be.
     """
 
     method: Method = "mean"
@@ -47,6 +49,7 @@ class Combination:
     intercepts: tuple[float, ...] | None = None
     temperature: float = 1.0
     reject_below: float | None = None
+    trees: Trees | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -55,6 +58,7 @@ class Combination:
             ("weights", "weights"),
             ("coefficients", "stack"),
             ("intercepts", "stack"),
+            ("trees", "boost"),
         ):
             if (getattr(self, name) is None) is (self.method == owner):
                 rule = f"given for method {owner!r}, and only for it"
@@ -75,6 +79,10 @@ class Combination:
                 raise _wrong("coefficients", shape, f"{classes} (as intercepts) of M * {classes}")
             if not all(map(_finite, (*self.coefficients, self.intercepts))):
                 raise ValueError("combination: coefficients and intercepts must be finite")
+        if self.trees is not None and not (
+            len(self.trees.baseline) and self.trees.features % len(self.trees.baseline) == 0
+        ):
+            raise ValueError("combination: its trees are not of all classes of each member")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise _wrong("temperature", self.temperature, "finite and above 0")
         if self.reject_below is not None and not 0 <= self.reject_below <= 1:
@@ -90,12 +98,15 @@ class Combination:
         """How many members it is for; None: any number."""
         if self.coefficients is not None:
             return len(self.coefficients[0]) // len(self.coefficients)
+        if self.trees is not None:
+            return self.trees.features // len(self.trees.baseline)
         return None if self.weights is None else len(self.weights)
 
     @property
     def classes(self) -> int | None:
         """How many classes it is for; None: any number."""
-        return None if self.intercepts is None else len(self.intercepts)
+        scores = self.intercepts if self.trees is None else self.trees.baseline
+        return None if scores is None else len(scores)
 
     def apply(self, logits: Logits) -> Probabilities:
         """Probabilities [N, C] from logits [M, N, C], which may be a memory map.
@@ -144,6 +155,7 @@ class Combination:
             intercepts=_numbers("intercepts", value["intercepts"]),
             temperature=_number("temperature", value["temperature"]),
             reject_below=None if reject is None else _number("reject_below", reject),
+            trees=None if value["trees"] is None else Trees.from_json(value["trees"]),
         )
 
     def _check(self, logits: Logits) -> None:
@@ -154,8 +166,8 @@ class Combination:
         members, _, classes = logits.shape
         if self.members not in (None, members):
             raise ValueError(f"logits of {members} members; combined are {self.members}")
-        if self.intercepts is not None and len(self.intercepts) != classes:
-            raise ValueError(f"logits of {classes} classes; stacked are {len(self.intercepts)}")
+        if self.classes not in (None, classes):
+            raise ValueError(f"logits of {classes} classes; combined are {self.classes}")
 
     def _rule(self, classes: int) -> Callable[[Logits], Probabilities]:
         """The function from logits [M, n, C] to probabilities [n, C], before the temperature."""
@@ -182,6 +194,10 @@ class Combination:
                     )
                     + intercepts
                 )
+            case "boost":
+                assert self.trees is not None
+                trees = self.trees
+                return lambda x: softmax(trees.scores(joined_log_probabilities(x)))
 
 
 def row_chunks(rows: int, width: int) -> Iterator[slice]:
@@ -209,6 +225,11 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Row-wise log of softmax in float64, finite for finite logits; [N, C]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def joined_log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
+    """All members' log-probabilities side by side; [M, N, C] to [N, M * C]."""
+    return np.concatenate([log_softmax(member) for member in logits], axis=1)
 
 
 def tempered(probabilities: Probabilities, temperature: float) -> Probabilities:

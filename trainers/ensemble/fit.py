@@ -2,20 +2,28 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.ensemble.combination import Combination, log_softmax, row_chunks
+from bigbatch.trainers.ensemble.combination import (
+    Combination,
+    joined_log_probabilities,
+    log_softmax,
+    row_chunks,
+)
 from bigbatch.trainers.ensemble.held_out import FitData, fold_of
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
+from bigbatch.trainers.ensemble.trees import Trees
+from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, nll, softmax
 
 Array = npt.NDArray[np.float64]
 TEMPERATURES = (0.01, 100.0)  # between which one is fitted
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C: inverse penalties
 _GAP = 1e-7  # nats of NLL between fitted weights and the best ones, at most
 _ITERATIONS = 100_000
+_ROUNDS = 100  # of boosting, at most
 
 
 def fit_weights(data: FitData) -> Combination:
@@ -93,7 +101,7 @@ def fit_stack(data: FitData, folds: int = 5, seed: int = 0) -> Combination:
     key. Raises UserError where a class has fewer than two samples.
     """
     order = canonical_order(require_fit(data).logits)
-    features = np.concatenate([log_softmax(data.logits[m]) for m in order], axis=1)
+    features = joined_log_probabilities(data.logits[order])
     coefficients, intercepts = _fit_linear(features, data, folds, seed)
     classes = len(intercepts)
     blocks = np.empty((classes, len(order), classes))
@@ -103,6 +111,33 @@ def fit_stack(data: FitData, folds: int = 5, seed: int = 0) -> Combination:
         coefficients=tuple(map(tuple, blocks.reshape(classes, -1).tolist())),
         intercepts=tuple(intercepts.tolist()),
     )
+
+
+def fit_boosted(data: FitData, folds: int = 5, seed: int = 0) -> Combination:
+    """Gradient-boosted trees on the members' log-probabilities: scikit-learn's, kept as numbers.
+
+    Trees of 8 leaves at most and rate 0.1 (Friedman 2001); of 1 to 100 rounds the number with the
+    least NLL out of fold. For few classes: a round grows a tree for each. Raises UserError where a
+    class has fewer than two samples.
+    """
+    order = canonical_order(require_fit(data).logits)
+    features = joined_log_probabilities(data.logits[order])
+    fold, losses = _usable_folds(data, folds, seed), np.zeros(_ROUNDS)
+    for number in range(folds):
+        inside = fold != number
+        y = data.labels[~inside]
+        model = _boosted(features[inside], data.labels[inside], _ROUNDS)
+        for done, p in enumerate(model.staged_predict_proba(features[~inside])):
+            losses[done] += nll(p, y) * len(y)
+    model = _boosted(features, data.labels, int(losses.argmin()) + 1)
+    trees = _plain(model, features.shape[1])
+    # The form of its trees is scikit-learn's own affair: what was read is what it computes, or no.
+    if not np.allclose(softmax(trees.scores(features)), model.predict_proba(features), 0, 1e-9):
+        raise RuntimeError("this scikit-learn keeps its trees in another form than 1.9 does")
+    classes = data.logits.shape[2]
+    place = np.repeat(np.array(order) * classes, classes) + np.tile(np.arange(classes), len(order))
+    moved = [-1 if f < 0 else int(place[f]) for f in trees.feature]
+    return Combination("boost", trees=replace(trees, feature=tuple(moved)))
 
 
 def fit_joined(
@@ -144,16 +179,20 @@ def label_log_probabilities(data: FitData) -> Array:
     return logs
 
 
-def _fit_linear(features: Array, data: FitData, folds: int, seed: int) -> tuple[Array, Array]:
-    """Coefficients [C, D] and intercepts [C] of the penalty with the least NLL out of fold."""
-    classes = data.logits.shape[2]
-    counts = np.bincount(data.labels, minlength=classes)
+def _usable_folds(data: FitData, folds: int, seed: int) -> Labels:
+    """Folds of which each leaves samples of every class; UserError where there cannot be any."""
+    counts = np.bincount(data.labels, minlength=data.logits.shape[2])
     if counts.min() < 2:
         raise UserError(
-            f"class {counts.argmin()} has {counts.min()} samples in {data.split!r}; a linear fit "
-            "needs two or more of every class: use a larger split, or another combination"
+            f"class {counts.argmin()} has {counts.min()} samples in {data.split!r}; a stack or a "
+            "head needs two or more of every class: use a larger split, or another combination"
         )
-    fold = fold_of(data, folds, seed)
+    return fold_of(data, folds, seed)
+
+
+def _fit_linear(features: Array, data: FitData, folds: int, seed: int) -> tuple[Array, Array]:
+    """Coefficients [C, D] and intercepts [C] of the penalty with the least NLL out of fold."""
+    fold = _usable_folds(data, folds, seed)
     losses = np.zeros(len(STRENGTHS))
     for number in range(folds):
         inside = fold != number
@@ -177,3 +216,33 @@ def _logistic(features: Array, labels: Labels, strength: float) -> tuple[Array, 
         a, b = np.concatenate([0 * a, a]), np.array([0.0, b[0]])
     a = a / deviation
     return a, b - a @ mean
+
+
+def _boosted(features: Array, labels: Labels, rounds: int) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    model = HistGradientBoostingClassifier(
+        learning_rate=0.1, max_iter=rounds, max_leaf_nodes=8, early_stopping=False, random_state=0
+    )
+    return model.fit(features, labels)
+
+
+def _plain(model: Any, features: int) -> Trees:
+    """scikit-learn's trees, one after another. Those of two classes score the second alone."""
+    baseline = model._baseline_prediction[0]
+    second = int(len(baseline) == 1)
+    trees = [(t.nodes, c + second) for rnd in model._predictors for c, t in enumerate(rnd)]
+    roots = np.cumsum([0, *(len(nodes) for nodes, _ in trees)])[:-1]
+    nodes = np.concatenate([nodes for nodes, _ in trees])
+    shift = np.repeat(roots, [len(nodes) for nodes, _ in trees])
+    leaf = nodes["is_leaf"] == 1
+    return Trees(
+        features,
+        tuple(np.concatenate([np.zeros(second), baseline]).tolist()),
+        tuple(roots.tolist()),
+        tuple(output for _, output in trees),
+        tuple(np.where(leaf, -1, nodes["feature_idx"]).tolist()),
+        tuple(np.where(leaf, nodes["value"], nodes["num_threshold"]).tolist()),
+        tuple(np.where(leaf, 0, nodes["left"] + shift).tolist()),
+        tuple(np.where(leaf, 0, nodes["right"] + shift).tolist()),
+    )

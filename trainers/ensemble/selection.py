@@ -14,6 +14,7 @@ from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.fit import (
     Array,
     canonical_order,
+    fit_boosted,
     fit_rejection,
     fit_stack,
     fit_temperature,
@@ -174,6 +175,8 @@ def fit_ensemble(
             combination = select_greedily(data, seed=seed)
         case "stack":
             combination = fit_stack(data, seed=seed)
+        case "boost":
+            combination = fit_boosted(data, seed=seed)
         case _:
             combination = Combination(method)  # type: ignore[arg-type]  # it checks its method
     if combination.weights is not None and 0.0 in combination.weights:

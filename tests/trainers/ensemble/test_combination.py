@@ -1,5 +1,6 @@
 """Combinations against sums written out, and what holds for all of them."""
 
+import dataclasses
 import json
 import math
 import tracemalloc
@@ -22,6 +23,7 @@ from bigbatch.trainers.ensemble.combination import (
     selective_score,
     tempered,
 )
+from bigbatch.trainers.ensemble.trees import Trees
 from bigbatch.trainers.evaluation.metrics import softmax
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -39,9 +41,46 @@ def stack_of(members=3, classes=4, seed=1):
     return Combination("stack", coefficients=tuple(map(tuple, coefficients)), intercepts=intercepts)
 
 
+def trees_of(members=3, classes=4, seed=2):
+    """Two trees a class, each of a root, an inner node and three leaves."""
+    generator = np.random.default_rng(seed)
+    count, features = 2 * classes, members * classes
+    feature, left, right = [], [], []
+    for root in range(0, 5 * count, 5):
+        asked = generator.integers(0, features, 2).tolist()
+        feature += [asked[0], asked[1], -1, -1, -1]
+        left += [root + 1, root + 3, 0, 0, 0]
+        right += [root + 2, root + 4, 0, 0, 0]
+    number = generator.normal(size=5 * count) - np.tile([2, 2, 0, 0, 0], count)
+    return Trees(
+        features,
+        tuple(generator.normal(size=classes).tolist()),
+        tuple(range(0, 5 * count, 5)),
+        tuple(k % classes for k in range(count)),
+        *map(tuple, (feature, number.tolist(), left, right)),
+    )
+
+
+def walked(trees, row):
+    """Scores of one row of features, node by node."""
+    scores = list(trees.baseline)
+    for node, output in zip(trees.roots, trees.outputs, strict=True):
+        while trees.feature[node] >= 0:
+            below = row[trees.feature[node]] <= trees.number[node]
+            node = trees.left[node] if below else trees.right[node]
+        scores[output] += trees.number[node]
+    return scores
+
+
+def changed(whole, **changes):
+    return dataclasses.replace(whole, **changes)
+
+
 def of(method, members=3, classes=4):
     if method == "stack":
         return stack_of(members, classes)
+    if method == "boost":
+        return Combination("boost", trees=trees_of(members, classes))
     weights = np.random.default_rng(members).dirichlet(np.ones(members)).tolist()
     return Combination(method, weights=tuple(weights) if method == "weights" else None)
 
@@ -68,6 +107,9 @@ def written_out(combination, logits):
                 inputs = np.concatenate([scipy_log_softmax(m[n].astype(float)) for m in logits])
                 rules = zip(combination.coefficients, combination.intercepts, strict=True)
                 row = scipy_softmax([math.fsum(a * inputs) + b for a, b in rules])
+            case "boost":
+                inputs = np.concatenate([scipy_log_softmax(m[n].astype(float)) for m in logits])
+                row = scipy_softmax(walked(combination.trees, inputs))
         rows.append(row)
     return np.array(rows)
 
@@ -87,14 +129,14 @@ def test_the_order_of_members_changes_no_bit(method):
     for order in permutations(range(4)):
         permuted = whole
         if method == "weights":
-            permuted = Combination(method, weights=tuple(whole.weights[m] for m in order))
+            permuted = changed(whole, weights=tuple(whole.weights[m] for m in order))
         if method == "stack":
             blocks = np.array(whole.coefficients).reshape(4, 4, 4)[:, order].reshape(4, 16)
-            permuted = Combination(
-                method,
-                coefficients=tuple(map(tuple, blocks.tolist())),
-                intercepts=whole.intercepts,
-            )
+            permuted = changed(whole, coefficients=tuple(map(tuple, blocks.tolist())))
+        if method == "boost":
+            places = np.arange(16).reshape(4, 4)[list(order)].ravel().tolist()
+            moved = tuple(-1 if f < 0 else places.index(f) for f in whole.trees.feature)
+            permuted = changed(whole, trees=changed(whole.trees, feature=moved))
         assert permuted.apply(logits[list(order)]).tobytes() == expected.tobytes()
 
 
@@ -106,11 +148,7 @@ def test_rows_are_probabilities_whatever_the_logits(data, method, temperature):
     logits = data.draw(arrays(np.float32, shape, elements=numbers))
     if method == "stack":  # within what doubles hold
         logits = np.clip(logits, -1e5, 1e5)
-    whole = of(method, shape[0], shape[2])
-    whole = Combination(
-        method, whole.weights, whole.coefficients, whole.intercepts, temperature=temperature
-    )
-    p = whole.apply(logits)
+    p = changed(of(method, shape[0], shape[2]), temperature=temperature).apply(logits)
     assert p.shape == shape[1:]
     assert p.dtype == np.float64
     assert p.min() >= 0
@@ -221,10 +259,7 @@ def test_rejection_and_coverage_by_hand():
     reject=st.none() | st.floats(0, 1),
 )
 def test_json_keeps_every_bit(method, temperature, reject):
-    whole = of(method)
-    whole = Combination(
-        method, whole.weights, whole.coefficients, whole.intercepts, temperature, reject
-    )
+    whole = changed(of(method), temperature=temperature, reject_below=reject)
     assert Combination.from_json(json.loads(json.dumps(whole.to_json()))) == whole
 
 
@@ -263,19 +298,48 @@ STACK_DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", [*DAMAGES, *STACK_DAMAGES])
-def test_damage_is_said(name):
-    whole = stack_of() if name in STACK_DAMAGES else Combination("weights", weights=WEIGHTS)
-    damage, said = {**DAMAGES, **STACK_DAMAGES}[name]
+def in_trees(**changes):
+    return lambda c: {**c, "trees": {**c["trees"], **changes}}
+
+
+TREE_DAMAGES = {
+    "no trees": (lambda c: {**c, "trees": None}, "trees = None"),
+    "trees of another kind": (lambda c: {**c, "trees": []}, "trees: must be a mapping"),
+    "a column too many": (in_trees(extra=[]), "trees: must be a mapping"),
+    "a column of texts": (in_trees(roots=["0"]), "trees: roots must be"),
+    "a column that is none": (in_trees(number=1.0), "trees: number must be"),
+    "a fraction for a node": (in_trees(left=[0.5]), "trees: left must be"),
+    "a NaN": (in_trees(baseline=[math.nan] * 4), "trees: baseline has"),
+    "an integer beyond all": (in_trees(right=[10**400]), "trees: right has"),
+    "columns cut": (in_trees(left=[1]), "different lengths"),
+    "a root that is not there": (in_trees(roots=[40] * 8), "out of range"),
+    "a class that is not there": (in_trees(outputs=[4] * 8), "out of range"),
+    "a feature that is not there": (in_trees(features=1), "out of range"),
+    "a node that leads to itself": (in_trees(left=[0] * 40), "out of range"),
+    "a node that leads nowhere": (in_trees(right=[40] * 40), "out of range"),
+    "features of half a member": (in_trees(features=13), "of all classes of each member"),
+    "features that are a truth": (in_trees(features=True), "features = True"),
+    "no class": (in_trees(baseline=[], roots=[], outputs=[]), "of all classes of each member"),
+}
+WHOLES = {"stack": STACK_DAMAGES, "boost": TREE_DAMAGES, "weights": DAMAGES}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method, names in WHOLES.items() for name in names]
+)
+def test_damage_is_said(method, name):
+    damage, said = WHOLES[method][name]
+    plain = json.loads(json.dumps(of(method).to_json()))
+    assert Combination.from_json(plain) == of(method)
     with pytest.raises(ValueError, match=said):
-        Combination.from_json(damage(json.loads(json.dumps(whole.to_json()))))
+        Combination.from_json(damage(plain))
 
 
 @pytest.mark.parametrize(
     ("logits", "said"),
     [
         (np.zeros((2, 5, 4), np.float32), "logits of 2 members; combined are 3"),
-        (np.zeros((3, 5, 7), np.float32), "logits of 7 classes; stacked are 4"),
+        (np.zeros((3, 5, 7), np.float32), "logits of 7 classes; combined are 4"),
         (np.zeros((5, 4), np.float32), r"shape \(5, 4\)"),
         (np.zeros((0, 5, 4), np.float32), r"shape \(0, 5, 4\)"),
         (np.zeros((3, 5, 4), np.int64), "int64"),
@@ -298,4 +362,5 @@ def test_a_logit_that_is_not_finite_is_named(bad, monkeypatch):
 def test_how_many_members_it_is_for():
     assert Combination().members is None
     assert Combination("weights", weights=WEIGHTS).members == 3
-    assert stack_of(members=5).members == 5
+    for whole in (of("stack", 5), of("boost", 5)):
+        assert (whole.members, whole.classes) == (5, 4)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.model_selection import GridSearchCV, PredefinedSplit, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -18,6 +19,7 @@ from bigbatch.trainers.ensemble.combination import Combination, log_softmax, tem
 from bigbatch.trainers.ensemble.fit import (
     STRENGTHS,
     TEMPERATURES,
+    fit_boosted,
     fit_joined,
     fit_rejection,
     fit_stack,
@@ -96,6 +98,9 @@ def test_the_order_of_members_changes_no_bit_of_a_fit():
     for order in permutations(range(3)):
         again = reordered(data, order)
         assert fit_weights(again).weights == tuple(weights[m] for m in order)
+    boosted = fit_boosted(data, folds=2).apply(data.logits)
+    again = fit_boosted(reordered(data, (2, 0, 1)), folds=2).apply(data.logits[[2, 0, 1]])
+    assert again.tobytes() == boosted.tobytes()
     stacked = fit_stack(reordered(data, (2, 0, 1)))
     assert stacked.intercepts == stack.intercepts
     assert (np.array(stacked.coefficients).reshape(4, 3, 4) == blocks[:, [2, 0, 1]]).all()
@@ -159,6 +164,34 @@ def test_a_stack_is_scikit_learns(classes):
     ).fit(features, data.labels)
     p = fit_stack(data).apply(data.logits)
     np.testing.assert_allclose(p, search.predict_proba(features), atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_boosted_trees_are_scikit_learns(classes):
+    """Its probabilities, and no other number of rounds that was tried is better out of fold."""
+    data = samples(3, 90, classes=classes)
+    features = np.concatenate([log_softmax(m) for m in data.logits], axis=1)
+    whole = fit_boosted(data, folds=3)
+    rounds = len(whole.trees.roots) // (1 if classes == 2 else classes)
+
+    def scikit(rounds):
+        return HistGradientBoostingClassifier(
+            learning_rate=0.1, max_iter=rounds, max_leaf_nodes=8, early_stopping=False
+        )
+
+    def out_of_fold(rounds):
+        cv = PredefinedSplit(fold_of(data, 3, seed=0))
+        args = (scikit(rounds), features, data.labels)
+        return cross_val_score(*args, scoring="neg_log_loss", cv=cv).mean()
+
+    # Columns come in another order, so that equal splits may be made by another one of them.
+    order = sorted(range(3), key=lambda m: data.logits[m].tobytes())
+    columns = np.concatenate([np.arange(classes) + m * classes for m in order])
+    fitted = scikit(rounds).fit(features[:, columns], data.labels)
+    p = whole.apply(data.logits)
+    np.testing.assert_allclose(p, fitted.predict_proba(features[:, columns]), atol=1e-12)
+    others = {1, rounds - 1, rounds + 1, 2 * rounds} - {0, rounds}
+    assert out_of_fold(rounds) >= max(map(out_of_fold, others)) - 1e-9
 
 
 def test_a_stack_wants_two_samples_of_every_class():

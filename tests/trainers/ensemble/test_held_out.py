@@ -8,6 +8,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.fit import (
+    fit_boosted,
     fit_joined,
     fit_rejection,
     fit_stack,
@@ -41,6 +42,7 @@ FITS = {
     "fit_temperature": lambda data: fit_temperature(data, Combination()),
     "fit_rejection": lambda data: fit_rejection(data, Combination(), 0.9),
     "fit_stack": fit_stack,
+    "fit_boosted": fit_boosted,
     "fit_joined": lambda data: fit_joined(data.logits[0], data),
     "gate": lambda data: gate(data, 0.1),
     "select_greedily": select_greedily,

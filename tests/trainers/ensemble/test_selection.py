@@ -1,6 +1,7 @@
 """Greedy selection against a slow one, and cross-fitting against memory."""
 
 import math
+from dataclasses import replace
 from itertools import combinations_with_replacement, permutations
 
 import numpy as np
@@ -149,7 +150,9 @@ def test_out_of_fold_figures_of_noise_promise_nothing():
     assert nll(found.probabilities, data.labels) > math.log(3)
 
 
-@pytest.mark.parametrize("method", ["mean", "logits", "vote", "weights", "greedy", "stack"])
+@pytest.mark.parametrize(
+    "method", ["mean", "logits", "vote", "weights", "greedy", "stack", "boost"]
+)
 def test_all_of_it_in_order(method):
     data = samples(4, 200, quality=(0.1, 2.0, 2.2, 2.4))
     fitted = fit_ensemble(data, method, margin=0.2, coverage=0.8)
@@ -160,9 +163,7 @@ def test_all_of_it_in_order(method):
     p = fitted.apply(data.logits)
     inner = data.of_members(fitted.members)
     assert whole.accepted(p).mean() >= 0.8
-    again = fit_temperature(inner, Combination(
-        whole.method, whole.weights, whole.coefficients, whole.intercepts
-    ))  # fmt: skip
+    again = fit_temperature(inner, replace(whole, temperature=1.0, reject_below=None))
     assert again.temperature == whole.temperature
     if method == "weights":
         assert fit_weights(inner).weights == pytest.approx(whole.weights, abs=1e-3)
