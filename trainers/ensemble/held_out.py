@@ -29,6 +29,8 @@ class _Samples:
         if self.logits.ndim != 3 or not self.logits.shape[0]:
             raise ValueError(f"logits of shape {self.logits.shape}; [members, N, classes] wanted")
         _, samples, classes = self.logits.shape
+        if odd := [m for m, member in enumerate(self.logits) if not np.isfinite(member).all()]:
+            raise ValueError(f"member {odd[0]} has a logit that is not finite")
         if self.labels.shape != (samples,) or len(self.keys) != samples:
             raise ValueError(
                 f"logits of {samples} samples, labels of shape {self.labels.shape} and "

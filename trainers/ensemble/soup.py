@@ -67,7 +67,7 @@ def greedy_soup(
 
 
 def uniform_soup(paths: Sequence[Path], model: nn.Module, recompute: Callable[[], None]) -> None:
-    """Load the average of all files of weights into the model (Wortsman et al. 2022, eq. 1).
+    """Load the average of all files of weights into the model (Wortsman et al. 2022, section 2).
 
     The soup of equal float32 models is itself, bit for bit, but for what `recompute` recomputes.
     """

@@ -81,6 +81,7 @@ LOGITS, LABELS, KEYS = np.zeros((2, 3, 4), np.float32), np.array([0, 1, 3]), ["a
     [
         (LOGITS[0], LABELS, KEYS, r"shape \(3, 4\)"),
         (LOGITS[:0], LABELS, KEYS, r"shape \(0, 3, 4\)"),
+        (np.float32([0, np.nan])[:, None, None] + LOGITS, LABELS, KEYS, "member 1 has a logit"),
         (LOGITS, LABELS[:2], KEYS, "3 samples, labels of shape"),
         (LOGITS, LABELS, KEYS[:2], "2 keys do not belong together"),
         (LOGITS, LABELS + 1, KEYS, "labels 1 to 4; they must be 0 to 3"),
