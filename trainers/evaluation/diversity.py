@@ -135,17 +135,11 @@ def calibrated_curve(
     Of members trained from different seeds it is what `deep_ensemble_equivalent` reads. Fits
     ten temperatures for each subset.
     """
-    return [
-        float(
-            np.mean(
-                [
-                    calibrated_nll(np.mean([members[i] for i in subset], axis=0), labels, seed)
-                    for subset in of_size
-                ]
-            )
-        )
-        for of_size in subsets(len(members), seed)
-    ]
+
+    def loss(subset: tuple[int, ...]) -> float:
+        return calibrated_nll(np.mean([members[i] for i in subset], axis=0), labels, seed)
+
+    return [float(np.mean([*map(loss, of_size)])) for of_size in subsets(len(members), seed)]
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ Scores = dict[str, Any]
 class Statistics:
     """The statistics of a split, whose probabilities may come in pieces; keeps none of them.
 
-    `classes` is their number, `members` the members' names, `temperature` one fitted on other
-    samples, `sets` were fitted on other samples too, at that temperature. `seed` keys the random
-    subsets and the bootstrap.
+    `classes` is their number, `members` the members' names. `temperature` was fitted on other
+    samples; so were, at that temperature, `sets` and `reject_below`, the confidence under which
+    there is no answer. `seed` keys the random subsets and the bootstrap.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Statistics:
         members: Sequence[str] = (),
         temperature: float = 1.0,
         sets: Sequence[ConformalSets] = (),
+        reject_below: float | None = None,
         seed: int = 0,
     ) -> None:
         self._classes, self._names, self._temperature = classes, list(members), temperature
-        self._seed = seed
+        self._reject_below, self._seed = reject_below, seed
         self._combined = _Scored(classes)  # as combined
         self._served = _Scored(classes) if temperature != 1 else self._combined
         self._members = [_Scored(classes) for _ in self._names]
@@ -118,13 +119,15 @@ class Statistics:
             "mistakes": self._mistakes(),
             "reliability": _reliability(served),
             "risk_coverage": _risk_coverage(served),
+            "rejection": _rejection(served, self._reject_below),
             "conformal": [_conformal(rule, sizes) for rule, sizes in self._sets] or None,
             "members": self._members_summary(best) if self._names else None,
         }
         if self._served is not self._combined:
             before = self._combined.scores()
             del before["accuracy"]  # which no temperature changes
-            result["before_temperature"] = before
+            table = _reliability(self._combined.outcomes())
+            result["before_temperature"] = {**before, "reliability": table}
         plain: dict[str, Any] = finite(result)
         return plain
 
@@ -179,6 +182,7 @@ def summarise(
     names: Sequence[str] = (),
     temperature: float = 1.0,
     sets: Sequence[ConformalSets] = (),
+    reject_below: float | None = None,
     best: str | None = None,
     independent_nll: Sequence[float] | None = None,
     seed: int = 0,
@@ -188,7 +192,12 @@ def summarise(
     `independent_nll` is a curve for `deep_ensemble_equivalent`, of the same samples.
     """
     statistics = Statistics(
-        ensemble.shape[1], members=names, temperature=temperature, sets=sets, seed=seed
+        ensemble.shape[1],
+        members=names,
+        temperature=temperature,
+        sets=sets,
+        reject_below=reject_below,
+        seed=seed,
     )
     statistics.add(labels, ensemble, members)
     result = statistics.summary(best)
@@ -263,6 +272,15 @@ def _risk_coverage(of: Outcomes) -> dict[str, Any]:
         "coverage": coverage.tolist(),
         "risk": risk.tolist(),
     }
+
+
+def _rejection(of: Outcomes, below: float | None) -> dict[str, Any] | None:
+    """What is left where answers of less confidence are not given."""
+    if below is None:
+        return None
+    given = of.correct[of.confidence >= below]
+    shares = _shares("accuracy", given if len(given) else None)
+    return {"below": below, "coverage": len(given) / len(of), **shares}
 
 
 def _conformal(rule: ConformalSets, found: _SetSizes) -> dict[str, Any]:

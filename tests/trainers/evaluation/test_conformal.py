@@ -120,3 +120,23 @@ def test_what_does_not_fit_together_is_refused():
         ConformalSets("aps", 0.5, 0.5, 4, randomised=True).sets(p)
     with pytest.raises(ValueError, match="give uniforms"):
         ConformalSets("aps", 0.5, 0.5, 4).sets(p, np.zeros(4))
+
+
+def test_adaptive_sets_hold_the_label_as_often_as_asked_for_and_the_usual_form_far_more():
+    """The usual form: sums up to and with the label, sets up to and with the class that crosses."""
+    (p,), labels = predictions(20_000, 10, members=1)
+    held, rest, label = p[:10_000], p[10_000:], labels[10_000:]
+    rows = np.arange(10_000)
+    rule = fit_sets(held, labels[:10_000], 0.9, "aps")
+    assert rule.sets(rest)[rows, label].mean() == pytest.approx(0.9, abs=0.01)
+
+    def sums(table):
+        order = np.argsort(-table, axis=1)
+        reached = np.empty_like(table)
+        np.put_along_axis(reached, order, np.take_along_axis(table, order, 1).cumsum(1), 1)
+        return reached
+
+    threshold = np.quantile(sums(held)[rows, labels[:10_000]], 0.9)
+    usual = sums(rest) - rest < threshold
+    assert usual[rows, label].mean() > 0.95
+    assert usual.sum() > 1.25 * rule.sets(rest).sum()

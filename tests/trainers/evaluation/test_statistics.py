@@ -1,6 +1,7 @@
 """The dictionary of an evaluated split: its figures, what changes none, and strict JSON."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -157,10 +158,18 @@ def test_strict_json_of_whatever_there_is(drawn, all_right):
     assert {c for c, recall in enumerate(said["recall"]) if recall is None} == absent
 
 
+def test_answers_below_a_threshold_are_not_counted():
+    p, labels = np.array([[0.9, 0.1], [0.3, 0.7], [0.4, 0.6]]), np.array([0, 0, 0])
+    for below, coverage, accuracy in ((0.0, 1.0, 1 / 3), (0.7, 2 / 3, 0.5), (0.95, 0.0, None)):
+        found = summarise(labels, p, reject_below=below)["rejection"]
+        assert (found["below"], found["coverage"], found["accuracy"]) == (below, coverage, accuracy)
+        assert (found["accuracy_interval"] is None) == (accuracy is None)
+
+
 def test_what_is_not_given_is_null():
     (p,), labels = predictions(30, 3, members=1)
     said = summarise(labels, p.astype(np.float32))
-    for key in ("members", "conformal", "temperature", "before_temperature"):
+    for key in ("members", "conformal", "rejection", "temperature", "before_temperature"):
         assert said[key] is None
 
 
@@ -187,3 +196,17 @@ def test_many_classes_need_no_square():
     said = summarise(labels, p, p[None], names=["a"])
     assert said["mistakes"] == [[99_999, 5, 1]]
     assert said["balanced_accuracy"] == 0.5
+
+
+def test_memory_is_that_of_a_few_chunks(monkeypatch):
+    monkeypatch.setattr(module, "_NUMBERS", 2**14)  # 128 KB
+    generator = np.random.default_rng(0)
+    members = generator.random((2, 1000, 1000)).astype(np.float32)
+    members /= members.sum(axis=2, keepdims=True)
+    ensemble, labels = members[0].astype(np.float64), generator.integers(0, 1000, 1000)
+    rule = fit_sets(ensemble[:50], labels[:50], 0.5, "aps")
+    tracemalloc.start()
+    summarise(labels, ensemble, members, names=["a", "b"], temperature=0.8, sets=[rule])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < ensemble.nbytes / 2  # of which most are the sums of 1,000 classes
