@@ -9,6 +9,7 @@ from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, Probabilities
 from bigbatch.trainers.evaluation.outcomes import Array, row_chunks
 
 TEMPERATURES = (0.01, 100.0)  # between which one is fitted
+_PRECISION = 1e-10  # relative
 _ITERATIONS = 200
 
 
@@ -53,22 +54,27 @@ def reliability(
 class ClasswiseError:
     """Class-wise calibration error: ECE of each class's probability, averaged over all classes.
 
-    Of p_c against "the label is c", in bins of equal width (Kull et al. 2019; the
-    static calibration error of Nixon et al. 2019). Sums [C * bins] are kept, no N x C.
+        Of p_c against "the label is c", in bins of equal width (Kull et al. 2019; the
+    static calibration error of Nixon et al. 2019). Sums [C, bins] are kept, no N x C.
     """
 
     def __init__(self, classes: int, bins: int = ECE_BINS) -> None:
         self._classes, self._bins, self._samples = classes, bins, 0
-        self._gaps = np.zeros(classes * bins)
+        self._gaps = np.zeros((classes, bins))
 
     def add(self, probabilities: Probabilities, labels: Labels) -> None:
         """Rows [n, C] and their labels [n]."""
         self._samples += len(labels)
         for rows in row_chunks(len(labels), self._classes):
             p, label = probabilities[rows], labels[rows]
-            cells = width_bins(p, self._bins) + np.arange(self._classes) * self._bins
-            self._gaps -= np.bincount(cells.ravel(), p.ravel(), minlength=len(self._gaps))
-            np.add.at(self._gaps, cells[np.arange(len(label)), label], 1)
+            # A row has fewer than `bins` probabilities above 1 / bins: all others are in bin 0.
+            row, column = np.nonzero(p * self._bins > 1)
+            above = p[row, column]
+            self._gaps[:, 0] -= p.sum(axis=0)
+            np.add.at(self._gaps[:, 0], column, above)
+            np.add.at(self._gaps, (column, width_bins(above, self._bins)), -above)
+            of_label = p[np.arange(len(label)), label]
+            np.add.at(self._gaps, (label, width_bins(of_label, self._bins)), 1)
 
     @property
     def error(self) -> float:
@@ -114,12 +120,11 @@ def fit_temperature(held_out: Probabilities, labels: Labels) -> float:
     for _ in range(_ITERATIONS):
         slope, bend = _slopes(held_out, labels, inverse)
         low, high = (inverse, high) if slope < 0 else (low, inverse)
-        step = inverse - slope / bend if bend > 0 else low
-        # Halving, by ratio, where Newton's step leaves the bracket.
-        after = step if low < step < high else (low * high) ** 0.5
-        if abs(after - inverse) <= 1e-12 * inverse:
+        after = inverse - slope / bend if bend > 0 else low
+        if abs(after - inverse) <= _PRECISION * inverse:
             break
-        inverse = after
+        # Halving, by ratio, where Newton's step leaves the bracket.
+        inverse = after if low < after < high else (low * high) ** 0.5
     return 1 / inverse
 
 

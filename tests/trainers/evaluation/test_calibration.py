@@ -10,6 +10,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
 
+from bigbatch.trainers.evaluation import calibration
 from bigbatch.trainers.evaluation import outcomes as module
 from bigbatch.trainers.evaluation.calibration import (
     TEMPERATURES,
@@ -150,6 +151,20 @@ def test_no_other_temperature_is_better(drawn):
     for factor in (0.5, 0.99, 1.01, 2.0):
         other = min(max(found * factor, TEMPERATURES[0]), TEMPERATURES[1])
         assert best <= nll(tempered(p, other), labels) + 1e-9
+
+
+def test_a_fit_takes_few_passes(monkeypatch):
+    passes = []
+    slopes = calibration._slopes
+    monkeypatch.setattr(calibration, "_slopes", lambda *a: passes.append(1) or slopes(*a))
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        scale = 10 ** generator.uniform(-3, 3, size=(30, 1))
+        logits = scale * generator.normal(size=(30, 4))
+        labels = np.where(generator.random(30) < 0.7, logits.argmax(axis=1), 0)
+        passes.clear()
+        fit_temperature(softmax(logits), labels)
+        assert len(passes) <= 20
 
 
 @given(small_predictions(), st.randoms())
