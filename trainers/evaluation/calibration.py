@@ -54,8 +54,8 @@ def reliability(
 class ClasswiseError:
     """Class-wise calibration error: ECE of each class's probability, averaged over all classes.
 
-        Of p_c against "the label is c", in bins of equal width (Kull et al. 2019; the
-    static calibration error of Nixon et al. 2019). Sums [C, bins] are kept, no N x C.
+    Of p_c against "the label is c", in bins of equal width (Kull et al. 2019; the static
+    calibration error of Nixon et al. 2019). Sums [C, bins] are kept, no N x C.
     """
 
     def __init__(self, classes: int, bins: int = ECE_BINS) -> None:
@@ -109,7 +109,7 @@ def fit_temperature(held_out: Probabilities, labels: Labels) -> float:
     probability 0 have it at any temperature and do not count. Raises ValueError without samples,
     and for NaN.
     """
-    if not len(labels) or np.isnan(held_out).any():
+    if not len(labels) or any(np.isnan(held_out[r]).any() for r in row_chunks(*held_out.shape)):
         raise ValueError("a temperature needs samples, and probabilities that are numbers")
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     slope_low, slope_high = _slopes(held_out, labels, low)[0], _slopes(held_out, labels, high)[0]

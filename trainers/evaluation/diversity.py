@@ -110,14 +110,15 @@ def calibrated_nll(
     """
     if len(labels) < 2:
         raise ValueError("two halves need two samples")
-    losses = []
+    total = 0.0
     for split in range(splits):
         one, two = halves(len(labels), seed, split)
         for fitted, other in ((one, two), (two, one)):
             temperature = fit_temperature(probabilities[fitted], labels[fitted])
-            rest = tempered(probabilities[other], temperature)
-            losses.append(nll(rest, labels[other]) * len(other))
-    return float(np.sum(losses) / (splits * len(labels)))
+            for rows in row_chunks(len(other), probabilities.shape[1]):
+                part = other[rows]
+                total += nll(tempered(probabilities[part], temperature), labels[part]) * len(part)
+    return total / (splits * len(labels))
 
 
 def halves(
