@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 import warnings
 
 from PIL import Image
@@ -33,6 +34,7 @@ _EXTENSIONS = {
 # Before Lanczos, a JPEG may be decoded at a fraction of its size as long as this many times
 # the target is left; Pillow's documentation calls the result almost indistinguishable at 3.
 _DRAFT_GAP = 3
+_FILTERS = threading.Lock()  # of warnings: they are the process's, not a thread's
 
 
 def prepare(data: bytes, short_side: int | None, quality: int) -> tuple[bytes, str]:
@@ -81,7 +83,7 @@ def open_image(data: bytes) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise OSError(f"{len(data):,} encoded bytes; the limit is {MAX_BYTES:,}")
     try:
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about large images: we have our own limit
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:

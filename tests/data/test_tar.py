@@ -6,10 +6,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bigbatch.data.tar import BLOCK, TarError, members, write_end, write_member
+from bigbatch.data.tar import BLOCK, TarError, _header, members, write_end, write_member
 
 
 def read_all(data: bytes) -> list[tuple[str, bytes]]:
@@ -45,6 +45,18 @@ def test_reads_what_python_writes(files: list[tuple[str, bytes]], style: int) ->
             info.mtime = 12.5  # a fraction makes pax write an extended header
             tar.addfile(info, io.BytesIO(data))
     assert read_all(out.getvalue()) == files
+
+
+ASCII = st.text(st.characters(codec="ascii"), max_size=102)
+
+
+@given(st.one_of(ASCII, NAMES), st.one_of(st.integers(0, 1 << 20), st.integers(0, 1 << 35)))
+@example("a" * 100, (1 << 33) - 1)
+@example("a" * 101, 1 << 33)
+def test_headers_are_those_of_python(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert _header(name, size) == info.tobuf(tarfile.PAX_FORMAT)
 
 
 def test_reads_the_ustar_prefix_and_links_and_passes_over_folders() -> None:
