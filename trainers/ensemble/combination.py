@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.trainers.ensemble.trees import Trees
+from bigbatch.trainers.evaluation.calibration import tempered
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, softmax
+from bigbatch.trainers.evaluation.outcomes import row_chunks
 
 Logits = npt.NDArray[np.float32]  # [M, N, C]: members, samples, classes
 Method = Literal["mean", "logits", "weights", "vote", "stack", "boost"]
 METHODS: tuple[str, ...] = get_args(Method)
 # What the mean probability counts beside a vote: it decides ties, and nothing else.
 TIE = 2.0**-10
-# Numbers in float64 that are worked on at once: 8 MiB.
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,6 @@ class Combination:
                 return lambda x: softmax(trees.scores(joined_log_probabilities(x)))
 
 
-def row_chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover all rows, of `_CHUNK` numbers each where a row has `width`."""
-    step = max(1, _CHUNK // width)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
 def ordered_sum(terms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Sum over the first axis, smallest term first, so that their order changes no bit.
 
@@ -230,14 +224,6 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
 def joined_log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
     """All members' log-probabilities side by side; [M, N, C] to [N, M * C]."""
     return np.concatenate([log_softmax(member) for member in logits], axis=1)
-
-
-def tempered(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """p^(1 / T), each row normalised; p itself at T = 1 (Guo et al. 2017, eq. 9)."""
-    if temperature == 1:
-        return probabilities
-    with np.errstate(divide="ignore"):  # log 0 is -inf, whose softmax is 0 again
-        return softmax(np.log(probabilities) / temperature)
 
 
 def selective_score(

@@ -12,14 +12,14 @@ from bigbatch.trainers.ensemble.combination import (
     Combination,
     joined_log_probabilities,
     log_softmax,
-    row_chunks,
 )
 from bigbatch.trainers.ensemble.held_out import FitData, fold_of
 from bigbatch.trainers.ensemble.trees import Trees
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, nll, softmax
+from bigbatch.trainers.evaluation import calibration
+from bigbatch.trainers.evaluation.metrics import Labels, nll, softmax
+from bigbatch.trainers.evaluation.outcomes import row_chunks
 
 Array = npt.NDArray[np.float64]
-TEMPERATURES = (0.01, 100.0)  # between which one is fitted
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C: inverse penalties
 _GAP = 1e-7  # nats of NLL between fitted weights and the best ones, at most
 _ITERATIONS = 100_000
@@ -57,32 +57,11 @@ def fit_temperature(data: FitData, combination: Combination) -> Combination:
     """The combination with the temperature of least NLL, which is convex in 1 / T.
 
     Fitted on the combined probabilities: members that are calibrated each make a mean that is
-    under-confident (Rahaman and Thiery 2021). Within `TEMPERATURES`; the lower one where every
-    answer is right.
+    under-confident (Rahaman and Thiery 2021).
     """
     plain = replace(combination, temperature=1.0)
     p = plain.apply(require_fit(data).logits)
-    return replace(combination, temperature=temperature_of(p, data.labels))
-
-
-def temperature_of(probabilities: Probabilities, labels: Labels) -> float:
-    """T of least mean NLL of p^(1 / T), normalised; probabilities [N, C], labels [N]."""
-    from scipy.optimize import brentq
-
-    logs = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
-    own = logs[np.arange(len(labels)), labels]
-
-    def slope(inverse: float) -> float:  # of the NLL by 1 / T: it only rises
-        powers = np.exp(inverse * (logs - logs.max(axis=1, keepdims=True)))
-        expected = (powers * logs).sum(axis=1) / powers.sum(axis=1)
-        return float((expected - own).mean())
-
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    if slope(low) >= 0:
-        return 1.0 if slope(high) == 0 else TEMPERATURES[1]  # flat: nothing to mend
-    if slope(high) <= 0:
-        return TEMPERATURES[0]
-    return 1 / brentq(slope, low, high, xtol=1e-12, rtol=1e-12)
+    return replace(combination, temperature=calibration.fit_temperature(p, data.labels))
 
 
 def fit_rejection(data: FitData, combination: Combination, coverage: float) -> Combination:

@@ -104,18 +104,19 @@ def fit_temperature(held_out: Probabilities, labels: Labels) -> float:
     Newton's method inside a bracket. All in float64 logarithms, as probabilities near 0 and 1
     would lose what tells them apart.
 
-    Where every answer is right, smaller is always better, and the result is the lower bound; if
-    none carries information (one class, or all equally probable) it is 1. Samples whose label has
-    probability 0 have it at any temperature and do not count. Raises ValueError without samples,
-    and for NaN.
+    It is 1 where nothing says how sure to be: every answer is right, so that sharper is always
+    better here and a single wrong one would cost anything elsewhere; or none carries information
+    (one class, or all equally probable). Samples whose label has probability 0 have it at any
+    temperature and do not count. Raises ValueError without samples, and for NaN.
     """
     if not len(labels) or any(np.isnan(held_out[r]).any() for r in row_chunks(*held_out.shape)):
         raise ValueError("a temperature needs samples, and probabilities that are numbers")
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     slope_low, slope_high = _slopes(held_out, labels, low)[0], _slopes(held_out, labels, high)[0]
-    if slope_low >= 0 or slope_high <= 0:
-        flat = slope_low == slope_high == 0
-        return 1.0 if flat else TEMPERATURES[1] if slope_low >= 0 else TEMPERATURES[0]
+    if slope_high <= 0:
+        return 1.0
+    if slope_low >= 0:
+        return TEMPERATURES[1]
     inverse = 1.0
     for _ in range(_ITERATIONS):
         slope, bend = _slopes(held_out, labels, inverse)

@@ -15,15 +15,14 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.special import log_softmax as scipy_log_softmax
 from scipy.special import softmax as scipy_softmax
 
-from bigbatch.trainers.ensemble import combination
 from bigbatch.trainers.ensemble.combination import (
     METHODS,
     TIE,
     Combination,
     selective_score,
-    tempered,
 )
 from bigbatch.trainers.ensemble.trees import Trees
+from bigbatch.trainers.evaluation import outcomes
 from bigbatch.trainers.evaluation.metrics import softmax
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -190,7 +189,7 @@ def test_no_probability_is_above_one():
 def test_chunks_change_no_bit_and_no_row_is_lost(monkeypatch):
     logits = logits_of(3, samples=101)
     whole = [of(method).apply(logits) for method in METHODS[:4]]
-    monkeypatch.setattr(combination, "_CHUNK", 3 * 4 * 7)  # seven rows, and three at the end
+    monkeypatch.setattr(outcomes, "_NUMBERS", 3 * 4 * 7)  # seven rows, and three at the end
     for method, expected in zip(METHODS[:4], whole, strict=True):
         assert of(method).apply(logits).tobytes() == expected.tobytes()
 
@@ -213,7 +212,6 @@ def test_temperature_is_the_power_of_the_combined_probability():
     p = Combination().apply(logits) ** (1 / 2.5)
     hot = Combination(temperature=2.5).apply(logits)
     np.testing.assert_allclose(hot, p / p.sum(1, keepdims=True), rtol=1e-13)
-    assert tempered(np.array([[1.0, 0.0]]), 3.0).tolist() == [[1.0, 0.0]]
 
 
 def test_a_tie_of_votes_goes_to_the_likelier_class():
@@ -352,7 +350,7 @@ def test_logits_of_another_ensemble_are_refused(logits, said):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_logit_that_is_not_finite_is_named(bad, monkeypatch):
-    monkeypatch.setattr(combination, "_CHUNK", 3 * 4 * 7)
+    monkeypatch.setattr(outcomes, "_NUMBERS", 3 * 4 * 7)
     logits = logits_of()
     logits[2, 31, 1] = bad
     with pytest.raises(ValueError, match=r"member 2 .* of sample 31"):

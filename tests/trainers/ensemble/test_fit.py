@@ -15,10 +15,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.ensemble.combination import Combination, log_softmax, tempered
+from bigbatch.trainers.ensemble.combination import Combination, log_softmax
 from bigbatch.trainers.ensemble.fit import (
     STRENGTHS,
-    TEMPERATURES,
     fit_boosted,
     fit_joined,
     fit_rejection,
@@ -26,9 +25,9 @@ from bigbatch.trainers.ensemble.fit import (
     fit_temperature,
     fit_weights,
     label_log_probabilities,
-    temperature_of,
 )
 from bigbatch.trainers.ensemble.held_out import FitData, fold_of
+from bigbatch.trainers.evaluation import calibration
 from bigbatch.trainers.evaluation.metrics import nll, softmax
 from tests.trainers.ensemble.held_out_samples import reordered, samples
 
@@ -111,8 +110,8 @@ def test_temperature_is_that_of_another_optimiser(method):
     data, whole = samples(n=300), Combination(method)
     p = whole.apply(data.logits)
     found = minimize_scalar(
-        lambda log: nll(tempered(p, np.exp(log)), data.labels),
-        bounds=np.log(TEMPERATURES),
+        lambda log: nll(calibration.tempered(p, np.exp(log)), data.labels),
+        bounds=np.log(calibration.TEMPERATURES),
         method="bounded",
         options={"xatol": 1e-9},
     )
@@ -121,24 +120,6 @@ def test_temperature_is_that_of_another_optimiser(method):
     assert fitted.temperature == pytest.approx(np.exp(found.x), rel=1e-5)
     # It is fitted on what was combined, so one that is there already does not count.
     assert fit_temperature(data, fitted) == fitted
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.floats(0.2, 5.0))
-def test_temperature_of_a_power_is_that_much_lower(exponent):
-    data = samples(1, 300)
-    p = softmax(data.logits[0])
-    sharp = p**exponent / (p**exponent).sum(axis=1, keepdims=True)
-    expected = exponent * temperature_of(p, data.labels)
-    assert temperature_of(sharp, data.labels) == pytest.approx(expected, rel=1e-8)
-
-
-def test_temperature_where_the_nll_has_no_minimum():
-    labels = np.array([0, 1])
-    right = np.array([[0.8, 0.2], [0.4, 0.6]])
-    assert temperature_of(right, labels) == TEMPERATURES[0]
-    assert temperature_of(right[::-1], labels) == TEMPERATURES[1]
-    assert temperature_of(np.full((2, 2), 0.5), labels) == 1.0
 
 
 @pytest.mark.parametrize("coverage", [0.01, 0.25, 0.5, 0.9, 1.0])
