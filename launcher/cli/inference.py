@@ -128,7 +128,7 @@ def predict(
 )
 @click.option(
     "--combine",
-    type=click.Choice(("mean", "logits", "weights", "greedy", "vote", "stack")),
+    type=click.Choice(("mean", "logits", "weights", "greedy", "vote", "stack", "boost")),
     default="mean",
     show_default=True,
     help="How the members' outputs become one; docs/ensembles.md explains each.",

@@ -17,7 +17,7 @@ from bigbatch.trainers.evaluation.statistics import Statistics
 from bigbatch.trainers.inference.evaluate import statistics_of
 
 # How members may be combined: those of a Combination, and weights by greedy selection.
-METHODS = ("mean", "logits", "weights", "greedy", "vote", "stack")
+METHODS = ("mean", "logits", "weights", "greedy", "vote", "stack", "boost")
 _LEVEL = 0.9  # of the conformal sets
 
 

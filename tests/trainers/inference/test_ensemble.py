@@ -1,0 +1,210 @@
+"""Ensembles made on one split and reported on another, and what an evaluation writes."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.index import open_index
+from bigbatch.data.listing import Listing, open_listing
+from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.ensemble.combination import Combination, Logits
+from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, read_record, write_ensemble
+from bigbatch.trainers.ensemble.held_out import sample_keys
+from bigbatch.trainers.evaluation.metrics import softmax
+from bigbatch.trainers.inference import __main__ as entry
+from bigbatch.trainers.inference.ensemble import METHODS, Plan, make
+from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation, statistics_of
+from tests.helpers.runs import untrained_run
+
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return open_engine("ddp", "fp32")
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    return untrained_run(folder, digits, CLASSES, snapshots=3).path
+
+
+@pytest.fixture(scope="module")
+def members(run: Path) -> Ensemble:
+    return open_ensemble([run])
+
+
+def logits_of(listing: Listing) -> Logits:
+    """Those of three members of different skill, as if they had been trained."""
+    generator = np.random.default_rng(len(listing.index))
+    labels = listing.index.label
+    logits = generator.normal(size=(3, len(labels), 10)).astype(np.float32)
+    for member, skill in enumerate((0.5, 3.0, 2.5)):
+        logits[member, np.arange(len(labels)), labels] += skill
+    return logits
+
+
+def splits(digits: Path) -> tuple[Listing, Listing]:
+    return (
+        open_labelled(str(digits / "val"), CLASSES),
+        open_labelled(str(digits / "test"), CLASSES),
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_makes_an_ensemble_that_its_folder_gives_back(
+    members: Ensemble, digits: Path, tmp_path: Path, method: str
+) -> None:
+    val, test = splits(digits)
+    made = make(members, Plan(method, coverage=0.9, folds=3), val, test, logits_of)
+    assert made.reported is not None
+    write_ensemble(tmp_path / "e", made.ensemble, made.record)
+    again = open_ensemble([tmp_path / "e"])
+    kept = [members.members.index(member) for member in made.ensemble.members]
+    logits = logits_of(test)[kept]
+    p = again.combination.apply(logits)
+    assert np.array_equal(p, made.ensemble.combination.apply(logits))
+    labels = test.index.label
+    assert made.reported["accuracy"] == (p.argmax(axis=1) == labels).mean()
+    assert made.reported["nll"] == pytest.approx(-np.log(p[np.arange(len(p)), labels]).mean())
+    assert made.ensemble.combination.reject_below is not None
+    record = read_record(tmp_path / "e")
+    assert record["fitted_on"]["data_hash"] == val.index.hash
+    assert record["candidates"] == [member.name for member in members.members]
+    assert set(record["kept_in_folds"].values()) <= set(range(4))
+
+
+def test_the_gate_leaves_out_who_is_far_from_the_best(members: Ensemble, digits: Path) -> None:
+    val, test = splits(digits)
+    made = make(members, Plan(margin=0.2, folds=4), val, test, logits_of)
+    assert [member.name for member in made.ensemble.members] == ["a/cycle-02", "a/cycle-03"]
+    assert made.record["kept_in_folds"] == {"a/cycle-01": 0, "a/cycle-02": 4, "a/cycle-03": 4}
+    assert made.reported is not None
+    against = made.reported["members"]["against_best"]
+    assert (against["best"], against["chosen_on"]) == ("a/cycle-02", "other samples")
+
+
+def test_a_test_sample_neither_fits_nor_is_reported_as_if_it_had_not(
+    members: Ensemble, digits: Path
+) -> None:
+    val, test = splits(digits)
+    with pytest.raises(UserError, match="the split 'test' would decide"):
+        make(members, Plan(), test, None, logits_of)
+    with pytest.raises(UserError, match=r"362 samples, such as .* are in 'val', which decided"):
+        make(members, Plan(), val, val, logits_of)
+
+
+def test_keys_are_those_of_the_index(digits: Path) -> None:
+    from bigbatch.trainers.inference.ensemble import _keys
+
+    listing = open_listing(str(digits / "val"), CLASSES)
+    assert _keys(listing) == sample_keys(open_index(digits / "val"))
+
+
+def test_an_evaluation_is_written_as_strict_json_with_the_worst_mistakes(
+    members: Ensemble, digits: Path, tmp_path: Path
+) -> None:
+    _, test = splits(digits)
+    logits, labels = logits_of(test), test.index.label.astype(np.int64)
+    statistics = statistics_of(members, logits, labels)
+    p = np.mean([softmax(own) for own in logits], axis=0)
+    assert statistics["accuracy"] == (p.argmax(axis=1) == labels).mean()
+    each = statistics["members"]["each"]
+    assert [m["accuracy"] for m in each] == [(own.argmax(1) == labels).mean() for own in logits]
+    save_evaluation(tmp_path / "e", members, test, statistics, p, labels)
+    content = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert content["mistakes_drawn"] == (p.argmax(axis=1) != labels).sum()
+    assert (tmp_path / "e" / "worst.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_mistake_makes_no_picture(members: Ensemble, digits: Path, tmp_path: Path) -> None:
+    _, test = splits(digits)
+    labels = test.index.label.astype(np.int64)
+    p = np.eye(10)[labels]
+    save_evaluation(tmp_path, members, test, {}, p, labels)
+    assert not (tmp_path / "worst.png").exists()
+
+
+def test_a_split_without_targets_or_with_other_classes_is_no_evaluation(
+    digits: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"362 of 362 images have no target among the model's 3"):
+        open_labelled(str(digits / "val"), ("cat", "dog", "owl"))
+    with pytest.raises(UserError, match="of its classes are none of the model's"):
+        open_labelled(str(digits / "val"), CLASSES[:9])
+
+
+def test_from_the_command_to_the_folder(
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "e"
+    arguments = ["--source", str(digits / "val"), "--out", str(out)]
+    assert entry.main(["ensemble", str(run), *arguments, "--report", str(digits / "test")]) == 0
+    said = capsys.readouterr().out
+    assert "* out of fold" in said
+    assert "ensemble minus a/cycle-0" in said
+    arguments = ["--source", str(digits / "test"), "--out", str(tmp_path / "x")]
+    assert entry.main(["evaluate", str(out), *arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    record = read_record(out)
+    assert result["accuracy"] == record["reported"]["accuracy"]
+    assert result["nll"] == record["reported"]["nll"]
+    assert json.loads((tmp_path / "x" / "evaluation.json").read_text())["data_hash"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--members", "cycle-09"], "has no member 'cycle-09'"),
+        (["--tta", "flip"], "never seen mirrored"),
+        (["--source", "nowhere"], "no source 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_is_one_message_and_status_2(
+    run: Path, digits: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    given = ["evaluate", str(run), "--source", str(digits / "val"), *arguments]
+    assert entry.main(given) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_damaged_member_is_named_and_nothing_is_averaged(
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "b")
+    weights = tmp_path / "b" / "snapshots" / "cycle-03" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for command in ("evaluate", "predict", "ensemble"):
+        out = tmp_path / f"{command}.csv"
+        given = [str(run), str(tmp_path / "b"), "--source", str(digits / "val"), "--out", str(out)]
+        assert entry.main([command, *given]) == 2
+        assert "member b/cycle-03" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_features_are_of_one_member(
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(run), "--source", str(digits / "val"), "--out", str(tmp_path / "p.csv")]
+    assert entry.main(["predict", *given, "--features"]) == 2
+    assert "there are 3; choose one with --members" in capsys.readouterr().err
+    assert entry.main(["predict", *given, "--features", "--members", "cycle-02"]) == 0
+
+
+def test_temperature_does_not_change_who_wins(members: Ensemble, digits: Path) -> None:
+    _, test = splits(digits)
+    logits, labels = logits_of(test), test.index.label.astype(np.int64)
+    plain = statistics_of(members, logits, labels)
+    warm = replace(members, combination=Combination(temperature=2.0))
+    served = statistics_of(warm, logits, labels)
+    assert served["accuracy"] == plain["accuracy"]
+    assert served["before_temperature"]["nll"] == plain["nll"]
+    assert served["members"]["each"] == plain["members"]["each"]
