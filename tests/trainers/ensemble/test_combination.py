@@ -184,6 +184,10 @@ def test_no_probability_is_above_one():
     for method in METHODS[:4]:
         weights = (0.1,) * 10 if method == "weights" else None
         assert 1 - 1e-15 < Combination(method, weights=weights).apply(logits).max() <= 1
+    # In float64 as well: these five, smallest first, make 1.0000000000000002.
+    weights = tuple(w / 182 for w in (43, 25, 42, 42, 30))
+    assert sum(sorted(weights)) / math.fsum(weights) > 1
+    assert Combination("weights", weights=weights).apply(logits[:5]).max() == 1
 
 
 def test_chunks_change_no_bit_and_no_row_is_lost(monkeypatch):
