@@ -83,8 +83,8 @@ class Combination:
             len(self.trees.baseline) and self.trees.features % len(self.trees.baseline) == 0
         ):
             raise ValueError("combination: its trees are not of all classes of each member")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise _wrong("temperature", self.temperature, "finite and above 0")
+        if not (0 < self.temperature < math.inf and 1 / self.temperature < math.inf):
+            raise _wrong("temperature", self.temperature, "finite and above 0, as 1 / T must be")
         if self.reject_below is not None and not 0 <= self.reject_below <= 1:
             raise _wrong("reject_below", self.reject_below, "in [0, 1], or null")
 

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index
 from bigbatch.data.rng import key64
 from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
@@ -17,7 +16,10 @@ from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
 
 @dataclass(frozen=True, eq=False)
 class _Samples:
-    """Members' logits [M, N, C] of a split, its labels [N] and the samples' keys [N]."""
+    """Members' logits [M, N, C] of a split, its labels [N] and the samples' keys [N].
+
+    Keys must tell samples apart across splits: archives may number each split from 0.
+    """
 
     logits: Logits
     labels: Labels
@@ -85,14 +87,6 @@ def report(combination: Combination, fitted_on: FitData, data: ReportData) -> Pr
             "another split, or shard anew so that splits share no sample"
         )
     return combination.apply(data.logits)
-
-
-def sample_keys(index: Index) -> list[str]:
-    """Keys that differ between splits whose archives number their samples alike.
-
-    The index's key and the CRC-32C of the image: equal only where the image is.
-    """
-    return [f"{key} {crc:08x}" for key, crc in zip(index.keys(), index.crc.tolist(), strict=True)]
 
 
 def fold_of(data: FitData, folds: int, seed: int) -> npt.NDArray[np.int64]:

@@ -283,6 +283,7 @@ DAMAGES = {
     "weights of another method": (lambda c: {**c, "method": "mean"}, "only for it"),
     "temperature 0": (lambda c: {**c, "temperature": 0}, "above 0"),
     "no temperature": (lambda c: {**c, "temperature": None}, "temperature = None"),
+    "a temperature whose inverse is none": (lambda c: {**c, "temperature": 1e-310}, "1e-310"),
     "infinite temperature": (lambda c: {**c, "temperature": math.inf}, "temperature = inf"),
     "threshold above 1": (lambda c: {**c, "reject_below": 1.01}, r"\[0, 1\]"),
     "threshold that is a text": (lambda c: {**c, "reject_below": "0.5"}, "reject_below"),

@@ -20,7 +20,6 @@ from bigbatch.trainers.ensemble.held_out import (
     ReportData,
     fold_of,
     report,
-    sample_keys,
 )
 from bigbatch.trainers.ensemble.selection import (
     cross_fit,
@@ -123,16 +122,3 @@ def test_folds_want_samples():
         fold_of(samples(), 121, 0)
     with pytest.raises(UserError, match="1 folds of"):
         fold_of(samples(), 1, 0)
-
-
-def test_keys_of_splits_that_number_alike_differ_by_their_images():
-    class Split:
-        def __init__(self, crc):
-            self.crc = np.array(crc, np.uint32)
-
-        def keys(self):
-            return ["00000", "00001"]
-
-    assert sample_keys(Split([1, 2])) == ["00000 00000001", "00001 00000002"]
-    assert not set(sample_keys(Split([1, 2]))) & set(sample_keys(Split([2, 1])))
-    assert len(set(sample_keys(Split([1, 2]))) & set(sample_keys(Split([1, 3])))) == 1
