@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import open_index
-from bigbatch.data.listing import Listing, open_listing
+from bigbatch.data.listing import Listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, read_record, write_ensemble
-from bigbatch.trainers.ensemble.held_out import sample_keys
 from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference.ensemble import METHODS, Plan, make
@@ -57,7 +55,9 @@ def splits(digits: Path) -> tuple[Listing, Listing]:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m == "boost")) for m in METHODS]
+)
 def test_each_method_makes_an_ensemble_that_its_folder_gives_back(
     members: Ensemble, digits: Path, tmp_path: Path, method: str
 ) -> None:
@@ -98,13 +98,6 @@ def test_a_test_sample_neither_fits_nor_is_reported_as_if_it_had_not(
         make(members, Plan(), test, None, logits_of)
     with pytest.raises(UserError, match=r"362 samples, such as .* are in 'val', which decided"):
         make(members, Plan(), val, val, logits_of)
-
-
-def test_keys_are_those_of_the_index(digits: Path) -> None:
-    from bigbatch.trainers.inference.ensemble import _keys
-
-    listing = open_listing(str(digits / "val"), CLASSES)
-    assert _keys(listing) == sample_keys(open_index(digits / "val"))
 
 
 def test_an_evaluation_is_written_as_strict_json_with_the_worst_mistakes(
