@@ -1,4 +1,4 @@
-"""Combinations fitted on held-out samples. NumPy, SciPy and scikit-learn."""
+"""Combinations fitted on held-out samples. NumPy and scikit-learn."""
 
 import math
 from dataclasses import replace

@@ -142,6 +142,14 @@ def test_a_known_temperature_comes_back(factor, monkeypatch):
     assert found == pytest.approx(factor, rel=0.05)
 
 
+@given(st.floats(0.2, 5.0))
+def test_temperature_of_a_power_is_that_much_lower(exponent):
+    (p,), labels = predictions(100, 4, members=1)
+    sharp = p**exponent / (p**exponent).sum(axis=1, keepdims=True)
+    expected = exponent * fit_temperature(p, labels)
+    assert fit_temperature(sharp, labels) == pytest.approx(expected, rel=1e-8)
+
+
 @given(small_predictions())
 def test_no_other_temperature_is_better(drawn):
     (p,), labels = drawn
