@@ -61,7 +61,11 @@ def statistics_of(
     combination = ensemble.combination
     plain = replace(combination, temperature=1.0)
     statistics = Statistics(
-        len(ensemble.classes), members=members, temperature=combination.temperature, sets=sets
+        len(ensemble.classes),
+        members=members,
+        temperature=combination.temperature,
+        sets=sets,
+        reject_below=combination.reject_below,
     )
     for rows in row_chunks(len(labels), logits.shape[0] * logits.shape[2]):
         own = logits[:, rows]
