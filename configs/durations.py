@@ -20,14 +20,18 @@ class Length:
     value: float
     unit: str
 
-    def steps(self, global_batch: int, epoch_samples: int) -> int:
-        """Whole optimizer steps that cover this length (rounded up; 0 for no length at all).
+    def samples(self, global_batch: int, epoch_samples: int) -> float:
+        """How many samples this length is, not rounded.
 
         `epoch_samples` is the number of samples that the order policy puts in one epoch.
         """
-        samples_per_unit = {"epochs": epoch_samples, "samples": 1, "steps": global_batch}
+        per_unit = {"epochs": epoch_samples, "samples": 1, "steps": global_batch}
+        return self.value * per_unit[self.unit]
+
+    def steps(self, global_batch: int, epoch_samples: int) -> int:
+        """Whole optimizer steps that cover this length (rounded up; 0 for no length at all)."""
         # The epsilon keeps 0.1 epochs of 1000 samples at 100, not 100.00000000000001.
-        steps = math.ceil(self.value * samples_per_unit[self.unit] / global_batch - 1e-9)
+        steps = math.ceil(self.samples(global_batch, epoch_samples) / global_batch - 1e-9)
         return max(steps, int(self.value > 0))
 
     def __str__(self) -> str:
@@ -50,7 +54,8 @@ def parse(text: Any) -> Length:
     return Length(value, match[3] + "s")
 
 
-def _parse_period(text: Any) -> Length:
+def parse_period(text: Any) -> Length:
+    """The same, of a duration that takes time."""
     length = parse(text)
     if length.value == 0:
         raise ValueError(
@@ -71,4 +76,4 @@ _SHAPE = (
     ),
 )
 Duration = Annotated[Length, BeforeValidator(parse), *_SHAPE]
-Period = Annotated[Length, BeforeValidator(_parse_period), *_SHAPE]  # more than 0
+Period = Annotated[Length, BeforeValidator(parse_period), *_SHAPE]  # more than 0

@@ -4,8 +4,18 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bigbatch.configs import augment, backends, data, model, optimizers, recovery, stream
+from bigbatch.configs import (
+    augment,
+    averaging,
+    backends,
+    data,
+    model,
+    optimizers,
+    recovery,
+    stream,
+)
 from bigbatch.configs.augment import Augment
+from bigbatch.configs.averaging import Average
 from bigbatch.configs.backends import Backend
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.data import Data
@@ -22,7 +32,8 @@ from bigbatch.configs.schedules import Cosine, Schedule
 
 # What keys of several parts may not ask for together; each rule stands beside its part.
 _RULES = tuple(
-    part.refusals for part in (backends, optimizers, recovery, data, stream, model, augment)
+    part.refusals
+    for part in (backends, optimizers, averaging, recovery, data, stream, model, augment)
 )
 
 
@@ -51,6 +62,11 @@ class Recipe(StrictModel):
     loss: Loss = CrossEntropy()
     optimizer: Optimizer
     schedule: Schedule = Cosine(name="cosine")
+    average: Average | None = Field(
+        None,
+        description="also keep an average of the weights, a model of its own at the run's end: "
+        "ema or swa",
+    )
     augment: Augment = Augment()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()

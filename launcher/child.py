@@ -90,6 +90,8 @@ def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     tree["duration"] = f"{steps + 1} steps"
     tree["evaluate"]["every"] = tree["checkpoint"]["every"] = f"{steps + 1} steps"
     tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
+    if tree["average"] is not None:  # of the same size, and none that starts after the end
+        tree["average"] = {"name": "ema", "half_life": "1 steps"}
     return tree
 
 

@@ -71,6 +71,7 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
         "gradients": size["gradient_bytes"],
         "optimizer": size["optimizer_bytes"],
         "exact sums": 8 * size["parameters"] if recipe.reduction == "exact" else 0,
+        "average": average_bytes(recipe, size),
         "activations": micro * size["activation_bytes"],
         "images": 2 * micro * image,
     }
@@ -79,8 +80,8 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
 
 def disk_bytes(recipe: Recipe, plan: Plan, epoch_samples: int, size: dict[str, int]) -> int:
     """What the run directory will hold: checkpoints, one more while it is written, snapshots."""
-    checkpoint = checkpoint_bytes(size)
-    snapshots = len(plan.snapshots) + (1 if recipe.ensemble.soup else 0)
+    checkpoint = checkpoint_bytes(recipe, size)
+    snapshots = len(plan.snapshots) + recipe.ensemble.soup + (recipe.average is not None)
     rule = recipe.checkpoint
     count = rule.keep + rule.keep_best + 1
     if rule.keep_every is not None:
@@ -89,8 +90,13 @@ def disk_bytes(recipe: Recipe, plan: Plan, epoch_samples: int, size: dict[str, i
     return round(_MARGIN * kept)
 
 
-def checkpoint_bytes(size: dict[str, int]) -> int:
-    return size["weight_bytes"] + size["optimizer_bytes"]
+def checkpoint_bytes(recipe: Recipe, size: dict[str, int]) -> int:
+    return size["weight_bytes"] + size["optimizer_bytes"] + average_bytes(recipe, size)
+
+
+def average_bytes(recipe: Recipe, size: dict[str, int]) -> int:
+    """Of the average of the weights, in float64."""
+    return 8 * size["parameters"] if recipe.average is not None else 0
 
 
 def write_speed(folder: Path) -> float:
@@ -140,7 +146,7 @@ def look(
     need = disk_bytes(recipe, plan, epoch_samples, size)
     try:
         free = shutil.disk_usage(_existing(folder)).free
-        save_s = checkpoint_bytes(size) / write_speed(folder)
+        save_s = checkpoint_bytes(recipe, size) / write_speed(folder)
     except OSError as error:
         unwritable = Finding("disk", "warning", f"{folder} cannot be written: {error}")
         return Estimate([*found, unwritable, wandb], None)
@@ -150,7 +156,7 @@ def look(
     else:
         found.append(Finding("disk", "ok", text))
     wanted = signal_lead(save_s)
-    text = f"about {save_s:.1f} s for a checkpoint of {_gb(checkpoint_bytes(size))}"
+    text = f"about {save_s:.1f} s for a checkpoint of {_gb(checkpoint_bytes(recipe, size))}"
     if lead is not None and lead < wanted:
         text += f"; the signal comes only {lead} s before the end: use --signal-lead {wanted}"
         found.append(Finding("saving", "warning", text))

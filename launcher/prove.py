@@ -157,8 +157,11 @@ def compare(
     resumed_from: int | None = None,
 ) -> Result:
     trace = read_trace(run.trace)
-    files = ("model.safetensors", "optimizer.safetensors") if limit == 0 else ("model.safetensors",)
-    pairs = [(_last(run) / name, _last(reference) / name) for name in files]
+    there, here = _last(reference), _last(run)
+    # Weights, and their average where there is one; of a run with as many ranks, all state.
+    names = {path.name for folder in (there, here) for path in folder.glob("*.safetensors")}
+    names -= {"optimizer.safetensors"} if limit > 0 else set()
+    pairs = [(here / name, there / name) for name in sorted(names)]
     return Result(
         ranks=ranks,
         compared_with=with_,
@@ -193,8 +196,11 @@ def relative_difference(path: Path, reference: Path) -> float:
     """The largest |a - b| of any tensor, relative to that tensor's largest |b|.
 
     0 is bit for bit: tensors are first compared by their bytes, so that NaN equals itself
-    and -0 differs from 0. Infinity where names or shapes differ, or a value is not finite.
+    and -0 differs from 0. Infinity where names or shapes differ, a value is not finite, or one
+    of the files is not there.
     """
+    if not (path.is_file() and reference.is_file()):
+        return float("inf")
     ours, theirs = load_file(path), load_file(reference)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         return float("inf")

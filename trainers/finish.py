@@ -1,7 +1,7 @@
-"""The end of a run: snapshots combined, the summary, the report."""
+"""The end of a run: the average and the snapshots scored, the summary, the report."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,32 +9,41 @@ import torch
 from bigbatch.configs.files import read_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.rundir import RunDir
+from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
+from bigbatch.trainers.ensemble.averaged import score_average
 from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.job import Job
+from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.monitoring.log import Log
 
-# Enough images to settle the BatchNorm statistics of a soup.
+# Enough images to settle the BatchNorm statistics of averaged weights.
 _RECOMPUTE_IMAGES = 16_384
 
 
 def finish(job: Job, log: Log) -> None:
-    """Combine the snapshots, and write the summary and the report."""
-    log.phase("combining snapshots")
-    job.engine.end_training()
-    recipe, splits = job.recipe, job.inputs.splits
+    """Score the average, combine the snapshots, and write the summary and the report."""
+    engine, recipe = job.engine, job.recipe
+    engine.end_training()
+    splits = {role: index for role, index in job.inputs.splits.items() if role != "train"}
     images = min(_RECOMPUTE_IMAGES, job.inputs.epoch_samples)
     steps = -(-images // recipe.global_batch)
 
     def recompute_images() -> Iterator[torch.Tensor]:
         return (job.augmenter.train(batch)[0] for batch in job.batches(0, steps))
 
+    def recompute() -> None:
+        batches = steps * recipe.micro_batches
+        recompute_statistics(engine.module, recompute_images(), batches, engine.sum)
+
+    averaged = finish_average(job, log, splits, recompute)
+    log.phase("combining snapshots")
     scores = combine(
         job.run,
         recipe.ensemble,
-        job.engine,
+        engine,
         job.evaluator,
-        {role: index for role, index in splits.items() if role != "train"},
+        splits,
         len(job.inputs.plan.snapshots),
         recompute_images=recompute_images,
         recompute_batches=steps * recipe.micro_batches,
@@ -42,10 +51,36 @@ def finish(job: Job, log: Log) -> None:
     if scores is None:  # not rank 0
         log.close("finished")
         return
+    for role, found in averaged.items():
+        scores[role] |= found
     summary = summarise(job, scores)
     write_atomically(job.run.summary, to_json(summary, indent=1) + "\n")
     log.close("finished")
     say_results(job.run, summary, log)
+
+
+def finish_average(
+    job: Job, log: Log, splits: dict[str, Index], recompute: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Scores of the run's average by split, on rank 0, as {"val": {"ema": ...}}. Collective."""
+    average, config = job.state.average, job.recipe.average
+    if average is None or config is None:
+        return {}
+    if average.count == 0:
+        log.error("average", f"there is no {config.name}: each step that counts for it was skipped")
+        return {}
+    log.phase("averaging weights")
+    found = score_average(
+        job.run,
+        config.name,
+        job.engine.whole(average.averaged()),
+        job.engine,
+        job.evaluator,
+        splits,
+        recompute=recompute,
+        info=job.state.info,
+    )
+    return {role: {config.name: scores} for role, scores in found.items()}
 
 
 def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:

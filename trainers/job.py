@@ -26,6 +26,7 @@ from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_model, choose_memory_format
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plan import check_world
 from bigbatch.trainers.planning.plateau import Evaluation
@@ -139,6 +140,10 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         "recipe": recipe.model_dump(mode="json"),
         "order_hash": order_hash,
     }
+    averaging = inputs.plan.average
+    average = None
+    if averaging is not None:
+        average = WeightAverage(engine.own_weights(), averaging.steps, averaging.decay_rate)
     state = TrainState(
         0,
         model,
@@ -148,6 +153,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         engine.pieces,
         evaluations=evaluations,
         info=info,
+        average=average,
     )
     return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state)
 

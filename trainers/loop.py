@@ -116,6 +116,8 @@ def train(attempt: Attempt) -> bool:
                     engine.step()
                 else:
                     engine.step(closure.of_step(mean_loss))
+                if state.average is not None:
+                    state.average.update(step + 1)
         else:
             statistics.discard()
             engine.skip()

@@ -63,6 +63,8 @@ CHANGES = [
     "augment.crop={}",
     "augment.crop=null",
     "backend=ddp",
+    "average=null",
+    "average={name: ema, half_life: 1 epochs}",
 ]
 some_changes = st.lists(st.sampled_from(CHANGES), max_size=4)
 

@@ -41,6 +41,16 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
         (["data.val=/data/val"], "data.val '/data/val' leads out of data.path"),
         (["data.threads=100000"], "less than or equal to 1024"),
         (["data.stream=['']", "data.sampling=uniform"], "data.stream names an empty place"),
+        (["average={name: ema}"], "average.half_life: missing"),
+        (["average={name: ema, half_life: 0 samples}"], "half_life: 0 samples is no time at all"),
+        (["average={name: ema, half_life: 1 epochs, every: 2 epochs}"], "every: unknown key"),
+        (["average={name: swa}"], "average.start: missing"),
+        (["average={name: swa, start: 3 epochs, every: often}"], "every: 'often' is not a duratio"),
+        (
+            ["average={name: swa, start: 3 epochs, every: cycle}", "schedule={name: cosine}"],
+            "average.every: cycle needs the schedule cycles, not cosine; set average.every to a d",
+        ),
+        (["average={name: median}"], "average"),
         # Several parts at once: each is named.
         (["augment.jitter.hue=0.1", "data.lanes=3"], "data.lanes = 3 works with .* no colour"),
     ],
@@ -62,6 +72,8 @@ def test_what_cannot_train_is_refused_with_its_remedy(overrides: list[str], says
         ["model.options={drop_rate: 0, drop_block_rate: null, img_size: 32, global_pool: max}"],
         ["model.options={img_size: [32, 32]}"],
         ["data.train=all/train"],
+        ["average={name: swa, start: 3 epochs, every: cycle}"],
+        ["average={name: swa, start: 0 samples}", "optimizer={name: lbfgs, lr: 1}", "clip=null"],
     ],
 )
 def test_what_is_next_to_it_is_taken(overrides: list[str]) -> None:

@@ -13,10 +13,12 @@ from safetensors.numpy import save_file
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.prove import (
     Result,
     RunFailed,
     as_json,
+    compare,
     proof_recipe,
     prove,
     read_trace,
@@ -65,6 +67,26 @@ def test_bit_for_bit_is_stricter_than_equal(tmp_path: Path) -> None:
     assert 0 < difference(tmp_path, zero, minus_zero) < 1e-300
     last_bit = {"w": np.nextafter(np.float32([1]), np.float32(2))}
     assert 0 < difference(tmp_path, last_bit, {"w": np.float32([1])}) < 2e-7
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-5])
+def test_averaged_weights_are_compared_too(tmp_path: Path, limit: float) -> None:
+    runs = [RunDir(tmp_path / name) for name in ("a", "b")]
+    for number, run in enumerate(runs):
+        folder = run.checkpoints / "step-00000004"
+        folder.mkdir(parents=True)
+        for name in ("model", "optimizer", "average"):
+            other = number and name != "model"  # optimizer state is compared bit for bit or not
+            save_file({"w": np.float64([1, 1 + 1e-3 * other])}, folder / f"{name}.safetensors")
+
+    def difference() -> float:
+        return compare(runs[1], runs[0], ranks=1, with_="1 rank", limit=limit).difference
+
+    assert difference() == pytest.approx(1e-3)
+    (runs[1].checkpoints / "step-00000004" / "average.safetensors").unlink()
+    assert difference() == float("inf")
+    (runs[0].checkpoints / "step-00000004" / "average.safetensors").unlink()
+    assert difference() == (pytest.approx(1e-3) if limit == 0 else 0.0)
 
 
 def trace(folder: Path, name: str, *records: tuple[int, int, list[int]]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -175,3 +175,13 @@ class Engine(Collectives, ABC):
 
     def end_training(self) -> None:
         """Make `module` a plain one with whole weights, for good. Collective."""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """What this rank's optimizer updates, by name: trained parameters, or pieces of them."""
+        if self.pieces is not None:
+            return {piece.name: piece.tensor for piece in self.pieces.pieces}
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def whole(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Whole tensors, on every rank, from values of the form of `own_weights`. Collective."""
+        return values

@@ -5,7 +5,7 @@ Either way a rank's optimizer updates one contiguous range of every flattened pa
 may be empty. Checkpoints hold whole tensors by name, so they fit any backend and world size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,19 @@ class Pieces:
         if dist.get_rank() != 0:
             return {}, {}
         return tensors, scalars
+
+    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors from a value of each piece, by name: on rank 0; elsewhere nothing."""
+        wholes = self._gather([*range(len(self.pieces))], [values[p.name] for p in self.pieces])
+        return {p.name: w for p, w in zip(self.pieces, wholes, strict=False)}
+
+    def cut(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's pieces of whole tensors; ValueError where one is of no parameter."""
+        pieces = {piece.name: piece for piece in self.pieces}
+        for name, whole in wholes.items():
+            if name not in pieces or whole.shape != pieces[name].whole:
+                raise ValueError(f"{name} of shape {list(whole.shape)} is no trained parameter")
+        return {name: pieces[name].cut(whole) for name, whole in wholes.items()}
 
     @torch.no_grad()
     def load(

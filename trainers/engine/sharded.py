@@ -1,9 +1,10 @@
 """What the sharded engines share: an optimizer over pieces, and norms over all of them."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
@@ -75,6 +76,14 @@ class ShardedEngine(Engine):
         else:
             self.scaler.step(self._stepper)
             self.scaler.update()
+
+    def whole(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        wholes = self.pieces.whole(values)
+        for piece in self.pieces.pieces:
+            if self.rank != 0:
+                wholes[piece.name] = values[piece.name].new_empty(piece.whole)
+            dist.broadcast(wholes[piece.name], 0)
+        return wholes
 
     def _piece_gradients(self) -> list[Tensor]:
         return [p.grad for p in self._pieces if p.grad is not None]

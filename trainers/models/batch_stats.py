@@ -128,6 +128,8 @@ def recompute_statistics(
     `total_batches` counts the batches of all ranks.
     """
     statistics = StepStatistics(model)
+    if not statistics.layers:
+        return
     statistics.weights = [1.0] * len(statistics.weights)
     statistics.begin()
     was_training = model.training

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.planning.averaging import Averaging, plan_average
 from bigbatch.trainers.planning.schedules import cycle_ends
 
 
@@ -18,6 +19,7 @@ class Plan:
     save_every: int
     snapshots: frozenset[int]
     keep_every: int | None  # checkpoints at multiples of this stay for good
+    average: Averaging | None  # which weights enter the run's average, if it keeps one
 
     def evaluates(self, step: int) -> bool:
         return step % self.evaluate_every == 0 or step == self.total
@@ -28,7 +30,10 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> Plan:
-    """The plan of a run over an order policy with `epoch_samples` samples in an epoch."""
+    """The plan of a run over an order policy with `epoch_samples` samples in an epoch.
+
+    Raises UserError where cycles or an average do not fit into the run.
+    """
     batch = recipe.global_batch
     total = recipe.duration.steps(batch, epoch_samples)
     ends = cycle_ends(recipe.schedule, total)
@@ -41,6 +46,7 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
         save_every=recipe.checkpoint.every.steps(batch, epoch_samples),
         snapshots=frozenset(ends or [total]),
         keep_every=None if keep is None else keep.steps(batch, epoch_samples),
+        average=plan_average(recipe.average, total, batch, epoch_samples, ends),
     )
 
 

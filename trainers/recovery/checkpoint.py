@@ -21,8 +21,17 @@ from bigbatch.configs.load import parse_recipe
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
+from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.planning.plateau import Evaluation
-from bigbatch.trainers.recovery.stored import MANIFEST, MODEL, OPTIMIZER, STATE, Retention, prune
+from bigbatch.trainers.recovery.stored import (
+    AVERAGE,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Retention,
+    prune,
+)
 from bigbatch.trainers.recovery.tensor_files import (
     copy_to_cpu,
     load_fitting,
@@ -51,6 +60,7 @@ class TrainState:
     # Of the validation split so far. Not in the checkpoint: metrics.jsonl has them.
     evaluations: list[Evaluation] = field(default_factory=list)
     info: WeightsInfo | None = None  # goes with the weights into each file of them
+    average: WeightAverage | None = None  # of the weights, where the recipe asks for one
 
 
 @dataclass
@@ -62,20 +72,30 @@ class Capture:
     optimizer: dict[str, Tensor]  # likewise, keyed STATE/PARAM
     content: dict[str, JsonValue]  # state.json
     info: WeightsInfo | None = None
+    average: dict[str, Tensor] = field(default_factory=dict)  # likewise; empty: none yet
+
+
+def gather(
+    state: TrainState,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, JsonValue], dict[str, Tensor]]:
+    """Weights, optimizer state and average as a checkpoint stores them: whole on rank 0.
+
+    With pieces, every rank calls it in the same step.
+    """
+    average = state.average.tensors if state.average and state.average.count else {}
+    if state.pieces is None:
+        tensors, scalars = optimizer_state_by_name(state.optimizer, state.model)
+        return state.model.state_dict(), tensors, scalars, average
+    return *state.pieces.gather(), state.pieces.whole(average) if average else {}
 
 
 def capture(state: TrainState, into: Capture | None = None) -> Capture:
-    """Copy everything that resumes to the CPU. With pieces, every other rank calls their
-    `gather` meanwhile.
+    """Copy everything that resumes to the CPU. With pieces, every other rank calls `gather`.
 
     The memory of an earlier capture `into` is used again where names and shapes agree: fresh
     pages cost more than the copy.
     """
-    if state.pieces is not None:
-        weights, tensors, scalars = state.pieces.gather()
-    else:
-        weights = state.model.state_dict()
-        tensors, scalars = optimizer_state_by_name(state.optimizer, state.model)
+    weights, tensors, scalars, average = gather(state)
     content: dict[str, JsonValue] = {
         "step": state.step,
         "optimizer": scalars,
@@ -83,6 +103,7 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         "fingerprint": dict(state.fingerprint),
         "losses": list(state.losses),
         "over": [list(steps) for steps in state.skipped_steps],
+        "averaged": state.average.count if state.average else 0,
     }
     return Capture(
         state.step,
@@ -90,6 +111,7 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         copy_to_cpu(tensors, into.optimizer if into else {}),
         content,
         state.info,
+        copy_to_cpu(average, into.average if into else {}),
     )
 
 
@@ -116,6 +138,8 @@ def write(
             OPTIMIZER: write_tensors(temporary / OPTIMIZER, captured.optimizer),
             STATE: write_file(temporary / STATE, [to_json(captured.content, indent=1).encode()]),
         }
+        if captured.average:
+            files[AVERAGE] = write_tensors(temporary / AVERAGE, captured.average, captured.info)
         manifest = {"step": captured.step, "files": files}
         write_atomically(temporary / MANIFEST, to_json(manifest, indent=1))
         sync(temporary)
@@ -173,6 +197,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         else:
             state.model.load_state_dict(weights)
             load_optimizer_state(state.optimizer, state.model, tensors, content["optimizer"])
+        if state.average is not None:
+            count = content.get("averaged", 0)
+            averages = load_file(path / AVERAGE) if count else {}
+            state.average.load(count, state.pieces.cut(averages) if state.pieces else averages)
     except (ValueError, LookupError, SafetensorError) as error:
         raise UserError(f"{path}: {error}{_OTHER_VERSION}") from None
     if state.scaler is not None and content.get("scaler") is not None:

@@ -14,7 +14,7 @@ from typing import Self
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.monitoring.log import Log
-from bigbatch.trainers.recovery.checkpoint import Capture, TrainState, capture, write
+from bigbatch.trainers.recovery.checkpoint import Capture, TrainState, capture, gather, write
 from bigbatch.trainers.recovery.stored import Retention
 
 _NICE = 10  # the writer's share of a core comes after training's
@@ -67,7 +67,7 @@ class Saver:
         if self._engine.rank == 0:
             self._captured = capture(state, self._captured)
         elif state.pieces is not None:
-            state.pieces.gather()  # this rank's pieces, for rank 0
+            gather(state)  # this rank's pieces, for rank 0
         return self._captured
 
     def _finish(self) -> str | None:

@@ -16,13 +16,15 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 from bigbatch.trainers.models.weights_file import read_header
 
-MODEL, OPTIMIZER, STATE, MANIFEST = (
+MODEL, OPTIMIZER, AVERAGE, STATE, MANIFEST = (
     "model.safetensors",
     "optimizer.safetensors",
+    "average.safetensors",
     "state.json",
     "manifest.json",
 )
 _FILES = (MODEL, OPTIMIZER, STATE)  # of a checkpoint, beside the manifest
+_MAY_BE = (AVERAGE,)  # there exactly where state.json says that weights have been averaged
 _STATE_KINDS: dict[str, Any] = {
     "optimizer": dict,
     "scaler": dict | None,
@@ -30,6 +32,7 @@ _STATE_KINDS: dict[str, Any] = {
     "losses": list,
     "over": list,
     "accuracy": float | int | None,
+    "averaged": int,
 }
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -89,19 +92,23 @@ def verify(path: Path) -> None:
     and holds what a checkpoint's can hold. The manifest names these files and no other ones."""
     try:
         files = parse_json((path / MANIFEST).read_bytes())["files"]
-        if files.keys() != set(_FILES):
-            raise CorruptCheckpoint(f"{path / MANIFEST} names other files than {', '.join(_FILES)}")
-        for name in _FILES:
+        names = [*_FILES, *(name for name in _MAY_BE if name in files)]
+        if files.keys() != set(names):
+            raise CorruptCheckpoint(f"{path / MANIFEST} names other files than {', '.join(names)}")
+        for name in names:
             if measure(path / name) != files[name]:
                 raise CorruptCheckpoint(
                     f"{path / name} differs from its manifest (size or SHA-256)"
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{path} is incomplete: {error}") from None
-    for name in _FILES:
+    for name in names:
         try:
             if name == STATE:
-                check_state(parse_json((path / STATE).read_bytes()), step_of(path))
+                content = parse_json((path / STATE).read_bytes())
+                check_state(content, step_of(path))
+                if (content.get("averaged", 0) > 0) != (AVERAGE in names):
+                    raise ValueError(f"averaged does not go with the files {', '.join(names)}")
             else:
                 read_header(path / name)
         except (OSError, ValueError) as error:
@@ -120,6 +127,8 @@ def check_state(content: Any, step: int) -> None:
     for name, kinds in _STATE_KINDS.items():
         if name in content and not isinstance(content[name], kinds):
             raise ValueError(f"{name} is {content[name]!r:.40}")
+    if content.get("averaged", 0) < 0:
+        raise ValueError(f"averaged is {content['averaged']}")
     if not all(isinstance(loss, float | int) for loss in content.get("losses", [])):
         raise ValueError("losses holds what is no number")
     for steps in content.get("over", []):

@@ -19,6 +19,7 @@ from bigbatch.trainers.advice.critical_batch import Phase
 from bigbatch.trainers.monitoring.history import PHASE_NAMES, Columns, History, loss_ceiling
 from bigbatch.trainers.report.svg import BLUE, GREEN, INK, MUTED, ORANGE, figure, to_svg
 
+COMBINED = ("ensemble", "soup", "ema", "swa")  # what summary.json has beside the members
 _SHOWN_LAYERS = 60
 _LAYERS = [(ORANGE, 0.95), (ORANGE, 0.5), (GREEN, 0.6), (BLUE, 0.75), (MUTED, 0.6), (BLUE, 0.3)]
 _POINTS = 500  # more than a plot this wide can show
@@ -199,7 +200,7 @@ def trust(ratios: Columns) -> str:
 
 
 def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> str:
-    """SVG of the accuracies of members, ensemble and soup, one row each, by split."""
+    """SVG of the accuracies of members and of what is made of them, one row each, by split."""
     rows = list(reversed(rows))
     with figure(5.2, 0.9 + 0.36 * len(rows)) as (drawn, axes):
         axes.set_title("Accuracy")
@@ -212,13 +213,12 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
                 accuracy = (figures.get(split) or {}).get("accuracy")
                 if accuracy is None:
                     continue
-                combined = name in ("ensemble", "soup")
                 axes.plot(
                     accuracy,
                     y + shift,
                     marker,
                     color=colour,
-                    markersize=9 if combined else 6.5,
+                    markersize=9 if name in COMBINED else 6.5,
                     alpha=1.0 if kept else 0.35,
                     markeredgewidth=0,
                 )

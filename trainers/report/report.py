@@ -22,7 +22,6 @@ from bigbatch.trainers.report import plots
 from bigbatch.trainers.report.diagnosis import diagnose
 
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
-COMBINED = ("ensemble", "soup")
 _SHOWN_RANKS = 16
 Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept as a member
 
@@ -47,7 +46,7 @@ def write_report(run: RunDir) -> Path:
         members_plot=_members_plot(history),
         measures=MEASURES,
         splits=[s for s in ("val", "test") if s in (history.summary or {})],
-        combined=COMBINED,
+        combined=plots.COMBINED,
         confusion=_confusion(history),
         augmented=_data_uri(run.path / "augmented.png"),
         timeline=_timeline(history),
@@ -59,7 +58,7 @@ def write_report(run: RunDir) -> Path:
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy, NLL and ECE of each member, the ensemble and the soup, on val and test.
+    """Accuracy, NLL and ECE of each member, ensemble, soup and average, on val and test.
 
     `summary` is the content of summary.json. Members beyond the selection margin are dimmed
     and marked.
@@ -72,18 +71,18 @@ def final_table(summary: Mapping[str, Any]) -> Table:
             table.add_column(f"{split}\n{measure}", justify="right", no_wrap=True)
     for name, figures, kept in result_rows(summary):
         cells = [figure(figures.get(split), key) for split in splits for key in MEASURES]
-        style = "bold" if name in COMBINED else ("" if kept else "dim")
+        style = "bold" if name in plots.COMBINED else ("" if kept else "dim")
         table.add_row(name if kept else f"{name} (out)", *cells, style=style)
     return table
 
 
 def result_rows(summary: Mapping[str, Any]) -> list[Row]:
-    """summary.json by row: each member, then the ensemble, then the soup."""
+    """summary.json by row: each member, then ensemble, soup and average."""
     rows: dict[str, Row] = {}
     for split in ("val", "test"):
         figures = summary.get(split) or {}
         entries = [(str(m["name"]), m) for m in figures.get("members") or []]
-        entries += [(name, figures[name]) for name in COMBINED if figures.get(name)]
+        entries += [(name, figures[name]) for name in plots.COMBINED if figures.get(name)]
         for name, entry in entries:
             row = rows.setdefault(name, (name, {}, bool(entry.get("kept", True))))
             row[1][split] = entry

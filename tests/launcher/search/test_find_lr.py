@@ -31,6 +31,12 @@ def test_the_sweep_is_the_recipe_under_another_schedule() -> None:
     assert all(getattr(sweep, part) == getattr(recipe, part) for part in same)
 
 
+def test_an_average_that_starts_after_the_sweep_is_no_obstacle() -> None:
+    recipe = load_recipe("digits", ["average={name: swa, start: 50 epochs}"])
+    plan, _ = fit(sweep_recipe(recipe, 1e-3, 10.0, 50), 1078)
+    assert plan.average is not None  # it takes the memory that the run would take
+
+
 def test_muons_second_rate_keeps_its_ratio() -> None:
     muon = "optimizer={name: muon, lr: 0.02, adamw_lr: 0.001}"
     recipe = load_recipe("digits", [muon])

@@ -21,8 +21,15 @@ from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.optim import build_optimizer, trust_ratios
-from bigbatch.trainers.recovery.checkpoint import TrainState, capture, load_checkpoint, write
-from bigbatch.trainers.recovery.stored import MODEL, OPTIMIZER, Retention
+from bigbatch.trainers.optim.averaging import WeightAverage
+from bigbatch.trainers.recovery.checkpoint import (
+    TrainState,
+    capture,
+    gather,
+    load_checkpoint,
+    write,
+)
+from bigbatch.trainers.recovery.stored import AVERAGE, MODEL, OPTIMIZER, Retention
 from tests.helpers.ranks import run_ranks
 
 MICRO_BATCHES, MICRO = 4, 8
@@ -79,7 +86,10 @@ def build(case: dict[str, Any]) -> tuple[Engine, TrainState]:
     if case.get("scaled"):  # as under fp16; a power of two, so that it costs no digit
         engine.accelerator.scaler = ShardedGradScaler("cpu", init_scale=2.0**10)
     engine.prepare(model, optimizer, case.get("micro_batches", MICRO_BATCHES))
-    return engine, TrainState(0, model, optimizer, engine.scaler, {}, engine.pieces)
+    average = WeightAverage(engine.own_weights(), range(3, 99), 0.1)
+    return engine, TrainState(
+        0, model, optimizer, engine.scaler, {}, engine.pieces, average=average
+    )
 
 
 def train(
@@ -124,15 +134,32 @@ def train(
             if clip is not None:
                 engine.clip(ClipNorm(name="norm", limit=clip), norm)
             engine.step()
+            state.average.update(step + 1)
         found.append([float(norm), float(totals[0])])
     state.step = stop
     return found
 
 
 def whole(engine: Engine, state: TrainState) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state, whole, by name; on rank 0 (elsewhere without the state)."""
+    """Weights, optimizer state and average, whole, by name; on rank 0 (elsewhere weights alone)."""
     captured = capture(state)
-    return captured.model | {f"state/{k}": v for k, v in captured.optimizer.items()}
+    found = captured.model | {f"state/{k}": v for k, v in captured.optimizer.items()}
+    return found | {f"average/{k}": v for k, v in captured.average.items()}
+
+
+def check_average(engine: Engine, state: TrainState, wholes: dict[str, torch.Tensor]) -> None:
+    """Of a rank's pieces there is an average of the same size, and none of anything else."""
+    held = {name: mean.shape for name, mean in state.average.tensors.items()}
+    assert held == {name: piece.shape for name, piece in engine.own_weights().items()}
+    count = sum(mean.numel() for mean in state.average.tensors.values())
+    sizes = [(p.numel(), p[0].numel()) for p in Net().parameters()]
+    total, rows = (sum(column) for column in zip(*sizes, strict=True))
+    whole_rows = -(-total // engine.world) + rows  # FSDP2 cuts between rows, of each parameter
+    assert count == total if engine.pieces is None else count <= whole_rows < total
+    for name, value in engine.whole(state.average.averaged()).items():
+        assert value.dtype == next(engine.module.parameters()).dtype
+        if engine.rank == 0:
+            assert torch.equal(value, wholes[f"average/{name}"].to(value)), name
 
 
 def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
@@ -145,6 +172,7 @@ def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
         norms += train(engine, state, stop, statistics, case.get("clip"), case.get("overflow"))
         trust[str(stop)] = trust_ratios(engine.optimizer, names)
         tensors |= {f"{stop}/{k}": v.clone() for k, v in whole(engine, state).items()}
+    check_average(engine, state, whole(engine, state))
     with engine.full_model() as model:
         for name, value in model.state_dict().items():
             assert torch.equal(value, tensors[f"{steps[-1]}/{name}"]), name
@@ -190,8 +218,8 @@ def go_on(folder: Path, job: dict[str, Any]) -> None:
     if engine.rank == 0:
         captured = capture(state)
         write(folder, captured, Retention())
-    elif state.pieces is not None:
-        state.pieces.gather()
+    else:
+        gather(state)
     engine.barrier()
 
 
@@ -363,6 +391,7 @@ def check_moved(folder: Path, one_rank: Any) -> None:
     moved = folder / "step-00000010"
     found = {f"10/{k}": v for k, v in load_file(moved / MODEL).items()}
     found |= {f"10/state/{k}": v for k, v in load_file(moved / OPTIMIZER).items()}
+    found |= {f"10/average/{k}": v for k, v in load_file(moved / AVERAGE).items()}
     assert difference(found, undisturbed, 10) <= 1e-5
 
 

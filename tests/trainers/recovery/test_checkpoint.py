@@ -13,6 +13,7 @@ from bigbatch.configs.optimizers import LARS
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.models.weights_file import WeightsInfo, read_header, read_info
 from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.recovery import stored, tensor_files
 from bigbatch.trainers.recovery.checkpoint import TrainState, capture, load_checkpoint, write
 from bigbatch.trainers.recovery.stored import Retention, list_checkpoints, newest_valid
@@ -306,12 +307,99 @@ def test_a_manifest_names_a_checkpoint_s_files_and_no_other_ones(
     assert {path.parent for path in read} == {older}
 
 
+def make_averaged(seed=0, steps=0, averaged=0):
+    """A state with an average of the weights, which has taken in those of some steps."""
+    state = make_state(seed, steps)
+    state.average = WeightAverage(dict(state.model.named_parameters()), range(1, 99), 0.1)
+    for _ in range(averaged):
+        step(state)
+        state.step += 1
+        state.average.update(state.step)
+    return state
+
+
+@pytest.mark.parametrize("averaged", [0, 1, 3])
+def test_an_average_goes_on_bit_for_bit(tmp_path, averaged):
+    state, other = make_averaged(averaged=averaged), make_averaged(seed=1, averaged=2)
+    path = save_checkpoint(tmp_path, state, keep=1)
+    assert newest_valid(tmp_path) == (path, [])
+    assert (path / stored.AVERAGE).exists() == (averaged > 0)
+    load_checkpoint(path, other)
+    assert other.average.count == averaged
+    for one in (state, other):
+        step(one)
+        one.average.update(averaged + 1)
+    for name, mean in state.average.tensors.items():
+        assert mean.dtype == torch.float64
+        assert torch.equal(other.average.tensors[name], mean)
+    info = WeightsInfo("none", ("a", "b", "c"), (0.5,), (0.25,), 4, 1)
+    state.info, state.step = info, 9
+    path = save_checkpoint(tmp_path, state, keep=1)
+    assert read_info(read_header(path / stored.AVERAGE)) == info
+
+
+def test_a_captured_average_does_not_change_while_training_goes_on(tmp_path):
+    state, other = make_averaged(averaged=2), make_averaged(seed=1)
+    captured = capture(state)
+    before = {name: mean.clone() for name, mean in state.average.tensors.items()}
+    step(state)
+    state.average.update(3)
+    load_checkpoint(write(tmp_path, captured, Retention(1)), other)
+    assert other.average.count == 2
+    assert all(torch.equal(other.average.tensors[name], mean) for name, mean in before.items())
+
+
+@pytest.mark.parametrize("averaged", [0, 2])
+def test_an_average_is_there_exactly_where_the_state_counts_it(tmp_path, averaged):
+    state = make_averaged(averaged=1)
+    older = save_checkpoint(tmp_path, state, keep=2)
+    state = make_averaged(averaged=averaged)
+    state.step = 7
+    newer = save_checkpoint(tmp_path, state, keep=2)
+    content = json.loads((newer / stored.STATE).read_text()) | {"averaged": 2 - averaged}
+    forge(newer, stored.STATE, json.dumps(content).encode())
+    chosen, (problem,) = newest_valid(tmp_path)
+    assert chosen == older
+    assert f"{newer / stored.STATE} is damaged: averaged does not go with the files" in problem
+
+
+@pytest.mark.parametrize("how", ["a bit", "gone", "no tensors"])
+def test_a_damaged_average_is_found(tmp_path, how):
+    state = make_averaged(averaged=1)
+    older = save_checkpoint(tmp_path, state, keep=2)
+    state.step += 1
+    path = save_checkpoint(tmp_path, state, keep=2) / stored.AVERAGE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "a bit":
+        path.write_bytes(content)
+    elif how == "gone":
+        path.unlink()
+    else:
+        forge(path.parent, stored.AVERAGE, b"{}")
+    chosen, (problem,) = newest_valid(tmp_path)
+    assert chosen == older
+    assert str(path) in problem
+
+
+def test_an_average_of_other_weights_is_named(tmp_path):
+    state = make_averaged(averaged=1)
+    path = save_checkpoint(tmp_path, state, keep=1)
+    tensors = {n: value.clone() for n, value in load_file(path / stored.AVERAGE).items()}
+    tensors["stem.weight"] = tensors.pop("0.weight")
+    tensor_files.write_tensors(path / stored.AVERAGE, tensors)
+    with pytest.raises(UserError, match=r"average does not fit: .*stem.weight.*: another version"):
+        load_checkpoint(path, make_averaged())
+
+
 STATES = {
     "deep": b"[" * 100_000,
     "a list": b"[]",
     "another step": b'{"step": 3}',
     "half a step": b'{"step": 2.5}',
     "losses": b'{"losses": ["x"]}',
+    "an average": b'{"averaged": 1.5}',
+    "less than no average": b'{"averaged": -1}',
     "ranges": b'{"over": [[1, 2, 3]]}',
     "a range of texts": b'{"over": [["1", "2"]]}',
     "an optimizer": b'{"optimizer": 7}',

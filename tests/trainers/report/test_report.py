@@ -315,6 +315,17 @@ def test_final_table_prints_every_figure(tmp_path: Path) -> None:
     assert [row[0] for row in result_rows(summary)][-2:] == ["ensemble", "soup"]
 
 
+def test_averaged_weights_are_a_row_behind_the_soup(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits")
+    summary = json.loads(run.summary.read_text())
+    for split in ("val", "test"):
+        summary[split]["ema"] = {"accuracy": 0.9876, "nll": 0.0123, "ece": 0.0045}
+    run.summary.write_text(json.dumps(summary))
+    assert [row[0] for row in result_rows(summary)][-2:] == ["soup", "ema"]
+    text = write_report(run).read_text()
+    assert re.search(r'class="strong">\s*<td class="nowrap">ema</td>\s*<td class="n">98.76%', text)
+
+
 def test_large_runs_and_many_classes_stay_small(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits", finished=True)
     lines = run.metrics.read_text().splitlines()
