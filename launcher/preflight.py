@@ -1,5 +1,6 @@
 """What can be known of a run before it starts, on a machine without torch or GPU."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -68,6 +69,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "evaluations": sum(plan.evaluates(step) for step in range(1, plan.total + 1)),
         "checkpoints": sum(plan.saves(step) for step in range(1, plan.total + 1)),
         "snapshots": sorted(plan.snapshots),
+        "average": average_in_words(recipe, plan),
         "weights": weights,
         "lr_rule": lr_rule(recipe),
         "lr_depends_on_evaluations": depends_on_evaluations(recipe.schedule),
@@ -112,6 +114,18 @@ def lr_rule(recipe: Recipe) -> str | None:
         f"{optimizer.lr:g} at a batch of {optimizer.scale.base_batch:,}, by the "
         f"{optimizer.scale.rule} rule {optimizer.lr * recipe.lr_scale:.6g} at "
         f"{recipe.global_batch:,}"
+    )
+
+
+def average_in_words(recipe: Recipe, plan: Plan) -> str | None:
+    """What average of the weights the run keeps; None where it keeps none."""
+    if recipe.average is None or plan.average is None:
+        return None
+    steps, rate = plan.average.steps, plan.average.decay_rate
+    half_life = f"; a half-life of {math.log(2) / rate:,.6g} steps" if rate else ""
+    return (
+        f"{recipe.average.name} of {len(steps):,} sets of weights, after step {steps[0]:,} to "
+        f"{steps[-1]:,}{half_life}"
     )
 
 

@@ -99,6 +99,8 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
     }
     if found["lr_depends_on_evaluations"]:
         rows["learning rate"] += "; lowered on plateaus, which only the run can find"
+    if found["average"]:
+        rows["average"] = found["average"]
     if found["notes"]:
         rows["note"] = "; ".join(found["notes"])
     if found["weights"]:

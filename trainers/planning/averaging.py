@@ -1,7 +1,7 @@
 """Which weights enter a run's average, and how fast it forgets them. Free of torch."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigbatch.configs.averaging import EMA, SWA, Average
@@ -11,13 +11,13 @@ from bigbatch.configs.errors import UserError
 
 @dataclass(frozen=True)
 class Averaging:
-    """The weights after each of `steps` finished steps enter the average.
+    """The weights after each of `steps` finished steps, rising ones, enter the average.
 
     Those that entered k updates ago weigh exp(-k x `decay_rate`) of the newest ones: 0 makes a
     plain mean of it.
     """
 
-    steps: Collection[int]
+    steps: Sequence[int]
     decay_rate: float
 
 
@@ -40,7 +40,7 @@ def plan_average(
         return length.steps(global_batch, epoch_samples)
 
     start = steps(config.start)
-    entering: Collection[int]
+    entering: Sequence[int]
     match config:
         case EMA():
             half_life = config.half_life.samples(global_batch, epoch_samples)

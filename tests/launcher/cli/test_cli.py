@@ -170,8 +170,12 @@ def test_check_says_what_a_run_will_do(here: Path) -> None:
     assert found["steps"] == STEPS
     assert found["snapshots"][-1] == found["steps"]
     assert max(found["lr"].values()) == pytest.approx(6.0)
-    text = invoke("check", "--quick", *DIGITS).output
+    assert found["average"] is None
+    ema = "average={name: ema, half_life: 640 samples, start: 2 steps}"
+    text = invoke("check", "--quick", *DIGITS, ema).output
     assert "1 to 4 ranks" in text
+    said = f"ema of {STEPS - 2} sets of weights, after step 3 to {STEPS}; a half-life of 2.5 steps"
+    assert said in text
 
 
 def test_schedule_numbers_and_picture(here: Path) -> None:

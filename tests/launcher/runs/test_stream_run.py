@@ -113,6 +113,7 @@ def test_check_counts_classes_where_they_are_known(
         ("duration=2 epochs", "no epochs, in which duration is given"),
         ("evaluate.every=1 epochs", "in which evaluate.every is given"),
         ("schedule={name: cosine, warmup: 1 epochs}", "in which schedule.warmup is given"),
+        ("average={name: swa, start: 2 steps}", "in which average.every is given"),
         ("data.stream=[]", "data.stream"),
         ("""data.stream=["pipe:cat 'x"]""", "close each quotation"),
         ("data.stream=['pipe:']", "names no command"),

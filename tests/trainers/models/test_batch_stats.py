@@ -91,6 +91,14 @@ def test_recomputed_statistics_are_the_plain_mean_and_dropout_does_not_disturb_t
     assert model[1].momentum == 0.2
 
 
+def test_no_image_goes_through_a_model_without_statistics():
+    def batches():
+        pytest.fail("an image was asked for")
+        yield
+
+    recompute_statistics(nn.Linear(2, 2), batches(), 1, lambda total: pytest.fail("ranks waited"))
+
+
 def test_a_model_without_batch_norm_needs_nothing():
     statistics = StepStatistics(nn.Linear(2, 2))
     statistics.begin()
