@@ -16,7 +16,12 @@ CYCLE = "cycle"
 
 
 def _period_or_cycle(text: Any) -> Any:
-    return text if text == CYCLE else durations.parse_period(text)
+    if text == CYCLE:
+        return text
+    try:
+        return durations.parse_period(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; or write {CYCLE}, for the ends of cycles") from None
 
 
 PeriodOrCycle = Annotated[

@@ -45,7 +45,10 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
         (["average={name: ema, half_life: 0 samples}"], "half_life: 0 samples is no time at all"),
         (["average={name: ema, half_life: 1 epochs, every: 2 epochs}"], "every: unknown key"),
         (["average={name: swa}"], "average.start: missing"),
-        (["average={name: swa, start: 3 epochs, every: often}"], "every: 'often' is not a duratio"),
+        (
+            ["average={name: swa, start: 3 epochs, every: often}"],
+            "every: 'often' is not a du.*; or write cycle",
+        ),
         (
             ["average={name: swa, start: 3 epochs, every: cycle}", "schedule={name: cosine}"],
             "average.every: cycle needs the schedule cycles, not cosine; set average.every to a d",
