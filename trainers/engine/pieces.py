@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.optim.layerwise import LayerwiseOptimizer
@@ -73,6 +72,8 @@ class Pieces:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict with whole tensors, on every rank."""
+        from torch.distributed.tensor import DTensor  # a second; whoever shards has it already
+
         return {
             name: value.full_tensor() if isinstance(value, DTensor) else value
             for name, value in self.module.state_dict().items()
@@ -120,6 +121,8 @@ class Pieces:
         scalars: dict[str, JsonValue],
     ) -> None:
         """Take this rank's part of whole weights and of a whole optimizer state."""
+        from torch.distributed.tensor import DTensor
+
         own = self.module.state_dict()
         if own.keys() != weights.keys():
             raise ValueError(f"weights do not fit: {sorted(own.keys() ^ weights.keys())[:8]}")
@@ -164,7 +167,7 @@ class Pieces:
 
 def row_piece(name: str, parameter: Any) -> Piece:
     """The piece of an FSDP2 parameter: rows in `ceil(rows / world)` a rank, as torch.chunk."""
-    local: Tensor = DTensor.to_local(parameter.detach())
+    local: Tensor = parameter.detach().to_local()
     rows = parameter.shape[0]
     first = min(dist.get_rank() * -(-rows // dist.get_world_size()), rows)
     start = first * (parameter.numel() // max(1, rows))

@@ -160,8 +160,6 @@ def table_of(splits: dict[str, Rows]) -> Any:
     from rich import box
     from rich.table import Table
 
-    from bigbatch.trainers.report.report import figure
-
     titles = ["accuracy", "95 %", "nll", "ece"] if len(splits) == 1 else ["accuracy", "nll", "ece"]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("\nmodel", no_wrap=True)
@@ -171,9 +169,9 @@ def table_of(splits: dict[str, Rows]) -> Any:
             table.add_column(f"{split}\n{title}", justify="right", no_wrap=True)
         for name, entry in rows:
             low, high = entry["accuracy_interval"]
-            texts = {"95 %": f"{low:.1%} - {high:.1%}"}
+            texts = {"95 %": f"{low:.1%} - {high:.1%}", "accuracy": f"{entry['accuracy']:.2%}"}
             cells = found.setdefault(name, ["-"] * len(titles) * number)
-            cells += [texts.get(title) or figure(entry, title) for title in titles]
+            cells += [texts.get(title) or f"{entry[title]:.4f}" for title in titles]
     for name, cells in found.items():
         missing = ["-"] * (len(titles) * len(splits) - len(cells))
         table.add_row(name, *cells, *missing, style="bold" if name == "ensemble" else "")

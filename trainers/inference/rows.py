@@ -4,7 +4,6 @@ Each rank writes its batches as the row groups of a Parquet file of its own besi
 that memory does not grow with the number of images. Ranks need one file system in common.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,6 +168,6 @@ def _flat(table: pa.Table) -> pa.Table:
     """Lists as JSON texts: CSV has no lists."""
     for place, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
-            texts = [None if v is None else json.dumps(v) for v in table.column(place).to_pylist()]
+            texts = [None if v is None else to_json(v) for v in table.column(place).to_pylist()]
             table = table.set_column(place, field.name, pa.array(texts, pa.string()))
     return table

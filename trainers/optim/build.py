@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
@@ -72,15 +71,14 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
                 history_size=config.history,
                 line_search_fn=None if config.line_search == "none" else config.line_search,
             )
-        case c.NovoGrad():
-            return pytorch_optimizer.NovoGrad(groups, **options)
-        case c.SM3():
-            return pytorch_optimizer.SM3(groups, **options)
-        case c.Lion():
-            return pytorch_optimizer.Lion(groups, **options)
-        case c.Muon():
-            options["use_adjusted_lr"] = options.pop("match_adamw")
-            return pytorch_optimizer.Muon(groups, **options)
+        case c.NovoGrad() | c.SM3() | c.Lion() | c.Muon():
+            import pytorch_optimizer  # takes a second, which the others need not wait
+
+            if isinstance(config, c.Muon):
+                options["use_adjusted_lr"] = options.pop("match_adamw")
+            kind = getattr(pytorch_optimizer, type(config).__name__)
+            optimizer: torch.optim.Optimizer = kind(groups, **options)
+            return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr_multiplier: float) -> None:
