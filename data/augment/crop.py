@@ -12,6 +12,9 @@ from torch import Tensor
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import Boxes
 
+WIDENED = 1.02  # times its side, that a crop may be once it is widened to whole pixels
+LEAST_PIXEL = 1e-6  # of a pixel, that does not count as one: what arithmetic may have added
+
 
 class Memory:
     """Memory for float32 tensors that is used again when the last view of a tensor is gone.
@@ -61,12 +64,12 @@ def crop_resize(
 
 
 def nearly_whole(boxes: Boxes) -> bool:
-    """Whether widening to whole pixels changes no side by more than 2 %."""
+    """Whether widening to whole pixels changes no side by more than 2 %: `WIDENED`."""
     first, last = _whole_pixels(boxes)
-    return bool((last - first <= 1.02 * boxes[:, 2:]).all())
+    return bool((last - first <= WIDENED * boxes[:, 2:]).all())
 
 
 def _whole_pixels(boxes: Boxes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Where the widened boxes begin and end, each [B, 2] (x, y)."""
-    first = np.floor(boxes[:, :2] + 1e-6).astype(np.int64)
-    return first, np.ceil(boxes[:, :2] + boxes[:, 2:] - 1e-6).astype(np.int64)
+    first = np.floor(boxes[:, :2] + LEAST_PIXEL).astype(np.int64)
+    return first, np.ceil(boxes[:, :2] + boxes[:, 2:] - LEAST_PIXEL).astype(np.int64)

@@ -13,7 +13,7 @@ from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import Matrices, to_theta
 
 # Above this many source pixels per output pixel, bilinear sampling skips pixels.
-_MAX_SHRINK = 1.3
+MAX_SHRINK = 1.3
 
 
 def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) -> Tensor:
@@ -25,7 +25,7 @@ def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) 
     height, width = canvas.shape[1:3]
     theta, shrink = to_theta(matrices, out, (height, width))
     # Antialiasing: sample a finer grid, then average. 1 in almost every training batch.
-    finer = max(1, round(shrink)) if shrink > _MAX_SHRINK else 1
+    finer = max(1, round(shrink)) if shrink > MAX_SHRINK else 1
     canvas = canvas.permute(0, 3, 1, 2).float().div_(255)
     grid = sampling_grid(_put(torch.from_numpy(theta), device), out * finer)
     # Beyond an image's own edge (which lies inside the canvas) its edge is repeated.
