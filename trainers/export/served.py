@@ -1,0 +1,81 @@
+"""The whole way from pixels to probabilities as one network: what an exported file computes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.trainers.ensemble.combination import Combination
+from bigbatch.trainers.export.combine import Combine
+from bigbatch.trainers.export.preprocess import CentreCrop
+
+INPUT = "pixels"
+
+
+@dataclass(frozen=True)
+class ServedMember:
+    """A network, images [N, C, image_size, image_size] to logits, and what its images are."""
+
+    name: str
+    network: nn.Module
+    image_size: int
+    crop_fraction: float
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+
+
+class Served(nn.Module):
+    """Pixels uint8 [N, H, W, C] -> probabilities float32 [N, classes], label int64 [N], and
+    rejected bool [N] where the combination has a threshold.
+
+    Each member sees the images as its evaluation does; what members see alike is computed once.
+    The networks are taken as they are and put into eval mode. Raises ValueError where members
+    differ in channels, or are not as many as the combination is for.
+    """
+
+    mean: Tensor  # [looks, 1, C, 1, 1]
+    std: Tensor
+
+    def __init__(self, members: Sequence[ServedMember], combination: Combination) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        if len({len(member.mean) for member in members}) != 1:
+            raise ValueError(f"members see {[len(m.mean) for m in members]} channels; one wanted")
+        if combination.members not in (None, len(members)):
+            raise ValueError(f"{len(members)} members; combined are {combination.members}")
+        crops = dict.fromkeys((m.image_size, m.crop_fraction) for m in members)
+        looks = dict.fromkeys((m.image_size, m.crop_fraction, m.mean, m.std) for m in members)
+        self._crop_of = [list(crops).index(look[:2]) for look in looks]
+        self._look_of = [
+            list(looks).index((m.image_size, m.crop_fraction, m.mean, m.std)) for m in members
+        ]
+        self.crops = nn.ModuleList(CentreCrop(*crop) for crop in crops)
+        for name, values in (("mean", [k[2] for k in looks]), ("std", [k[3] for k in looks])):
+            self.register_buffer(name, torch.tensor(values)[:, None, :, None, None])
+        self.networks = nn.ModuleList(member.network for member in members)
+        self.combine = Combine(combination, len(members))
+        self.reject_below = combination.reject_below
+        self.eval()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        names = ("probabilities", "label", "rejected")
+        return names[:2] if self.reject_below is None else names
+
+    @property
+    def channels(self) -> int:
+        return len(self.members[0].mean)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        crops = [crop(pixels) for crop in self.crops]
+        looks = [
+            crops[i].sub(mean).div(std)
+            for i, mean, std in zip(self._crop_of, self.mean, self.std, strict=True)
+        ]
+        logits = [n(looks[i]).float() for i, n in zip(self._look_of, self.networks, strict=True)]
+        probabilities = self.combine(torch.stack(logits))
+        confidence, label = probabilities.max(1)
+        if self.reject_below is None:
+            return probabilities, label
+        return probabilities, label, confidence < self.reject_below
