@@ -14,6 +14,7 @@ from bigbatch.configs.redact import message
 from bigbatch.launcher.cli import (
     advice,
     data,
+    deploy,
     inference,
     recipes,
     runs,
@@ -27,7 +28,12 @@ SECTIONS = {
     "Recipes": (recipes.recipes, recipes.check, recipes.schedule, recipes.schema),
     "Training": (training.train, training.resume, submission.submit, training.prove),
     "Tuning": (tuning.find_lr, tuning.find_micro_batch, advice.advise, tuning.tune),
-    "After training": (inference.evaluate, inference.predict, inference.ensemble),
+    "After training": (
+        inference.evaluate,
+        inference.predict,
+        inference.ensemble,
+        deploy.export,
+    ),
     "Runs": (
         runs.runs,
         runs.status,

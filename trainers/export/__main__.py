@@ -1,0 +1,77 @@
+"""`bigbatch export`: one file out of a run or an ensemble.
+
+    python -m bigbatch.trainers.export RUN|FOLDER --out FILE [--members ...] [--check]
+
+Exit status: 0 written (and found equal), 1 the check found a difference, 2 the user's error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError, is_refused
+from bigbatch.configs.files import to_json
+from bigbatch.configs.redact import message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bigbatch.trainers.export")
+    parser.add_argument("model", type=Path, help="a run directory, or the folder of an ensemble")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--members", default="auto")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--images", type=int, default=256, help="most that are checked")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"bigbatch: {message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not is_refused(error):
+            raise
+        print(f"bigbatch: {message(error)}; free some space, or repair rights", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    from bigbatch.trainers.ensemble.folder import open_ensemble
+    from bigbatch.trainers.export import write
+    from bigbatch.trainers.export.check import check_file, check_possible
+    from bigbatch.trainers.export.scores import known_scores
+    from bigbatch.trainers.planning.inputs import open_split
+
+    write.check_ending(options.out)
+    if options.check:
+        check_possible(options.out)
+    ensemble = open_ensemble([options.model], options.members)
+    members, combination = ensemble.members, ensemble.combination
+    there = options.check and options.out.exists()
+    written: list[Path] = []
+    if not there:
+        scores = known_scores(options.model, members, combination)
+        written = write.export(options.out, members, combination, scores)
+    result = {
+        "file": str(options.out),
+        "written": [str(path) for path in written],
+        "bytes": options.out.stat().st_size,
+        "members": [member.name for member in members],
+    }
+    check = None
+    if options.check:
+        data = members[0].recipe.data
+        index = open_split(data, data.val)
+        check = check_file(options.out, members, combination, index, options.images)
+        result["check"] = check.values()
+    if options.json:
+        print(to_json(result, indent=1))
+    else:
+        print("\n".join(result["written"]) or f"{options.out} was there already")
+        if check is not None:
+            print(check)
+    return 0 if check is None or check.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What an exported file says of itself: enough to use it, and to know where it came from."""
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json
+from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.notices import notice
+from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.ensemble.combination import Combination
+from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.planning.inputs import open_order, open_split
+from bigbatch.trainers.recovery.stored import STATE, list_checkpoints
+
+FORMAT = 1
+
+
+def describe(
+    members: Sequence[Member], combination: Combination, data_hashes: Sequence[str | None]
+) -> dict[str, Any]:
+    """Plain values. What all members share stands at the top as well as with each of them.
+
+    `data_hashes` are those of the members' training data, None where it is not known.
+    """
+    entries = [
+        {
+            "name": member.name,
+            "model": member.recipe.model.name,
+            "image_size": member.recipe.data.image_size,
+            "crop_fraction": member.recipe.evaluate.crop_fraction,
+            "mean": member.recipe.augment.mean,
+            "std": member.recipe.augment.std,
+            "recipe": member.recipe.model_dump(mode="json"),
+            "recipe_hash": recipe_hash(member.recipe),
+            "data_hash": data_hash,
+        }
+        for member, data_hash in zip(members, data_hashes, strict=True)
+    ]
+    shared = {
+        key: value
+        for key, value in entries[0].items()
+        if key != "name" and all(entry[key] == value for entry in entries)
+    }
+    return {
+        "format": FORMAT,
+        "bigbatch_version": metadata.version("bigbatch"),
+        "classes": list(members[0].classes),
+        "channels": members[0].recipe.data.channels,
+        **shared,
+        "members": entries,
+        "combination": combination.to_json(),
+        "temperature": combination.temperature,
+        "reject_below": combination.reject_below,
+    }
+
+
+def as_texts(description: Mapping[str, Any]) -> dict[str, str]:
+    """Each value as JSON, for metadata that are texts."""
+    return {key: to_json(value) for key, value in description.items()}
+
+
+def data_hash(member: Member) -> str | None:
+    """The hash of the index that a member was trained on, of a stream of the one it was chosen by.
+
+    None where the shards are not here, or are no more those that the run's checkpoints tell of,
+    which is then said.
+    """
+    recipe, data = member.recipe, member.recipe.data
+    try:
+        index = open_split(data, data.val if data.stream else data.train)
+    except UserError:
+        return None
+    trained = _trained_order(member)
+    if data.stream or trained in (None, open_order(recipe, index).hash):
+        return index.hash
+    notice(
+        f"member {member.name}: {index.place} holds other samples than those it was trained on; "
+        "the file does not name its data"
+    )
+    return None
+
+
+def _trained_order(member: Member) -> str | None:
+    """The hash of the order, and so of the index, by the newest checkpoint of a member's run."""
+    run = next((p for p in member.weights.parents if (p / "recipe.yaml").is_file()), None)
+    for folder in list_checkpoints(RunDir(run).checkpoints)[:1] if run else ():
+        try:
+            found = parse_json((folder / STATE).read_bytes())["fingerprint"]["order_hash"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return found if isinstance(found, str) else None
+    return None

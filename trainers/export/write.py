@@ -1,0 +1,94 @@
+"""From members on the disk to one file for others, its card, and a check of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json, write_atomically
+from bigbatch.trainers.ensemble.combination import Combination
+from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.export.card import Score, model_card
+from bigbatch.trainers.export.description import as_texts, data_hash, describe
+from bigbatch.trainers.export.files import onnx_bytes, program_bytes, trace
+from bigbatch.trainers.export.served import Served, ServedMember
+from bigbatch.trainers.export.timm_weights import check_single, config_path, timm_config
+from bigbatch.trainers.models.weights_file import to_metadata
+from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
+
+ENDINGS = (".onnx", ".pt2", ".safetensors")
+
+
+def check_ending(path: Path) -> None:
+    if path.suffix not in ENDINGS:
+        raise UserError(
+            f"--out {path}: the name must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which "
+            "says what to write"
+        )
+
+
+def export(
+    path: Path,
+    members: Sequence[Member],
+    combination: Combination,
+    scores: Sequence[Score] = (),
+) -> list[Path]:
+    """Write members as one file of the kind that its name ends in, and what belongs beside it.
+
+    Returns what was written: the file, timm's config beside weights, the card. Nothing that
+    exists is replaced. Raises UserError, and OSError for what a disk refuses.
+    """
+    check_ending(path)
+    card, weights = path.with_name(f"{path.name}.md"), path.suffix == ".safetensors"
+    written = [path, *([config_path(path)] if weights else []), card]
+    if there := [p for p in written if p.exists()]:
+        raise UserError(f"{there[0]} exists already; remove it, or choose another --out")
+    description = describe(members, combination, [data_hash(m) for m in members])
+    contents: list[str | bytes]
+    if weights:
+        contents = _weights(members, combination, to_json(description))
+    else:
+        network = served(members, combination)
+        program = trace(network)
+        if path.suffix == ".onnx":
+            contents = [onnx_bytes(network, program, as_texts(description))]
+        else:
+            contents = [program_bytes(program, to_json(description))]
+    contents.append(model_card(path, description, scores))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The file itself last: where it stands, all of it does.
+    for place, content in reversed(list(zip(written, contents, strict=True))):
+        write_atomically(place, content)
+    return written
+
+
+def served(members: Sequence[Member], combination: Combination) -> Served:
+    """Members as one network. UserError, which names the member, where one cannot be loaded."""
+    return Served(
+        [
+            ServedMember(
+                name=member.name,
+                network=member.build(),
+                image_size=member.recipe.data.image_size,
+                crop_fraction=member.recipe.evaluate.crop_fraction,
+                mean=tuple(member.recipe.augment.mean),
+                std=tuple(member.recipe.augment.std),
+            )
+            for member in members
+        ],
+        combination,
+    )
+
+
+def _weights(
+    members: Sequence[Member], combination: Combination, description: str
+) -> list[str | bytes]:
+    """A safetensors file, and timm's config of it."""
+    check_single(members, combination)
+    (member,) = members
+    network = member.build()
+    config = timm_config(member, network)
+    metadata = {**to_metadata(member.info), "description": description}
+    tensors = copy_to_cpu(network.state_dict(), {})
+    return [safetensors.torch.save(tensors, metadata), to_json(config, indent=2) + "\n"]
