@@ -1,8 +1,9 @@
 """Evaluation's view of an image as two products of matrices, for any height and width.
 
 A crop that is resized is linear and separable: out = rows @ pixels @ columns^T. Written so, a
-graph whose height and width are free holds it exactly, in operations that every runtime has;
-ONNX's Resize, as of opset 18, rounds and cuts at edges in a way of its own.
+graph whose height and width are free holds it exactly, in operations that every runtime has.
+onnxruntime's Resize rounds up to seven values in a hundred to another step, and is further off at
+the edges by its defaults (findings/onnxruntime-resize-edges.sh).
 """
 
 import torch
