@@ -1,7 +1,7 @@
 """Samples per second that one core indexes, and how long an index takes to open.
 
     python benchmarks/index.py [--quick] [--json FILE] [--folder DIR]
-    python benchmarks/index.py --against REV [--photos TAR] [--quick] ...
+    python benchmarks/index.py --against REV [--photos TAR] [--only-shard] [--quick] ...
 
 Archives of random bytes, of the sizes of small pictures, of photos reduced to a short side
 of 256 pixels, and of full ImageNet photos, are written and then read from the page cache in
@@ -125,7 +125,7 @@ def compare(options: argparse.Namespace) -> None:
     ):
         folder = Path(temporary)
         tasks = {}
-        for name, (size, full) in CASES.items():
+        for name, (size, full) in CASES.items() if not options.only_shard else ():
             archives = folder / f"{size}-bytes"
             write_shards(archives, size, full // shrink)
             tasks[f"index, {name}"] = ("index", archives)
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write the archives")
     parser.add_argument("--against", metavar="REV", help="compare with this commit")
     parser.add_argument("--photos", type=Path, help="with --against: a tar of JPEGs")
+    parser.add_argument("--only-shard", action="store_true", help="with --against: no indexing")
     options = parser.parse_args()
     if options.against:
         compare(options)

@@ -6,7 +6,6 @@ optional `split` column. The `datasets` package is not needed. columns.py choose
 and numbers the labels.
 """
 
-import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ _HELD_BYTES = 128 << 20
 # dictionary that some writers make of all its images (pyarrow where it has up to 1,024 rows),
 # and the images (pyarrow 26, measured).
 _READING = 3.2
-_BATCH_BYTES = 4 << 20
+_BATCH_BYTES = 1 << 20
 
 
 def parquet(path: Path, image: str | None, label: str | None, tree: Tree | None = None) -> Source:
@@ -257,7 +256,6 @@ class _RowGroups:
         if rows is None:
             while len(self.cache) >= self.window:
                 del self.cache[next(iter(self.cache))]
-            pa.default_memory_pool().release_unused()  # it would keep what was freed
             rows = self._read(group)
         self.cache[group] = rows
         return _image_bytes(rows[i - int(self.starts[group])], self.paths[self.groups[group][0]])
@@ -269,24 +267,27 @@ class _RowGroups:
     def _read(self, group: int) -> _Chunks:
         number, at = self.groups[group]
         path = self.paths[number]
+        pool = pa.default_memory_pool()
+        alone = self.window == 1  # a group so large is all that may be held, and no byte more
+        if alone:
+            pool.release_unused()  # the pool would keep what was freed
         try:
-            # In batches, out of a memory map whose pages are given back at once: otherwise two
-            # more copies of the images exist for a moment.
-            with open(path, "rb") as opened:
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(mapped)))
-            metadata = file.metadata.row_group(at)
-            _read_through(path, metadata, self.column)
-            each = max(1, _size(metadata, self.column) // max(1, metadata.num_rows))
-            rows = []
-            for batch in file.iter_batches(
-                batch_size=min(max(1, _BATCH_BYTES // each), 1024),
-                row_groups=[at],
-                columns=[self.column],
-                use_threads=False,
-            ):
-                rows.append(batch.column(0))
-                mapped.madvise(mmap.MADV_DONTNEED)
+            # Page by page, in batches: otherwise the group's bytes in the file stay beside it.
+            with pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
+                metadata = file.metadata.row_group(at)
+                each = max(1, _size(metadata, self.column) // max(1, metadata.num_rows))
+                rows = []
+                for batch in file.iter_batches(
+                    batch_size=min(max(1, _BATCH_BYTES // each), 1024),
+                    row_groups=[at],
+                    columns=[self.column],
+                    use_threads=False,
+                ):
+                    images = batch.column(0)
+                    if alone:
+                        images = pa.concat_arrays([images])  # without the room it had to grow
+                        pool.release_unused()
+                    rows.append(images)
             return _Chunks(rows)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -313,23 +314,6 @@ class _Mapped:
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: another process would get all of them as a copy."""
         return {**self.__dict__, "opened": {}}
-
-
-def _read_through(path: str, group: Any, column: str) -> None:
-    """Read a column once into the page cache: what a disk cannot read is an OSError here, and
-    would be SIGBUS out of a memory map."""
-    buffer = bytearray(1 << 20)
-    with open(path, "rb", buffering=0) as file:
-        for pages in _pages(group, column):
-            first = pages.data_page_offset
-            if pages.has_dictionary_page:
-                first = min(first, pages.dictionary_page_offset)
-            file.seek(first)
-            left = pages.total_compressed_size
-            while left > 0 and (count := file.readinto(memoryview(buffer)[:left])):
-                left -= count
-            if left > 0:
-                raise OSError("the file has become shorter")
 
 
 def _map(path: Path) -> pa.Table:

@@ -410,8 +410,13 @@ def test_all_processes_together_are_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_of_row_groups(tmp_path: Path) -> None:
-    """100 MB row groups: a process holds less than 450 MB of them, of itself and its libraries."""
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_memory_of_row_groups(tmp_path: Path, compression: str, dictionary: bool) -> None:
+    """100 MB row groups: a process holds less than 450 MB of them, of itself and its libraries.
+
+    pyarrow makes a dictionary of all images in a group of up to 1,024 rows, unless told not to.
+    """
     rng = np.random.default_rng(0)
     path = tmp_path / "x.parquet"
     writer = None
@@ -424,7 +429,9 @@ def test_memory_of_row_groups(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(file, "BMP")
             rows.append(file.getvalue())
         table = pa.table({"image": rows, "label": [i % 3 for i in range(1000)]})
-        writer = writer or pq.ParquetWriter(path, table.schema, use_dictionary=False)
+        writer = writer or pq.ParquetWriter(
+            path, table.schema, use_dictionary=dictionary, compression=compression
+        )
         writer.write_table(table, row_group_size=1000)
     assert writer is not None
     writer.close()
