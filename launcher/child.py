@@ -95,6 +95,11 @@ def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     return tree
 
 
+def steps_done(run: RunDir) -> int:
+    """The last step that is recorded as finished; 0 before the first."""
+    return max((r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"), default=0)
+
+
 def losses(run: RunDir) -> tuple[list[float], list[float]]:
     """Learning rates and losses of the recorded steps; a loss that is not finite is NaN."""
     records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]

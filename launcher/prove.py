@@ -20,7 +20,7 @@ from bigbatch.configs.files import read_jsonl, to_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import OUTPUT, Child, RunFailed, tail
+from bigbatch.launcher.child import OUTPUT, Child, RunFailed, steps_done, tail
 from bigbatch.trainers.planning.plan import check_world
 
 # float32 sums in another order differ by some of its 6e-8 spacing a step; ten steps of a
@@ -131,12 +131,12 @@ def run_and_kill(run: RunDir, ranks: int, steps: int, aim: int, limit_s: float =
     """
     child = _start(run, ranks, steps)
     deadline = time.monotonic() + limit_s
-    while _finished_steps(run) < aim and child.poll() is None:
+    while steps_done(run) < aim and child.poll() is None:
         if time.monotonic() > deadline:
             child.kill()
             raise RunFailed(f"no step {aim} within {limit_s:.0f} s; see {run.path}/{OUTPUT}")
         time.sleep(0.005)
-    at = _finished_steps(run)
+    at = steps_done(run)
     child.kill()
     return at
 
@@ -226,10 +226,6 @@ def as_json(results: Sequence[Result], steps: int) -> str:
     rows = [asdict(r) | {"passed": r.passed} for r in results]
     proven = all(r.passed for r in results)
     return to_json({"proven": proven, "steps": steps, "results": rows}, indent=1)
-
-
-def _finished_steps(run: RunDir) -> int:
-    return max((r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"), default=0)
 
 
 def _checkpoints(run: RunDir) -> Iterator[Path]:

@@ -27,6 +27,16 @@ from bigbatch.launcher.launchers import LAUNCHERS
 @click.option(
     "--hostfile", type=click.Path(path_type=Path, exists=True), help="deepspeed: its machines."
 )
+@click.option(
+    "--members", type=click.IntRange(2), help="Train so many runs NAME-0, NAME-1, ... by seed."
+)
+@click.option(
+    "--at-once",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="With --members: how many of them side by side.",
+)
 @options.new_run
 @options.runs_folder
 def train(
@@ -38,6 +48,8 @@ def train(
     rdzv_endpoint: str | None,
     node_rank: int | None,
     hostfile: Path | None,
+    members: int | None,
+    at_once: int,
     run: str | None,
     run_dir: Path | None,
     runs_folder: Path,
@@ -49,7 +61,8 @@ def train(
     bigbatch train digits --nproc 2 optimizer.lr=4 schedule.cycles=2
 
     Started once, it starts its processes itself. Started by torchrun, accelerate launch,
-    deepspeed or srun, each process takes part as the rank it was given.
+    deepspeed or srun, each process takes part as the rank it was given. With --members K the
+    recipe is trained with K seeds, as runs that `bigbatch ensemble` combines.
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
@@ -58,6 +71,7 @@ def train(
     from bigbatch.launcher import start
     from bigbatch.launcher.env import cpus_per_task, find_peers
     from bigbatch.launcher.launchers import Launch
+    from bigbatch.launcher.members import run_members
 
     peers = find_peers(os.environ)
     start.hold_signals(peers)
@@ -70,6 +84,15 @@ def train(
         if several and run is None and run_dir is None:
             raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
         count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
+        if members is not None:
+            if peers is not None or several or launcher != "torchrun":
+                raise UserError(
+                    "--members starts its runs itself, on this machine; leave out other launchers "
+                    "and --nnodes, or train them on SLURM with `bigbatch submit --array`"
+                )
+            start.check_start(loaded)
+            path = run_dir or runs_folder / (run or loaded.name)
+            sys.exit(run_members(loaded, path, members, count or 1, at_once))
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         if not RunDir(path).summary.exists():  # a finished run needs its shards no more
             start.check_start(loaded, peers)

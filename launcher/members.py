@@ -1,0 +1,98 @@
+"""`bigbatch train --members K`: one recipe with K seeds, as runs of their own on this machine."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.identity import differences, summary
+from bigbatch.configs.load import change_recipe
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.child import Child, steps_done, tail
+from bigbatch.trainers.recovery.signals import SAVED
+
+_POLL_S = 0.2
+_SAY_S = 10.0
+
+
+def member_recipes(recipe: Recipe, count: int) -> list[Recipe]:
+    """The recipe with the seeds seed, seed + 1, ...: other weights at the start, another order."""
+    return [change_recipe(recipe, [f"seed={recipe.seed + k}"]) for k in range(count)]
+
+
+def member_runs(path: Path, recipes: list[Recipe]) -> list[RunDir]:
+    """PATH-0, PATH-1, ...: made here, or gone on with where they are there with these recipes.
+
+    Raises UserError, before anything is made, where one is there with another recipe.
+    """
+    paths = [path.with_name(f"{path.name}-{k}") for k in range(len(recipes))]
+    for run_path, recipe in zip(paths, recipes, strict=True):
+        run = RunDir(run_path)
+        if run.recipe_file.exists() and (found := differences(run.recipe(), recipe)):
+            raise UserError(
+                f"{run_path} is there with another recipe: {summary(found)}; choose another name "
+                "with --run"
+            )
+    return [
+        RunDir(p) if RunDir(p).recipe_file.exists() else create_run(p, r)
+        for p, r in zip(paths, recipes, strict=True)
+    ]
+
+
+def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[str], None]) -> int:
+    """Train the runs that are not finished, `at_once` at a time; returns the exit status.
+
+    A signal reaches those that run, which save and end; the others are not started.
+    """
+    waiting = [run for run in runs if not run.summary.exists()]
+    for run in runs:
+        if run not in waiting:
+            say(f"{run.path} is finished")
+    threads = max(1, len(os.sched_getaffinity(0)) // (nproc * min(at_once, max(1, len(waiting)))))
+    going: list[Child] = []
+    failed: list[RunDir] = []
+    stopped, said = False, time.monotonic()
+    try:
+        while going or (waiting and not stopped):
+            while waiting and len(going) < at_once and not stopped:
+                run = waiting.pop(0)
+                say(f"{run.path} starts")
+                going.append(Child(run, nproc, threads=threads))
+            time.sleep(_POLL_S)
+            for child in [child for child in going if child.poll() is not None]:
+                going.remove(child)
+                status = child.poll()
+                stopped |= status == SAVED
+                if status == 0:
+                    say(f"{child.run.path} is finished")
+                elif status != SAVED:
+                    failed.append(child.run)
+                    say(f"{child.run.path} ended with status {status}:\n{tail(child.run)}")
+            if time.monotonic() - said > _SAY_S and going:
+                said = time.monotonic()
+                say(", ".join(f"{c.run.name} at step {steps_done(c.run):,}" for c in going))
+    except KeyboardInterrupt:  # the runs have got it as well
+        stopped = True
+    finally:
+        for child in going:
+            child.wait()
+    if stopped:
+        say("stopped and saved; the same command goes on")
+        return SAVED
+    if failed:
+        return 1
+    names = " ".join(str(run.path) for run in runs)
+    out = runs[0].name.rpartition("-")[0]
+    say(f"combine them: bigbatch ensemble {names} --out ensembles/{out}")
+    return 0
+
+
+def run_members(recipe: Recipe, path: Path, count: int, nproc: int, at_once: int) -> int:
+    """Make the runs, and train them."""
+    runs = member_runs(path, member_recipes(recipe, count))
+    return train_members(
+        runs, nproc, at_once, lambda text: print(f"bigbatch: {text}", file=sys.stderr, flush=True)
+    )

@@ -1,0 +1,113 @@
+"""One recipe trained with several seeds, as runs of their own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json
+from bigbatch.configs.load import change_recipe, load_recipe
+from bigbatch.configs.rundir import RunDir
+from bigbatch.launcher import members
+from bigbatch.launcher.members import member_recipes, member_runs, run_members, train_members
+from bigbatch.trainers.recovery.signals import SAVED
+
+
+def test_members_differ_by_their_seed_alone(tmp_path: Path) -> None:
+    recipe = load_recipe("digits", ["seed=7"])
+    found = member_recipes(recipe, 3)
+    assert [member.seed for member in found] == [7, 8, 9]
+    assert [change_recipe(member, ["seed=7"]) for member in found] == [recipe] * 3
+
+
+def test_runs_are_gone_on_with_and_another_recipe_is_refused_before_any_is_made(
+    tmp_path: Path,
+) -> None:
+    recipe = load_recipe("digits", [])
+    runs = member_runs(tmp_path / "a", member_recipes(recipe, 2))
+    assert [run.path.name for run in runs] == ["a-0", "a-1"]
+    assert [run.recipe().seed for run in runs] == [recipe.seed, recipe.seed + 1]
+    assert member_runs(tmp_path / "a", member_recipes(recipe, 2)) == runs
+    shutil.rmtree(runs[0].path)
+    other = change_recipe(recipe, ["optimizer.lr=3"])
+    with pytest.raises(UserError, match=r"a-1 is there with another recipe: optimizer\.lr"):
+        member_runs(tmp_path / "a", member_recipes(other, 2))
+    assert not runs[0].path.exists()
+
+
+class FakeChild:
+    """Ends with the status that its run's name is given."""
+
+    statuses: dict[str, int]
+    most = 0
+    alive = 0
+
+    def __init__(self, run: RunDir, nproc: int, threads: int | None = None) -> None:
+        self.run, self._polls = run, 0
+        cls = type(self)
+        cls.alive += 1
+        cls.most = max(cls.most, cls.alive)
+
+    def poll(self) -> int | None:
+        self._polls += 1
+        if self._polls < 3:
+            return None
+        if self._polls == 3:
+            type(self).alive -= 1
+        return self.statuses[self.run.name]
+
+    def wait(self) -> int:
+        return self.statuses[self.run.name]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [([0, 0, 0, 0], 0), ([0, 1, 0, 0], 1), ([0, SAVED, 0, 0], SAVED)],
+)
+def test_statuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: list[int], expected: int
+) -> None:
+    recipe = load_recipe("digits", [])
+    runs = member_runs(tmp_path / "a", member_recipes(recipe, 4))
+    fake = type("Fake", (FakeChild,), {"most": 0, "alive": 0})
+    fake.statuses = {run.name: s for run, s in zip(runs, statuses, strict=True)}
+    monkeypatch.setattr(members, "Child", fake)
+    monkeypatch.setattr(members, "_POLL_S", 0.0)
+    said: list[str] = []
+    assert train_members(runs, 1, 2, said.append) == expected
+    assert fake.most == 2
+    if expected == 0:
+        assert said[-1].startswith(f"combine them: bigbatch ensemble {runs[0].path} ")
+    if expected == 1:
+        assert any("a-1 ended with status 1" in text for text in said)
+    if expected == SAVED:
+        assert "the same command goes on" in said[-1]
+
+
+def test_what_is_finished_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = member_runs(tmp_path / "a", member_recipes(load_recipe("digits", []), 2))
+    for run in runs:
+        run.summary.write_text(to_json({}))
+    monkeypatch.setattr(members, "Child", None)
+    assert train_members(runs, 1, 1, lambda text: None) == 0
+
+
+@pytest.mark.slow
+def test_two_members_train_side_by_side_as_they_would_alone(digits: Path, tmp_path: Path) -> None:
+    from bigbatch.configs.rundir import create_run
+    from bigbatch.launcher.child import Child
+
+    short = ["duration=2 epochs", "schedule={name: cosine}", "log.wandb=off", "data.workers=0"]
+    recipe = load_recipe("digits", [f"data.path={digits}", *short])
+    assert run_members(recipe, tmp_path / "a", 2, 1, 2) == 0
+    alone = create_run(tmp_path / "alone", member_recipes(recipe, 2)[1])
+    assert Child(alone, 1, threads=1).wait() == 0
+    one, two = (
+        (run / "snapshots" / "cycle-01" / "model.safetensors").read_bytes()
+        for run in (tmp_path / "a-1", alone.path)
+    )
+    assert one == two
+    scores = [json.loads((tmp_path / f"a-{k}" / "summary.json").read_text()) for k in range(2)]
+    assert scores[0]["val"] != scores[1]["val"]
