@@ -10,8 +10,9 @@ from pydantic import JsonValue
 from bigbatch.configs.renamed import with_old_names
 from bigbatch.configs.schema import Recipe
 
-# What may change between two starts of one run: where it logs and saves, and how many
-# processes decode. None of it reaches a weight, so none of it enters the recipe's hash.
+# What may change between two starts of one run: where it logs and saves, where data and a teacher
+# lie, and how many processes decode. None of it reaches a weight (checkpoints know data and
+# teacher by their content), so none of it enters the recipe's hash.
 NO_EFFECT: dict[str, Any] = {
     "name": True,
     "backend": True,
@@ -19,6 +20,7 @@ NO_EFFECT: dict[str, Any] = {
     "checkpoint": True,
     "recovery": {"stall_s"},
     "data": {"path", "cache", "cache_gb", "workers", "threads"},
+    "distill": {"teacher", "cache", "cache_gb"},
 }
 _SHOWN = 5  # differences that a message names
 

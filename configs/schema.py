@@ -9,6 +9,7 @@ from bigbatch.configs import (
     averaging,
     backends,
     data,
+    distill,
     model,
     optimizers,
     recovery,
@@ -19,6 +20,7 @@ from bigbatch.configs.averaging import Average
 from bigbatch.configs.backends import Backend
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.data import Data
+from bigbatch.configs.distill import Distill
 from bigbatch.configs.durations import Period
 from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.evaluation import Evaluate
@@ -33,7 +35,7 @@ from bigbatch.configs.schedules import Cosine, Schedule
 # What keys of several parts may not ask for together; each rule stands beside its part.
 _RULES = tuple(
     part.refusals
-    for part in (backends, optimizers, averaging, recovery, data, stream, model, augment)
+    for part in (backends, optimizers, averaging, recovery, data, stream, model, augment, distill)
 )
 
 
@@ -60,6 +62,7 @@ class Recipe(StrictModel):
     data: Data
     model: Model
     loss: Loss = CrossEntropy()
+    distill: Distill | None = Field(None, description="learn from a teacher too: soft or logits")
     optimizer: Optimizer
     schedule: Schedule = Cosine(name="cosine")
     average: Average | None = Field(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from pydantic import JsonValue
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
@@ -16,9 +16,12 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
 from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
+from bigbatch.data.geometry import View
 from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import train_batches
 from bigbatch.data.stream import stream_batches
+from bigbatch.trainers.distillation.build import open_teacher
+from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.losses.build import Objective, build_objective
@@ -48,6 +51,20 @@ class Job:
     augmenter: Augmenter
     evaluator: Evaluator
     state: TrainState
+    teacher: Teacher | None = None
+
+    def views(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """A micro-batch as the objective takes it: augmented images, and targets."""
+        images, targets = self.augmenter.train(batch)
+        if self.teacher is None:
+            return images, targets
+        return images, torch.stack([targets, self.teacher.log_probabilities(batch)], 1)
+
+    @property
+    def _decoded_view(self) -> View:
+        """The one for which images are decoded: of the student and its teachers the largest."""
+        views = [] if self.teacher is None else self.teacher.views
+        return max((self.augmenter.view, *views), key=lambda view: view.out)
 
     def batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of steps `start` to `stop`."""
@@ -58,17 +75,17 @@ class Job:
     def _batches(
         self, start: int, stop: int, rank: int, world: int, journal: Path | None
     ) -> Iterator[MicroBatch]:
-        recipe, data = self.recipe, self.recipe.data
+        recipe, data, view = self.recipe, self.recipe.data, self._decoded_view
         plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
         decoding = Decoding(
-            image_size=data.image_size,
+            image_size=view.out,
             channels=data.channels,
             workers=data.workers,
             threads=data.threads,
             bad_samples=data.bad_samples,
             journal=journal,
             pin_memory=self.engine.device.type == "cuda",
-            view=self.augmenter.view,
+            view=view,
         )
         if self.inputs.order is None:
             assert data.stream is not None
@@ -120,7 +137,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         quiet=engine.rank != 0,
     )
-    objective = build_objective(recipe.loss)
+    teacher = open_teacher(recipe, inputs, engine, run.path.parent)
+    objective = build_objective(recipe.loss, recipe.distill)
     probe(model, objective, recipe, classes)
     memory_format = choose_memory_format(recipe.model, engine.device)
     model.to(memory_format=memory_format)
@@ -140,6 +158,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         "recipe": recipe.model_dump(mode="json"),
         "order_hash": order_hash,
     }
+    if teacher is not None:
+        fingerprint["teacher_hash"] = teacher.hash
     averaging = inputs.plan.average
     average = None
     if averaging is not None:
@@ -155,7 +175,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         average=average,
     )
-    return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state)
+    return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state, teacher)
 
 
 def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) -> None:
@@ -164,6 +184,8 @@ def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) 
     images = torch.linspace(-1, 1, count * recipe.data.channels * size * size)
     images = images.view(count, recipe.data.channels, size, size)
     targets = images.new_full((count, classes), 1 / classes)
+    if recipe.distill is not None:
+        targets = torch.stack([targets, targets.log()], 1)
     check_state(model, lambda network, x: objective(network, x, targets), images)
 
 

@@ -55,10 +55,10 @@ def train(attempt: Attempt) -> bool:
             clock.micro_batch(batch.slow_read)
             with clock("copy"):
                 batch = batch.to(engine.device)
-            seed = key64(recipe.seed, step, batch.index, "model")
-            torch.manual_seed(seed)
             with clock("augment"):
-                images, targets = job.augmenter.train(batch)
+                images, targets = job.views(batch)
+            seed = key64(recipe.seed, step, batch.index, "model")
+            torch.manual_seed(seed)  # after a teacher, whose members may be loaded only now
             with clock("model"), engine.micro_batch(last=number == mine - 1):
                 loss = objective(model, images, targets)
                 engine.backward(loss)

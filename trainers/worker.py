@@ -143,6 +143,8 @@ def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
         flops_per_image=monitor.flops,
         peak_flops=monitor.peak,
     )
+    if job.teacher is not None:
+        log.event("teacher", step=job.state.step, **job.teacher.described())
     if engine.rank == 0:
         for line in said_variables(os.environ):
             notice(line)

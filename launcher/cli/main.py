@@ -33,6 +33,7 @@ SECTIONS = {
         inference.predict,
         inference.ensemble,
         deploy.export,
+        training.distill,
     ),
     "Runs": (
         runs.runs,

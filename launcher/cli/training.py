@@ -1,47 +1,104 @@
 """Commands that start runs, and that look at them."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from bigbatch.launcher.cli import options
 from bigbatch.launcher.launchers import LAUNCHERS
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _starts(function: F) -> F:
+    """Arguments and options of what starts a run here; all of them belong to `_start`."""
+    for option in (
+        options.runs_folder,
+        options.new_run,
+        click.option(
+            "--hostfile",
+            type=click.Path(path_type=Path, exists=True),
+            help="deepspeed: its machines.",
+        ),
+        click.option(
+            "--node-rank", type=click.IntRange(0), help="accelerate: number of this machine."
+        ),
+        click.option(
+            "--rdzv-endpoint", "--rdzv", help="With --nnodes: HOST:PORT of one of the machines."
+        ),
+        click.option("--nnodes", default="1", help="Machines that start alike; or MIN:MAX."),
+        click.option(
+            "--launcher",
+            type=click.Choice(LAUNCHERS),
+            default="torchrun",
+            show_default=True,
+            help="What starts the processes.",
+        ),
+        click.option(
+            "--at-once",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="With --members: how many of them side by side.",
+        ),
+        click.option(
+            "--members",
+            type=click.IntRange(2),
+            help="Train so many runs NAME-0, NAME-1, ... by seed.",
+        ),
+        click.option(
+            "--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU."
+        ),
+        options.recipe,
+    ):
+        function = option(function)
+    return function
+
 
 @click.command(short_help="Train here, or take part where a launcher started this.")
-@options.recipe
-@click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
-@click.option(
-    "--launcher",
-    type=click.Choice(LAUNCHERS),
-    default="torchrun",
-    show_default=True,
-    help="What starts the processes.",
-)
-@click.option("--nnodes", default="1", help="Machines that start alike; or MIN:MAX.")
-@click.option("--rdzv-endpoint", "--rdzv", help="With --nnodes: HOST:PORT of one of the machines.")
-@click.option("--node-rank", type=click.IntRange(0), help="accelerate: number of this machine.")
-@click.option(
-    "--hostfile", type=click.Path(path_type=Path, exists=True), help="deepspeed: its machines."
-)
-@click.option(
-    "--members", type=click.IntRange(2), help="Train so many runs NAME-0, NAME-1, ... by seed."
-)
-@click.option(
-    "--at-once",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="With --members: how many of them side by side.",
-)
-@options.new_run
-@options.runs_folder
-def train(
+@_starts
+def train(recipe: str, overrides: tuple[str, ...], **where: Any) -> None:
+    """Train RECIPE, a built-in name or a YAML file, with KEY=VALUE changes to it.
+
+    \b
+    bigbatch train digits --nproc 2
+    bigbatch train digits --nproc 2 optimizer.lr=4 schedule.cycles=2
+
+    Started once, it starts its processes itself. Started by torchrun, accelerate launch,
+    deepspeed or srun, each process takes part as the rank it was given. With --members K the
+    recipe is trained with K seeds, as runs that `bigbatch ensemble` combines.
+    """
+    _start(recipe, overrides, **where)
+
+
+@click.command(short_help="Train a student of a run or an ensemble.")
+@_starts
+@click.option("--teacher", required=True, metavar="RUN|FOLDER", help="Who teaches.")
+def distill(recipe: str, overrides: tuple[str, ...], teacher: str, **where: Any) -> None:
+    """Train RECIPE as `train` does, learning from a teacher's outputs as well as from labels.
+
+    \b
+    bigbatch distill digits --teacher digits
+    bigbatch distill digits --teacher ensembles/five distill.temperature=2 --nproc 2
+
+    RUN is a name or a directory, whose members are combined by their mean; FOLDER is what
+    `bigbatch ensemble` has written. It is the recipe's key distill.teacher, and the other keys
+    of distill may be set as any.
+    """
+    _start(recipe, overrides, teacher, **where)
+
+
+def _start(
     recipe: str,
     overrides: tuple[str, ...],
+    teacher: str | None = None,
+    *,
     nproc: int | None,
     launcher: str,
     nnodes: str,
@@ -54,16 +111,6 @@ def train(
     run_dir: Path | None,
     runs_folder: Path,
 ) -> None:
-    """Train RECIPE, a built-in name or a YAML file, with KEY=VALUE changes to it.
-
-    \b
-    bigbatch train digits --nproc 2
-    bigbatch train digits --nproc 2 optimizer.lr=4 schedule.cycles=2
-
-    Started once, it starts its processes itself. Started by torchrun, accelerate launch,
-    deepspeed or srun, each process takes part as the rank it was given. With --members K the
-    recipe is trained with K seeds, as runs that `bigbatch ensemble` combines.
-    """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.configs.notices import notice
@@ -76,6 +123,8 @@ def train(
     peers = find_peers(os.environ)
     start.hold_signals(peers)
     with start.one_voice(peers):
+        if teacher is not None:
+            overrides = (*overrides, _taught_by(teacher, runs_folder))
         # Of several ranks one says what is to be said of the recipe.
         loaded = load_recipe(recipe, overrides, notice if start.should_report(peers) else None)
         cpus = cpus_per_task(os.environ)
@@ -103,6 +152,16 @@ def train(
             if start.is_finished(joined, peers):  # launchers repeat their command
                 return
         start.begin(path, peers, None if count is None else replace(launch, nproc=count))
+
+
+def _taught_by(teacher: str, runs: Path) -> str:
+    """The change to a recipe that names a folder of an ensemble, or a run by name or directory."""
+    from bigbatch.launcher.runs.registry import find_run
+
+    path = Path(teacher)
+    if not (path / "ensemble.json").is_file():
+        path = find_run(teacher, runs).path
+    return f"distill.teacher={json.dumps(str(path))}"
 
 
 @click.command(short_help="Go on with a run from its newest checkpoint.")

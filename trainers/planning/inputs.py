@@ -47,6 +47,8 @@ def open_inputs(
     Raises UserError with the remedy for whatever would stop a run at its start.
     """
     data, root = recipe.data, Path(recipe.data.path)
+    if recipe.distill is not None:
+        see_teacher(Path(recipe.distill.teacher))
     if not is_url(data.path) and not os.path.isdir(root):
         source = "digits" if root.name == "digits" else "SOURCE"
         raise UserError(
@@ -75,6 +77,15 @@ def open_inputs(
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
     return Inputs(splits, order, epoch_samples, plan, schedule, tuple(notes))
+
+
+def see_teacher(path: Path) -> None:
+    """Raise UserError where no teacher can be: what it is made of is looked at by who loads it."""
+    if not any((path / name).is_file() for name in ("recipe.yaml", "ensemble.json")):
+        raise UserError(
+            f"distill.teacher = {path} is neither a run (it holds no recipe.yaml) nor an ensemble "
+            f"(no ensemble.json) here ({Path.cwd()}); name the directory of one"
+        )
 
 
 def open_split(data: Data, name: str) -> Index:

@@ -175,6 +175,12 @@ def _check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, 
             f"of the training split here {here.get('order_hash')}; put the same shards and index "
             "back, or start a new run"
         )
+    taught, teacher = (f.get("teacher_hash") for f in (there, here))
+    if taught != teacher:
+        raise UserError(
+            f"{path} learned from another teacher: its teacher_hash is {taught}, that of "
+            f"distill.teacher here {teacher}; put the same weights back, or start a new run"
+        )
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:

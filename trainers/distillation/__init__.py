@@ -1,0 +1,1 @@
+"""What a teacher says of the views that a student learns from."""

@@ -1,0 +1,144 @@
+"""The teacher that a recipe names, fit for its student, and what is kept of its outputs."""
+
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.distill import Distill
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.notices import notice
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.distillation.kept import KeptOutputs, key_of, record_size, reserve
+from bigbatch.trainers.distillation.teacher import Teacher
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
+from bigbatch.trainers.planning.inputs import Inputs
+
+_FORMAT = 1  # of views: another number where the same recipe gives other pixels or outputs
+# What decides neither a pixel of any view nor what a teacher says of it. The training split is
+# known by the hash of its order; whatever else a recipe says counts.
+_NO_VIEW: dict[str, Any] = {
+    **dict.fromkeys(("name", "duration", "backend", "reduction", "clip", "model", "loss"), True),
+    **dict.fromkeys(("distill", "optimizer", "schedule", "average", "checkpoint"), True),
+    **dict.fromkeys(("recovery", "ensemble", "log"), True),
+    "data": {
+        *("path", "train", "val", "test", "cache", "cache_gb", "workers", "threads"),
+        *("bad_samples", "image_size"),
+    },
+    "augment": {"mean", "std"},
+    "evaluate": {"every", "batch"},
+}
+
+
+def open_teacher(recipe: Recipe, inputs: Inputs, engine: Engine, runs: Path) -> Teacher | None:
+    """The teacher of a recipe, if it names one; by default `runs` is where its outputs are kept.
+
+    Raises UserError where it cannot teach this student. Collective.
+    """
+    distill = recipe.distill
+    if distill is None:
+        return None
+    ensemble = open_ensemble([Path(distill.teacher)], distill.members)
+    check_teacher(ensemble, recipe, inputs.classes)
+    teacher = Teacher(ensemble, recipe, engine, distill.outputs)
+    known: str = engine.from_main(teacher.hash)
+    if teacher.hash != known:
+        raise UserError(
+            f"distill.teacher = {distill.teacher} has other weights here ({teacher.hash}) than on "
+            f"rank 0 ({known}); give every machine the same files, then start again"
+        )
+    kept = _keep(distill, teacher, recipe, inputs, engine, runs)
+    if kept is not None:
+        teacher.keep(kept)
+    return teacher
+
+
+def check_teacher(ensemble: Ensemble, recipe: Recipe, classes: tuple[str, ...]) -> None:
+    """Raise UserError where a teacher knows other classes, or images, than its student."""
+    member = ensemble.members[0]  # all of them are alike in this
+    if member.recipe.data.channels != recipe.data.channels:
+        raise UserError(
+            f"teacher {member.name} sees {member.recipe.data.channels} channels, the student "
+            f"{recipe.data.channels}; set data.channels={member.recipe.data.channels}, or choose "
+            "another teacher"
+        )
+    if member.classes == classes:
+        return
+    if sorted(member.classes) == sorted(classes):
+        place = next(i for i, c in enumerate(classes) if c != member.classes[i])
+        how = (
+            f"the student's classes in another order: number {place} is "
+            f"{member.classes[place]!a:.60} there, {classes[place]!a:.60} here"
+        )
+    else:
+        how = f"other classes than the student ({len(member.classes):,} and {len(classes):,})"
+    raise UserError(
+        f"teacher {member.name} has {how}; train both on shards with the same classes.txt"
+    )
+
+
+def view_of(
+    recipe: Recipe, teacher: Teacher, order_hash: str, decoded: int, device: str
+) -> dict[str, Any]:
+    """All that a teacher's outputs follow from, beside (step, micro-batch).
+
+    Machines and versions round otherwise, as they do in training; kinds of device also crop in
+    another way. `decoded` is the size that images are decoded for.
+    """
+    return {
+        "format": _FORMAT,
+        "teacher": teacher.hash,
+        "order": order_hash,
+        "decoded_for": decoded,
+        "device": device,
+        "outputs": teacher.kind,
+        "recipe": recipe.model_dump(mode="json", exclude=_NO_VIEW, exclude_defaults=True),
+    }
+
+
+def _keep(
+    distill: Distill, teacher: Teacher, recipe: Recipe, inputs: Inputs, engine: Engine, runs: Path
+) -> KeptOutputs | None:
+    """The outputs of earlier passes, and room for those of this one, as far as there is any."""
+    if not distill.cache_gb:
+        return None
+    if inputs.order is None:  # a stream: its numbers are no samples' names
+        if engine.rank == 0:
+            notice("the teacher's outputs are not kept: data.stream draws other samples each time")
+        return None
+    folder = Path(distill.cache) if distill.cache is not None else runs / ".teacher-outputs"
+    decoded = max(recipe.data.image_size, *(view.out for view in teacher.views))
+    view = view_of(recipe, teacher, inputs.order.hash, decoded, engine.device.type)
+    rows, classes, total = recipe.micro_batch, len(inputs.classes), inputs.plan.total
+    step_bytes = recipe.micro_batches * record_size(rows, classes, distill.outputs)
+    limit = int(distill.cache_gb * 1e9)
+
+    def make_room() -> int:
+        try:
+            steps = reserve(folder, view, steps=total, step_bytes=step_bytes, limit=limit)
+        except OSError as error:
+            notice(f"the teacher's outputs are not kept: {error}; set distill.cache=FOLDER")
+            return 0
+        if steps < total:
+            notice(
+                f"{folder}: distill.cache_gb = {distill.cache_gb:g} leaves room for the teacher's "
+                f"outputs of {steps:,} of {total:,} steps, {step_bytes / 1e6:,.1f} MB each; those "
+                "of the others are computed by every student. Raise it, set "
+                "distill.outputs=float16, or remove folders of old teachers there"
+            )
+        return steps
+
+    steps: int = engine.on_main(make_room)
+    if steps == 0:
+        return None
+    try:
+        return KeptOutputs(
+            folder / key_of(view),
+            steps=steps,
+            micro_batches=recipe.micro_batches,
+            rows=rows,
+            classes=classes,
+            kind=distill.outputs,
+        )
+    except OSError as error:  # another machine, which has no such folder
+        notice(f"rank {engine.rank} does not keep the teacher's outputs: {error}")
+        return None

@@ -1,0 +1,185 @@
+"""A teacher: what the members of an ensemble say, together, of a student's micro-batches.
+
+Members see what the student sees: the same crops, flips, colours and mixtures, drawn by the
+student's keys, at their own size and normalised by their own mean and std. A micro-batch is the
+unit here too, so the outputs follow from (recipe, step, micro-batch), whoever computes them.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.notices import notice
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import MicroBatch
+from bigbatch.data.geometry import View
+from bigbatch.trainers.distillation.kept import KeptOutputs, OutputType
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.folder import Ensemble
+from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.models.build import choose_memory_format
+
+# Of a probability that came out as 0; its logarithm is a finite float16, too.
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Members, by number, that are given the same pixels."""
+
+    augmenter: Augmenter
+    places: list[int]
+
+
+class Teacher:
+    """An ensemble on this rank's device, in eval mode, for the micro-batches of one recipe.
+
+    `hash` is over all that decides what it says, and outputs are rounded to `kind`. `computed`
+    counts the micro-batches that went through the members; the others were read. Members are
+    loaded at the first one.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, recipe: Recipe, engine: Engine, kind: OutputType = "float32"
+    ) -> None:
+        self.ensemble = ensemble
+        self.hash = teacher_hash(ensemble)
+        self.kind = kind
+        self.computed = 0
+        self._engine = engine
+        self._kept: KeptOutputs | None = None
+        self._models: list[nn.Module] = []
+        alike: dict[Any, list[int]] = {}
+        for place, member in enumerate(ensemble.members):
+            mean, std = member.recipe.augment.mean, member.recipe.augment.std
+            order = choose_memory_format(member.recipe.model, engine.device)
+            key = member.recipe.data.image_size, tuple(mean), tuple(std), order
+            alike.setdefault(key, []).append(place)
+        self._alike = [
+            _Alike(
+                Augmenter(
+                    recipe.augment.model_copy(update={"mean": list(mean), "std": list(std)}),
+                    image_size=size,
+                    crop_fraction=recipe.evaluate.crop_fraction,
+                    classes=len(ensemble.classes),
+                    seed=recipe.seed,
+                    device=engine.device,
+                    memory_format=order,
+                ),
+                places,
+            )
+            for (size, mean, std, order), places in alike.items()
+        ]
+
+    @property
+    def views(self) -> list[View]:
+        """What members see of each image; decoding has to leave enough pixels for all."""
+        return [alike.augmenter.view for alike in self._alike]
+
+    def described(self) -> dict[str, Any]:
+        """Who teaches, as plain values for the run's record."""
+        names = [member.name for member in self.ensemble.members]
+        combined = self.ensemble.combination.method
+        return {"members": names, "combined": combined, "teacher_hash": self.hash}
+
+    def keep(self, kept: KeptOutputs) -> None:
+        """Read what `kept` holds rather than compute it, and add to it what it lacks."""
+        self._kept = kept
+
+    def log_probabilities(self, batch: MicroBatch) -> Tensor:
+        """Of each image of a micro-batch as the student sees it: float32 [B, C] on the device.
+
+        The logarithm of the combined probabilities. Draws no random number of torch's; loading
+        the members does.
+        """
+        outputs = self._read(batch)
+        if outputs is None:
+            outputs = self._compute(batch)
+            self.computed += 1
+            self._write(batch, outputs)
+        return torch.from_numpy(outputs.astype(np.float32)).to(self._engine.device)
+
+    @torch.no_grad()
+    def _compute(self, batch: MicroBatch) -> npt.NDArray[Any]:
+        members = self.ensemble.members
+        if not self._models:
+            self._models = [self._load(member) for member in members]
+        shape = len(members), len(batch.samples), len(self.ensemble.classes)
+        logits = np.empty(shape, np.float32)
+        for alike in self._alike:
+            images, _ = alike.augmenter.train(batch)
+            for place in alike.places:
+                with self._engine.autocast():
+                    output = self._models[place](images)
+                logits[place] = output.float().cpu().numpy()
+                if not np.isfinite(logits[place]).all():
+                    raise UserError(
+                        f"teacher {members[place].name} gives logits that are not finite (step "
+                        f"{batch.step}, micro-batch {batch.index}); its weights are no good: leave "
+                        "it out by distill.members, or choose another teacher"
+                    )
+        probabilities = self.ensemble.combination.apply(logits)
+        return np.log(np.maximum(probabilities, _TINY)).astype(self.kind)
+
+    def _load(self, member: Member) -> nn.Module:
+        device = self._engine.device
+        model = member.build().to(device)
+        return model.to(memory_format=choose_memory_format(member.recipe.model, device))
+
+    def _read(self, batch: MicroBatch) -> npt.NDArray[Any] | None:
+        if self._kept is None:
+            return None
+        try:
+            return self._kept.read(batch.step, batch.index, batch.samples)
+        except OSError as error:
+            self._lose(error)
+            return None
+
+    def _write(self, batch: MicroBatch, outputs: npt.NDArray[Any]) -> None:
+        if self._kept is not None:
+            try:
+                self._kept.write(batch.step, batch.index, batch.samples, outputs)
+            except OSError as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """Outputs that cannot be kept cost time and no exactness: no run ends for them."""
+        self._kept = None
+        notice(f"the teacher's outputs are kept no longer, but computed: {error}")
+
+
+def teacher_hash(ensemble: Ensemble) -> str:
+    """32 hex digits over all that decides what an ensemble says: SHA-256 of weights included."""
+    digest = hashlib.sha256()
+    for member in ensemble.members:
+        model = member.recipe.model
+        tree = {
+            "weights": _sha256(member),
+            "model": [model.name, model.stem, model.options],
+            "mean": member.recipe.augment.mean,
+            "std": member.recipe.augment.std,
+            "image_size": member.recipe.data.image_size,
+            "classes": list(member.classes),
+        }
+        digest.update(json.dumps(tree, sort_keys=True).encode())
+    digest.update(json.dumps(ensemble.combination.to_json(), sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def _sha256(member: Member) -> str:
+    try:
+        with member.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"teacher {member.name}: {member.weights} cannot be read ({error.strerror}); put it "
+            "back: also a teacher whose outputs are all kept is known by its weights"
+        ) from None
