@@ -158,20 +158,19 @@ class Teacher:
 
 def teacher_hash(ensemble: Ensemble) -> str:
     """32 hex digits over all that decides what an ensemble says: SHA-256 of weights included."""
-    digest = hashlib.sha256()
-    for member in ensemble.members:
-        model = member.recipe.model
-        tree = {
+    members = [
+        {
             "weights": _sha256(member),
-            "model": [model.name, model.stem, model.options],
+            "model": member.recipe.model.model_dump(include={"name", "stem", "options"}),
             "mean": member.recipe.augment.mean,
             "std": member.recipe.augment.std,
             "image_size": member.recipe.data.image_size,
-            "classes": list(member.classes),
+            "classes": member.classes,
         }
-        digest.update(json.dumps(tree, sort_keys=True).encode())
-    digest.update(json.dumps(ensemble.combination.to_json(), sort_keys=True).encode())
-    return digest.hexdigest()[:32]
+        for member in ensemble.members
+    ]
+    tree = {"members": members, "combination": ensemble.combination.to_json()}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _sha256(member: Member) -> str:
