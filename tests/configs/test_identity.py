@@ -18,6 +18,18 @@ def test_the_hash_sees_what_reaches_a_weight_and_nothing_else():
         assert recipe_hash(load_recipe("digits", [other])) != digits
 
 
+def test_a_teacher_is_no_part_of_the_hash_but_what_is_learned_from_it_is():
+    """Checkpoints know it by its weights, as they know data by its index."""
+    taught = load_recipe("digits", ["distill.teacher=a"])
+    assert recipe_hash(taught) != recipe_hash(load_recipe("digits"))
+    for same in ("teacher=b", "cache=kept", "cache_gb=0"):
+        assert differences(taught, change_recipe(taught, [f"distill.{same}"])) == []
+    for other in ("weight=0.5", "temperature=2", "members=all", "outputs=float16", "name=logits"):
+        changed = change_recipe(taught, [f"distill.{other}"])
+        assert len(differences(taught, changed)) == 1
+        assert recipe_hash(changed) != recipe_hash(taught)
+
+
 def test_the_hash_does_not_see_a_default_that_is_written_out():
     plain = load_recipe("digits")
     written = parse_recipe(plain.model_dump(mode="json"), "digits")

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import create_run
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.index import open_index
 from bigbatch.data.order import build_order
 from bigbatch.launcher import preflight
@@ -314,3 +314,26 @@ def test_a_finished_run_that_a_launcher_starts_again_does_nothing(
     )
     assert status_of("train", "digits", "seed=1", "--run", "a")[0] == 2  # another recipe's
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_distill_is_train_with_a_teacher(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RUN by name, RUN by its directory, or FOLDER; all else is as `train` has it."""
+    begun: list[Path] = []
+    monkeypatch.setattr("bigbatch.launcher.start.begin", lambda run, *_: begun.append(run))
+    create_run(Path("runs/old"), load_recipe("digits"))
+    folder = here / "five members"
+    folder.mkdir()
+    (folder / "ensemble.json").write_text("{}")
+    for number, (named, path) in enumerate(
+        [("old", "runs/old"), ("runs/old", "runs/old"), ("five members", "five members")]
+    ):
+        changes = ("distill.temperature=2", "optimizer.lr=1")
+        invoke("distill", *DIGITS, *changes, "--teacher", named, "--run", f"new-{number}")
+        taught = RunDir(begun[-1]).recipe()
+        assert begun[-1] == Path(f"runs/new-{number}")
+        changed = [*DIGITS[1:], *changes, f"distill={{teacher: {path}, temperature: 2}}"]
+        assert taught == load_recipe("digits", changed)
+    assert status_of("distill", "digits", "--teacher", "nobody")[1].startswith("no run 'nobody'")
+    status, said = status_of("train", "digits", "distill.teacher=nobody")
+    assert (status, "neither a run" in said) == (2, True)
+    assert len(begun) == 3

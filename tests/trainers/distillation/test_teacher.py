@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbatch.configs.augment import Augment
+from bigbatch.configs.data import Data
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.evaluation import Evaluate
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.notices import notice
 from bigbatch.configs.schema import Recipe
@@ -20,7 +23,7 @@ from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.index import open_index
 from bigbatch.data.loader import train_batches
-from bigbatch.trainers.distillation.build import check_teacher, open_teacher
+from bigbatch.trainers.distillation.build import _NO_VIEW, check_teacher, open_teacher
 from bigbatch.trainers.distillation.teacher import Teacher, teacher_hash
 from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
@@ -256,6 +259,20 @@ def test_outputs_are_read_where_the_view_is_the_same_and_computed_elsewhere(
                   "data.image_size=64", "precision=bf16"):  # fmt: skip
         assert said_of(open_kept(other), shown[:1])[1] == 1, other
     assert said_of(open_kept("distill.cache_gb=0"), shown) == first
+
+
+def test_each_key_of_a_recipe_counts_in_a_view_or_is_known_not_to() -> None:
+    """A new key counts until somebody has seen that it changes no view: none is stale for it."""
+    whole = {key for key, keys in _NO_VIEW.items() if keys is True}
+    assert whole <= Recipe.model_fields.keys()
+    counted = {"seed", "global_batch", "micro_batch", "precision", "data", "augment", "evaluate"}
+    assert Recipe.model_fields.keys() - whole == counted
+    inner = {"data": {"stream", "sampling", "lanes", "window", "channels"},
+             "augment": {"crop", "affine", "flip", "jitter", "mixup"},
+             "evaluate": {"crop_fraction"}}  # fmt: skip
+    for part, keys in inner.items():
+        model = {"data": Data, "augment": Augment, "evaluate": Evaluate}[part]
+        assert model.model_fields.keys() - _NO_VIEW[part] == keys
 
 
 def test_what_has_no_room_is_computed_and_said(

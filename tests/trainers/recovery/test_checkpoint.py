@@ -133,6 +133,18 @@ def test_another_recipe_is_refused(tmp_path):
     load_checkpoint(path, make_state(fingerprint=fingerprint_of("log.every=7", "name=other")))
 
 
+def test_another_teacher_is_refused_wherever_it_lies(tmp_path):
+    def taught(path, teacher):
+        return fingerprint_of(f"distill.teacher={path}") | {"teacher_hash": teacher}
+
+    path = save_checkpoint(tmp_path, make_state(steps=1, fingerprint=taught("a", "abc")), keep=1)
+    load_checkpoint(path, make_state(fingerprint=taught("b", "abc")))
+    with pytest.raises(UserError, match=r"teacher: its teacher_hash is abc, that .* here xyz; put"):
+        load_checkpoint(path, make_state(fingerprint=taught("a", "xyz")))
+    with pytest.raises(UserError, match=r"distill = .* there, null here"):
+        load_checkpoint(path, make_state())
+
+
 def test_keys_that_a_version_adds_are_no_other_recipe(tmp_path):
     old = fingerprint_of()
     del old["recipe"]["evaluate"]["crop_fraction"], old["recipe"]["recovery"]
