@@ -276,9 +276,12 @@ class _RowGroups:
             with pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
                 metadata = file.metadata.row_group(at)
                 each = max(1, _size(metadata, self.column) // max(1, metadata.num_rows))
+                at_once = min(max(1, _BATCH_BYTES // each), 1024)
+                if pa.types.is_dictionary(file.schema_arrow.field(self.column).type):
+                    at_once = max(1, metadata.num_rows)  # each batch would copy all images
                 rows = []
                 for batch in file.iter_batches(
-                    batch_size=min(max(1, _BATCH_BYTES // each), 1024),
+                    batch_size=at_once,
                     row_groups=[at],
                     columns=[self.column],
                     use_threads=False,

@@ -1,5 +1,6 @@
 import contextlib
 import io
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bigbatch.data.decode import decode
+from bigbatch.data.read import BadSample
 from bigbatch.data.writing.recode import prepare
 
 
@@ -135,6 +137,47 @@ def test_any_damage_is_an_oserror_or_none(
         # What is let into a shard can be read in training.
         for channels in (1, 3):
             assert decode(data, image_size=1000, channels=channels).shape[2] == channels
+
+
+@pytest.mark.slow
+def test_damage_is_found_at_an_eighth_of_the_size_as_at_full_size() -> None:
+    rng = np.random.default_rng(7)
+    whole = [
+        encode(photo(200, 150, mode), "JPEG", quality=95, **options)
+        for mode in ("RGB", "L")
+        for options in (
+            {},
+            {"progressive": True},
+            {"subsampling": 0},
+            {"restart_marker_rows": 1},
+        )
+    ]
+    verdicts = Counter[bool]()
+    for i in range(2500):
+        data = bytearray(whole[i % len(whole)])
+        at, count = int(rng.integers(2, len(data))), int(rng.integers(1, 200))
+        match i // len(whole) % 4:
+            case 0:
+                del data[at:]
+            case 1:
+                del data[at : at + count]
+            case 2:
+                data[at : at + count] = rng.bytes(min(count, len(data) - at))
+            case 3:
+                data[at] ^= 1 << int(rng.integers(8))
+        found = []
+        for check in (
+            lambda image: prepare(image, None, 90),
+            lambda image: decode(image, image_size=4000, channels=3),
+        ):
+            try:
+                check(bytes(data))
+                found.append(True)
+            except (OSError, BadSample):
+                found.append(False)
+        assert found[0] == found[1], bytes(data).hex()
+        verdicts[found[0]] += 1
+    assert min(verdicts.values()) > 500
 
 
 def test_formats_beyond_the_list_are_refused() -> None:

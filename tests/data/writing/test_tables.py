@@ -125,6 +125,23 @@ def test_plain_columns(tmp_path: Path) -> None:
     assert [source.read(i) for i in range(6)] == images
 
 
+@pytest.mark.parametrize("held", [1, 128 << 20])  # row groups one at a time, or several
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_rows_of_several_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int, dictionary: bool
+) -> None:
+    monkeypatch.setattr("bigbatch.data.writing.tables._HELD_BYTES", held)
+    monkeypatch.setattr("bigbatch.data.writing.tables._BATCH_BYTES", 2_000)  # several batches each
+    images = pa.array([picture(i % 40) + bytes(i) for i in range(100)])
+    table = pa.table({"image": images.dictionary_encode() if dictionary else images})
+    table = table.append_column("label", pa.array([i % 3 for i in range(100)]))
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=30)
+    source = open_source(str(tmp_path / "x.parquet"))
+    assert (source.window == 1) == (held == 1)
+    order = np.random.default_rng(0).permutation(100).tolist()
+    assert [source.read(i) for i in order] == [images[i].as_py() for i in order]
+
+
 def test_labels_as_text_and_missing_labels(tmp_path: Path) -> None:
     images = [picture(i) for i in range(5)]
     path = write(tmp_path / "x.parquet", img=images, cls=["dog", "cat", None, "dog", "ant"])
