@@ -24,6 +24,7 @@ from bigbatch.launcher.cli import options
     help="auto: those that the run kept; all; or names such as cycle-01,soup.",
 )
 @click.option("--check", is_flag=True, help="Run it by itself, and compare with evaluation.")
+@click.option("--data", help="With --check: folder or URL of shards; default: the recipe's.")
 @click.option(
     "--images",
     type=click.IntRange(1),
@@ -38,6 +39,7 @@ def export(
     out: Path,
     members: str,
     check: bool,
+    data: str | None,
     images: int,
     runs_folder: Path,
     as_json: bool,
@@ -65,6 +67,7 @@ def export(
     command = [*python("bigbatch.trainers.export"), str(path), "--out", str(out)]
     command += ["--members", members, "--images", str(images)]
     command += ["--check"] if check else []
+    command += ["--data", data] if data else []
     command += ["--json"] if as_json else []
     sys.stdout.flush()
     os.execv(command[0], command)

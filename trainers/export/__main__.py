@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--members", default="auto")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--data", help="shards to check with, instead of the recipe's")
     parser.add_argument("--images", type=int, default=256, help="most that are checked")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -47,9 +48,12 @@ def run(options: argparse.Namespace) -> int:
         check_possible(options.out)
     ensemble = open_ensemble([options.model], options.members)
     members, combination = ensemble.members, ensemble.combination
-    there = options.check and options.out.exists()
     written: list[Path] = []
-    if not there:
+    if options.check:  # before the export, which takes a while
+        data = members[0].recipe.data
+        path = options.data or data.path
+        index = open_split(data.model_copy(update={"path": path}), data.val)
+    if not (options.check and options.out.exists()):
         scores = known_scores(options.model, members, combination)
         written = write.export(options.out, members, combination, scores)
     result = {
@@ -60,8 +64,6 @@ def run(options: argparse.Namespace) -> int:
     }
     check = None
     if options.check:
-        data = members[0].recipe.data
-        index = open_split(data, data.val)
         check = check_file(options.out, members, combination, index, options.images)
         result["check"] = check.values()
     if options.json:

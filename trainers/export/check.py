@@ -22,6 +22,7 @@ from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.evaluation.metrics import Probabilities
 from bigbatch.trainers.export import standalone
 
 TOLERANCE = 1e-4  # of a probability
@@ -55,10 +56,10 @@ class Check:
         verdict = "as evaluated" if self.passed else f"NOT as evaluated, {self.key} least"
         text = (
             f"{self.images:,} images: probabilities {verdict} (largest difference "
-            f"{self.difference:.1e}), label of `evaluate` in {self.same_labels:,}"
+            f"{self.difference:.1e}), and the label of `evaluate` for {self.same_labels:,}"
         )
         if self.reduced:
-            text += f"; {self.reduced:,} of them it decodes at a reduced size"
+            text += f"; {self.reduced:,} of them are decoded there at a reduced size"
         return text
 
 
@@ -86,7 +87,7 @@ def check_file(
     Raises UserError where the file does not run, or not with what is installed.
     """
     if not len(index):
-        raise UserError(f"{index.place} has no images to check {path} with; name another --split")
+        raise UserError(f"{index.place} has no images to check {path} with; name others by --data")
     stride = -(-len(index) // images)
     evaluations = [_Evaluation(member) for member in members]
     streams = [_samples(index, members[0], stride, None)]
@@ -98,7 +99,7 @@ def check_file(
         for batch, *read in zip(*streams, strict=True):
             found = run(batch.images()[0].numpy()[None])
             outputs = [e.logits(batch) for e in evaluations]
-            expected = combination.apply(np.stack(outputs))[0]
+            expected = _combined(combination, outputs, members)
             differences.append(np.abs(np.array(found["probabilities"][0]) - expected).max())
             checked.append(keys[int(batch.samples[0])])
             other = [_is_reduced(own) for own in read]
@@ -106,10 +107,23 @@ def check_file(
                 reduced += 1
                 for place, own in enumerate(read):
                     outputs[place] = evaluations[place].logits(own)
-                expected = combination.apply(np.stack(outputs))[0]
+                expected = _combined(combination, outputs, members)
             same += int(expected.argmax()) == found["label"][0]
     worst = int(np.nan_to_num(differences, nan=np.inf).argmax())
     return Check(len(checked), float(differences[worst]), checked[worst], reduced, same)
+
+
+def _combined(
+    combination: Combination, logits: Sequence[np.ndarray], members: Sequence[Member]
+) -> Probabilities:
+    """Probabilities [C] of one image, whose logits are one [1, C] a member."""
+    for member, own in zip(members, logits, strict=True):
+        if not np.isfinite(own).all():
+            raise UserError(
+                f"member {member.name} gives logits that are not finite; its weights are no good: "
+                "leave it out with --members"
+            )
+    return combination.apply(np.stack(logits))[0]
 
 
 class _Evaluation:

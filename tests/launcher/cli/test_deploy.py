@@ -38,10 +38,10 @@ def test_all_options_reach_the_process(became: list[str], tmp_path: Path) -> Non
     run = create_run(tmp_path / "mine", load_recipe("digits", ()))
     with pytest.raises(Became):
         invoke("mine", "--runs", str(tmp_path), "--out", "a.onnx", "--members", "all", "--check",
-               "--images", "7", "--json")  # fmt: skip
+               "--data", "there", "--images", "7", "--json")  # fmt: skip
     assert became == [
         "-P", "-m", "bigbatch.trainers.export", str(run.path), "--out", "a.onnx",
-        "--members", "all", "--images", "7", "--check", "--json",
+        "--members", "all", "--images", "7", "--check", "--data", "there", "--json",
     ]  # fmt: skip
 
 

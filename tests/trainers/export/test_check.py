@@ -1,5 +1,6 @@
 """The check of a file: against evaluation, in a process of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from bigbatch.trainers.export import check as checks
 from bigbatch.trainers.export import standalone
 from bigbatch.trainers.export.check import Check, check_file, check_possible
 from bigbatch.trainers.export.write import export
+from bigbatch.trainers.recovery.tensor_files import save_weights
 from tests.helpers.micro_batches import pictures, write_shards
 from tests.trainers.export.conftest import COMBINATION, make_member
 
@@ -52,6 +54,17 @@ def test_a_file_that_gives_nan_differs(
     assert not check_file(tmp_path / "nan.onnx", members, COMBINATION, index, images=3).passed
 
 
+def test_a_member_without_finite_logits_is_named(
+    onnx_file: Path, members: list[Member], digits: Path, tmp_path: Path
+) -> None:
+    network = members[1].build()
+    network.get_classifier().bias.data[0] = np.inf
+    save_weights(network, tmp_path / "inf.safetensors", members[1].info)
+    both = [members[0], replace(members[1], weights=tmp_path / "inf.safetensors")]
+    with pytest.raises(UserError, match=r"digits/cycle-02 gives logits that are not finite"):
+        check_file(onnx_file, both, COMBINATION, open_index(digits / "val"), images=3)
+
+
 def test_a_file_that_does_not_run_is_an_error(
     members: list[Member], digits: Path, tmp_path: Path
 ) -> None:
@@ -83,8 +96,8 @@ def test_says_what_evaluation_reads_at_a_reduced_size() -> None:
     text = str(Check(images=9, difference=3e-8, key="a", reduced=4, same_labels=8))
     assert "9 images" in text
     assert "as evaluated (largest difference 3.0e-08)" in text
-    assert "label of `evaluate` in 8" in text
-    assert "4 of them it decodes at a reduced size" in text
+    assert "the label of `evaluate` for 8" in text
+    assert "4 of them are decoded there at a reduced size" in text
 
 
 @pytest.mark.slow

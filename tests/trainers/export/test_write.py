@@ -328,3 +328,5 @@ def test_a_file_that_is_there_is_checked_and_a_stale_one_found(
     assert f"{onnx_file} was there already" in said
     assert "NOT as evaluated" in said
     assert onnx_file.read_bytes() == before
+    assert main([*arguments, "--data", str(tmp_path / "gone")]) == 2
+    assert str(tmp_path / "gone" / "val") in capsys.readouterr().err
