@@ -9,10 +9,6 @@ import numpy as np
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
-from bigbatch.data.augment.crop import crop_resize
-from bigbatch.data.batch import Decoding
-from bigbatch.data.geometry import View, into_frames
-from bigbatch.data.index import Index
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.ensemble.combination import Logits
 from bigbatch.trainers.ensemble.folder import Ensemble
@@ -20,9 +16,9 @@ from bigbatch.trainers.evaluation.conformal import ConformalSets
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, softmax
 from bigbatch.trainers.evaluation.outcomes import row_chunks
 from bigbatch.trainers.evaluation.statistics import Statistics
+from bigbatch.trainers.inference.worst import draw_worst
 
 Rows = list[tuple[str, dict[str, Any]]]  # models by name, with their figures
-_WORST = 24  # mistakes that are drawn
 
 
 def open_labelled(source: str, classes: tuple[str, ...]) -> Listing:
@@ -72,63 +68,6 @@ def statistics_of(
         each = np.stack([softmax(member) for member in own]) if members else None
         statistics.add(labels[rows], plain.apply(own), each)
     return statistics.summary(best)
-
-
-def draw_worst(
-    ensemble: Ensemble,
-    listing: Listing,
-    probabilities: Probabilities,
-    labels: Labels,
-    path: Path,
-) -> int:
-    """Draw the mistakes that were made with most confidence, as the first member sees them.
-
-    Returns how many mistakes there are; none makes no picture.
-    """
-    best = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(best != labels)
-    confidence = probabilities[wrong, best[wrong]]
-    chosen = wrong[np.lexsort((wrong, -confidence))][:_WORST]
-    if not len(chosen):
-        return 0
-    from matplotlib.figure import Figure
-
-    images = _look(ensemble, listing.index, chosen)
-    columns = min(6, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.0 * columns, 2.35 * rows), layout="constrained")
-    axes = np.array(figure.subplots(rows, columns)).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for axis, image, sample in zip(axes, images, chosen.tolist(), strict=False):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        said, truth = (ensemble.classes[k] for k in (best[sample], labels[sample]))
-        p = probabilities[sample, best[sample]]
-        title = f"{_short(said)} {p:.0%}\nis {_short(truth)}"
-        axis.set_title(title, fontsize=8, parse_math=False)
-    figure.savefig(path, dpi=110, format="png")
-    return len(wrong)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 22 else f"{name[:20]}..."
-
-
-def _look(ensemble: Ensemble, index: Index, samples: np.ndarray) -> list[np.ndarray]:
-    """What the first member sees of samples: arrays [H, W] or [H, W, 3] in [0, 1]."""
-    from bigbatch.data.loader import eval_batches
-
-    recipe = ensemble.members[0].recipe
-    view = View(recipe.data.image_size, recipe.evaluate.crop_fraction)
-    columns = ("shard", "offset", "size", "label", "crc")
-    few = replace(index, **{name: getattr(index, name)[samples] for name in columns})
-    decoding = Decoding(view.out, recipe.data.channels, workers=0, threads=1, view=view)
-    (batch,) = eval_batches(few, decoding, batch=len(samples), rank=0, world=1)
-    frames = batch.frames
-    sizes = np.stack([frames["full_height"], frames["full_width"]], 1)
-    boxes = into_frames(view.boxes(sizes, 0, 0), frames)
-    images = crop_resize(batch, boxes, view.out).permute(0, 2, 3, 1).numpy()
-    return [image[..., 0] if image.shape[2] == 1 else image for image in images]
 
 
 def save_evaluation(

@@ -102,15 +102,15 @@ class Forward:
 
     def outputs(self, index: Index, *, leave_out_bad: bool = False) -> Iterator[Outputs]:
         """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""
-        share = -(-len(index) // self.engine.world)
+        few = -(-len(index) // self.engine.world) <= _FEW_IMAGES
         streams = []
         for size, fraction in self._groups:
             view = View(size, fraction)
             decoding = Decoding(
                 image_size=size,
                 channels=self.data.channels,
-                workers=self.data.workers if share > _FEW_IMAGES else 0,
-                threads=self.data.threads,
+                workers=0 if few else self.data.workers,
+                threads=max(self.data.threads, torch.get_num_threads() if few else 1),
                 pin_memory=self.engine.device.type == "cuda",
                 view=view if self._tta in ("none", "flip") else None,
             )

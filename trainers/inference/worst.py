@@ -1,0 +1,108 @@
+"""A picture of the mistakes that were made with most confidence."""
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from bigbatch.configs.files import write_atomically
+from bigbatch.data.augment.crop import crop_resize
+from bigbatch.data.batch import Decoding
+from bigbatch.data.geometry import View, into_frames
+from bigbatch.data.index import Index
+from bigbatch.data.listing import Listing
+from bigbatch.data.loader import eval_batches
+from bigbatch.trainers.ensemble.folder import Ensemble
+from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
+
+_MOST, _COLUMNS = 24, 6
+_CELL, _TEXT, _GAP = 150, 36, 12  # pixels: the side of an image, the lines above it, between them
+_INK, _MUTED = "#1c1c1c", "#666666"
+
+
+def draw_worst(
+    ensemble: Ensemble,
+    listing: Listing,
+    probabilities: Probabilities,
+    labels: Labels,
+    path: Path,
+) -> int:
+    """Draw the mistakes that were made with most confidence, as the first member sees them.
+
+    `probabilities` [N, C], `labels` [N]. Returns how many mistakes there are; none makes no
+    picture.
+    """
+    best = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(best != labels)
+    confidence = probabilities[wrong, best[wrong]]
+    chosen = wrong[np.lexsort((wrong, -confidence))][:_MOST]
+    if len(chosen):
+        lines = [
+            (f"{ensemble.classes[best[i]]} {probabilities[i, best[i]]:.0%}",
+             f"is {ensemble.classes[labels[i]]}")
+            for i in chosen
+        ]  # fmt: skip
+        content = io.BytesIO()
+        _grid(_look(ensemble, listing.index, chosen), lines).save(content, "PNG")
+        write_atomically(path, content.getvalue())
+    return len(wrong)
+
+
+def _grid(images: Sequence[npt.NDArray[np.uint8]], lines: Sequence[tuple[str, str]]) -> Image.Image:
+    """Images under two lines of text each. By Pillow: matplotlib would take seconds."""
+    columns = min(_COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    wide, high = _CELL + _GAP, _CELL + _TEXT + _GAP
+    sheet = Image.new("RGB", (columns * wide + _GAP, rows * high + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), _font()
+    for place, (image, (said, truth)) in enumerate(zip(images, lines, strict=True)):
+        left = _GAP + place % columns * wide
+        top = _GAP + place // columns * high
+        draw.text((left, top), _fitting(said, font), _INK, font)
+        draw.text((left, top + _TEXT // 2), _fitting(truth, font), _MUTED, font)
+        # Small images stay as sharp as their pixels are.
+        how = Image.Resampling.NEAREST if len(image) < _CELL else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(image).resize((_CELL, _CELL), how), (left, top + _TEXT))
+    return sheet
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """matplotlib's, which knows many scripts."""
+    spec = importlib.util.find_spec("matplotlib")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.is_file():
+            return ImageFont.truetype(path, 13)
+    return ImageFont.load_default(13)
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, cut to the width of an image."""
+    if font.getlength(text) <= _CELL:
+        return text
+    while text and font.getlength(f"{text}...") > _CELL:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def _look(
+    ensemble: Ensemble, index: Index, samples: npt.NDArray[np.int64]
+) -> list[npt.NDArray[np.uint8]]:
+    """What the first member sees of samples: arrays [H, W] or [H, W, 3]."""
+    recipe = ensemble.members[0].recipe
+    view = View(recipe.data.image_size, recipe.evaluate.crop_fraction)
+    columns = ("shard", "offset", "size", "label", "crc")
+    few = replace(index, **{name: getattr(index, name)[samples] for name in columns})
+    decoding = Decoding(view.out, recipe.data.channels, workers=0, threads=1, view=view)
+    (batch,) = eval_batches(few, decoding, batch=len(samples), rank=0, world=1)
+    frames = batch.frames
+    sizes = np.stack([frames["full_height"], frames["full_width"]], 1)
+    boxes = into_frames(view.boxes(sizes, 0, 0), frames)
+    images = crop_resize(batch, boxes, view.out).permute(0, 2, 3, 1).numpy()
+    pixels = (images * 255).round().astype(np.uint8)
+    return [image[..., 0] if image.shape[2] == 1 else image for image in pixels]
