@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -96,6 +98,19 @@ class MicroBatch:
         for place, image in zip(canvas, self.images(device), strict=True):
             place[: image.shape[0], : image.shape[1]] = image
         return canvas
+
+    def part(self, rows: npt.NDArray[np.int64]) -> "MicroBatch":
+        """The samples at these places, with copies of their pixels."""
+        pixels = self.pixels.split((self.sizes.prod(1) * self.channels).tolist())
+        return replace(
+            self,
+            samples=self.samples[rows],
+            labels=self.labels[torch.from_numpy(rows).to(self.labels.device)],
+            pixels=torch.cat([pixels[row] for row in rows.tolist()]),
+            sizes=self.sizes[torch.from_numpy(rows)],
+            bad=(),
+            stored=None if self.stored is None else self.stored[rows],
+        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same with pixels and labels on `device`; sizes stay, which the host needs."""

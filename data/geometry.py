@@ -50,6 +50,10 @@ class View:
     seed: int = 0
     place: tuple[float, float] = (0.5, 0.5)  # of the centre crop, from (0, 0), top left, to (1, 1)
 
+    @property
+    def is_random(self) -> bool:
+        return self.crop is not None or self.affine is not None or 0 < self.flip < 1
+
     def boxes(self, sizes: npt.NDArray[np.integer], step: int, index: int) -> Boxes:
         """The crop of each image, sizes [B, 2] (h, w)."""
         if self.crop is None:
@@ -182,10 +186,8 @@ def affine_matrices(
     return centre @ matrices @ back
 
 
-def to_theta(
-    matrices: Matrices, out: int, canvas: tuple[int, int]
-) -> tuple[npt.NDArray[np.float32], float]:
-    """Normalised [B, 2, 3] maps for `affine_grid`, and the largest shrink factor among them.
+def to_theta(matrices: Matrices, out: int, canvas: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Normalised [B, 2, 3] maps for `affine_grid`.
 
     `canvas` is (height, width) of the padded source. torch's grids run over [-1, 1] from
     edge to edge (align_corners=False).
@@ -193,5 +195,5 @@ def to_theta(
     height, width = canvas
     source = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]])
     output = np.array([[out / 2, 0, out / 2], [0, out / 2, out / 2], [0, 0, 1]])
-    shrink = float(np.linalg.norm(matrices[:, :2, :2], axis=1).max()) if len(matrices) else 1.0
-    return (source @ matrices @ output)[:, :2].astype(np.float32), shrink
+    theta: npt.NDArray[np.float32] = (source @ matrices @ output)[:, :2].astype(np.float32)
+    return theta

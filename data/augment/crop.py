@@ -63,10 +63,11 @@ def crop_resize(
     return result
 
 
-def nearly_whole(boxes: Boxes) -> bool:
-    """Whether widening to whole pixels changes no side by more than 2 %: `WIDENED`."""
+def nearly_whole(boxes: Boxes) -> npt.NDArray[np.bool_]:
+    """For which boxes [B] widening to whole pixels changes no side by more than 2 %: `WIDENED`."""
     first, last = _whole_pixels(boxes)
-    return bool((last - first <= WIDENED * boxes[:, 2:]).all())
+    whole: npt.NDArray[np.bool_] = np.logical_and.reduce(last - first <= WIDENED * boxes[:, 2:], 1)
+    return whole
 
 
 def _whole_pixels(boxes: Boxes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

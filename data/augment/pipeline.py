@@ -21,7 +21,7 @@ from bigbatch.data import geometry
 from bigbatch.data.augment import colour, mix
 from bigbatch.data.augment.crop import Memory, crop_resize, nearly_whole
 from bigbatch.data.augment.operation import Draws, Mixing, Operation
-from bigbatch.data.augment.warp import warp
+from bigbatch.data.augment.warp import finer_grids, warp
 from bigbatch.data.batch import MicroBatch
 
 # Names whose draws are taken: the geometry's, and those of mixup's partners. An operation of
@@ -87,15 +87,47 @@ class Augmenter:
             return self.normalise(self.crop_and_warp(batch, self.eval_view))
 
     def crop_and_warp(self, batch: MicroBatch, view: geometry.View) -> Tensor:
-        """What the view shows of the images: [B, C, out, out] in [0, 1]. Not under autocast."""
+        """What the view shows of the images: [B, C, out, out] in [0, 1]. Not under autocast.
+
+        A micro-batch of training is resampled in one way. Where nothing is random, each image
+        is as it would be alone, whatever the others of its batch need.
+        """
         key, frames = (batch.step, batch.index), batch.frames
         sizes = np.stack([frames["full_height"], frames["full_width"]], 1)
         boxes = geometry.into_frames(view.boxes(sizes, *key), frames)
-        warps = view.warps(len(sizes), *key)
-        on_host = self.device.type == "cpu" and view.affine is None
-        if on_host and (view.crop is not None or nearly_whole(boxes)):
-            return crop_resize(batch, boxes, view.out, warps[:, 0, 0] < 0, self._memory)
-        return warp(batch, geometry.box_matrices(boxes, view.out) @ warps, view.out, self.device)
+        matrices = geometry.box_matrices(boxes, view.out) @ view.warps(len(sizes), *key)
+        grids = finer_grids(matrices)  # [B]; 0 is to stand for a crop on the host
+        plain = np.zeros(len(boxes), bool)
+        if self.device.type == "cpu" and view.affine is None:
+            plain = nearly_whole(boxes) | (view.crop is not None)
+        if view.is_random:
+            grids[:] = 0 if plain.all() else grids.max(initial=1)
+        else:
+            grids[plain] = 0
+        ways = np.unique(grids).tolist()
+        if len(ways) == 1:
+            return self._resample(batch, boxes, matrices, view.out, on_host=ways[0] == 0)
+        shape = len(boxes), batch.channels, view.out, view.out
+        images = torch.empty(shape, device=self.device)
+        for way in ways:
+            rows = np.flatnonzero(grids == way)
+            images[torch.from_numpy(rows).to(self.device)] = self._resample(
+                batch.part(rows), boxes[rows], matrices[rows], view.out, on_host=way == 0
+            )
+        return images
+
+    def _resample(
+        self,
+        batch: MicroBatch,
+        boxes: geometry.Boxes,
+        matrices: geometry.Matrices,
+        out: int,
+        *,
+        on_host: bool,
+    ) -> Tensor:
+        if on_host:
+            return crop_resize(batch, boxes, out, matrices[:, 0, 0] < 0, self._memory)
+        return warp(batch, matrices, out, self.device)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Overwrites `images`: on a CPU, fresh memory costs more than the arithmetic."""

@@ -5,6 +5,7 @@ and waits for the result.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,13 +20,13 @@ MAX_SHRINK = 1.3
 def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) -> Tensor:
     """Images [B, C, out, out] in [0, 1], pixel by pixel from where the matrices say.
 
+    All on the finest grid that one of them needs.
     To be called outside autocast: a grid in bfloat16 is off by parts of a pixel.
     """
     canvas = batch.canvas(device)
     height, width = canvas.shape[1:3]
-    theta, shrink = to_theta(matrices, out, (height, width))
-    # Antialiasing: sample a finer grid, then average. 1 in almost every training batch.
-    finer = max(1, round(shrink)) if shrink > MAX_SHRINK else 1
+    theta = to_theta(matrices, out, (height, width))
+    finer = int(finer_grids(matrices).max(initial=1))
     canvas = canvas.permute(0, 3, 1, 2).float().div_(255)
     grid = sampling_grid(_put(torch.from_numpy(theta), device), out * finer)
     # Beyond an image's own edge (which lies inside the canvas) its edge is repeated.
@@ -36,6 +37,15 @@ def warp(batch: MicroBatch, matrices: Matrices, out: int, device: torch.device) 
     grid = torch.minimum(grid, _put(last, device)[:, None, None])
     images = F.grid_sample(canvas, grid, mode="bilinear", align_corners=False)
     return F.avg_pool2d(images, finer) if finer > 1 else images
+
+
+def finer_grids(matrices: Matrices) -> npt.NDArray[np.int64]:
+    """How many times as fine a grid as the output's each image needs, [B].
+
+    Antialiasing: the finer grid is sampled, then averaged. 1 in almost every training batch.
+    """
+    shrink = np.linalg.norm(matrices[:, :2, :2], axis=1).max(axis=1)
+    return np.where(shrink > MAX_SHRINK, shrink.round(), 1).astype(np.int64)
 
 
 def sampling_grid(theta: Tensor, out: int) -> Tensor:

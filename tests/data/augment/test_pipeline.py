@@ -1,13 +1,17 @@
 """Device-side augmentation: what it must keep, and what it must not depend on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
+from bigbatch.data.augment import pipeline
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
 from bigbatch.data.batch import MicroBatch
+from bigbatch.data.geometry import whole_frames
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 ALL = Augment(
@@ -86,6 +90,45 @@ def test_evaluation_keeps_fractions_of_pixels_where_they_count():
     images = augmenter(Augment(**PLAIN), out=8, crop_fraction=0.9).evaluate(batch)
     whole = augmenter(Augment(**PLAIN), out=8).evaluate(batch)
     assert not torch.allclose(images, whole, atol=0.01)
+
+
+MIXED = [(400, 300), (33, 40), (48, 48), (16, 16), (9, 80), (33, 40)]
+
+
+@pytest.mark.parametrize("device_path", [False, True])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_an_image_is_evaluated_as_it_would_be_alone(monkeypatch, device_path, flip):
+    """Beside one whose crop lies between pixels, and beside one that shrinks more or less."""
+    if device_path:  # as on a GPU, which warps all of them
+        monkeypatch.setattr(pipeline, "nearly_whole", lambda boxes: np.zeros(len(boxes), bool))
+    one = augmenter(Augment(**PLAIN))
+    view = replace(one.eval_view, flip=flip)
+    batch = batch_of(MIXED)
+    together = one.crop_and_warp(batch, view).clone()
+    for place in range(len(MIXED)):
+        alone = one.crop_and_warp(batch.part(np.array([place])), view)
+        torch.testing.assert_close(together[place : place + 1], alone, rtol=0, atol=2e-5)
+
+
+def test_a_part_of_a_batch_has_the_samples_asked_for():
+    frames = whole_frames(np.array(MIXED))
+    batch = replace(batch_of(MIXED), stored=frames)
+    part = batch.part(np.array([4, 1]))
+    assert part.samples.tolist() == [4, 1]
+    assert part.labels.tolist() == [batch.labels[4], batch.labels[1]]
+    assert part.sizes.tolist() == [[9, 80], [33, 40]]
+    assert part.frames.tolist() == frames[[4, 1]].tolist()
+    images = batch.images()
+    assert all(torch.equal(a, images[b]) for a, b in zip(part.images(), (4, 1), strict=True))
+
+
+def test_a_micro_batch_of_training_is_resampled_in_one_way(monkeypatch):
+    """As it always was: what has been trained can be trained again."""
+    calls = []
+    monkeypatch.setattr(pipeline, "warp", lambda b, m, out, device: calls.append(len(b.sizes)))
+    one = augmenter(Augment(flip=0.5, **PLAIN))
+    one.crop_and_warp(batch_of(MIXED), one.view)
+    assert calls == [len(MIXED)]
 
 
 def test_centre_crop():

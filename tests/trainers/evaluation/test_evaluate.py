@@ -73,7 +73,7 @@ def test_logits_are_those_of_float32_crops(
     photos: Index, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, out: int
 ) -> None:
     """With the way of a device, at every size; evaluate.batch 1, so each has its own canvas."""
-    monkeypatch.setattr(pipeline, "nearly_whole", lambda boxes: False)
+    monkeypatch.setattr(pipeline, "nearly_whole", lambda boxes: np.zeros(len(boxes), bool))
 
     def reduced() -> torch.autocast:
         return torch.autocast("cpu", dtype)
