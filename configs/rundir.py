@@ -58,6 +58,10 @@ class RunDir:
         return self.path / "ensemble"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 

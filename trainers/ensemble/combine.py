@@ -13,11 +13,15 @@ from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.combination import Logits
+from bigbatch.trainers.ensemble.evaluations import about, statistics_of
+from bigbatch.trainers.ensemble.folder import open_ensemble
 from bigbatch.trainers.ensemble.members import MEMBERS, list_snapshots
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
-from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
+from bigbatch.trainers.evaluation.metrics import Labels, confusion, score, softmax
+from bigbatch.trainers.evaluation.record import write_evaluation
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.recovery.stored import MODEL
@@ -53,20 +57,20 @@ def combine(
     model = engine.module
     val, *others = splits
     labels = {name: np.asarray(index.label, np.int64) for name, index in splits.items()}
-    probabilities: dict[str, list[np.ndarray]] = {name: [] for name in splits}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in splits}
     for path in paths:
         load_weights(model, path / MODEL)
         for name, index in splits.items():
             logits = evaluator.logits(model, index)
             if logits is not None:
-                probabilities[name].append(softmax(logits))
+                found[name].append(logits)
 
     members: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
     kept: list[int] = []
     if engine.rank == 0:
         for name in splits:
-            for path, p in zip(paths, probabilities[name], strict=True):
-                members[name].append({"name": path.name, **score(p, labels[name])})
+            for path, logits in zip(paths, found[name], strict=True):
+                members[name].append({"name": path.name, **score(softmax(logits), labels[name])})
         accuracies = [m["accuracy"] for m in members[val]]
         kept = within_margin(accuracies, config.selection_margin)
         for name in splits:
@@ -97,23 +101,39 @@ def combine(
     if soup_scores:
         info = describe(run.recipe(), splits[val].classes)
         save_weights(model, run.ensemble / SOUP, info)
+    together = sorted(kept)
     content = {
-        "kept": [paths[i].name for i in sorted(kept)],
+        "kept": [paths[i].name for i in together],
         "soup": [step.name for step in steps if step.kept],
         "soup_steps": [asdict(step) for step in steps],
     }
     write_atomically(run.ensemble / MEMBERS, to_json(content, indent=1))
-    means = {n: np.mean([probabilities[n][i] for i in sorted(kept)], axis=0) for n in splits}
+    means = {n: np.mean([softmax(found[n][i]) for i in together], axis=0) for n in splits}
     result: dict[str, dict[str, Any]] = {}
     for name in splits:
         result[name] = {"members": members[name], "ensemble": score(means[name], labels[name])}
         if soup_scores:
             result[name]["soup"] = soup_scores[name]
+        if all(np.isfinite(found[name][i]).all() for i in together):
+            best = None if name == val else f"{run.name}/{paths[kept[0]].name}"
+            kept_logits = np.stack([found[name][i] for i in together])
+            _write_evaluation(run, splits[name], kept_logits, labels[name], best)
     last = others[-1] if others else val
     matrix = confusion(means[last], labels[last]).tolist()
     table = {"split": last, "classes": list(splits[last].classes), "matrix": matrix}
     write_atomically(run.ensemble / "confusion.json", to_json(table))
     return result
+
+
+def _write_evaluation(
+    run: RunDir, index: Index, logits: Logits, labels: Labels, best: str | None
+) -> None:
+    """Write what `bigbatch evaluate` would of the kept members' logits [M, N, C]."""
+    ensemble = open_ensemble([run.path])
+    notes = ["members were chosen on this split"] if best is None else []
+    content = about(ensemble, [run.path], index, notes)
+    content |= statistics_of(ensemble, logits, labels, best=best)
+    write_evaluation(run.evaluations / index.place.rstrip("/").rpartition("/")[2], content)
 
 
 def _score(logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float] | None:

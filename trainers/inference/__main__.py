@@ -19,7 +19,10 @@ from bigbatch.configs.notices import notice
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Logits
+from bigbatch.trainers.ensemble.evaluations import about, statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
+from bigbatch.trainers.evaluation.record import EVALUATION, WORST
+from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.forward import Forward
@@ -96,35 +99,25 @@ def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     if logits is None:
         return 0
     labels = listing.index.label.astype(np.int64)
-    statistics = evaluation.statistics_of(ensemble, logits, labels)
-    result = _about(options, listing, ensemble) | statistics
+    statistics = statistics_of(ensemble, logits, labels)
+    result = about(ensemble, options.model, listing.index, listing.notes) | statistics
+    result |= {"source": options.source, "tta": options.tta}
     if options.out is not None:
         probabilities = ensemble.combination.apply(logits)
         evaluation.save_evaluation(options.out, ensemble, listing, result, probabilities, labels)
+        report = evaluation.renew_report(options.out)
     if options.json:
         print(to_json(result, indent=1))
         return 0
     rows = evaluation.rows_of(statistics, ensemble.members[0].name)
-    _say(listing.notes, {Path(options.source).name: rows}, [evaluation.said_of_pair(statistics)])
+    _say(listing.notes, {Path(options.source).name: rows}, in_words(result))
     if options.out is not None:
-        print(f"figures  {options.out / 'evaluation.json'}")
+        print(f"figures  {options.out / EVALUATION}")
         if result["mistakes_drawn"]:
-            print(f"mistakes {options.out / 'worst.png'}")
+            print(f"mistakes {options.out / WORST}")
+        if report is not None:
+            print(f"report   {report}")
     return 0
-
-
-def _about(
-    options: argparse.Namespace, listing: Listing, ensemble: Ensemble
-) -> dict[str, JsonValue]:
-    return {
-        "source": options.source,
-        "data_hash": listing.index.hash,
-        "notes": list(listing.notes),
-        "models": [str(path) for path in options.model],
-        "member_names": [member.name for member in ensemble.members],
-        "combination": ensemble.combination.method,
-        "tta": options.tta,
-    }
 
 
 def _say(notes: list[str], splits: dict[str, evaluation.Rows], lines: list[str]) -> None:
@@ -136,7 +129,7 @@ def _say(notes: list[str], splits: dict[str, evaluation.Rows], lines: list[str])
     if not console.is_terminal:  # no cell is cut
         console.width = 200
     console.print(evaluation.table_of(splits))
-    for line in filter(None, lines):
+    for line in lines:
         print(line)
 
 
@@ -184,7 +177,7 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
     lines = ["* out of fold: each sample is judged by a fit on the others"]
     if made.reported is not None:
         splits[Path(options.report).name] = evaluation.rows_of(made.reported, names[0])
-        lines.append(evaluation.said_of_pair(made.reported))
+        lines += in_words(made.reported)
     left_out = [name for name in made.record["candidates"] if name not in names]
     lines += [f"left out: {', '.join(left_out)}"] if left_out else []
     if combination.weights is not None:

@@ -8,13 +8,13 @@ import numpy as np
 
 from bigbatch.data.listing import Listing
 from bigbatch.trainers.ensemble.combination import Logits
+from bigbatch.trainers.ensemble.evaluations import statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.held_out import FitData, ReportData, report
 from bigbatch.trainers.ensemble.selection import CrossFitted, cross_fit, fit_ensemble
 from bigbatch.trainers.evaluation.conformal import fit_sets
 from bigbatch.trainers.evaluation.metrics import Labels
 from bigbatch.trainers.evaluation.statistics import Statistics
-from bigbatch.trainers.inference.evaluate import statistics_of
 
 # How members may be combined: those of a Combination, and weights by greedy selection.
 METHODS = ("mean", "logits", "weights", "greedy", "vote", "stack", "boost")

@@ -1,21 +1,16 @@
 """How good members and their ensemble are on a split: figures, and the worst mistakes."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import to_json, write_atomically
+from bigbatch.configs.rundir import RunDir
 from bigbatch.data.listing import Listing, open_listing
-from bigbatch.trainers.ensemble.combination import Logits
 from bigbatch.trainers.ensemble.folder import Ensemble
-from bigbatch.trainers.evaluation.conformal import ConformalSets
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, softmax
-from bigbatch.trainers.evaluation.outcomes import row_chunks
-from bigbatch.trainers.evaluation.statistics import Statistics
+from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
+from bigbatch.trainers.evaluation.record import WORST, write_evaluation
 from bigbatch.trainers.inference.worst import draw_worst
 
 Rows = list[tuple[str, dict[str, Any]]]  # models by name, with their figures
@@ -41,35 +36,6 @@ def _reason(listing: Listing) -> str:
     return f" ({listing.notes[-1]})" if listing.notes else ""
 
 
-def statistics_of(
-    ensemble: Ensemble,
-    logits: Logits,
-    labels: Labels,
-    *,
-    best: str | None = None,
-    sets: Sequence[ConformalSets] = (),
-) -> dict[str, Any]:
-    """What docs/statistics.md lists, of the ensemble and its members' logits [M, N, C].
-
-    `best` is the member that did best on other samples, `sets` were fitted on other samples.
-    """
-    members = [member.name for member in ensemble.members] if len(logits) > 1 else []
-    combination = ensemble.combination
-    plain = replace(combination, temperature=1.0)
-    statistics = Statistics(
-        len(ensemble.classes),
-        members=members,
-        temperature=combination.temperature,
-        sets=sets,
-        reject_below=combination.reject_below,
-    )
-    for rows in row_chunks(len(labels), logits.shape[0] * logits.shape[2]):
-        own = logits[:, rows]
-        each = np.stack([softmax(member) for member in own]) if members else None
-        statistics.add(labels[rows], plain.apply(own), each)
-    return statistics.summary(best)
-
-
 def save_evaluation(
     folder: Path,
     ensemble: Ensemble,
@@ -80,10 +46,19 @@ def save_evaluation(
 ) -> None:
     """Write the figures and the picture of the worst mistakes into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    result["mistakes_drawn"] = draw_worst(
-        ensemble, listing, probabilities, labels, folder / "worst.png"
-    )
-    write_atomically(folder / "evaluation.json", to_json(result, indent=1) + "\n")
+    drawn = draw_worst(ensemble, listing, probabilities, labels, folder / WORST)
+    result["mistakes_drawn"] = drawn
+    write_evaluation(folder, result)
+
+
+def renew_report(folder: Path) -> Path | None:
+    """Write report.html anew where `folder` is in a run that has one; None elsewhere."""
+    run = RunDir(folder.parent.parent)
+    if folder.parent != run.evaluations or not (run.recipe_file.is_file() and run.report.is_file()):
+        return None
+    from bigbatch.trainers.report.report import write_report
+
+    return write_report(run)
 
 
 def rows_of(statistics: dict[str, Any], name: str) -> Rows:
@@ -115,18 +90,3 @@ def table_of(splits: dict[str, Rows]) -> Any:
         missing = ["-"] * (len(titles) * len(splits) - len(cells))
         table.add_row(name, *cells, *missing, style="bold" if name == "ensemble" else "")
     return table
-
-
-def said_of_pair(statistics: dict[str, Any]) -> str:
-    """The comparison of the ensemble with its best member, in a line; "" without members."""
-    if statistics["members"] is None:
-        return ""
-    against = statistics["members"]["against_best"]
-    accuracy, mcnemar = against["accuracy"], against["mcnemar"]
-    low, high = accuracy["interval"]
-    p = mcnemar["p_value"]
-    return (
-        f"ensemble minus {against['best']}: {100 * accuracy['difference']:+.2f} points of accuracy "
-        f"(95 %: {100 * low:+.2f} to {100 * high:+.2f}; McNemar p = {p:.2g}), "
-        f"{against['nll']['difference']:+.4f} nll"
-    )

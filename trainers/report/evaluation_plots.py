@@ -15,15 +15,18 @@ from bigbatch.trainers.report.svg import BLUE, INK, MUTED, ORANGE, figure, to_sv
 _WRITTEN = 12  # members up to which figures stand in the cells
 
 
-def pictures(statistics: Mapping[str, Any]) -> list[str]:
-    """SVG of each picture that `Statistics.summary` has figures for."""
-    found = [reliability(statistics), risk_coverage(statistics)]
+def pictures(statistics: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """SVG of each picture that `Statistics.summary` has figures for.
+
+    `prefix` tells their ids from those of another split on the same page.
+    """
+    drawn = [reliability, risk_coverage]
     if len((statistics["members"] or {}).get("each", [])) > 1:
-        found += [by_number(statistics), disagreement(statistics)]
-    return found
+        drawn += [by_number, disagreement]
+    return [draw(statistics, prefix) for draw in drawn]
 
 
-def reliability(statistics: Mapping[str, Any]) -> str:
+def reliability(statistics: Mapping[str, Any], prefix: str = "") -> str:
     """SVG of accuracy over confidence by bin, with intervals; also as it was before temperature."""
     with figure(4.6, 4.7) as (drawn, axes):
         axes.set_title(f"Accuracy by confidence, ECE {statistics['ece']:.3f}")
@@ -40,7 +43,7 @@ def reliability(statistics: Mapping[str, Any]) -> str:
         _in_percent(axes.xaxis, axes.yaxis)
         if before:
             drawn.legend(loc="outside lower center", ncols=2, handletextpad=0.1)
-        return to_svg(drawn, "reliability", "Reliability diagram")
+        return to_svg(drawn, f"{prefix}reliability", "Reliability diagram")
 
 
 def _bins(axes: Axes, table: Mapping[str, Any], colour: str, label: str) -> None:
@@ -59,7 +62,7 @@ def _bins(axes: Axes, table: Mapping[str, Any], colour: str, label: str) -> None
     axes.plot([], [], "o", color=colour, markersize=6, markeredgewidth=0, label=label)
 
 
-def risk_coverage(statistics: Mapping[str, Any]) -> str:
+def risk_coverage(statistics: Mapping[str, Any], prefix: str = "") -> str:
     """SVG of the share of wrong answers over the share of images that are answered."""
     table = statistics["risk_coverage"]
     coverage, risk = np.array(table["coverage"]), np.array(table["risk"])
@@ -77,10 +80,10 @@ def risk_coverage(statistics: Mapping[str, Any]) -> str:
         axes.set_ylim(0, max(0.01, float(risk.max()) * 1.1))
         axes.set_xlabel("share of images answered, the most confident first")
         _in_percent(axes.xaxis, axes.yaxis)
-        return to_svg(drawn, "risk-coverage", "Risk over coverage")
+        return to_svg(drawn, f"{prefix}risk-coverage", "Risk over coverage")
 
 
-def by_number(statistics: Mapping[str, Any]) -> str:
+def by_number(statistics: Mapping[str, Any], prefix: str = "") -> str:
     """SVG of the accuracy of 1, 2, ... members' mean probability: mean and range of the subsets."""
     rows = statistics["members"]["by_number"]
     numbers = [row["members"] for row in rows]
@@ -108,10 +111,10 @@ def by_number(statistics: Mapping[str, Any]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _in_percent(axes.yaxis)
         drawn.legend(loc="outside lower center")
-        return to_svg(drawn, "by-number", "Accuracy by number of members")
+        return to_svg(drawn, f"{prefix}by-number", "Accuracy by number of members")
 
 
-def disagreement(statistics: Mapping[str, Any]) -> str:
+def disagreement(statistics: Mapping[str, Any], prefix: str = "") -> str:
     """SVG of the share of images on which two members disagree; the diagonal is their error."""
     members = statistics["members"]
     names = [str(row["name"]) for row in members["each"]]
@@ -141,7 +144,7 @@ def disagreement(statistics: Mapping[str, Any]) -> str:
         axes.set_xlabel("diagonal: own wrong answers")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        return to_svg(drawn, "disagreement", "Disagreement of members")
+        return to_svg(drawn, f"{prefix}disagreement", "Disagreement of members")
 
 
 def _in_percent(*sides: Axis) -> None:

@@ -1,6 +1,5 @@
 """report.html: one self-contained page about a run, finished or not. Free of torch."""
 
-import base64
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from bigbatch.trainers.monitoring.history import History, read_history, straggle
 from bigbatch.trainers.monitoring.progress import duration
 from bigbatch.trainers.report import plots
 from bigbatch.trainers.report.diagnosis import diagnose
+from bigbatch.trainers.report.evaluations import shown_evaluations
+from bigbatch.trainers.report.svg import png_uri
 
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 _SHOWN_RANKS = 16
@@ -48,7 +49,8 @@ def write_report(run: RunDir) -> Path:
         splits=[s for s in ("val", "test") if s in (history.summary or {})],
         combined=plots.COMBINED,
         confusion=_confusion(history),
-        augmented=_data_uri(run.path / "augmented.png"),
+        evaluations=shown_evaluations(run),
+        augmented=png_uri(run.contact_sheet),
         timeline=_timeline(history),
         recipe=dump_recipe(history.recipe),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -209,12 +211,6 @@ def _confusion(history: History) -> dict[str, Any] | None:
             (classes[i], float(recall[i]), int(matrix[i].sum())) for i in np.argsort(recall)[:5]
         ],
     }
-
-
-def _data_uri(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _timeline(history: History) -> list[tuple[str, str, str, str]]:

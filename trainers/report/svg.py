@@ -4,10 +4,12 @@ Figures are drawn in stand-in colours, which become CSS variables in the SVG tex
 text as text; so one picture serves light and dark mode. Free of torch.
 """
 
+import base64
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -52,6 +54,13 @@ _STYLE: Any = {
     "legend.fontsize": 10.5,
     "legend.labelcolor": MUTED,
 }
+
+
+def png_uri(path: Path) -> str | None:
+    """A PNG file as an address that holds it; None where there is none."""
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 @contextmanager

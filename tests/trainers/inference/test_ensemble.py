@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import RunDir
 from bigbatch.data.listing import Listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
+from bigbatch.trainers.ensemble.evaluations import statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, read_record, write_ensemble
 from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference.ensemble import METHODS, Plan, make
-from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation, statistics_of
+from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
@@ -149,6 +151,24 @@ def test_from_the_command_to_the_folder(
     assert result["accuracy"] == record["reported"]["accuracy"]
     assert result["nll"] == record["reported"]["nll"]
     assert json.loads((tmp_path / "x" / "evaluation.json").read_text())["data_hash"]
+
+
+def test_the_report_of_a_run_that_has_one_is_written_anew(
+    run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, out = RunDir(run), RunDir(run).evaluations / "val"
+    arguments = ["evaluate", str(run), "--members", "cycle-02", "--source", str(digits / "val")]
+    assert entry.main([*arguments, "--out", str(out)]) == 0
+    assert not shown.report.exists()
+    shown.report.write_text("old")
+    assert entry.main([*arguments, "--out", str(out.parent.parent / "elsewhere")]) == 0
+    assert shown.report.read_text() == "old"
+    assert entry.main([*arguments, "--out", str(out)]) == 0
+    assert f"report   {shown.report}" in capsys.readouterr().out
+    text = shown.report.read_text()
+    assert f"362 images of {digits / 'val'}" in text
+    assert text.count("data:image/png") == 1  # the worst mistakes
+    shown.report.unlink()
 
 
 @pytest.mark.parametrize(

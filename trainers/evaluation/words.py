@@ -1,0 +1,50 @@
+"""What statistics say, in sentences: for the terminal and for the report."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def in_words(statistics: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that a table of scores leaves out and these statistics have."""
+    return [*_members(statistics), *_answers(statistics), *_cost(statistics.get("cost"))]
+
+
+def _members(statistics: Mapping[str, Any]) -> Iterator[str]:
+    if statistics["members"] is None:
+        return
+    against = statistics["members"]["against_best"]
+    accuracy, p = against["accuracy"], against["mcnemar"]["p_value"]
+    low, high = accuracy["interval"]
+    yield (
+        f"ensemble minus {against['best']}: {100 * accuracy['difference']:+.2f} points of accuracy "
+        f"(95 %: {100 * low:+.2f} to {100 * high:+.2f}; McNemar p = {p:.2g}), "
+        f"{against['nll']['difference']:+.4f} nll"
+    )
+
+
+def _answers(statistics: Mapping[str, Any]) -> Iterator[str]:
+    if rejection := statistics["rejection"]:
+        right = rejection["accuracy"]
+        said = "none" if right is None else f"{right:.2%} of them right"
+        yield (
+            f"confidence below {rejection['below']:.3g} is rejected: {rejection['coverage']:.1%} "
+            f"answered, {said}"
+        )
+    for sets in statistics["conformal"] or ():
+        low, high = sets["coverage_interval"]
+        yield (
+            f"sets of classes ({sets['method']}) for {sets['level']:.0%}: {sets['coverage']:.1%} "
+            f"hold the label (95 %: {low:.1%} to {high:.1%}), with {sets['mean_size']:.2f} classes "
+            f"on average, {sets['largest']} at most"
+        )
+
+
+def _cost(cost: Mapping[str, Any] | None) -> Iterator[str]:
+    if not cost:
+        return
+    flops = cost["flops_per_image"]
+    work = "" if flops is None else f"{flops / 1e6:,.3g} MFLOPs an image, "
+    yield (
+        f"cost: {work}{cost['parameters']:,} parameters, {cost['images_per_s']:,.0f} images/s, "
+        f"peak memory {cost['peak_memory'] / 2**20:,.0f} MiB"
+    )
