@@ -9,7 +9,7 @@ replaced, never edited (data/index_files.py).
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -105,6 +105,12 @@ class Index:
             return read_keys(self.root, len(self))
 
         return consistently(self.root, read)
+
+
+def some_samples(index: Index, samples: npt.NDArray[np.int64]) -> Index:
+    """Samples of an index, in this order, to read; its lists of classes stay those of the whole."""
+    columns = ("shard", "offset", "size", "label", "crc")
+    return replace(index, **{name: getattr(index, name)[samples] for name in columns})
 
 
 def open_index(root: Path, remote: Remote | None = None) -> Index:

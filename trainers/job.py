@@ -75,23 +75,11 @@ class Job:
     def _batches(
         self, start: int, stop: int, rank: int, world: int, journal: Path | None
     ) -> Iterator[MicroBatch]:
-        recipe, data, view = self.recipe, self.recipe.data, self._decoded_view
+        recipe = self.recipe
         plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
-        decoding = Decoding(
-            image_size=view.out,
-            channels=data.channels,
-            workers=data.workers,
-            threads=data.threads,
-            bad_samples=data.bad_samples,
-            journal=journal,
-            pin_memory=self.engine.device.type == "cuda",
-            view=view,
+        return training_batches(
+            recipe, self.inputs, plan, self.augmenter, journal, self._decoded_view
         )
-        if self.inputs.order is None:
-            assert data.stream is not None
-            classes = len(self.inputs.classes)
-            return stream_batches(data.stream, plan, decoding, classes=classes, seed=recipe.seed)
-        return train_batches(self.inputs.splits["train"], self.inputs.order, plan, decoding)
 
     def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""
@@ -118,6 +106,33 @@ class Job:
         picture.resize(size, Image.Resampling.NEAREST).save(content, "PNG")
         # All or nothing: a start that finds the picture makes no other one.
         write_atomically(self.run.contact_sheet, content.getvalue())
+
+
+def training_batches(
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: BatchPlan,
+    view: View,
+    device: torch.device,
+    journal: Path | None = None,
+) -> Iterator[MicroBatch]:
+    """The plan's micro-batches of what a recipe trains on, decoded for `view`."""
+    data = recipe.data
+    decoding = Decoding(
+        image_size=view.out,
+        channels=data.channels,
+        workers=data.workers,
+        threads=data.threads,
+        bad_samples=data.bad_samples,
+        journal=journal,
+        pin_memory=device.type == "cuda",
+        view=view,
+    )
+    if inputs.order is None:
+        assert data.stream is not None
+        classes = len(inputs.classes)
+        return stream_batches(data.stream, plan, decoding, classes=classes, seed=recipe.seed)
+    return train_batches(inputs.splits["train"], inputs.order, plan, decoding)
 
 
 def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) -> Job:

@@ -134,6 +134,11 @@ def predict(
     help="How the members' outputs become one; docs/ensembles.md explains each.",
 )
 @click.option(
+    "--soup",
+    type=click.Choice(("greedy", "uniform")),
+    help="Average the weights into one model instead: of members that share a trunk.",
+)
+@click.option(
     "--margin",
     type=click.FloatRange(0, 1),
     default=1.0,
@@ -153,6 +158,7 @@ def ensemble(
     models: tuple[str, ...],
     out: Path,
     combine: str,
+    soup: str | None,
     margin: float,
     coverage: float | None,
     data: str | None,
@@ -172,6 +178,7 @@ def ensemble(
     \b
     bigbatch ensemble digits digits-2 digits-3 --out ensembles/digits
     bigbatch ensemble digits --members all --combine greedy --out ensembles/snapshots
+    bigbatch ensemble digits --members all --soup greedy --out ensembles/soup
 
     The validation split decides which members take part, with which weights and temperature, and
     its figures are cross-fitted; the test split only is reported.
@@ -187,6 +194,7 @@ def ensemble(
     test = split or (recipe.test if (Path(root) / str(recipe.test)).exists() else None)
     more = ["--combine", combine, "--margin", str(margin), "--folds", str(folds)]
     more += ["--seed", str(seed)]
+    more += [] if soup is None else ["--soup", soup]
     more += [] if coverage is None else ["--coverage", str(coverage)]
     more += [] if test is None else ["--report", f"{root}/{test}"]
     _start(

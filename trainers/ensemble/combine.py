@@ -86,6 +86,7 @@ def combine(
         steps = greedy_soup(
             {paths[i].name: paths[i] / MODEL for i in kept},
             losses,
+            model,
             engine,
             lambda: _score(evaluator.logits(model, splits[val]), labels[val]),
             lambda: recompute_statistics(model, recompute_images(), recompute_batches, engine.sum),

@@ -50,6 +50,15 @@ class _Samples:
         return replace(self, logits=self.logits[list(members)])
 
 
+def check_decides(split: str) -> None:
+    """Raise UserError for the split `test`, which only is reported."""
+    if split.strip().casefold() == "test":
+        raise UserError(
+            f"the split {split!r} would decide on the ensemble; what decides may not be "
+            "reported on: name a validation split (data.val)"
+        )
+
+
 class FitData(_Samples):
     """Samples that may decide: every `fit_...` and selection takes these, and nothing else.
 
@@ -58,11 +67,7 @@ class FitData(_Samples):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split.strip().casefold() == "test":
-            raise UserError(
-                f"the split {self.split!r} would decide on the ensemble; what decides may not be "
-                "reported on: name a validation split (data.val)"
-            )
+        check_decides(self.split)
 
     def rows(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> "FitData":
         """Some of the samples."""

@@ -34,6 +34,7 @@ class SoupStep:
 def greedy_soup(
     files: Mapping[str, Path],
     losses: Sequence[float],
+    model: nn.Module,
     engine: Engine,
     evaluate: Callable[[], Scores | None],
     recompute: Callable[[], None],
@@ -45,7 +46,6 @@ def greedy_soup(
     statistics. `losses` are the NLLs of the files alone; `evaluate` scores the model on rank 0, and
     returns None elsewhere. Collective; leaves the soup in the model.
     """
-    model = engine.module
     (first, path), *others = files.items()
     total = _doubles(load_weights(model, path))
     best = engine.from_main(evaluate())

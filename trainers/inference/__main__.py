@@ -7,8 +7,13 @@ Started once per rank, with torchrun's environment variables where there are sev
 
 import argparse
 import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
@@ -18,9 +23,10 @@ from bigbatch.configs.files import to_json
 from bigbatch.configs.notices import notice
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.ensemble.combination import Logits
+from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.evaluations import about, statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
+from bigbatch.trainers.ensemble.held_out import check_decides
 from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import ensemble as making
@@ -28,7 +34,10 @@ from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
+from bigbatch.trainers.inference.soup import SOUPS, make_soup
 from bigbatch.trainers.recovery.failures import explain
+
+Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--coverage", type=float)
     combine.add_argument("--folds", type=int, default=5)
     combine.add_argument("--seed", type=int, default=0)
+    combine.add_argument("--soup", choices=SOUPS)
     return parser
 
 
@@ -140,6 +150,18 @@ def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     report_on = None
     if options.report is not None:
         report_on = evaluation.open_labelled(options.report, ensemble.classes)
+    with _souped(options, engine, ensemble, fit_on) as (ensemble, souped):
+        return _combined(options, engine, ensemble, fit_on, report_on, souped)
+
+
+def _combined(
+    options: argparse.Namespace,
+    engine: Engine,
+    ensemble: Ensemble,
+    fit_on: Listing,
+    report_on: Listing | None,
+    souped: Record,
+) -> int:
     forward = _forward(options, engine, ensemble)
     # All ranks take part in the forward passes, of which rank 0 makes something.
     logits = {id(split): forward.logits(split.index) for split in (fit_on, report_on) if split}
@@ -149,11 +171,46 @@ def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
 
     def make() -> None:
         made = making.make(ensemble, plan, fit_on, report_on, lambda split: _there(logits, split))
+        made.record.update(souped)
         write_ensemble(options.out, made.ensemble, made.record | _figures(made))
         _tell(options, made)
 
     engine.on_main(make)
     return 0
+
+
+@contextmanager
+def _souped(
+    options: argparse.Namespace, engine: Engine, ensemble: Ensemble, fit_on: Listing
+) -> Iterator[tuple[Ensemble, Record]]:
+    """The members, or with --soup the one model of their weights, and its record."""
+    if options.soup is None:
+        yield ensemble, {}
+        return
+    if options.combine != "mean":
+        raise UserError(
+            f"--combine {options.combine}: a soup is one model, with nothing to combine; leave "
+            "out --soup, or --combine"
+        )
+    check_decides(making.split_name(fit_on))
+    out = options.out
+    folder = Path(engine.from_main(str(out.with_name(f".{out.name}.soup-{time.time_ns()}"))))
+    engine.on_main(lambda: folder.mkdir(parents=True))
+    try:
+        quiet = options.json or engine.rank != 0
+        member, record = make_soup(
+            engine,
+            ensemble.members,
+            options.soup,
+            fit_on.index,
+            folder,
+            margin=options.margin,
+            say=(lambda line: None) if quiet else print,
+        )
+        yield Ensemble((member,), Combination()), {"soup": record}
+    finally:
+        if engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _there(logits: dict[int, Logits | None], split: Listing) -> Logits:
@@ -175,6 +232,8 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
         return
     splits = {f"{Path(options.source).name}*": evaluation.rows_of(made.fitted, names[0])}
     lines = ["* out of fold: each sample is judged by a fit on the others"]
+    if options.soup == "greedy":
+        lines = ["* of samples that chose the soup; its temperature is out of fold"]
     if made.reported is not None:
         splits[Path(options.report).name] = evaluation.rows_of(made.reported, names[0])
         lines += in_words(made.reported)

@@ -55,7 +55,7 @@ def make(
     of the ensemble that is kept. `logits_of` gives the logits [M, N, C] of all members.
     """
     found = logits_of(fit_on)
-    data = FitData(found, _labels(fit_on), _keys(fit_on), _split(fit_on))
+    data = FitData(found, _labels(fit_on), _keys(fit_on), split_name(fit_on))
     crossed = cross_fit(
         data,
         lambda part: fit_ensemble(
@@ -70,7 +70,7 @@ def make(
     reported = None
     if report_on is not None:
         other = ReportData(
-            logits_of(report_on), _labels(report_on), _keys(report_on), _split(report_on)
+            logits_of(report_on), _labels(report_on), _keys(report_on), split_name(report_on)
         )
         report(ensemble.combination, data.of_members(kept), other.of_members(kept))
         # Fitted where neither gate nor weights nor temperature have seen the sample.
@@ -127,7 +127,8 @@ def _labels(listing: Listing) -> Labels:
     return listing.index.label.astype(np.int64)
 
 
-def _split(listing: Listing) -> str:
+def split_name(listing: Listing) -> str:
+    """The last part of where a listing's images are."""
     return listing.index.place.rstrip("/").rpartition("/")[2]
 
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.listing import Listing, open_listing

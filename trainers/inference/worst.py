@@ -3,7 +3,6 @@
 import importlib.util
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from bigbatch.configs.files import write_atomically
 from bigbatch.data.augment.crop import crop_resize
 from bigbatch.data.batch import Decoding
 from bigbatch.data.geometry import View, into_frames
-from bigbatch.data.index import Index
+from bigbatch.data.index import Index, some_samples
 from bigbatch.data.listing import Listing
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.ensemble.folder import Ensemble
@@ -96,8 +95,7 @@ def _look(
     """What the first member sees of samples: arrays [H, W] or [H, W, 3]."""
     recipe = ensemble.members[0].recipe
     view = View(recipe.data.image_size, recipe.evaluate.crop_fraction)
-    columns = ("shard", "offset", "size", "label", "crc")
-    few = replace(index, **{name: getattr(index, name)[samples] for name in columns})
+    few = some_samples(index, samples)
     decoding = Decoding(view.out, recipe.data.channels, workers=0, threads=1, view=view)
     (batch,) = eval_batches(few, decoding, batch=len(samples), rank=0, world=1)
     frames = batch.frames

@@ -10,6 +10,7 @@ start (`check_state`): it would depend on which rank computes which micro-batch.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2
@@ -24,6 +25,15 @@ _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 
 
+def averaged_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers, by name, that normalise with running statistics when they do not train."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _AVERAGED) and module.running_var is not None
+    ]
+
+
 class StepStatistics:
     """Collects the statistics of a step's micro-batches and blends them in once.
 
@@ -32,11 +42,7 @@ class StepStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = [
-            (name, m)
-            for name, m in model.named_modules()
-            if isinstance(m, _AVERAGED) and m.running_var is not None
-        ]
+        found = averaged_layers(model)
         self.layers = [layer for _, layer in found]
         self.momentum = [0.1 if m.momentum is None else m.momentum for m in self.layers]
         for layer in self.layers:

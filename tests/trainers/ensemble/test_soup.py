@@ -48,11 +48,12 @@ def mean_of(*models):
 
 def run_greedy(files, model, scores, losses=None):
     """Greedy soup on one rank, whose evaluations give these (accuracy, nll) in turn."""
-    engine = SimpleNamespace(module=model, from_main=lambda value: value)
+    engine = SimpleNamespace(from_main=lambda value: value)
     coming, recomputed = iter(scores), []
     steps = greedy_soup(
         files,
         losses or [1.0] * len(files),
+        model,
         engine,
         lambda: dict(zip(("accuracy", "nll"), next(coming), strict=True)),
         lambda: recomputed.append(bits(model)),
