@@ -41,6 +41,14 @@ def _shared(function: Any) -> Any:
     return function
 
 
+_mc_dropout = click.option(
+    "--mc-dropout",
+    type=click.IntRange(1),
+    metavar="K",
+    help="K passes that drop at random, as in training, whose probabilities are averaged.",
+)
+
+
 @click.command(short_help="Score a run or an ensemble on a split.")
 @click.argument("models", nargs=-1, required=True, metavar="RUN|FOLDER...")
 @click.option("--data", help="Folder or URL of shards; default: that of the recipe.")
@@ -48,6 +56,7 @@ def _shared(function: Any) -> Any:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the figures; default: in the run."
 )
+@_mc_dropout
 @_shared
 def evaluate(
     models: tuple[str, ...],
@@ -56,6 +65,7 @@ def evaluate(
     out: Path | None,
     members: str,
     tta: str,
+    mc_dropout: int | None,
     batch: int | None,
     nproc: int | None,
     runs_folder: Path,
@@ -74,7 +84,7 @@ def evaluate(
     out = out or paths[0] / "evaluations" / Path(source).name
     _start(
         "evaluate", paths, source, out, members=members, tta=tta, batch=batch, nproc=nproc,
-        as_json=as_json,
+        as_json=as_json, more=_passes(mc_dropout),
     )  # fmt: skip
 
 
@@ -85,6 +95,7 @@ def evaluate(
     "--out", type=click.Path(path_type=Path), required=True, help="FILE.parquet or FILE.csv."
 )
 @click.option("--features", is_flag=True, help="Also what goes into the classifier.")
+@_mc_dropout
 @_shared
 def predict(
     model: str,
@@ -93,6 +104,7 @@ def predict(
     features: bool,
     members: str,
     tta: str,
+    mc_dropout: int | None,
     batch: int | None,
     nproc: int | None,
     runs_folder: Path,
@@ -117,7 +129,7 @@ def predict(
         raise UserError(f"{out.parent} is no folder; make it, or choose another --out")
     _start(
         "predict", _find([model], runs_folder), source, out, members=members, tta=tta, batch=batch,
-        nproc=nproc, as_json=as_json, more=["--features"] if features else [],
+        nproc=nproc, as_json=as_json, more=[*_passes(mc_dropout), *["--features"] * features],
     )  # fmt: skip
 
 
@@ -201,6 +213,10 @@ def ensemble(
         "ensemble", paths, source, out, members=members, tta=tta, batch=batch, nproc=nproc,
         as_json=as_json, more=more,
     )  # fmt: skip
+
+
+def _passes(mc_dropout: int | None) -> list[str]:
+    return [] if mc_dropout is None else ["--mc-dropout", str(mc_dropout)]
 
 
 def _find(models: Sequence[str], runs_folder: Path) -> list[Path]:

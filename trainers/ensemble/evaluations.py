@@ -57,4 +57,5 @@ def about(
         "member_names": [member.name for member in ensemble.members],
         "combination": ensemble.combination.method,
         "tta": "none",
+        "mc_dropout": 0,
     }

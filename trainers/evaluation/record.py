@@ -134,7 +134,7 @@ class Cost(_Part):
     flops_per_image: Count | None
     parameters: Count
     images_per_s: NonNegative
-    peak_memory: Count
+    peak_memory: Count | None
 
 
 class Evaluation(Scored):

@@ -43,8 +43,8 @@ def _cost(cost: Mapping[str, Any] | None) -> Iterator[str]:
     if not cost:
         return
     flops = cost["flops_per_image"]
-    work = "" if flops is None else f"{flops / 1e6:,.3g} MFLOPs an image, "
-    yield (
-        f"cost: {work}{cost['parameters']:,} parameters, {cost['images_per_s']:,.0f} images/s, "
-        f"peak memory {cost['peak_memory'] / 2**20:,.0f} MiB"
-    )
+    said = [] if flops is None else [f"{flops / 1e6:,.3g} MFLOPs an image"]
+    said += [f"{cost['parameters']:,} parameters", f"{cost['images_per_s']:,.0f} images/s"]
+    if cost["peak_memory"] is not None:
+        said.append(f"peak memory {cost['peak_memory'] / 2**20:,.0f} MiB")
+    yield f"cost: {', '.join(said)}"

@@ -31,6 +31,7 @@ from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
+from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=int)
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
+        command.add_argument("--mc-dropout", type=int, default=0)
     commands.choices["predict"].add_argument("--features", action="store_true")
     combine = commands.choices["ensemble"]
     combine.add_argument("--report")
@@ -100,18 +102,29 @@ def _forward(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
             "one with --members"
         )
     members = ensemble.members
-    return Forward(engine, members, tta=options.tta, batch=options.batch, features=features)
+    return Forward(
+        engine,
+        members,
+        tta=options.tta,
+        mc_dropout=options.mc_dropout,
+        batch=options.batch,
+        features=features,
+    )
 
 
 def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
     listing = evaluation.open_labelled(options.source, ensemble.classes)
-    logits = _forward(options, engine, ensemble).logits(listing.index)
+    forward = _forward(options, engine, ensemble)
+    started = time.perf_counter()
+    logits = forward.logits(listing.index)
     if logits is None:
         return 0
+    cost = cost_of(forward, len(listing.index), time.perf_counter() - started)
     labels = listing.index.label.astype(np.int64)
     statistics = statistics_of(ensemble, logits, labels)
     result = about(ensemble, options.model, listing.index, listing.notes) | statistics
-    result |= {"source": options.source, "tta": options.tta}
+    result |= {"source": options.source, "tta": options.tta, "mc_dropout": options.mc_dropout}
+    result["cost"] = cost
     if options.out is not None:
         probabilities = ensemble.combination.apply(logits)
         evaluation.save_evaluation(options.out, ensemble, listing, result, probabilities, labels)
@@ -144,8 +157,9 @@ def _say(notes: list[str], splits: dict[str, evaluation.Rows], lines: list[str])
 
 
 def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
-    if options.tta != "none":
-        raise UserError(f"--tta {options.tta}: an ensemble is fitted on plain looks; leave it out")
+    if options.tta != "none" or options.mc_dropout:
+        name = f"--tta {options.tta}" if options.tta != "none" else "--mc-dropout"
+        raise UserError(f"{name}: an ensemble is fitted on plain looks; leave it out")
     fit_on = evaluation.open_labelled(options.source, ensemble.classes)
     report_on = None
     if options.report is not None:

@@ -19,6 +19,7 @@ from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits, log_softmax
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import choose_memory_format
@@ -54,7 +55,9 @@ class Forward:
 
     Members that look at images alike share their decoding, their copy to the device and their
     crops; mean and std are each member's own. `tta` names the looks that are taken of an image
-    (looks.py), whose probabilities are averaged.
+    (looks.py), and with `mc_dropout` as many passes are made of each look, in which members drop
+    at random (dropout.py); their probabilities are averaged. A batch's logits depend on neither
+    the rank that computes them nor the batches before.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Forward:
         members: Sequence[Member],
         *,
         tta: str = "none",
+        mc_dropout: int = 0,
         batch: int | None = None,
         features: bool = False,
     ) -> None:
@@ -72,7 +76,7 @@ class Forward:
         first = members[0].recipe
         self.data = first.data
         self.batch = batch or first.evaluate.batch
-        self._tta = tta
+        self.tta, self.mc_dropout = tta, mc_dropout
         groups: dict[tuple[int, float], list[int]] = {}
         for place, member in enumerate(members):
             recipe = member.recipe
@@ -80,6 +84,9 @@ class Forward:
             groups.setdefault(key, []).append(place)
         self._groups = groups
         self._loaded = [self._load(member) for member in members]
+        self.parameters = sum(p.numel() for m in self._loaded for p in m.model.parameters())
+        looks = looks_of(self._loaded[0].augmenter.eval_view, tta)
+        self.passes = len(looks) * max(1, mc_dropout)  # of each member, over each image
         self._features: list[Tensor] = []
         if features:
             _watch(self._loaded[0], self._features)
@@ -89,6 +96,8 @@ class Forward:
         recipe, device = member.recipe, self.engine.device
         memory_format = choose_memory_format(recipe.model, device)
         model = member.build().to(device).to(memory_format=memory_format)
+        if self.mc_dropout:
+            let_drop(model)
         augmenter = Augmenter(
             recipe.augment,
             image_size=recipe.data.image_size,
@@ -112,7 +121,7 @@ class Forward:
                 workers=0 if few else self.data.workers,
                 threads=max(self.data.threads, torch.get_num_threads() if few else 1),
                 pin_memory=self.engine.device.type == "cuda",
-                view=view if self._tta in ("none", "flip") else None,
+                view=view if self.tta in ("none", "flip") else None,
             )
             streams.append(
                 eval_batches(
@@ -142,24 +151,32 @@ class Forward:
     def _fill(self, logits: Logits, places: list[int], batch: MicroBatch) -> None:
         """Write the logits of the members at `places`, which look at images alike."""
         augmenter = self._loaded[places[0]].augmenter
-        looks = looks_of(augmenter.eval_view, self._tta)
+        looks = looks_of(augmenter.eval_view, self.tta)
         outputs: dict[int, list[Tensor]] = {place: [] for place in places}
-        for look in looks:
+        for number, look in enumerate(looks):
             images = augmenter.crop_and_warp(batch, look)
             for place in places:
                 mine = images.clone() if len(places) > 1 else images  # normalising overwrites
-                outputs[place].append(self._forward(self._loaded[place], mine))
+                outputs[place] += self._forward(self._loaded[place], mine, batch.index, number)
         for place, found in outputs.items():
             arrays = [output.cpu().numpy() for output in found]
             for array in arrays:
                 self._check(array, self.members[place], batch)
             logits[place] = arrays[0] if len(arrays) == 1 else _mean_log_probability(arrays)
 
-    def _forward(self, loaded: _Loaded, images: Tensor) -> Tensor:
+    def _forward(self, loaded: _Loaded, images: Tensor, batch: int, look: int) -> list[Tensor]:
+        """Logits [n, C] of a look at a batch, of each pass."""
         images = loaded.augmenter.normalise(images)
-        with self.engine.autocast():
-            logits: Tensor = loaded.model(images)
-        return logits.float()
+
+        def once() -> Tensor:
+            with self.engine.autocast():
+                logits: Tensor = loaded.model(images)
+            return logits.float()
+
+        if not self.mc_dropout:
+            return [once()]
+        name, device = loaded.member.name, self.engine.device
+        return [drop(once, device, name, 0, batch, look, n) for n in range(self.mc_dropout)]
 
     def _check(self, logits: npt.NDArray[np.float32], member: Member, batch: MicroBatch) -> None:
         finite = np.isfinite(logits).all(axis=1)

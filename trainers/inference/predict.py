@@ -31,7 +31,12 @@ def predict(
     """
     started = time.perf_counter()
     members = [member.name for member in ensemble.members]
-    about = {"members": members, "combination": ensemble.combination.to_json()}
+    about = {
+        "members": members,
+        "combination": ensemble.combination.to_json(),
+        "tta": forward.tta,
+        "mc_dropout": forward.mc_dropout,
+    }
     table = Table(ensemble.classes, ensemble.combination, about, features=features)
     folder = Path(engine.from_main(str(out.with_name(f".{out.name}.parts-{time.time_ns()}"))))
     engine.on_main(folder.mkdir)

@@ -47,11 +47,18 @@ PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
 def flops_per_image(recipe: Recipe, classes: int) -> int | None:
     """Floating-point operations of forward and backward pass for one training image.
 
-    A multiplication and its addition count as two. The forward pass is counted by torch, on a
-    model that has shapes and no values, so nothing is computed. The backward pass counts
-    twice the forward pass, as is usual: torch's own count of it takes a grouped convolution
-    for a full one (EfficientNet-B0: 32 GFLOPs instead of 2.3). None for a model that cannot
-    run without values.
+    The backward pass counts twice the forward pass, as is usual: torch's own count of it takes a
+    grouped convolution for a full one (EfficientNet-B0: 32 GFLOPs instead of 2.3).
+    """
+    forward = forward_flops(recipe, classes)
+    return None if forward is None else 3 * forward
+
+
+def forward_flops(recipe: Recipe, classes: int) -> int | None:
+    """Floating-point operations of the forward pass for one image.
+
+    A multiplication and its addition count as two. Counted by torch, on a model that has shapes
+    and no values, so nothing is computed. None for a model that cannot run without values.
     """
     size, channels = recipe.data.image_size, recipe.data.channels
     fresh = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
@@ -61,7 +68,7 @@ def flops_per_image(recipe: Recipe, classes: int) -> int | None:
             model(torch.zeros(2, channels, size, size))  # BatchNorm refuses one image
     except (RuntimeError, NotImplementedError):
         return None
-    return 3 * int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
