@@ -75,11 +75,9 @@ class Job:
     def _batches(
         self, start: int, stop: int, rank: int, world: int, journal: Path | None
     ) -> Iterator[MicroBatch]:
-        recipe = self.recipe
+        recipe, view = self.recipe, self._decoded_view
         plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
-        return training_batches(
-            recipe, self.inputs, plan, self.augmenter, journal, self._decoded_view
-        )
+        return training_batches(recipe, self.inputs, plan, view, self.engine.device, journal)
 
     def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""
