@@ -1,6 +1,7 @@
 """From members on the disk to one file for others, its card, and a check of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -36,14 +37,16 @@ def export(
 ) -> list[Path]:
     """Write members as one file of the kind that its name ends in, and what belongs beside it.
 
-    Returns what was written: the file, timm's config beside weights, the card. Nothing that
-    exists is replaced. Raises UserError, and OSError for what a disk refuses.
+    Members of weight 0 are left out. Returns what was written: the file, timm's config beside
+    weights, the card. Nothing that exists is replaced. Raises UserError, and OSError for what a
+    disk refuses.
     """
     check_ending(path)
     card, weights = path.with_name(f"{path.name}.md"), path.suffix == ".safetensors"
     written = [path, *([config_path(path)] if weights else []), card]
     if there := [p for p in written if p.exists()]:
         raise UserError(f"{there[0]} exists already; remove it, or choose another --out")
+    members, combination = _of_weight(members, combination)
     description = describe(members, combination, [data_hash(m) for m in members])
     contents: list[str | bytes]
     if weights:
@@ -61,6 +64,16 @@ def export(
     for place, content in reversed(list(zip(written, contents, strict=True))):
         write_atomically(place, content)
     return written
+
+
+def _of_weight(
+    members: Sequence[Member], combination: Combination
+) -> tuple[Sequence[Member], Combination]:
+    """Without members that would be computed for nothing."""
+    if combination.weights is None or all(combination.weights):
+        return members, combination
+    kept = [(m, w) for m, w in zip(members, combination.weights, strict=True) if w]
+    return [m for m, _ in kept], replace(combination, weights=tuple(w for _, w in kept))
 
 
 def served(members: Sequence[Member], combination: Combination) -> Served:

@@ -142,6 +142,16 @@ def test_what_weights_alone_cannot_say_is_refused(members: list[Member], tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_members_of_weight_0_are_left_out(members: list[Member], tmp_path: Path) -> None:
+    """Then there is one, whose weights alone are the model."""
+    out = tmp_path / "model.safetensors"
+    export(out, members, Combination("weights", weights=(0.0, 1.0)))
+    assert read_info(read_header(out)) == members[1].info
+    card = (tmp_path / "model.safetensors.md").read_text()
+    assert members[1].name in card
+    assert members[0].name not in card
+
+
 @pytest.mark.parametrize("there", ["model.safetensors", "config.json", "model.safetensors.md"])
 def test_nothing_that_exists_is_replaced(members: list[Member], tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("mine")
