@@ -10,6 +10,7 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import ENSEMBLE, read_record
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.evaluation.record import EVALUATION
 from bigbatch.trainers.export.card import Score
 from bigbatch.trainers.planning.inputs import open_split
 
@@ -26,7 +27,7 @@ def known_scores(model: Path, members: Sequence[Member], combination: Combinatio
         found = _recorded(read_record(model))
     else:
         found = _summarised(RunDir(model), members)
-    for path in sorted(model.glob("evaluations/*/evaluation.json")):
+    for path in sorted(model.glob(f"evaluations/*/{EVALUATION}")):
         found.update(_evaluated(_read(path), members, combination))
     alone = len(members) == 1 and not members[0].name.endswith(f"/{SOUP}")
     chosen = not alone or combination != Combination()
@@ -78,13 +79,15 @@ def _recorded(record: dict[str, Any]) -> Known:
 def _evaluated(
     evaluation: dict[str, Any], members: Sequence[Member], combination: Combination
 ) -> Known:
-    """What `bigbatch evaluate` has written, where it is of these members without TTA."""
-    same = (
-        sorted(evaluation.get("member_names", [])) == sorted(m.name for m in members)
-        and evaluation["tta"] == "none"
-        and evaluation["combination"] == combination.method
-    )
-    return {Path(evaluation["source"]).name: (evaluation, evaluation["samples"])} if same else {}
+    """What `bigbatch evaluate` has written, where it is of these members on plain looks."""
+    plain = evaluation.get("tta") == "none" and not evaluation.get("mc_dropout")
+    if not (
+        plain
+        and evaluation.get("combination") == combination.method
+        and sorted(evaluation.get("member_names", [])) == sorted(m.name for m in members)
+    ):
+        return {}
+    return {Path(evaluation["source"]).name: (evaluation, evaluation["samples"])}
 
 
 def _read(path: Path) -> dict[str, Any]:
