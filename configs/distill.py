@@ -8,6 +8,19 @@ from pydantic import BeforeValidator, Field
 from bigbatch.configs.part import Fraction, NonNegative, Positive, StrictModel
 
 
+class Hint(StrictModel):
+    """Look where the teacher looks: at squared activations, averaged over channels, of a layer
+    that gives maps, as unit vectors (attention transfer, Zagoruyko and Komodakis 2017, equation 2).
+    """
+
+    layer: str = Field(description="of the student, a module's name, such as layer3")
+    teacher_layer: str | None = Field(None, description="of each member; null: of the same name")
+    grid: Annotated[int, Field(ge=1, le=64)] = Field(
+        8, description="rows and columns to which both maps are averaged by area"
+    )
+    weight: Positive = Field(1000.0, description="of the mean squared difference, in the loss")
+
+
 class _Teacher(StrictModel):
     teacher: str = Field(description="a run, or a folder that `bigbatch ensemble` wrote")
     members: str = Field(
@@ -16,6 +29,7 @@ class _Teacher(StrictModel):
     weight: Fraction = Field(
         0.9, description="of the teacher's part; the recipe's loss on labels has the rest"
     )
+    hint: Hint | None = Field(None, description="learn from a layer inside the teacher as well")
     outputs: Literal["float32", "float16"] = Field(
         "float32", description="what the teacher's log-probabilities are rounded to, kept or not"
     )

@@ -24,7 +24,11 @@ from bigbatch.trainers.distillation.build import open_teacher
 from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator
-from bigbatch.trainers.losses.build import Objective, build_objective
+from bigbatch.trainers.losses.build import (
+    Objective,
+    build_objective,
+    build_student_objective,
+)
 from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_model, choose_memory_format
 from bigbatch.trainers.models.weights_file import describe
@@ -58,7 +62,7 @@ class Job:
         images, targets = self.augmenter.train(batch)
         if self.teacher is None:
             return images, targets
-        return images, torch.stack([targets, self.teacher.log_probabilities(batch)], 1)
+        return images, torch.cat([targets, self.teacher.outputs(batch)], 1)
 
     @property
     def _decoded_view(self) -> View:
@@ -151,7 +155,10 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         quiet=engine.rank != 0,
     )
     teacher = open_teacher(recipe, inputs, engine, run.path.parent)
-    objective = build_objective(recipe.loss, recipe.distill)
+    if recipe.distill is None:
+        objective = build_objective(recipe.loss)
+    else:
+        objective = build_student_objective(recipe.loss, recipe.distill, model)
     probe(model, objective, recipe, classes)
     memory_format = choose_memory_format(recipe.model, engine.device)
     model.to(memory_format=memory_format)
@@ -198,7 +205,9 @@ def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) 
     images = images.view(count, recipe.data.channels, size, size)
     targets = images.new_full((count, classes), 1 / classes)
     if recipe.distill is not None:
-        targets = torch.stack([targets, targets.log()], 1)
+        hint = recipe.distill.hint
+        attention = targets.new_zeros((count, 0 if hint is None else hint.grid**2))
+        targets = torch.cat([targets, targets.log(), attention], 1)
     check_state(model, lambda network, x: objective(network, x, targets), images)
 
 

@@ -24,7 +24,14 @@ def test_a_teacher_is_no_part_of_the_hash_but_what_is_learned_from_it_is():
     assert recipe_hash(taught) != recipe_hash(load_recipe("digits"))
     for same in ("teacher=b", "cache=kept", "cache_gb=0"):
         assert differences(taught, change_recipe(taught, [f"distill.{same}"])) == []
-    for other in ("weight=0.5", "temperature=2", "members=all", "outputs=float16", "name=logits"):
+    for other in (
+        "weight=0.5",
+        "temperature=2",
+        "members=all",
+        "outputs=float16",
+        "name=logits",
+        "hint={layer: layer3}",
+    ):
         changed = change_recipe(taught, [f"distill.{other}"])
         assert len(differences(taught, changed)) == 1
         assert recipe_hash(changed) != recipe_hash(taught)

@@ -39,7 +39,7 @@ def open_teacher(recipe: Recipe, inputs: Inputs, engine: Engine, runs: Path) -> 
         return None
     ensemble = open_ensemble([Path(distill.teacher)], distill.members)
     check_teacher(ensemble, recipe, inputs.classes)
-    teacher = Teacher(ensemble, recipe, engine, distill.outputs)
+    teacher = Teacher(ensemble, recipe, engine, distill.outputs, hint_of(distill))
     known: str = engine.from_main(teacher.hash)
     if teacher.hash != known:
         raise UserError(
@@ -50,6 +50,12 @@ def open_teacher(recipe: Recipe, inputs: Inputs, engine: Engine, runs: Path) -> 
     if kept is not None:
         teacher.keep(kept)
     return teacher
+
+
+def hint_of(distill: Distill) -> tuple[str, int] | None:
+    """The layer of each member that a hint is taken from, and its grid."""
+    hint = distill.hint
+    return None if hint is None else (hint.teacher_layer or hint.layer, hint.grid)
 
 
 def check_teacher(ensemble: Ensemble, recipe: Recipe, classes: tuple[str, ...]) -> None:
@@ -91,6 +97,7 @@ def view_of(
         "decoded_for": decoded,
         "device": device,
         "outputs": teacher.kind,
+        "hint": teacher.hint,
         "recipe": recipe.model_dump(mode="json", exclude=_NO_VIEW, exclude_defaults=True),
     }
 
@@ -108,8 +115,8 @@ def _keep(
     folder = Path(distill.cache) if distill.cache is not None else runs / ".teacher-outputs"
     decoded = max(recipe.data.image_size, *(view.out for view in teacher.views))
     view = view_of(recipe, teacher, inputs.order.hash, decoded, engine.device.type)
-    rows, classes, total = recipe.micro_batch, len(inputs.classes), inputs.plan.total
-    step_bytes = recipe.micro_batches * record_size(rows, classes, distill.outputs)
+    rows, width, total = recipe.micro_batch, teacher.width, inputs.plan.total
+    step_bytes = recipe.micro_batches * record_size(rows, width, distill.outputs)
     limit = int(distill.cache_gb * 1e9)
 
     def make_room() -> int:
@@ -136,7 +143,7 @@ def _keep(
             steps=steps,
             micro_batches=recipe.micro_batches,
             rows=rows,
-            classes=classes,
+            width=width,
             kind=distill.outputs,
         )
     except OSError as error:  # another machine, which has no such folder

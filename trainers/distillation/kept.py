@@ -25,7 +25,7 @@ _DIGEST = 16  # bytes
 
 
 class KeptOutputs:
-    """Records of outputs [rows, classes] in one file, read and written in place.
+    """Records of outputs [rows, width] in one file, read and written in place.
 
     A record is a digest and the outputs. The digest is over the record's place, its samples and
     its outputs: what a killed process left half written, what nobody has written yet, and what
@@ -39,13 +39,13 @@ class KeptOutputs:
         steps: int,
         micro_batches: int,
         rows: int,
-        classes: int,
+        width: int,
         kind: OutputType,
     ) -> None:
         """Open what `reserve` has made for this many steps. Raises OSError."""
         self._steps, self._micro_batches = steps, micro_batches
-        self._shape, self._kind = (rows, classes), np.dtype(kind)
-        self._size = record_size(rows, classes, kind)
+        self._shape, self._kind = (rows, width), np.dtype(kind)
+        self._size = record_size(rows, width, kind)
         self._file = os.open(path / _OUTPUTS, os.O_RDWR)
         self._close = weakref.finalize(self, os.close, self._file)
 
@@ -73,9 +73,9 @@ class KeptOutputs:
         return (step * self._micro_batches + index) * self._size
 
 
-def record_size(rows: int, classes: int, kind: OutputType) -> int:
+def record_size(rows: int, width: int, kind: OutputType) -> int:
     """Bytes of a micro-batch's record."""
-    return _DIGEST + rows * classes * np.dtype(kind).itemsize
+    return _DIGEST + rows * width * np.dtype(kind).itemsize
 
 
 def reserve(folder: Path, view: dict[str, Any], *, steps: int, step_bytes: int, limit: int) -> int:

@@ -25,6 +25,7 @@ from bigbatch.trainers.distillation.kept import KeptOutputs, OutputType
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.losses.hint import Watched, attention
 from bigbatch.trainers.models.build import choose_memory_format
 
 # Of a probability that came out as 0; its logarithm is a finite float16, too.
@@ -42,21 +43,30 @@ class _Alike:
 class Teacher:
     """An ensemble on this rank's device, in eval mode, for the micro-batches of one recipe.
 
-    `hash` is over all that decides what it says, and outputs are rounded to `kind`. `computed`
-    counts the micro-batches that went through the members; the others were read. Members are
-    loaded at the first one.
+    `hint` is a layer of each member, and the grid to which its attention is averaged. `hash` is
+    over all that decides what members say; outputs, of `width` numbers an image, are rounded to
+    `kind`. `computed` counts the micro-batches that went through the members; the others were read.
+    Members are loaded at the first one.
     """
 
     def __init__(
-        self, ensemble: Ensemble, recipe: Recipe, engine: Engine, kind: OutputType = "float32"
+        self,
+        ensemble: Ensemble,
+        recipe: Recipe,
+        engine: Engine,
+        kind: OutputType = "float32",
+        hint: tuple[str, int] | None = None,
     ) -> None:
         self.ensemble = ensemble
         self.hash = teacher_hash(ensemble)
         self.kind = kind
+        self.hint = hint
+        self.width = len(ensemble.classes) + (hint[1] ** 2 if hint is not None else 0)
         self.computed = 0
         self._engine = engine
         self._kept: KeptOutputs | None = None
         self._models: list[nn.Module] = []
+        self._watched: list[Watched] = []
         alike: dict[Any, list[int]] = {}
         for place, member in enumerate(ensemble.members):
             mean, std = member.recipe.augment.mean, member.recipe.augment.std
@@ -94,11 +104,12 @@ class Teacher:
         """Read what `kept` holds rather than compute it, and add to it what it lacks."""
         self._kept = kept
 
-    def log_probabilities(self, batch: MicroBatch) -> Tensor:
-        """Of each image of a micro-batch as the student sees it: float32 [B, C] on the device.
+    def outputs(self, batch: MicroBatch) -> Tensor:
+        """Of each image of a micro-batch as the student sees it: float32 [B, width], on the device.
 
-        The logarithm of the combined probabilities. Draws no random number of torch's; loading
-        the members does.
+        The logarithm of the combined probabilities [B, C], and behind it the members' mean
+        attention [B, grid * grid] where there is a hint. Draws no random number of torch's;
+        loading the members does. Raises UserError, which names the member.
         """
         outputs = self._read(batch)
         if outputs is None:
@@ -111,9 +122,10 @@ class Teacher:
     def _compute(self, batch: MicroBatch) -> npt.NDArray[Any]:
         members = self.ensemble.members
         if not self._models:
-            self._models = [self._load(member) for member in members]
+            self._load()
         shape = len(members), len(batch.samples), len(self.ensemble.classes)
         logits = np.empty(shape, np.float32)
+        looks = np.empty((*shape[:2], self.width - shape[2]), np.float32)
         for alike in self._alike:
             images, _ = alike.augmenter.train(batch)
             for place in alike.places:
@@ -126,13 +138,22 @@ class Teacher:
                         f"{batch.step}, micro-batch {batch.index}); its weights are no good: leave "
                         "it out by distill.members, or choose another teacher"
                     )
-        probabilities = self.ensemble.combination.apply(logits)
-        return np.log(np.maximum(probabilities, _TINY)).astype(self.kind)
+                if self.hint is not None:
+                    features = self._watched[place].take()
+                    looks[place] = attention(features, self.hint[1]).cpu().numpy()
+        log_probabilities = np.log(np.maximum(self.ensemble.combination.apply(logits), _TINY))
+        mean = looks.mean(0, dtype=np.float64)
+        return np.concatenate([log_probabilities, mean], 1).astype(self.kind)
 
-    def _load(self, member: Member) -> nn.Module:
+    def _load(self) -> None:
         device = self._engine.device
-        model = member.build().to(device)
-        return model.to(memory_format=choose_memory_format(member.recipe.model, device))
+        for member in self.ensemble.members:
+            model = member.build().to(device)
+            order = choose_memory_format(member.recipe.model, device)
+            self._models.append(model.to(memory_format=order))
+            if self.hint is not None:
+                whose = f"teacher {member.name}"
+                self._watched.append(Watched(model, self.hint[0], whose))
 
     def _read(self, batch: MicroBatch) -> npt.NDArray[Any] | None:
         if self._kept is None:

@@ -9,23 +9,44 @@ from torch import Tensor, nn
 from bigbatch.configs.distill import Distill, LogitRegression, SoftTargets
 from bigbatch.configs.losses import CrossEntropy, Loss, Poly1
 from bigbatch.trainers.losses.distillation import logit_regression, soft_targets
+from bigbatch.trainers.losses.hint import Watched, attention_transfer
 
 # Model, images [B, C, H, W], target probabilities [B, classes] -> mean loss over B, a scalar.
 # It calls the model itself, so that a loss may look at features or ask a teacher. What such a
 # loss learns belongs into the model's own tree, where checkpoints and backends see it.
-# Distilled students take targets [B, 2, classes]: behind them the teacher's log-probabilities.
+# A student's targets are wider: behind them stand its teacher's outputs, [B, 2 classes + hint].
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target probabilities [B, C]
 
 
-def build_objective(config: Loss, distill: Distill | None = None) -> Objective:
+def build_objective(config: Loss) -> Objective:
     """The objective of a recipe's `loss`, over soft targets as mixup and smoothing make them."""
     loss_function = build_loss(config)
-    if distill is not None:
-        loss_function = _with_teacher(loss_function, build_distillation(distill), distill.weight)
 
     def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return loss_function(model(images), targets)
+
+    return objective
+
+
+def build_student_objective(config: Loss, distill: Distill, student: nn.Module) -> Objective:
+    """The objective of a recipe with a teacher, over what `Teacher.outputs` puts behind targets.
+
+    `student` is the plain module, a layer of which may be watched. Raises UserError where it has
+    no such layer.
+    """
+    hard, soft = build_loss(config), build_distillation(distill)
+    weight, hint = distill.weight, distill.hint
+    watched = Watched(student, hint.layer, "the student") if hint is not None else None
+
+    def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        logits = model(images)
+        classes = logits.shape[1]
+        labels, taught, attention = targets.tensor_split((classes, 2 * classes), dim=1)
+        loss = (1 - weight) * hard(logits, labels) + weight * soft(logits, taught)
+        if hint is not None and watched is not None:
+            loss = loss + hint.weight * attention_transfer(watched.take(), attention)
+        return loss
 
     return objective
 
@@ -46,16 +67,6 @@ def build_distillation(config: Distill) -> LossFunction:
             return partial(soft_targets, temperature=config.temperature)
         case LogitRegression():
             return logit_regression
-
-
-def _with_teacher(hard: LossFunction, soft: LossFunction, weight: float) -> LossFunction:
-    """(1 - weight) hard + weight soft, over targets [B, 2, C]."""
-
-    def loss_function(logits: Tensor, targets: Tensor) -> Tensor:
-        labels, taught = targets.unbind(1)
-        return (1 - weight) * hard(logits, labels) + weight * soft(logits, taught)
-
-    return loss_function
 
 
 def poly1(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from bigbatch.trainers.distillation.kept import KeptOutputs, key_of, record_size, reserve
 
-STEPS, MICRO, ROWS, CLASSES = 3, 2, 4, 5
+STEPS, MICRO, ROWS, WIDTH = 3, 2, 4, 5
 VIEW: dict[str, Any] = {"teacher": "a", "seed": 1}
-STEP_BYTES = MICRO * record_size(ROWS, CLASSES, "float32")
+STEP_BYTES = MICRO * record_size(ROWS, WIDTH, "float32")
 
 
 def kept_in(folder: Path, view: dict[str, Any] = VIEW, steps: int = STEPS) -> KeptOutputs:
     return KeptOutputs(
-        folder / key_of(view), steps=steps, micro_batches=MICRO, rows=ROWS, classes=CLASSES,
+        folder / key_of(view), steps=steps, micro_batches=MICRO, rows=ROWS, width=WIDTH,
         kind="float32",
     )  # fmt: skip
 
@@ -27,7 +27,7 @@ def room(folder: Path, view: dict[str, Any] = VIEW, steps: int = STEPS, limit: i
 
 
 def outputs(step: int, index: int) -> np.ndarray:
-    return np.random.default_rng([step, index]).normal(size=(ROWS, CLASSES)).astype(np.float32)
+    return np.random.default_rng([step, index]).normal(size=(ROWS, WIDTH)).astype(np.float32)
 
 
 def samples(step: int, index: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def test_a_record_with_any_bit_turned_or_cut_short_is_none(
     room(folder)
     kept = kept_in(folder)
     kept.write(0, 1, samples(0, 1), outputs(0, 1))
-    size, file = record_size(ROWS, CLASSES, "float32"), folder / key_of(VIEW) / "outputs"
+    size, file = record_size(ROWS, WIDTH, "float32"), folder / key_of(VIEW) / "outputs"
     content = bytearray(file.read_bytes())
     if data.draw(st.booleans()):
         place = data.draw(st.integers(size, 2 * size - 1))

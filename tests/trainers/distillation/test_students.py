@@ -131,7 +131,7 @@ def test_a_resumed_student_is_that_of_one_go_and_knows_its_teacher(
 @pytest.mark.slow
 def test_ranks_and_kills_change_no_bit(teacher: Path, new: Start) -> None:
     """Two ranks, killed in their midst and started again, beside one rank in one go."""
-    taught = f"distill.teacher={teacher}"
+    taught = f"distill={{teacher: {teacher}, hint: {{layer: layer3, teacher_layer: layer2}}}}"
     one, two = new("one", taught, "distill.cache_gb=0"), new("two", taught)
     assert subprocess.run(agent_command(one.path, 1, stop_at=6)).returncode == 0
     command = agent_command(two.path, 2, stop_at=6)

@@ -28,6 +28,7 @@ from bigbatch.trainers.distillation.teacher import Teacher, teacher_hash
 from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.losses.hint import attention
 from bigbatch.trainers.planning.inputs import open_inputs
 from tests.helpers.runs import SMALL, untrained_run
 
@@ -92,7 +93,7 @@ def watched(
 ) -> list[Tensor]:
     seen: list[Tensor] = []
     monkeypatch.setattr(Member, "build", lambda member: Eye(seen))
-    Teacher(ensemble, recipe, DdpEngine("fp32", "exact")).log_probabilities(batch)
+    Teacher(ensemble, recipe, DdpEngine("fp32", "exact")).outputs(batch)
     return seen
 
 
@@ -135,17 +136,38 @@ def test_outputs_are_the_logarithm_of_the_combined_probabilities(
     recipe = student(digits)
     batch = batches(recipe)[0]
     teacher = Teacher(ensemble, recipe, DdpEngine("fp32", "exact"))
-    found = teacher.log_probabilities(batch)
+    found = teacher.outputs(batch)
     images, _ = augmenter_of(recipe, 32, mean=[0.1], std=[0.7]).train(batch)
     with torch.no_grad():
         each = [member.build()(images).double().softmax(1) for member in ensemble.members]
     expected = torch.stack(each).mean(0).log().float()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(teacher.log_probabilities(batch), found)
+    assert torch.equal(teacher.outputs(batch), found)
     assert teacher.computed == 2  # nothing is kept unless it is asked for
     half = Teacher(ensemble, recipe, DdpEngine("fp32", "exact"), "float16")
-    assert torch.equal(half.log_probabilities(batch), found.half().float())
+    assert torch.equal(half.outputs(batch), found.half().float())
+
+
+def test_a_hint_is_the_mean_of_where_members_look(digits: Path, ensemble: Ensemble) -> None:
+    recipe = student(digits)
+    batch = batches(recipe)[0]
+    teacher = Teacher(ensemble, recipe, DdpEngine("fp32", "exact"), hint=("layer2", 4))
+    found = teacher.outputs(batch)
+    images, _ = augmenter_of(recipe, 32, mean=[0.1], std=[0.7]).train(batch)
+    looks = []
+    for member in ensemble.members:
+        network = member.build()
+        stem = nn.Sequential(*list(network.children())[: list(network._modules).index("layer3")])
+        with torch.no_grad():
+            looks.append(attention(stem(images), 4))
+    assert found.shape == (MICRO, 10 + 16)
+    torch.testing.assert_close(found[:, 10:], torch.stack(looks).mean(0))
+    plain = Teacher(ensemble, recipe, DdpEngine("fp32", "exact")).outputs(batch)
+    assert torch.equal(found[:, :10], plain)
+    lost = Teacher(ensemble, recipe, DdpEngine("fp32", "exact"), hint=("layer9", 4))
+    with pytest.raises(UserError, match="teacher teacher/cycle-01 has no layer 'layer9'"):
+        lost.outputs(batch)
 
 
 def test_weights_that_give_nan_are_named(
@@ -158,7 +180,7 @@ def test_weights_that_give_nan_are_named(
     monkeypatch.setattr(Member, "build", lambda member: network)
     teacher = Teacher(ensemble, recipe, DdpEngine("fp32", "exact"))
     with pytest.raises(UserError, match="teacher teacher/cycle-01 gives logits that are not fin"):
-        teacher.log_probabilities(batches(recipe)[0])
+        teacher.outputs(batches(recipe)[0])
 
 
 def test_the_hash_is_of_what_a_teacher_says_not_of_where_it_lies(
@@ -241,7 +263,7 @@ def open_kept(digits: Path, ensemble: Ensemble, tmp_path: Path) -> Callable[...,
 def said_of(teacher: Teacher, shown: list[MicroBatch]) -> tuple[list[bytes], int]:
     """What a teacher says of micro-batches, and how many went through its members for it."""
     before = teacher.computed
-    said = [teacher.log_probabilities(batch).numpy().tobytes() for batch in shown]
+    said = [teacher.outputs(batch).numpy().tobytes() for batch in shown]
     return said, teacher.computed - before
 
 
@@ -256,6 +278,7 @@ def test_outputs_are_read_where_the_view_is_the_same_and_computed_elsewhere(
         assert said_of(open_kept(same), shown) == (first[0], 0), same
     for other in ("seed=4", "augment.flip=0.5", "data.sampling=uniform", "augment.mixup=0.5",
                   "global_batch=24", "distill.members=cycle-01", "distill.outputs=float16",
+        "distill.hint={layer: layer2}",
                   "data.image_size=64", "precision=bf16"):  # fmt: skip
         assert said_of(open_kept(other), shown[:1])[1] == 1, other
     assert said_of(open_kept("distill.cache_gb=0"), shown) == first

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.distill import Distill
 from bigbatch.configs.losses import CrossEntropy
-from bigbatch.trainers.losses.build import build_loss, build_objective
+from bigbatch.trainers.losses.build import build_loss, build_student_objective
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Distill)
 ROWS, CLASSES = 9, 5
@@ -29,8 +29,8 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(config: Any, logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
-    objective = build_objective(CrossEntropy(), config)
-    return objective(nn.Identity(), logits, torch.stack([labels, taught], 1))
+    objective = build_student_objective(CrossEntropy(), config, nn.Identity())
+    return objective(nn.Identity(), logits, torch.cat([labels, taught], 1))
 
 
 def soft(logits: np.ndarray, taught: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
