@@ -1,7 +1,7 @@
 """Everything that a run is built from, put together once from its recipe."""
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -64,12 +64,6 @@ class Job:
             return images, targets
         return images, torch.cat([targets, self.teacher.outputs(batch)], 1)
 
-    @property
-    def _decoded_view(self) -> View:
-        """The one for which images are decoded: of the student and its teachers the largest."""
-        views = [] if self.teacher is None else self.teacher.views
-        return max((self.augmenter.view, *views), key=lambda view: view.out)
-
     def batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of steps `start` to `stop`."""
         rank, world = self.engine.rank, self.engine.world
@@ -79,7 +73,9 @@ class Job:
     def _batches(
         self, start: int, stop: int, rank: int, world: int, journal: Path | None
     ) -> Iterator[MicroBatch]:
-        recipe, view = self.recipe, self._decoded_view
+        recipe, view = self.recipe, self.augmenter.view
+        if self.teacher is not None:
+            view = replace(view, out=self.teacher.decoded_size)
         plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
         return training_batches(recipe, self.inputs, plan, view, self.engine.device, journal)
 

@@ -3,14 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import create_run
-from bigbatch.trainers.job import check_same_data
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.data.batch import Decoding
+from bigbatch.data.geometry import View
+from bigbatch.trainers.job import Job, check_same_data
 from bigbatch.trainers.planning.inputs import open_inputs
 from tests.helpers.ranks import end_ranks
 
@@ -35,6 +38,32 @@ def test_a_split_that_one_machine_lacks_is_named(digits: Path) -> None:
     engine.from_main = lambda value: {role: index.hash for role, index in splits.items()}
     with pytest.raises(UserError, match=r"digits/test has index \w{16} here, rank 0 has none"):
         check_same_data(whole, engine)
+
+
+@pytest.mark.parametrize(("teacher", "size"), [(None, 32), (48, 48), (32, 32)])
+def test_images_are_decoded_for_the_largest_of_student_and_teacher(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, teacher: int | None, size: int
+) -> None:
+    """Of the same crops: a view's boxes do not depend on its size."""
+    made: list[Decoding] = []
+    monkeypatch.setattr(
+        "bigbatch.trainers.job.train_batches", lambda *parts: iter(made.append(parts[-1]) or ())
+    )
+    recipe = load_recipe("digits", [f"data.path={digits}", "augment.crop={}"])
+    view = View(32, 1.0, recipe.augment.crop, seed=recipe.seed)
+    nothing: Any = SimpleNamespace()
+    cpu = SimpleNamespace(rank=0, world=1, device=SimpleNamespace(type="cpu"))
+    job = Job(
+        RunDir(Path("none")), recipe, cast(Any, cpu), open_inputs(recipe), nothing, nothing,
+        cast(Any, SimpleNamespace(view=view)), nothing, nothing,
+        None if teacher is None else cast(Any, SimpleNamespace(decoded_size=teacher)),
+    )  # fmt: skip
+    assert list(job.batches(0, 1)) == []
+    (decoding,) = made
+    assert decoding.view is not None
+    assert (decoding.image_size, decoding.view.out) == (size, size)
+    sizes = np.array([[8, 8], [30, 20]])
+    np.testing.assert_array_equal(decoding.view.boxes(sizes, 3, 1), view.boxes(sizes, 3, 1))
 
 
 @pytest.mark.slow

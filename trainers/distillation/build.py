@@ -82,19 +82,17 @@ def check_teacher(ensemble: Ensemble, recipe: Recipe, classes: tuple[str, ...]) 
     )
 
 
-def view_of(
-    recipe: Recipe, teacher: Teacher, order_hash: str, decoded: int, device: str
-) -> dict[str, Any]:
+def view_of(recipe: Recipe, teacher: Teacher, order_hash: str, device: str) -> dict[str, Any]:
     """All that a teacher's outputs follow from, beside (step, micro-batch).
 
     Machines and versions round otherwise, as they do in training; kinds of device also crop in
-    another way. `decoded` is the size that images are decoded for.
+    another way.
     """
     return {
         "format": _FORMAT,
         "teacher": teacher.hash,
         "order": order_hash,
-        "decoded_for": decoded,
+        "decoded_for": teacher.decoded_size,
         "device": device,
         "outputs": teacher.kind,
         "hint": teacher.hint,
@@ -113,8 +111,7 @@ def _keep(
             notice("the teacher's outputs are not kept: data.stream draws other samples each time")
         return None
     folder = Path(distill.cache) if distill.cache is not None else runs / ".teacher-outputs"
-    decoded = max(recipe.data.image_size, *(view.out for view in teacher.views))
-    view = view_of(recipe, teacher, inputs.order.hash, decoded, engine.device.type)
+    view = view_of(recipe, teacher, inputs.order.hash, engine.device.type)
     rows, width, total = recipe.micro_batch, teacher.width, inputs.plan.total
     step_bytes = recipe.micro_batches * record_size(rows, width, distill.outputs)
     limit = int(distill.cache_gb * 1e9)

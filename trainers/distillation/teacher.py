@@ -20,7 +20,6 @@ from bigbatch.configs.notices import notice
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
-from bigbatch.data.geometry import View
 from bigbatch.trainers.distillation.kept import KeptOutputs, OutputType
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.folder import Ensemble
@@ -45,7 +44,8 @@ class Teacher:
 
     `hint` is a layer of each member, and the grid to which its attention is averaged. `hash` is
     over all that decides what members say; outputs, of `width` numbers an image, are rounded to
-    `kind`. `computed` counts the micro-batches that went through the members; the others were read.
+    `kind`. Images have to be decoded for models of `decoded_size`, so that nobody lacks pixels.
+    `computed` counts the micro-batches that went through the members; the others were read.
     Members are loaded at the first one.
     """
 
@@ -62,6 +62,8 @@ class Teacher:
         self.kind = kind
         self.hint = hint
         self.width = len(ensemble.classes) + (hint[1] ** 2 if hint is not None else 0)
+        sizes = [member.recipe.data.image_size for member in ensemble.members]
+        self.decoded_size = max(recipe.data.image_size, *sizes)
         self.computed = 0
         self._engine = engine
         self._kept: KeptOutputs | None = None
@@ -88,11 +90,6 @@ class Teacher:
             )
             for (size, mean, std, order), places in alike.items()
         ]
-
-    @property
-    def views(self) -> list[View]:
-        """What members see of each image; decoding has to leave enough pixels for all."""
-        return [alike.augmenter.view for alike in self._alike]
 
     def described(self) -> dict[str, Any]:
         """Who teaches, as plain values for the run's record."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigbatch.configs.data import Data
+from bigbatch.configs.distill import Distill
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import Index, open_index
@@ -48,7 +49,7 @@ def open_inputs(
     """
     data, root = recipe.data, Path(recipe.data.path)
     if recipe.distill is not None:
-        see_teacher(Path(recipe.distill.teacher))
+        see_teacher(recipe.distill)
     if not is_url(data.path) and not os.path.isdir(root):
         source = "digits" if root.name == "digits" else "SOURCE"
         raise UserError(
@@ -79,9 +80,16 @@ def open_inputs(
     return Inputs(splits, order, epoch_samples, plan, schedule, tuple(notes))
 
 
-def see_teacher(path: Path) -> None:
+def see_teacher(distill: Distill) -> None:
     """Raise UserError where no teacher can be: what it is made of is looked at by who loads it."""
-    if not any((path / name).is_file() for name in ("recipe.yaml", "ensemble.json")):
+    path = Path(distill.teacher)
+    if (path / "ensemble.json").is_file():
+        if distill.members != "auto":
+            raise UserError(
+                f"distill.members = {distill.members}, but {path} is an ensemble, and its members "
+                "are fixed; leave it at auto, or name a run"
+            )
+    elif not (path / "recipe.yaml").is_file():
         raise UserError(
             f"distill.teacher = {path} is neither a run (it holds no recipe.yaml) nor an ensemble "
             f"(no ensemble.json) here ({Path.cwd()}); name the directory of one"

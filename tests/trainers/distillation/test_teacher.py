@@ -227,6 +227,11 @@ def test_a_teacher_that_is_not_there_or_differs_between_ranks_is_refused(
     teacher = ensemble.members[0].weights.parents[2]
     with pytest.raises(UserError, match=r"distill\.teacher = .*nobody is neither a run"):
         open_inputs(student(digits, f"distill.teacher={tmp_path / 'nobody'}"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "ensemble.json").write_text("{}")
+    taught = f"distill={{teacher: {tmp_path / 'folder'}, members: all}}"
+    with pytest.raises(UserError, match=r"members = all, but .*folder is an ensemble, and its"):
+        open_inputs(student(digits, taught))
     recipe = student(digits, f"distill.teacher={teacher}", "distill.cache_gb=0")
     inputs = open_inputs(recipe)
     engine: Any = SimpleNamespace(from_main=lambda value: "0" * 32, device=torch.device("cpu"))
@@ -237,7 +242,7 @@ def test_a_teacher_that_is_not_there_or_differs_between_ranks_is_refused(
     opened = open_teacher(recipe, inputs, engine, tmp_path)
     assert opened is not None
     assert opened.hash == teacher_hash(ensemble)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / ".teacher-outputs").exists()
     with pytest.raises(UserError, match="has no member 'cycle-09'"):
         open_teacher(
             student(digits, f"distill.teacher={teacher}", "distill.members=cycle-09"),
