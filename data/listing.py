@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import (
+    MAX_UNNAMED,
     Index,
     ShardFile,
     find_shards,
@@ -58,11 +59,12 @@ def open_listing(source: str, classes: Sequence[str], workers: int = 1) -> Listi
         return _indexed(open_remote(remote_at(source, None, 100.0)), classes)
     path = Path(source)
     if path.is_dir():
-        if (path / "index").is_dir():
+        tars = any(is_shard(entry.name) for entry in path.iterdir())
+        if _has_index(path) or (tars and (path / "index").is_dir()):
             return _indexed(open_index(path), classes)
-        if any(is_shard(entry.name) for entry in path.iterdir()):
-            return _tars(path, find_shards(path), classes, workers)
-        if splits := [entry.name for entry in sorted(path.iterdir()) if (entry / "index").is_dir()]:
+        if tars:
+            return _tars(path, files := find_shards(path), classes, workers, _beside(path, files))
+        if splits := [entry.name for entry in sorted(path.iterdir()) if _has_index(entry)]:
             raise UserError(
                 f"{path} holds the splits {', '.join(splits)}; give one of them, such as "
                 f"{path / splits[0]}"
@@ -83,6 +85,25 @@ def open_listing(source: str, classes: Sequence[str], workers: int = 1) -> Listi
         f"{path} is neither an image, a .tar, nor a .txt file that lists images; give one of "
         "these, or a folder"
     )
+
+
+def _has_index(path: Path) -> bool:
+    """A folder named index alone may hold the images of a class."""
+    return (path / "index" / "manifest.json").is_file()
+
+
+def _beside(root: Path, files: Sequence[Path]) -> list[str]:
+    """What a folder of archives holds that is not read: images beside them, and other archives."""
+    tree = walk(root)
+    read = {file.name for file in files}
+    others = [p for p in tree.files if is_shard(p.rpartition("/")[2]) and p not in read]
+    kinds = (("images beside its archives", images_of(tree)), ("archives below it", others))
+    return [
+        f"{root}: {len(paths):,} {what} are passed over, such as {printable(paths[0])}; give "
+        "their folder, or list them"
+        for what, paths in kinds
+        if paths
+    ]
 
 
 def _indexed(index: Index, classes: Sequence[str]) -> Listing:
@@ -116,24 +137,29 @@ def _by_name(
             f"({', '.join(map(printable, lost[:3]))}{', ...' if len(lost) > 3 else ''}); their "
             f"{int(((found < 0) & (labels >= 0)).sum()):,} images have no target"
         )
-    else:
+    elif not np.array_equal(found, labels):
         notes.append(f"{place} numbers its classes in another way; labels go by their names")
     return found
 
 
-def _tars(root: Path, files: list[Path], classes: Sequence[str], workers: int) -> Listing:
+def _tars(
+    root: Path,
+    files: list[Path],
+    classes: Sequence[str],
+    workers: int,
+    beside: Sequence[str] = (),
+) -> Listing:
     scans = scan_shards(files, workers, unlabelled=True)
-    notes = [f"{root}: {n:,} {what}" for what, n in members_passed_over(scans).items()]
+    notes = [*beside] + [f"{root}: {n:,} {what}" for what, n in members_passed_over(scans).items()]
     named = read_classes(root)
     shard = np.repeat(np.arange(len(scans)), [len(scan.keys) for scan in scans])
     label = np.array([label for scan in scans for label in scan.labels], np.int32)
+    most = int(label.max(initial=-1))
+    if most >= (MAX_UNNAMED if named is None else len(named)):
+        told = f"{MAX_UNNAMED:,} classes without a" if named is None else f"{len(named):,} in its"
+        raise UserError(f"{root} has label {most}, beyond {told} classes.txt; give each a line")
     if named is None:  # numbers are then their own names, as `bigbatch index` has it
-        named = tuple(map(str, range(int(label.max(initial=-1)) + 1)))
-    elif int(label.max(initial=-1)) >= len(named):
-        raise UserError(
-            f"{root} has label {label.max()}, but its classes.txt names {len(named):,} classes; "
-            "give each class a line"
-        )
+        named = tuple(map(str, range(most + 1)))
     keys = [key for scan in scans for key in scan.keys]
     if len(set(keys)) < len(keys):
         keys = [f"{files[s].name}/{key}" for s, key in zip(shard, keys, strict=True)]

@@ -161,3 +161,32 @@ def test_every_batch_size_gives_every_image_once(tmp_path: Path) -> None:
     assert len(expected) == 11
     for batch in range(1, 11):
         assert read(listing, batch) == expected
+
+
+def test_what_lies_beside_archives_is_said(tmp_path: Path) -> None:
+    pack(tmp_path / "0.tar", ("a.png", picture(1)))
+    assert open_listing(str(tmp_path), CLASSES).notes == []
+    write(tmp_path, "beside.png", "below/c.png")
+    pack(tmp_path / "below" / "1.tar", ("d.png", picture(4)))
+    images, archives = open_listing(str(tmp_path), CLASSES).notes
+    assert "2 images beside its archives are passed over, such as below/c.png" in images
+    assert "1 archives below it are passed over, such as below/1.tar" in archives
+    assert open_listing(str(tmp_path / "0.tar"), CLASSES).notes == []
+
+
+def test_a_class_may_be_named_index(tmp_path: Path) -> None:
+    write(tmp_path, "index/a.png", "thumb/b.png")
+    assert open_listing(str(tmp_path), ("index", "thumb")).index.label.tolist() == [0, 1]
+    write(tmp_path / "left", "index/a.png")
+    assert len(open_listing(str(tmp_path), ("index", "thumb")).keys) == 3
+
+
+def test_a_label_beyond_all_classes_is_refused_before_memory_is_spent_on_names(
+    tmp_path: Path,
+) -> None:
+    pack(tmp_path / "0.tar", ("a.png", picture(1)), ("a.cls", b"2000000000"))
+    with pytest.raises(UserError, match="label 2000000000, beyond 1,048,576 classes without a"):
+        open_listing(str(tmp_path), CLASSES)
+    (tmp_path / "classes.txt").write_text("dog\nowl\n")
+    with pytest.raises(UserError, match=r"label 2000000000, beyond 2 in its classes\.txt"):
+        open_listing(str(tmp_path), CLASSES)
