@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.geometry import View
@@ -199,7 +200,7 @@ def _ask(process: "subprocess.Popen[bytes]", pixels: np.ndarray) -> bytes:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(json.dumps(pixels.shape).encode() + b"\n" + pixels.tobytes())
+        process.stdin.write(to_json(list(pixels.shape)).encode() + b"\n" + pixels.tobytes())
         process.stdin.flush()
         return process.stdout.readline()
     except BrokenPipeError:

@@ -1,11 +1,11 @@
 """What an evaluation costs: operations, parameters, time and memory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bigbatch.configs.files import to_json
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.monitoring.flops import forward_flops
 
@@ -20,7 +20,7 @@ def cost_of(forward: Forward, images: int, seconds: float) -> dict[str, Any]:
     flops: list[int | None] = []
     for member in forward.members:
         recipe = member.recipe
-        key = json.dumps([recipe.model.model_dump(), recipe.data.image_size])
+        key = to_json([recipe.model.model_dump(), recipe.data.image_size])
         if key not in counted:
             counted[key] = forward_flops(recipe, forward.classes)
         flops.append(counted[key])
