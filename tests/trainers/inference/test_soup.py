@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import BatchPlan
 from bigbatch.data.index import open_index
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.folder import open_ensemble, read_record
@@ -21,6 +22,9 @@ from bigbatch.trainers.evaluation.metrics import score, softmax
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference import soup
 from bigbatch.trainers.inference.soup import check_alike, make_soup
+from bigbatch.trainers.job import training_batches
+from bigbatch.trainers.models.batch_stats import averaged_layers
+from bigbatch.trainers.planning.inputs import open_inputs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import untrained_run
 
@@ -92,12 +96,14 @@ def test_from_the_command_to_a_folder_of_one_model(
 
 
 def test_a_uniform_soup_is_the_mean_with_statistics_of_its_own(
-    engine: Engine, run: RunDir, digits: Path, tmp_path: Path
+    engine: Engine, run: RunDir, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--source", str(digits / "val"), "--out", str(tmp_path / "e1")]
-    options += ["--members", "cycle-01,cycle-02"]
-    assert entry.main(["ensemble", str(run.path), "--soup", "uniform", *options]) == 0
-    one = load_file(tmp_path / "e1/members/00.safetensors")
+    monkeypatch.setattr(soup, "_IMAGES", 60)
+    monkeypatch.setattr(soup, "_SETTLING", 180)
+    index = open_index(digits / "val")
+    member, record = make_soup(engine, find_members(run)[:2], "uniform", index, tmp_path)
+    assert record["barriers"][0]["images"] == 60
+    one = load_file(member.weights)
     each = [load_file(member.weights) for member in find_members(run)[:2]]
     for key, value in one.items():
         mean = torch.stack([weights[key].double() for weights in each]).mean(0)
@@ -105,13 +111,23 @@ def test_a_uniform_soup_is_the_mean_with_statistics_of_its_own(
             assert not torch.allclose(value, mean.float())
         elif value.is_floating_point():
             torch.testing.assert_close(value, mean.float(), rtol=1e-6, atol=0)
-    # The statistics are those of the weights: such a model is no worse than one with the mean's.
-    member = open_ensemble([tmp_path / "e1"]).members[0]
-    stale = member.build()
-    state = {key: torch.stack([w[key].double() for w in each]).mean(0) for key in one}
-    stale.load_state_dict({key: value.to(one[key].dtype) for key, value in state.items()})
-    fresh = scores_of(engine, member, member.build(), digits)
-    assert fresh["nll"] < scores_of(engine, member, stale, digits)["nll"]
+    # What the first normalisation sees of the training images, by the weights of the soup.
+    model, recipe, seen = member.build(), member.recipe, []
+    name, first = averaged_layers(model)[0]
+    first.register_forward_pre_hook(
+        lambda layer, inputs: seen.append(inputs[0].double().mean((0, 2, 3)))
+    )
+    augmenter = Augmenter(
+        recipe.augment, image_size=32, crop_fraction=1.0, classes=10, seed=recipe.seed,
+        device=engine.device,
+    )  # fmt: skip
+    inputs = open_inputs(recipe)
+    plan = BatchPlan(3 * 64, 64, 0, 1, 0, 1)  # 180 images, in whole micro-batches
+    with torch.inference_mode():
+        for batch in training_batches(recipe, inputs, plan, augmenter.view, engine.device):
+            model(augmenter.train(batch)[0])
+    assert len(seen) == 3
+    torch.testing.assert_close(one[f"{name}.running_mean"], torch.stack(seen).mean(0).float())
 
 
 def test_a_barrier_is_what_the_line_says(
@@ -120,7 +136,7 @@ def test_a_barrier_is_what_the_line_says(
     """Of a model without running statistics, and a split that is small enough to be seen whole."""
     said: list[str] = []
     _, record = make_soup(
-        engine, vit, "greedy", open_index(digits / "val"), tmp_path, say=said.append
+        engine, vit[:2], "greedy", open_index(digits / "val"), tmp_path, say=said.append
     )
     alone = {m["name"]: m["accuracy"] for m in record["members"]}
     states = {m.name: load_file(m.weights) for m in vit}
@@ -137,12 +153,13 @@ def test_a_barrier_is_what_the_line_says(
         assert row["height"] == pytest.approx(max(0, above.max()), abs=1e-5)
         assert alone[row["from"]] >= alone[row["to"]]
     assert said[0].startswith("loss barriers to v/cycle-0")
-    assert sum(line.startswith("soup ") for line in said) == 3
+    assert sum(line.startswith("soup ") for line in said) == 2
 
 
 def test_a_soup_of_equal_members_is_that_member(
-    engine: Engine, vit: list[Member], digits: Path, tmp_path: Path
+    engine: Engine, vit: list[Member], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(soup, "_IMAGES", 30)
     twins = [vit[0], Member("twin", vit[0].weights, vit[0].recipe, CLASSES)]
     for kind in ("greedy", "uniform"):
         made, record = make_soup(engine, twins, kind, open_index(digits / "val"), tmp_path)
