@@ -26,6 +26,7 @@ from bigbatch.trainers.models.build import choose_memory_format
 
 # Below this many images a rank decodes them itself, faster than workers could start.
 _FEW_IMAGES = 2000
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by a recipe's precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +55,10 @@ class Forward:
     """Members on this rank's device. Batch b of an index goes to rank b % world.
 
     Members that look at images alike share their decoding, their copy to the device and their
-    crops; mean and std are each member's own. `tta` names the looks that are taken of an image
-    (looks.py), and with `mc_dropout` as many passes are made of each look, in which members drop
-    at random (dropout.py); their probabilities are averaged. A batch's logits depend on neither
-    the rank that computes them nor the batches before.
+    crops; mean, std and precision are each member's own. `tta` names the looks that are taken of
+    an image (looks.py), and with `mc_dropout` as many passes are made of each look, in which
+    members drop at random (dropout.py); their probabilities are averaged. A batch's logits depend
+    on neither the rank that computes them nor the batches before.
     """
 
     def __init__(
@@ -94,6 +95,11 @@ class Forward:
 
     def _load(self, member: Member) -> _Loaded:
         recipe, device = member.recipe, self.engine.device
+        if recipe.precision == "fp16" and device.type == "cpu":
+            raise UserError(
+                f"member {member.name}: precision = fp16 needs a GPU; leave it out with --members, "
+                "or start on a machine that has one"
+            )
         memory_format = choose_memory_format(recipe.model, device)
         model = member.build().to(device).to(memory_format=memory_format)
         if self.mc_dropout:
@@ -135,6 +141,13 @@ class Forward:
             )
         for batches in zip(*streams, strict=True):
             first = batches[0]
+            for batch in batches:  # decoded once for each size that is seen
+                if not np.array_equal(batch.samples, first.samples):
+                    odd = int(np.setxor1d(batch.samples, first.samples)[0])
+                    raise UserError(
+                        f"sample {odd:,} of {index.place} could be read once and not again; the "
+                        "disk or the file is changing: start again"
+                    )
             logits = np.empty((len(self.members), len(first.samples), self.classes), np.float32)
             if len(first.samples):
                 with torch.inference_mode():
@@ -167,9 +180,10 @@ class Forward:
     def _forward(self, loaded: _Loaded, images: Tensor, batch: int, look: int) -> list[Tensor]:
         """Logits [n, C] of a look at a batch, of each pass."""
         images = loaded.augmenter.normalise(images)
+        dtype = _REDUCED.get(loaded.member.recipe.precision)
 
         def once() -> Tensor:
-            with self.engine.autocast():
+            with torch.autocast(self.engine.device.type, dtype, enabled=dtype is not None):
                 logits: Tensor = loaded.model(images)
             return logits.float()
 
@@ -204,7 +218,7 @@ class Forward:
         rows = [o.logits.swapaxes(0, 1).reshape(-1, members * classes) for o in found]
         flat = np.concatenate([np.zeros((0, members * classes), np.float32), *rows])
         batches = -(-len(index) // self.batch)
-        capacity = -(-batches // self.engine.world) * self.batch
+        capacity = min(len(index), -(-batches // self.engine.world) * self.batch)
         on_device = torch.from_numpy(flat).to(self.engine.device)
         parts = self.engine.gather_rows(on_device, capacity)
         if parts is None:

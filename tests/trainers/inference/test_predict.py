@@ -1,7 +1,10 @@
 """Predictions: every image exactly once, whatever the batch and the number of ranks."""
 
 import json
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +19,14 @@ from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.geometry import View
 from bigbatch.data.index import open_index
 from bigbatch.data.listing import open_listing
+from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
 from bigbatch.trainers.ensemble.members import Member, find_members
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import softmax
+from bigbatch.trainers.inference import forward as forward_module
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.looks import TTA, check_tta, looks_of
 from bigbatch.trainers.inference.predict import predict
@@ -52,7 +57,7 @@ def ensemble(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ensemble
     return open_ensemble([run.path for run in runs])
 
 
-def own_logits(engine: Engine, member: Member, digits: Path) -> np.ndarray:
+def own_logits(engine: Any, member: Member, digits: Path) -> np.ndarray:
     """As the run itself evaluates a member."""
     recipe = member.recipe
     augmenter = Augmenter(
@@ -77,6 +82,42 @@ def test_members_together_give_the_logits_that_each_gives_in_its_own_run(
     for own, member in zip(found, ensemble.members, strict=True):
         assert np.array_equal(own, own_logits(engine, member, digits)), member.name
     assert len({own.tobytes() for own in found}) == 4
+
+
+def test_each_member_computes_in_the_precision_of_its_recipe(
+    engine: Engine, ensemble: Ensemble, digits: Path, tmp_path: Path
+) -> None:
+    run = untrained_run(tmp_path / "half", digits, CLASSES, ["precision=bf16"], 1)
+    half, single = find_members(run)[0], ensemble.members[0]
+    index = open_index(digits / "val")
+    found = Forward(engine, [single, half]).logits(index)
+    assert found is not None
+    in_bf16 = SimpleNamespace(
+        rank=0,
+        world=1,
+        device=engine.device,
+        autocast=lambda: torch.autocast(engine.device.type, torch.bfloat16),
+        gather_rows=engine.gather_rows,
+    )
+    assert np.array_equal(found[0], own_logits(engine, single, digits))
+    assert np.array_equal(found[1], own_logits(in_bf16, half, digits))
+    assert not np.array_equal(found[1], own_logits(engine, half, digits))
+
+
+def test_what_one_size_could_read_and_another_not_is_no_batch_of_two_halves(
+    engine: Engine, ensemble: Ensemble, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails now and then: rows of different images must not stand side by side."""
+    calls = count()
+
+    def failing(*args: Any, **options: Any) -> Any:
+        number = next(calls)
+        for batch in eval_batches(*args, **options):
+            yield replace(batch, samples=batch.samples[1:]) if number == 1 else batch
+
+    monkeypatch.setattr(forward_module, "eval_batches", failing)
+    with pytest.raises(UserError, match=r"sample 0 of .* could be read once and not again"):
+        list(Forward(engine, ensemble.members).outputs(open_index(digits / "val")))
 
 
 def write(
