@@ -57,14 +57,19 @@ def open_ensemble(paths: Sequence[Path], choice: str = "auto") -> Ensemble:
 
 def _named_apart(members: Sequence[Member]) -> list[Member]:
     """Members of runs of one name in different folders, each under a name of its own."""
+    files: dict[Path, str] = {}  # a link to a run has a name of its own, and no other weights
+    for member in members:
+        file = member.weights.resolve()
+        if file in files:
+            names = " and ".join(sorted({member.name, files[file]}))
+            raise UserError(f"member {names} is given twice; give each run once")
+        files[file] = member.name
     counts = Counter(member.name for member in members)
     seen = Counter[str]()
     named: list[Member] = []
     for member in members:
         if counts[member.name] > 1:
             seen[member.name] += 1
-            if any(member.weights.samefile(other.weights) for other in named):
-                raise UserError(f"member {member.name} is given twice; give each run once")
             member = replace(member, name=f"{member.name}#{seen[member.name]}")
         named.append(member)
     return named
@@ -100,7 +105,7 @@ def write_ensemble(
         write_atomically(temporary / ENSEMBLE, to_json(content, indent=1) + "\n")
         sync(temporary)
         temporary.rename(folder)
-    except OSError:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(folder.parent)

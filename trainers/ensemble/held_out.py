@@ -43,7 +43,10 @@ class _Samples:
                              f"0 to {classes - 1}")  # fmt: skip
         key, times = Counter(self.keys).most_common(1)[0] if samples else ("", 1)
         if times > 1:
-            raise ValueError(f"sample {key!r} is there {times} times")
+            raise UserError(
+                f"sample {key!r} is {times} times in {self.split!r}, and would both decide and be "
+                "judged; shard anew so that each is there once"
+            )
 
     def of_members(self, members: Sequence[int]) -> Self:
         """The same samples, of these members alone."""

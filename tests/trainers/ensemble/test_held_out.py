@@ -85,7 +85,7 @@ LOGITS, LABELS, KEYS = np.zeros((2, 3, 4), np.float32), np.array([0, 1, 3]), ["a
         (LOGITS, LABELS, KEYS[:2], "2 keys do not belong together"),
         (LOGITS, LABELS + 1, KEYS, "labels 1 to 4; they must be 0 to 3"),
         (LOGITS, LABELS - 1, KEYS, "labels -1 to 2"),
-        (LOGITS, LABELS, ["a", "b", "a"], "'a' is there 2 times"),
+        (LOGITS, LABELS, ["a", "b", "a"], "'a' is 2 times in 'val'"),
     ],
 )
 def test_what_cannot_belong_together_is_refused(logits, labels, keys, said):

@@ -173,3 +173,10 @@ def test_a_damaged_folder_is_one_message(run: RunDir, tmp_path: Path) -> None:
     weights.write_bytes(b"")
     with pytest.raises(UserError, match="member a/cycle-02 of"):
         open_ensemble([folder])
+
+
+def test_a_link_to_a_run_is_that_run(run: RunDir, tmp_path: Path) -> None:
+    link = tmp_path / "other"
+    link.symlink_to(run.path)
+    with pytest.raises(UserError, match="is given twice; give each run once"):
+        open_ensemble([run.path, link])
