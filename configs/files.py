@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 
 
@@ -28,6 +29,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError where no file or folder could be made at `path`, before work is done for it.
+
+    Folders above it that are missing could be made too. Nothing is written.
+    """
+    whole = path.absolute()
+    there = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UserError(f"--out {path}: {there} is no folder; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path}: {there} may not be written to; choose another --out")
 
 
 def sync(path: Path) -> None:

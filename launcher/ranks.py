@@ -14,6 +14,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.launcher.env import Peers, default_nproc, start_variables
 from bigbatch.launcher.launchers import python
 
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.05
 _GRACE_S = 10.0  # that ranks have to end by themselves once one has failed
 
@@ -37,6 +38,8 @@ def run_ranks(
     count = nproc or default_nproc(os.environ)
     variables = start_variables(count, 1, None, os.environ)
     if count == 1:
+        for name in _OF_A_RANK:  # left over from another launch
+            os.environ.pop(name, None)
         _become(command, variables)
     sys.exit(_run(command, count, variables))
 

@@ -1,5 +1,6 @@
 """Commands for what comes after training: scores of a split, and predictions."""
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,16 @@ def _shared(function: Any) -> Any:
         options.as_json,
     ):
         function = option(function)
-    return function
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        from bigbatch.launcher.env import find_peers
+        from bigbatch.launcher.start import one_voice
+
+        with one_voice(find_peers(os.environ)):
+            function(**given)
+
+    return command
 
 
 _mc_dropout = click.option(
@@ -81,7 +91,8 @@ def evaluate(
     """
     paths = _find(models, runs_folder)
     source = _source(paths[0], data, split)
-    out = out or paths[0] / "evaluations" / Path(source).name
+    out = out or paths[0] / "evaluations" / Path(source).absolute().name
+    _say_other_data(paths, data, source)
     _start(
         "evaluate", paths, source, out, members=members, tta=tta, batch=batch, nproc=nproc,
         as_json=as_json, more=_passes(mc_dropout),
@@ -123,7 +134,7 @@ def predict(
 
     if out.suffix not in (".parquet", ".csv"):
         raise UserError(f"--out {out}: the name must end in .parquet or .csv")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; choose another --out, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out.parent} is no folder; make it, or choose another --out")
@@ -197,13 +208,18 @@ def ensemble(
     """
     from bigbatch.configs.errors import UserError
 
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; choose another --out")
+    if not 0 <= margin <= 1:  # NaN is no number that click refuses
+        raise UserError(f"--margin {margin}: it is a difference of accuracies, from 0 to 1")
+    if coverage is not None and not 0 < coverage <= 1:
+        raise UserError(f"--coverage {coverage}: it is a share of samples, above 0, at most 1")
     paths = _find(models, runs_folder)
     recipe = _data(paths[0])
     root = (data or recipe.path).rstrip("/")
     source = f"{root}/{fit or recipe.val}"
-    test = split or (recipe.test if (Path(root) / str(recipe.test)).exists() else None)
+    test = split or _test_split(recipe, root)
+    _say_other_data(paths, data, source)
     more = ["--combine", combine, "--margin", str(margin), "--folds", str(folds)]
     more += ["--seed", str(seed)]
     more += [] if soup is None else ["--soup", soup]
@@ -236,10 +252,34 @@ def _source(path: Path, data: str | None, split: str | None) -> str:
         return data
     recipe = _data(path)
     root = data or recipe.path
-    if split is None:
-        test = recipe.test is not None and (Path(root) / recipe.test).exists()
-        split = recipe.test if test else recipe.val
-    return f"{root.rstrip('/')}/{split}"
+    return f"{root.rstrip('/')}/{split or _test_split(recipe, root) or recipe.val}"
+
+
+def _test_split(data: "Data", root: str) -> str | None:
+    """The test split, as a run has it: the one of the usual name may be missing on this machine."""
+    from bigbatch.data.staging import is_url
+
+    usual = data.test == type(data).model_fields["test"].default
+    missing = usual and not is_url(root) and not (Path(root) / str(data.test)).exists()
+    return None if missing else data.test
+
+
+def _say_other_data(paths: Sequence[Path], data: str | None, source: str) -> None:
+    """Say where runs were trained on other data than the first, whose data all are judged on."""
+    from bigbatch.configs.notices import notice
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.start import should_report
+
+    if data is not None or not should_report(find_peers(os.environ)):
+        return
+    first, *others = ((path, _data(path)) for path in paths)
+    for path, own in others:
+        names = [(d.path, d.val, d.test) for d in (first[1], own)]
+        if names[0] != names[1]:
+            notice(
+                f"{path} was trained on {own.path}, {first[0]} on {first[1].path}, with splits "
+                f"of their own; all are judged on {source}: see that none was trained on it"
+            )
 
 
 def _data(path: Path) -> "Data":
@@ -267,11 +307,13 @@ def _start(
     as_json: bool,
     more: Sequence[str] = (),
 ) -> None:
+    from bigbatch.configs.files import check_writable
     from bigbatch.launcher.env import find_peers
     from bigbatch.launcher.ranks import run_ranks
     from bigbatch.trainers.planning.environment import check_environment
 
     check_environment(os.environ)
+    check_writable(out)
     arguments = [command, *map(str, paths), "--source", source, "--members", members, "--tta", tta]
     arguments += ["--out", str(out)]
     arguments += ["--batch", str(batch)] if batch else []
