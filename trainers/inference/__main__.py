@@ -6,21 +6,27 @@ Started once per rank, with torchrun's environment variables where there are sev
 """
 
 import argparse
+import hashlib
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import JsonValue
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.files import to_json
+from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.notices import notice
+from bigbatch.configs.redact import message
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
@@ -45,11 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     engine: Engine | None = None
     try:
+        engine = open_engine("ddp", "fp32")  # each member brings its own precision
         ensemble = open_ensemble(options.model, options.members)
-        engine = open_engine("ddp", _precision(ensemble))
-        return _COMMANDS[options.command](options, engine, ensemble)
+        found = [f"{m.name} {recipe_hash(m.recipe)}" for m in ensemble.members]
+        require_same(engine, "members", found, "wait until the run has ended, or name them")
+        status = _COMMANDS[options.command](options, engine, ensemble)
+        sys.stdout.flush()
+        return status
+    except _Stopped as stop:
+        return 128 + stop.number
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except Exception as error:
-        known = explain(error, engine, options.model[0])
+        known = _told(error, engine, options.model[0])
         if known is None:
             raise
         status, text = known
@@ -59,6 +74,49 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if engine is not None:
             engine.close()
+
+
+class _Stopped(BaseException):
+    """A signal asks this rank to end: what is temporary is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped(number)
+
+
+def _told(error: Exception, engine: Engine | None, run: Path) -> tuple[int, str | None] | None:
+    """As a rank that trains explains its end, but for the remedy of a disk that refuses."""
+    if isinstance(error, OSError) and is_refused(error):
+        speaks = engine is None or engine.should_report_error()
+        remedy = "free some space or fix the permissions, then repeat the command"
+        return 2, f"{message(error)}; {remedy}" if speaks else None
+    return explain(error, engine, run)
+
+
+def require_same(engine: Engine, what: str, found: Sequence[str], remedy: str) -> None:
+    """Raise UserError on all ranks where one has found others than rank 0. Collective.
+
+    Each rank looks for itself, and batches go to ranks by number: files that come and go meanwhile
+    would be lost, or there twice.
+    """
+    if engine.world == 1:
+        return
+    text = "\n".join(found).encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(text).hexdigest()
+    other = torch.tensor([float(engine.from_main(digest) != digest)])
+    ranks = int(engine.sum_by_name({"other": other})["other"].item())
+    if ranks:
+        raise UserError(f"{ranks} of {engine.world} ranks find other {what} than rank 0; {remedy}")
+
+
+def _listed(listing: Listing) -> list[str]:
+    index = listing.index
+    columns = [index.shard, index.offset, index.size, index.label, index.crc]
+    sums = [hashlib.sha256(column.tobytes()).hexdigest() for column in columns]
+    return [*sums, *listing.keys, *(key for key, _ in listing.unreadable)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,12 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _precision(ensemble: Ensemble) -> str:
-    """The one in which all members were trained and evaluated, else float32."""
-    found = {member.recipe.precision for member in ensemble.members}
-    return found.pop() if len(found) == 1 else "fp32"
-
-
 def _forward(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> Forward:
     for member in ensemble.members:
         check_tta(options.tta, member.recipe, member.name)
@@ -113,7 +165,7 @@ def _forward(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
 
 
 def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
-    listing = evaluation.open_labelled(options.source, ensemble.classes)
+    listing = _open_labelled(options.source, engine, ensemble)
     forward = _forward(options, engine, ensemble)
     started = time.perf_counter()
     logits = forward.logits(listing.index)
@@ -143,6 +195,12 @@ def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     return 0
 
 
+def _open_labelled(source: str, engine: Engine, ensemble: Ensemble) -> Listing:
+    listing = evaluation.open_labelled(source, ensemble.classes)
+    require_same(engine, f"images in {source}", _listed(listing), _AGAIN)
+    return listing
+
+
 def _say(notes: list[str], splits: dict[str, evaluation.Rows], lines: list[str]) -> None:
     from rich.console import Console
 
@@ -160,10 +218,10 @@ def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     if options.tta != "none" or options.mc_dropout:
         name = f"--tta {options.tta}" if options.tta != "none" else "--mc-dropout"
         raise UserError(f"{name}: an ensemble is fitted on plain looks; leave it out")
-    fit_on = evaluation.open_labelled(options.source, ensemble.classes)
+    fit_on = _open_labelled(options.source, engine, ensemble)
     report_on = None
     if options.report is not None:
-        report_on = evaluation.open_labelled(options.report, ensemble.classes)
+        report_on = _open_labelled(options.report, engine, ensemble)
     with _souped(options, engine, ensemble, fit_on) as (ensemble, souped):
         return _combined(options, engine, ensemble, fit_on, report_on, souped)
 
@@ -264,6 +322,7 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
 def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
     workers = len(os.sched_getaffinity(0))
     listing = open_listing(options.source, ensemble.classes, workers)
+    require_same(engine, f"images in {options.source}", _listed(listing), _AGAIN)
     forward = _forward(options, engine, ensemble)
     result = predict(engine, ensemble, forward, listing, options.out, features=options.features)
     if result is None:
@@ -282,11 +341,13 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
     return 0
 
 
+_AGAIN = "start again when nothing writes there"
 _COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     status = main()
-    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # as the worker does: gloo's threads may spoil Python's own way out

@@ -44,6 +44,7 @@ def save_evaluation(
 ) -> None:
     """Write the figures and the picture of the worst mistakes into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / WORST).unlink(missing_ok=True)  # of another evaluation
     drawn = draw_worst(ensemble, listing, probabilities, labels, folder / WORST)
     result["mistakes_drawn"] = drawn
     write_evaluation(folder, result)
@@ -70,7 +71,9 @@ def rows_of(statistics: dict[str, Any], name: str) -> Rows:
 def table_of(splits: dict[str, Rows]) -> Any:
     """Rows of figures by split, as a table for the terminal: 80 columns hold two splits."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     titles = ["accuracy", "95 %", "nll", "ece"] if len(splits) == 1 else ["accuracy", "nll", "ece"]
     table = Table(box=box.SIMPLE_HEAD)
@@ -78,7 +81,7 @@ def table_of(splits: dict[str, Rows]) -> Any:
     found: dict[str, list[str]] = {}
     for number, (split, rows) in enumerate(splits.items()):
         for title in titles:
-            table.add_column(f"{split}\n{title}", justify="right", no_wrap=True)
+            table.add_column(f"{escape(split)}\n{title}", justify="right", no_wrap=True)
         for name, entry in rows:
             low, high = entry["accuracy_interval"]
             texts = {"95 %": f"{low:.1%} - {high:.1%}", "accuracy": f"{entry['accuracy']:.2%}"}
@@ -86,5 +89,5 @@ def table_of(splits: dict[str, Rows]) -> Any:
             cells += [texts.get(title) or f"{entry[title]:.4f}" for title in titles]
     for name, cells in found.items():
         missing = ["-"] * (len(titles) * len(splits) - len(cells))
-        table.add_row(name, *cells, *missing, style="bold" if name == "ensemble" else "")
+        table.add_row(Text(name), *cells, *missing, style="bold" if name == "ensemble" else "")
     return table

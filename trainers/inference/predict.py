@@ -62,9 +62,11 @@ def predict(
             return join(folder, engine.world, batches, last, out)
 
         rows = engine.on_main(joined)
-    finally:
-        if engine.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # any rank: rank 0 may be the one that is gone
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     totals = engine.sum_by_name({"counts": _tensor(counts)})["counts"].tolist()
     if engine.rank != 0:
         return None

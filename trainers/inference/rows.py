@@ -14,23 +14,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.evaluation.metrics import Probabilities
 
-FORMATS = (".parquet", ".csv")
 _ROWS = 8192  # of a row group of the result
-
-
-def check_out(path: Path) -> None:
-    """Raise UserError where predictions cannot go to `path`."""
-    if path.suffix not in FORMATS:
-        raise UserError(f"--out {path}: the name must end in {' or '.join(FORMATS)}")
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another --out, or remove it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder; make it, or choose another --out")
 
 
 class Table:
@@ -140,7 +128,7 @@ def join(folder: Path, world: int, batches: int, last: pa.Table, out: Path) -> i
                 writer.write_table(_flat(table) if out.suffix == ".csv" else table)
         sync(temporary)
         temporary.rename(out)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return count

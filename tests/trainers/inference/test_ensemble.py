@@ -1,12 +1,18 @@
 """Ensembles made on one split and reported on another, and what an evaluation writes."""
 
+import errno
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
@@ -17,8 +23,9 @@ from bigbatch.trainers.ensemble.evaluations import statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, read_record, write_ensemble
 from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.inference import __main__ as entry
+from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference.ensemble import METHODS, Plan, make
-from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation
+from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation, table_of
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
@@ -221,3 +228,78 @@ def test_temperature_does_not_change_who_wins(members: Ensemble, digits: Path) -
     assert served["accuracy"] == plain["accuracy"]
     assert served["before_temperature"]["nll"] == plain["nll"]
     assert served["members"]["each"] == plain["members"]["each"]
+
+
+def test_a_new_evaluation_leaves_no_picture_of_an_older_one(
+    members: Ensemble, digits: Path, tmp_path: Path
+) -> None:
+    _, test = splits(digits)
+    labels = test.index.label.astype(np.int64)
+    save_evaluation(tmp_path, members, test, {}, np.eye(10)[(labels + 1) % 10], labels)
+    assert (tmp_path / "worst.png").exists()
+    save_evaluation(tmp_path, members, test, {}, np.eye(10)[labels], labels)
+    assert not (tmp_path / "worst.png").exists()
+
+
+def test_names_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"accuracy": 0.5, "accuracy_interval": (0.4, 0.6), "nll": 1.0, "ece": 0.1}
+    Console(width=200).print(table_of({"te[b]st": [("x[/]y", figures), ("z[red]", figures)]}))
+    said = capsys.readouterr().out
+    assert "x[/]y" in said
+    assert "z[red]" in said
+    assert "te[b]st" in said
+
+
+def test_images_in_folders_go_with_the_checksum_of_their_bytes(tmp_path: Path) -> None:
+    """val/cat/1.png and test/cat/1.png are two images, and a copy of one is the same."""
+    for number, name in enumerate(("val/cat/1.png", "test/cat/1.png", "copy/cat/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("L", (4, 4), number % 2 * 100).save(tmp_path / name)
+    Image.new("L", (4, 4), 0).save(tmp_path / "copy/cat/1.png")
+    val, test, copy = (
+        making._keys(open_labelled(str(tmp_path / name), ("cat",)))
+        for name in ("val", "test", "copy")
+    )
+    assert val == copy != test
+
+
+def test_ranks_that_find_other_members_or_images_end_together() -> None:
+    def rank(other: str | None, differing: float) -> Any:
+        return SimpleNamespace(
+            world=3,
+            from_main=lambda digest: other or digest,
+            sum_by_name=lambda parts: {k: v + differing for k, v in parts.items()},
+        )
+
+    entry.require_same(rank(None, 0), "members", ["a", "\udcff"], "start again")
+    with pytest.raises(UserError, match="1 of 3 ranks find other members than rank 0; start aga"):
+        entry.require_same(rank("another", 0), "members", ["a"], "start again")
+    with pytest.raises(UserError, match="2 of 3 ranks find other members"):  # rank 0 itself
+        entry.require_same(rank(None, 2), "members", ["a"], "start again")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "then repeat the command"),
+        (BrokenPipeError(), 1, ""),
+        (entry._Stopped(signal.SIGTERM), 143, ""),
+    ],
+)
+def test_what_ends_a_command_from_outside_keeps_its_status_without_a_traceback(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    def ends(*given: object) -> int:
+        raise error
+
+    monkeypatch.setitem(entry._COMMANDS, "evaluate", ends)
+    monkeypatch.setattr(entry.os, "dup2", lambda *files: None)
+    assert entry.main(["evaluate", str(run), "--source", "x"]) == status
+    found = capsys.readouterr().err
+    assert "bigbatch resume" not in found
+    assert said in found
