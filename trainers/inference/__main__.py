@@ -114,7 +114,7 @@ def require_same(engine: Engine, what: str, found: Sequence[str], remedy: str) -
 
 def _listed(listing: Listing) -> list[str]:
     index = listing.index
-    columns = [index.shard, index.offset, index.size, index.label, index.crc]
+    columns: list[Any] = [index.shard, index.offset, index.size, index.label, index.crc]
     sums = [hashlib.sha256(column.tobytes()).hexdigest() for column in columns]
     return [*sums, *listing.keys, *(key for key, _ in listing.unreadable)]
 
