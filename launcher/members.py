@@ -1,6 +1,7 @@
 """`bigbatch train --members K`: one recipe with K seeds, as runs of their own on this machine."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -55,6 +56,11 @@ def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[s
     going: list[Child] = []
     failed: list[RunDir] = []
     stopped, said = False, time.monotonic()
+    asked: list[int] = []  # Ctrl-C reaches the runs by itself, a signal to this process does not
+    before = {
+        number: signal.signal(number, lambda received, frame: asked.append(received))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         while going or (waiting and not stopped):
             while waiting and len(going) < at_once and not stopped:
@@ -62,6 +68,11 @@ def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[s
                 say(f"{run.path} starts")
                 going.append(Child(run, nproc, threads=threads))
             time.sleep(_POLL_S)
+            if asked:
+                asked.clear()
+                stopped = True
+                for child in going:
+                    child.stop()
             for child in [child for child in going if child.poll() is not None]:
                 going.remove(child)
                 status = child.poll()
@@ -79,6 +90,8 @@ def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[s
     finally:
         for child in going:
             child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if stopped:
         say("stopped and saved; the same command goes on")
         return SAVED

@@ -1,7 +1,9 @@
 """One recipe trained with several seeds, as runs of their own."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,9 @@ class FakeChild:
     def wait(self) -> int:
         return self.statuses[self.run.name]
 
+    def stop(self) -> None:
+        raise AssertionError("nobody asked for that")
+
 
 @pytest.mark.parametrize(
     ("statuses", "expected"),
@@ -84,6 +89,39 @@ def test_statuses(
         assert any("a-1 ended with status 1" in text for text in said)
     if expected == SAVED:
         assert "the same command goes on" in said[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_this_process_alone_reaches_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    runs = member_runs(tmp_path / "a", member_recipes(load_recipe("digits", []), 3))
+    started: list[str] = []
+
+    class Endless:
+        status: int | None = None
+
+        def __init__(self, run: RunDir, nproc: int, threads: int | None = None) -> None:
+            self.run = run
+            started.append(run.name)
+
+        def poll(self) -> int | None:
+            if self.run.name == "a-1" and self.status is None:
+                os.kill(os.getpid(), number)
+            return self.status
+
+        def stop(self) -> None:
+            self.status = SAVED
+
+    monkeypatch.setattr(members, "Child", Endless)
+    monkeypatch.setattr(members, "_POLL_S", 0.0)
+    handler = signal.getsignal(number)
+    signal.signal(number, lambda received, frame: pytest.fail("this process would have ended"))
+    try:
+        assert train_members(runs, 1, 2, lambda text: None) == SAVED
+    finally:
+        signal.signal(number, handler)
+    assert started == ["a-0", "a-1"]
 
 
 def test_what_is_finished_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
