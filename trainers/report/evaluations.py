@@ -22,7 +22,7 @@ def _shown(folder: Path, prefix: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         where = f"{folder.parent.name}/{folder.name}/{EVALUATION}"
-        return {"problem": f"{where} cannot be read: {reason}; `bigbatch evaluate` writes it anew"}
+        return {"problem": f"{where} cannot be read: {reason}; bigbatch evaluate writes it anew"}
     return {
         "problem": None,
         "name": folder.name,

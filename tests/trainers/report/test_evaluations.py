@@ -38,7 +38,7 @@ def test_every_figure_and_picture_of_each_split(run: RunDir) -> None:
     assert len([r for r in page.references if r.startswith("data:image/png")]) == 2
     low, high = WHOLE["accuracy_interval"]
     for wanted in (
-        f'<td>ensemble at temperature 0.8</td><td class="n">{WHOLE["accuracy"]:.2%}</td>',
+        f'>ensemble at temperature 0.8</td><td class="n">{WHOLE["accuracy"]:.2%}</td>',
         f"{100 * low:.1f} to {100 * high:.1f}%",
         f"{WHOLE['before_temperature']['ece']:.4f}",
         f"{WHOLE['members']['each'][2]['brier']:.4f}",
@@ -59,7 +59,7 @@ def test_one_model_is_called_by_its_name(run: RunDir) -> None:
     alone = {"members": None, "member_names": ["digits/soup"], "top5": None, "top5_interval": None}
     with_evaluation(run, **alone, temperature=None, before_temperature=None)
     text = write_report(run).read_text()
-    assert '<tr class="strong"><td>digits/soup</td>' in text
+    assert '<tr class="strong"><td class="nowrap">digits/soup</td>' in text
     assert "Among the first five" not in text
     assert Page(text).pictures == 2
 
@@ -70,7 +70,7 @@ def test_a_damaged_file_is_a_line_and_the_others_stay(run: RunDir, content: byte
     with_evaluation(run, "val")
     text = write_report(run).read_text()
     assert "evaluations/test/evaluation.json cannot be read: " in text
-    assert "`bigbatch evaluate` writes it anew" in text
+    assert "bigbatch evaluate writes it anew" in text
     assert Page(text).pictures == 4
 
 
