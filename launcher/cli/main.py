@@ -13,6 +13,7 @@ from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.redact import message
 from bigbatch.launcher.cli import (
     advice,
+    compression,
     data,
     deploy,
     inference,
@@ -34,6 +35,7 @@ SECTIONS = {
         inference.ensemble,
         deploy.export,
         training.distill,
+        compression.compress,
     ),
     "Runs": (
         runs.runs,

@@ -15,6 +15,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.compressed import compression_of, load_compressed
 from bigbatch.trainers.models.weights_file import WeightsInfo, describe, read_header, read_info
 from bigbatch.trainers.planning.inputs import open_split
 from bigbatch.trainers.recovery.stored import MODEL, list_checkpoints
@@ -49,7 +50,8 @@ class Member:
             model = build_model(
                 config, classes=len(self.classes), channels=self.recipe.data.channels, seed=0
             )
-            load_weights(model, self.weights)
+            load = load_weights if compression_of(self.weights) is None else load_compressed
+            load(model, self.weights)
         except UserError as error:
             raise UserError(f"member {self.name}: {error}") from None
         return model.eval()

@@ -9,6 +9,7 @@ from torch import nn
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.models.compressed import compression_of
 
 CONFIG = "config.json"
 
@@ -44,6 +45,12 @@ def timm_config(member: Member, network: nn.Module) -> dict[str, Any]:
     Raises UserError for a network that timm itself cannot build.
     """
     recipe = member.recipe
+    method = compression_of(member.weights)
+    if method not in (None, "codebook"):  # whose weights become plain ones when they are loaded
+        raise UserError(
+            f"member {member.name} was compressed by {method} to a network that timm cannot build, "
+            "so that its weights alone would be of no use; export .onnx or .pt2"
+        )
     if recipe.model.stem != "standard":
         raise UserError(
             f"member {member.name} has model.stem = {recipe.model.stem}, which timm cannot build, "

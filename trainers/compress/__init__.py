@@ -1,0 +1,1 @@
+"""A trained network made smaller or faster, and what that costs."""

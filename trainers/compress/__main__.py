@@ -1,0 +1,105 @@
+"""`bigbatch compress`: smaller and faster forms of a trained network, measured side by side.
+
+python -m bigbatch.trainers.compress RUN|FOLDER --method M,... --out FOLDER [options]
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from bigbatch.configs import durations
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json
+from bigbatch.configs.notices import notice
+from bigbatch.trainers.compress.candidates import Settings
+from bigbatch.trainers.compress.sweep import PICTURE, RESULT, sweep
+from bigbatch.trainers.compress.table import table_of
+from bigbatch.trainers.compress.variants import make_variants
+from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.ensemble.folder import open_ensemble
+from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.recovery.failures import explain
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    engine: Engine | None = None
+    try:
+        member = _only_member(options.model, options.members)
+        engine = open_engine("ddp", member.recipe.precision)
+        return run(options, engine, member)
+    except Exception as error:
+        known = explain(error, engine, options.out)
+        if known is None:
+            raise
+        status, text = known
+        print(f"bigbatch: {text}", file=sys.stderr, flush=True)
+        return status
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bigbatch.trainers.compress")
+    parser.add_argument("model", type=Path, help="a run directory, or the folder of an ensemble")
+    parser.add_argument("--method", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--members", default="auto")
+    parser.add_argument("--share")
+    parser.add_argument("--energy")
+    parser.add_argument("--bits")
+    parser.add_argument("--importance", default="magnitude")
+    parser.add_argument("--finetune", type=durations.parse)
+    parser.add_argument("--finetune-lr", type=float, default=Settings.finetune_lr)
+    parser.add_argument("--images", type=int, default=Settings.images)
+    parser.add_argument("--calibration", default=Settings.calibration)
+    parser.add_argument("--rounds", type=int, default=Settings.rounds)
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _only_member(model: Path, choice: str) -> Member:
+    members = open_ensemble([model], choice).members
+    if len(members) > 1:
+        names = ", ".join(member.name.rpartition("/")[2] for member in members)
+        raise UserError(
+            f"{model} has {len(members)} members ({names}), and one network is compressed; choose "
+            "it with --members, or distil them into one"
+        )
+    return members[0]
+
+
+def run(options: argparse.Namespace, engine: Engine, member: Member) -> int:
+    variants = make_variants(options.method, options.share, options.energy, options.bits)
+    settings = Settings(
+        taylor=options.importance == "taylor",
+        finetune=options.finetune,
+        finetune_lr=options.finetune_lr,
+        images=options.images,
+        calibration=options.calibration,
+        rounds=options.rounds,
+    )
+    result = sweep(engine, member, variants, settings, options.out)
+    if options.json:
+        print(to_json(result, indent=1))
+        return 0
+    from rich.console import Console
+
+    for row in result["results"]:
+        left = row.get("convolutions", {}).get("float32", 0)
+        if row["method"] == "int8" and left:
+            notice(f"onnxruntime leaves {left} convolutions of the int8 file in float32 here")
+    console = Console(soft_wrap=True)
+    console.print(table_of(result))
+    for name in (RESULT, PICTURE):
+        console.print(str(options.out / name), highlight=False, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # as the worker does: gloo's threads may spoil Python's own way out

@@ -1,0 +1,115 @@
+"""From a variant to what stands in its folder: a network's weights, or an ONNX file."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bigbatch.configs.durations import Length
+from bigbatch.configs.files import write_atomically
+from bigbatch.trainers.compress.codebook import encode
+from bigbatch.trainers.compress.finetune import finetune
+from bigbatch.trainers.compress.int8 import quantise
+from bigbatch.trainers.compress.lowrank import factorise
+from bigbatch.trainers.compress.onnx_parts import join, network_part, other_parts
+from bigbatch.trainers.compress.pruning import Batch, magnitudes, masks_of, prune, taylor_scores
+from bigbatch.trainers.compress.structured import prune_channels
+from bigbatch.trainers.compress.variants import Variant
+from bigbatch.trainers.ensemble.combination import Combination
+from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
+from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.export.description import as_texts, data_hash, describe
+from bigbatch.trainers.models.compressed import COMPRESSION
+from bigbatch.trainers.models.weights_file import to_metadata
+from bigbatch.trainers.planning.inputs import Inputs
+from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all variants share."""
+
+    taylor: bool = False  # how weights and channels are scored; else by magnitude
+    finetune: Length | None = None
+    finetune_lr: float = 0.1  # of the recipe's rate
+    images: int = 256  # by which Taylor scores are found, and int8 is calibrated
+    calibration: str = "minmax"
+    rounds: int = 50  # of timing at batch 1; a quarter at 64
+
+
+def write_network(
+    folder: Path,
+    member: Member,
+    variant: Variant,
+    images: Sequence[Batch],
+    inputs: Inputs,
+    settings: Settings,
+) -> Member:
+    """Compress a member, and write it as an ensemble of one, which other commands take.
+
+    Returns the member as it is read again. Raises UserError where the method cannot.
+    """
+    tensors: Mapping[str, Tensor]
+    if variant.method == "codebook":
+        assert variant.bits is not None
+        tensors = encode(member.build(), variant.bits)
+    else:
+        network, masks = _network(member, variant, images, settings)
+        if settings.finetune is not None:
+            length, factor = settings.finetune, settings.finetune_lr
+            finetune(network, member.recipe, inputs, length, factor, masks)
+        tensors = network.state_dict()
+    metadata = to_metadata(member.info)
+    if variant.method != "prune":  # which changes values alone
+        metadata[COMPRESSION] = variant.method
+    record = {"compressed": member.name, "variant": variant.name, "settings": settings_of(settings)}
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        weights = Path(scratch) / "model.safetensors"
+        save_file(copy_to_cpu(dict(tensors), {}), weights, metadata)
+        small = replace(member, name=f"{member.name}/{variant.name}", weights=weights)
+        write_ensemble(folder, Ensemble((small,), Combination()), record)
+    return open_ensemble([folder]).members[0]
+
+
+def _network(
+    member: Member, variant: Variant, images: Sequence[Batch], settings: Settings
+) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """The network before it is trained further, and the masks that hold meanwhile."""
+    model = member.build()
+    if variant.method == "lowrank":
+        return factorise(model, share=variant.share, energy=variant.energy), None
+    assert variant.share is not None
+    if variant.method == "structured":
+        data, batches = member.recipe.data, images if settings.taylor else ()
+        size = 2, data.channels, data.image_size, data.image_size
+        example = torch.linspace(-1, 1, math.prod(size)).view(size)
+        return prune_channels(model, member.build(), variant.share, example, batches), None
+    scores = taylor_scores(model, images) if settings.taylor else magnitudes(model)
+    masks = masks_of(scores, variant.share)
+    return prune(model, masks), masks
+
+
+def write_onnx(
+    float32: Path, int8: Path, member: Member, images: Sequence[Batch], settings: Settings
+) -> None:
+    """Write a member as an ONNX file, and as one whose network is quantised."""
+    recipe = member.recipe
+    metadata = as_texts(describe([member], Combination(), [data_hash(member)]))
+    network = network_part(member.build(), recipe.data.channels, recipe.data.image_size)
+    small = quantise(network, [batch.numpy() for batch, _ in images], settings.calibration)
+    before, after = other_parts(member)
+    for path, part in ((float32, network), (int8, small)):
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, join(before, part, after, metadata))
+
+
+def settings_of(settings: Settings) -> dict[str, Any]:
+    """Ready for JSON."""
+    length = settings.finetune
+    return {**vars(settings), "finetune": None if length is None else str(length)}

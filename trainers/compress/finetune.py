@@ -1,0 +1,118 @@
+"""Training a compressed network further, as its recipe trains, in one process."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.configs.durations import Length
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
+from bigbatch.data.loader import train_batches
+from bigbatch.data.rng import key64
+from bigbatch.trainers.compress.pruning import apply_masks
+from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.losses.build import build_objective
+from bigbatch.trainers.models.batch_stats import StepStatistics
+from bigbatch.trainers.models.build import choose_memory_format
+from bigbatch.trainers.optim import build_optimizer, set_lr
+from bigbatch.trainers.planning.inputs import Inputs
+
+
+def check_finetuning(recipe: Recipe) -> None:
+    """Raise UserError where a recipe's training cannot be gone on with here."""
+    if recipe.data.stream is not None:
+        raise UserError(
+            "--finetune needs a training split with an index, and data.stream has none; leave "
+            "--finetune out"
+        )
+    if recipe.optimizer.name == "lbfgs":
+        raise UserError("--finetune goes step by step, and lbfgs does not; leave --finetune out")
+
+
+def finetune(
+    network: nn.Module,
+    recipe: Recipe,
+    inputs: Inputs,
+    length: Length,
+    lr_factor: float,
+    masks: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Train `network` in place for `length`; weights under a False of `masks` stay 0.
+
+    The steps follow the recipe's last one: the order of samples, augmentation and dropout go
+    on from there, with its loss, optimizer, clipping and precision. The rate starts at
+    `lr_factor` of the recipe's and falls to 0 as half a cosine; Han et al. 2015
+    (arXiv:1506.02626, section 3.4) advise a tenth. Raises UserError where it diverges.
+    """
+    engine = open_engine("ddp", recipe.precision, recipe.reduction)
+    memory_format = choose_memory_format(recipe.model, engine.device)
+    network.to(memory_format=memory_format).train()
+    engine.prepare(network, build_optimizer(network, recipe.optimizer), recipe.micro_batches)
+    augmenter = Augmenter(
+        recipe.augment,
+        image_size=recipe.data.image_size,
+        crop_fraction=recipe.evaluate.crop_fraction,
+        classes=len(inputs.classes),
+        seed=recipe.seed,
+        device=engine.device,
+        memory_format=memory_format,
+    )
+    objective = build_objective(recipe.loss)
+    statistics = StepStatistics(network)
+    start = inputs.plan.total
+    steps = length.steps(recipe.global_batch, inputs.epoch_samples)
+    batches = _batches(recipe, inputs, engine, augmenter, start, start + steps)
+
+    for step in range(start, start + steps):
+        falling = (1 + math.cos(math.pi * (step - start) / steps)) / 2
+        set_lr(engine.optimizer, recipe.lr_scale * lr_factor * falling)
+        engine.zero_grad()
+        statistics.begin()
+        for number in range(recipe.micro_batches):
+            batch = next(batches).to(engine.device)
+            torch.manual_seed(key64(recipe.seed, step, batch.index, "model"))
+            images, targets = augmenter.train(batch)
+            with engine.micro_batch(last=number == recipe.micro_batches - 1):
+                engine.backward(objective(engine.model, images, targets))
+            statistics.add()
+        engine.reduce()
+        norm = engine.gradient_norm()
+        if not math.isfinite(norm) and engine.scaler is not None:  # fp16 finds its loss scale
+            statistics.discard()
+            engine.skip()
+            continue
+        if not math.isfinite(norm):
+            raise UserError(
+                f"fine-tuning has no finite gradient in step {step - start} of {steps}; lower "
+                f"--finetune-lr, which is {lr_factor:g}"
+            )
+        statistics.finish(statistics.local(), recipe.micro_batches)
+        if recipe.clip is not None:
+            engine.clip(recipe.clip, norm)
+        engine.step()
+        apply_masks(network, masks or {})
+    for layer, momentum in zip(statistics.layers, statistics.momentum, strict=True):
+        layer.momentum = momentum
+    network.cpu().to(memory_format=torch.contiguous_format).eval()
+
+
+def _batches(
+    recipe: Recipe, inputs: Inputs, engine: Engine, augmenter: Augmenter, start: int, stop: int
+) -> Iterator[MicroBatch]:
+    assert inputs.order is not None
+    data = recipe.data
+    plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, 1, start, stop)
+    decoding = Decoding(
+        image_size=data.image_size,
+        channels=data.channels,
+        workers=data.workers,
+        threads=data.threads,
+        bad_samples=data.bad_samples,
+        pin_memory=engine.device.type == "cuda",
+        view=augmenter.view,
+    )
+    return train_batches(inputs.splits["train"], inputs.order, plan, decoding)

@@ -1,0 +1,73 @@
+"""What a compressed network takes: bytes, operations, milliseconds; and how right it is."""
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bigbatch.trainers.evaluation.accuracy import wilson
+from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, score
+from bigbatch.trainers.evaluation.paired import bootstrap
+
+_CHUNK = 1 << 24
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """Bytes of a file, and of the same file after gzip, which is how zeros are not paid for."""
+    compressor, packed = zlib.compressobj(6, wbits=31), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            packed += len(compressor.compress(chunk))
+    return {"bytes": path.stat().st_size, "gzip_bytes": packed + len(compressor.flush())}
+
+
+def counts(model: nn.Module, channels: int, image_size: int) -> dict[str, int]:
+    """Parameters, how many are not 0, and FLOPs of a forward pass of one image.
+
+    A multiplication and its addition count as two; multiplications by 0 count, as they are done.
+    """
+    weights = list(model.parameters())
+    images = torch.zeros(2, channels, image_size, image_size)  # some layers refuse one
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return {
+        "parameters": sum(weight.numel() for weight in weights),
+        "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
+        "flops": int(counter.get_total_flops()) // 2,
+    }
+
+
+def milliseconds(runs: Sequence[Callable[[], object]], rounds: int) -> npt.NDArray[np.float64]:
+    """Times [R, rounds] of R runs. They take turns, so that a busy machine meets all alike."""
+    times = np.empty((len(runs), rounds))
+    for round in range(-1, rounds):
+        for place, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            if round >= 0:  # the first one warms up
+                times[place, round] = 1e3 * (time.perf_counter() - started)
+    return times
+
+
+def scores(probabilities: Probabilities, labels: Labels, before: Probabilities) -> dict[str, Any]:
+    """Scores with Wilson's interval of the accuracy, and what changed from `before`.
+
+    `change` is the difference of accuracies, with its interval by a paired bootstrap;
+    `agreement` the share of images with the label of before.
+    """
+    right, was_right = (p.argmax(axis=1) == labels for p in (probabilities, before))
+    difference = right.astype(np.float64) - was_right
+    return {
+        **score(probabilities, labels),
+        "interval": wilson(int(right.sum()), len(labels)),
+        "change": float(difference.mean()),
+        "change_interval": bootstrap(difference[:, None])[0].tolist(),
+        "agreement": float((probabilities.argmax(axis=1) == before.argmax(axis=1)).mean()),
+    }

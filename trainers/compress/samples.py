@@ -1,0 +1,50 @@
+"""Images of the training split by which weights and channels are scored, and int8 is calibrated."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from bigbatch.configs.errors import UserError
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import Decoding
+from bigbatch.data.index import Index
+from bigbatch.data.loader import eval_batches
+from bigbatch.data.rng import uniforms
+from bigbatch.trainers.compress.pruning import Batch
+from bigbatch.trainers.ensemble.members import Member
+
+_BATCH = 32
+_COLUMNS = ("shard", "offset", "size", "label", "crc")
+
+
+def training_images(member: Member, index: Index, count: int) -> list[Batch]:
+    """`count` images, or all there are, as evaluation sees them, in batches on the CPU.
+
+    Which ones depends on the recipe's seed and the number of samples alone; unreadable ones
+    are left out. Raises UserError where none is left.
+    """
+    recipe = member.recipe
+    drawn = uniforms((len(index),), recipe.seed, "compress")
+    chosen = np.sort(np.argsort(drawn, kind="stable")[:count])
+    few = replace(index, **{name: getattr(index, name)[chosen] for name in _COLUMNS})
+    augmenter = Augmenter(
+        recipe.augment,
+        image_size=recipe.data.image_size,
+        crop_fraction=recipe.evaluate.crop_fraction,
+        classes=len(member.classes),
+        seed=recipe.seed,
+        device=torch.device("cpu"),
+    )
+    decoding = Decoding(
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        workers=0,
+        threads=recipe.data.threads,
+        view=augmenter.eval_view,
+    )
+    batches = eval_batches(few, decoding, batch=_BATCH, rank=0, world=1, leave_out_bad=True)
+    found = [(augmenter.evaluate(b), b.labels) for b in batches if len(b.samples)]
+    if not found:
+        raise UserError(f"{index.place} has no image that could be read; repair the shards")
+    return found
