@@ -17,6 +17,7 @@ from bigbatch.trainers.compress.sweep import PICTURE, RESULT, sweep
 from bigbatch.trainers.compress.table import table_of
 from bigbatch.trainers.compress.variants import make_variants
 from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import open_ensemble
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.recovery.failures import explain
@@ -61,12 +62,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _only_member(model: Path, choice: str) -> Member:
-    members = open_ensemble([model], choice).members
+    ensemble = open_ensemble([model], choice)
+    members = ensemble.members
     if len(members) > 1:
         names = ", ".join(member.name.rpartition("/")[2] for member in members)
         raise UserError(
             f"{model} has {len(members)} members ({names}), and one network is compressed; choose "
             "it with --members, or distil them into one"
+        )
+    if ensemble.combination != Combination():
+        raise UserError(
+            f"{model} has a temperature, a threshold or weights, which would not be right of "
+            "another network; give the run, and `bigbatch ensemble` the result"
         )
     return members[0]
 

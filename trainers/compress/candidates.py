@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bigbatch.configs.durations import Length
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.trainers.compress.codebook import encode
 from bigbatch.trainers.compress.finetune import finetune
@@ -25,7 +26,7 @@ from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.export.description import as_texts, data_hash, describe
-from bigbatch.trainers.models.compressed import COMPRESSION
+from bigbatch.trainers.models.compressed import COMPRESSION, compression_of
 from bigbatch.trainers.models.weights_file import to_metadata
 from bigbatch.trainers.planning.inputs import Inputs
 from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
@@ -66,8 +67,9 @@ def write_network(
             finetune(network, member.recipe, inputs, length, factor, masks)
         tensors = network.state_dict()
     metadata = to_metadata(member.info)
-    if variant.method != "prune":  # which changes values alone
-        metadata[COMPRESSION] = variant.method
+    methods = [_shaped_by(member), None if variant.method == "prune" else variant.method]
+    if any(methods):  # pruning changes values alone
+        metadata[COMPRESSION] = "+".join(filter(None, methods))
     record = {"compressed": member.name, "variant": variant.name, "settings": settings_of(settings)}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         weights = Path(scratch) / "model.safetensors"
@@ -75,6 +77,22 @@ def write_network(
         small = replace(member, name=f"{member.name}/{variant.name}", weights=weights)
         write_ensemble(folder, Ensemble((small,), Combination()), record)
     return open_ensemble([folder]).members[0]
+
+
+def check_variant(member: Member, variant: Variant) -> None:
+    """Raise UserError where a method cannot follow the one that a member comes from."""
+    method = _shaped_by(member)
+    if method is not None and variant.method in ("lowrank", "codebook"):
+        raise UserError(
+            f"member {member.name} was compressed by {method} already, and {variant.method} takes "
+            "a network as timm builds it; use prune, structured or int8, or the first run"
+        )
+
+
+def _shaped_by(member: Member) -> str | None:
+    """By what a member's network is no more that of its name; one of codebooks is, once read."""
+    method = compression_of(member.weights)
+    return None if method == "codebook" else method
 
 
 def _network(

@@ -21,6 +21,7 @@ from bigbatch.data.index import Index
 from bigbatch.trainers.compress import measure
 from bigbatch.trainers.compress.candidates import (
     Settings,
+    check_variant,
     settings_of,
     write_network,
     write_onnx,
@@ -78,6 +79,8 @@ def sweep(
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another --out")
     check_packages(variants)
+    for variant in variants:
+        check_variant(member, variant)
     if settings.finetune is not None:
         check_finetuning(member.recipe)
     inputs = open_inputs(member.recipe)
@@ -145,7 +148,7 @@ def _sweep(
             role: {"place": index.place, "samples": len(index), "data_hash": index.hash}
             for role, index in splits.items()
         },
-        "machine": _machine(engine),
+        "machine": {**_machine(engine), "precision": member.recipe.precision},
         "results": rows,
     }
 

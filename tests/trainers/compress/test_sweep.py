@@ -16,18 +16,20 @@ from bigbatch.configs.errors import UserError
 from bigbatch.data.index import open_index
 from bigbatch.trainers.compress import sweep as module
 from bigbatch.trainers.compress.__main__ import main
-from bigbatch.trainers.compress.candidates import Settings
+from bigbatch.trainers.compress.candidates import Settings, write_network
 from bigbatch.trainers.compress.pruning import prunable
 from bigbatch.trainers.compress.sweep import check_packages, sweep
 from bigbatch.trainers.compress.table import table_of
 from bigbatch.trainers.compress.variants import make_variants
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination
-from bigbatch.trainers.ensemble.folder import open_ensemble
+from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
 from bigbatch.trainers.ensemble.members import Member, find_members
 from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.export.write import export
 from bigbatch.trainers.inference.forward import Forward
+from bigbatch.trainers.models.compressed import compression_of
+from bigbatch.trainers.planning.inputs import open_inputs
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
@@ -172,6 +174,33 @@ def test_of_several_members_one_is_to_be_chosen(
     assert "has 2 members (cycle-01, cycle-02)" in said
     assert "choose it with --members" in said
     assert not (tmp_path / "small").exists()
+
+
+def test_what_has_a_temperature_is_refused(
+    member: Member, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ensemble(tmp_path / "e", Ensemble((member,), Combination(temperature=2.0)))
+    assert main([str(tmp_path / "e"), "--method", "prune", "--out", str(tmp_path / "small")]) == 2
+    assert (
+        "temperature, a threshold or weights, which would not be right" in capsys.readouterr().err
+    )
+
+
+def test_a_compressed_member_is_compressed_again_or_refused(
+    swept: tuple[Path, dict[str, Any]], engine: Engine, tmp_path: Path
+) -> None:
+    folder, _ = swept
+    (first,) = open_ensemble([folder / "structured-0.8"]).members
+    for method in ("lowrank", "codebook"):
+        with pytest.raises(UserError, match=f"compressed by structured already, and {method}"):
+            sweep(engine, first, make_variants(method), Settings(), tmp_path / "no")
+    (variant,), inputs = make_variants("prune"), open_inputs(first.recipe)
+    second = write_network(tmp_path / "small", first, variant, [], inputs, Settings())
+    assert compression_of(second.weights) == "structured"
+    weights = [prunable(m.build()) for m in (first, second)]
+    assert all(weights[0][n].shape == w.shape for n, w in weights[1].items())
+    zeros = sum(int((w == 0).sum()) for w in weights[1].values())
+    assert zeros >= round(0.5 * sum(w.numel() for w in weights[1].values()))
 
 
 @pytest.mark.slow
