@@ -10,13 +10,15 @@ are the JPEGs of TAR, as often as it takes; without --photos, crops of scikit-le
 Whole commands, start included, with two threads each: the same weights, images, crop, batch of 256.
 validate.py reads an image folder with two workers, bigbatch its shards. Then, inside one process:
 a forward pass of each of five members on images that are decoded already, one pass over the data
-without a model, and `Forward` over the same, which does both; and the peak memory of `predict`
-over few images and ten times as many.
+without a model, and `Forward` over the same, which does both; members one after another against
+members stacked by torch.func, in CPU time; and the peak memory of `predict` over few images and ten
+times as many.
 
 Contestants take turns; figures are medians, ratios medians of the rounds'.
 """
 
 import io
+import json
 import os
 import re
 import resource
@@ -199,14 +201,47 @@ print(json.dumps(found))
 
 
 def parts(folder: Path, model: str, rounds: int) -> dict[str, object]:
-    import json
-
     command = [sys.executable, "-c", PARTS, f"runs/{model}", "shards/few", str(rounds)]
     found: dict[str, list[float]] = json.loads(timed(command, folder)[1].strip().splitlines()[-1])
     whole = zip(found["ensemble"], found["data"], found["passes"], strict=True)
     ratio = round(statistics.median(e / (d + p) for e, d, p in whole), 3)
     print(f"{MEMBERS} members of {model}: {ratio} times the sum of passes and one data pass")
     return {"seconds": found, "ratio": ratio}
+
+
+STACKED = """
+import copy, json, statistics, sys, time
+import timm, torch
+from torch.func import functional_call, stack_module_state, vmap
+
+torch.set_num_threads(1)
+found = {}
+for name, size, batch in (("test_resnet", 96, 256), ("resnet18", 64, 32), ("test_vit", 96, 64)):
+    options = {"img_size": size} if "vit" in name else {}
+    models = [timm.create_model(name, num_classes=10, **options).eval() for _ in range(5)]
+    state = stack_module_state(models)
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    stacked = vmap(lambda p, b, x: functional_call(skeleton, (p, b), (x,)), in_dims=(0, 0, None))
+    images, ratios = torch.randn(batch, 3, size, size), []
+    with torch.inference_mode():
+        for _ in range(int(sys.argv[1]) + 1):
+            started = time.process_time()
+            for model in models:
+                model(images)
+            between = time.process_time()
+            stacked(*state, images)
+            ratios.append((between - started) / (time.process_time() - between))
+    found[f"{name} at {size}"] = round(statistics.median(ratios[1:]), 2)
+print(json.dumps(found))
+"""
+
+
+def stacked(folder: Path, rounds: int) -> dict[str, float]:
+    """How many times as fast five members are stacked as one after another, in CPU time."""
+    said = timed([sys.executable, "-c", STACKED, str(rounds)], folder)[1]
+    found: dict[str, float] = json.loads(said.strip().splitlines()[-1])
+    print(f"stacked members, times as fast: {found}")
+    return found
 
 
 def peak(command: list[str], folder: Path) -> int:
@@ -262,6 +297,7 @@ def main() -> None:
         else:
             print("skipped: validate.py is not given (--timm-validate)")
         figures["ensemble"] = parts(folder, "test_resnet", rounds)
+        figures["stacked"] = stacked(folder, rounds)
         (folder / "shards" / "all").unlink()
         write_images(folder / "many", photos, 10 * images)
         shard(folder, "all", "many")
