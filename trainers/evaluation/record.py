@@ -143,6 +143,8 @@ class Evaluation(Scored):
     samples: Annotated[int, Field(ge=1, le=2**53)]
     source: str
     notes: list[str]
+    tta: str = "none"
+    mc_dropout: Count = 0
     member_names: Annotated[list[str], Field(min_length=1)]
     temperature: Annotated[float, Field(gt=0)] | None
     before_temperature: Before | None

@@ -28,13 +28,21 @@ def _shown(folder: Path, prefix: str) -> dict[str, Any]:
         "name": folder.name,
         "source": found["source"],
         "samples": found["samples"],
-        "notes": found["notes"],
+        "notes": [*found["notes"], *_how(found)],
         "rows": list(_rows(found)),
         "sentences": [*_of_classes(found), *in_words(found)],
         "pictures": pictures(found, prefix),
         "mistakes": found["mistakes_drawn"],
         "worst": png_uri(folder / WORST) if found["mistakes_drawn"] else None,
     }
+
+
+def _how(found: dict[str, Any]) -> list[str]:
+    """What was done beside one plain look at each image."""
+    said = [] if found["tta"] == "none" else [f"looks: {found['tta']}"]
+    if found["mc_dropout"]:
+        said.append(f"passes of each with dropout: {found['mc_dropout']}")
+    return said
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:

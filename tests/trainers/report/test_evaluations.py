@@ -57,8 +57,10 @@ def test_every_figure_and_picture_of_each_split(run: RunDir) -> None:
 
 def test_one_model_is_called_by_its_name(run: RunDir) -> None:
     alone = {"members": None, "member_names": ["digits/soup"], "top5": None, "top5_interval": None}
-    with_evaluation(run, **alone, temperature=None, before_temperature=None)
+    alone |= {"temperature": None, "before_temperature": None, "tta": "five", "mc_dropout": 4}
+    with_evaluation(run, **alone)
     text = write_report(run).read_text()
+    assert "200 images of shards/test; looks: five; passes of each with dropout: 4</p>" in text
     assert '<tr class="strong"><td class="nowrap">digits/soup</td>' in text
     assert "Among the first five" not in text
     assert Page(text).pictures == 2
