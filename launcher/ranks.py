@@ -75,13 +75,14 @@ def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
         signal.signal(number, forward)
     signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal tells all of them
     failed = 0
-    deadline = float("inf")
+    deadline, ending = float("inf"), signal.SIGTERM
     while any(process.poll() is None for process in ranks):
         if not failed and (bad := [p.returncode for p in ranks if p.returncode]):
             failed, deadline = bad[0], time.monotonic() + _GRACE_S
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline:  # asked first, for they may have something to remove
             for process in ranks:
-                process.kill()
+                process.send_signal(ending)
+            ending, deadline = signal.SIGKILL, time.monotonic() + _GRACE_S
         time.sleep(_POLL_S)
     # A user's error explains those of the ranks that lost a peer by it.
     statuses = [p.returncode for p in ranks if p.returncode]

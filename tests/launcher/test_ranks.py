@@ -1,6 +1,9 @@
 """Ranks that are started together, without restarts."""
 
 import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,33 @@ def test_one_rank_does_not_inherit_what_is_left_of_another_launch(
         ranks.run_ranks("module", [], None, 1)
     assert not {"WORLD_SIZE", "LOCAL_RANK", "RANK"} & found.keys()
     assert "OMP_NUM_THREADS" in found or "OMP_NUM_THREADS" in os.environ
+
+
+def test_ranks_that_do_not_notice_the_end_of_one_are_asked_before_they_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is killed; rank 1 removes what is temporary when it is asked; rank 2 does not listen."""
+    program = """
+import os, pathlib, signal, sys, time
+rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "2" else lambda *_: sys.exit(143))
+(folder / rank).touch()
+while len(list(folder.iterdir())) < 3:
+    time.sleep(0.01)
+if rank == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    time.sleep(60)
+finally:
+    (folder / "removed").touch()
+"""
+    monkeypatch.setattr(ranks, "_GRACE_S", 0.2)
+    monkeypatch.setattr(ranks, "_POLL_S", 0.01)
+    command = [sys.executable, "-S", "-c", program, str(tmp_path)]
+    handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
+    try:
+        assert ranks._run(command, 3, {}) == 128 + signal.SIGKILL
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "removed").exists()

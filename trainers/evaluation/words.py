@@ -23,12 +23,17 @@ def _members(statistics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _answers(statistics: Mapping[str, Any]) -> Iterator[str]:
+    if (temperature := statistics["temperature"]) is not None:
+        yield (
+            f"temperature {temperature:.3f}, in the ensemble's nll and ece; members are without, "
+            "and so is the comparison with them"
+        )
     if rejection := statistics["rejection"]:
         right = rejection["accuracy"]
         said = "none" if right is None else f"{right:.2%} of them right"
         yield (
             f"confidence below {rejection['below']:.3g} is rejected: {rejection['coverage']:.1%} "
-            f"answered, {said}"
+            f"answered, {said}; accuracy above is of all"
         )
     for sets in statistics["conformal"] or ():
         low, high = sets["coverage_interval"]

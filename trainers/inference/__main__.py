@@ -314,7 +314,7 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
     if combination.weights is not None:
         pairs = zip(names, combination.weights, strict=True)
         lines.append("weights: " + ", ".join(f"{name} {weight:.3f}" for name, weight in pairs))
-    lines.append(f"temperature {combination.temperature:.3f}")
+    lines += evaluation.said_of_serving(combination, made.reported or made.fitted)
     lines.append(f"ensemble {options.out}")
     _say([], splits, lines)
 

@@ -22,6 +22,7 @@ from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.evaluations import statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, read_record, write_ensemble
 from bigbatch.trainers.evaluation.metrics import softmax
+from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference.ensemble import METHODS, Plan, make
@@ -303,3 +304,12 @@ def test_what_ends_a_command_from_outside_keeps_its_status_without_a_traceback(
     found = capsys.readouterr().err
     assert "bigbatch resume" not in found
     assert said in found
+
+
+def test_what_sets_the_ensemble_apart_from_its_members_is_said() -> None:
+    answered = {"below": 0.25, "coverage": 0.9, "accuracy": 0.995}
+    nothing = {"members": None, "temperature": None, "rejection": None, "conformal": None}
+    temperature, rejection = in_words({**nothing, "temperature": 0.5, "rejection": answered})
+    assert "temperature 0.500, in the ensemble's nll and ece; members are without" in temperature
+    assert "90.0% answered, 99.50% of them right; accuracy above is of all" in rejection
+    assert in_words(nothing) == []
