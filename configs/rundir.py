@@ -27,7 +27,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.absolute().name  # of "." too
 
     @property
     def recipe_file(self) -> Path:

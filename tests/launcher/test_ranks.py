@@ -35,7 +35,7 @@ def test_one_rank_does_not_inherit_what_is_left_of_another_launch(
 def test_ranks_that_do_not_notice_the_end_of_one_are_asked_before_they_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 is killed; rank 1 removes what is temporary when it is asked; rank 2 does not listen."""
+    """Rank 0 is killed; rank 1, when it is asked, removes what is temporary; rank 2 is deaf."""
     program = """
 import os, pathlib, signal, sys, time
 rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])

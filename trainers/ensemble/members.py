@@ -135,8 +135,7 @@ def _member(name: str, weights: Path, recipe: Recipe) -> Member:
             f"member {name}: {weights} cannot be read ({reason}); restore it from a backup, or "
             "leave it out with --members"
         ) from None
-    # Weights of 0.1.0 do not name their classes; their run's data does.
-    classes = info.classes if info else open_split(recipe.data, recipe.data.val).classes
+    classes = info.classes if info else _classes_of_data(name, recipe)
     member = Member(name, weights, recipe, classes)
     if info is not None and info != member.info:
         odd = [key for key, value in vars(info).items() if value != getattr(member.info, key)]
@@ -145,6 +144,17 @@ def _member(name: str, weights: Path, recipe: Recipe) -> Member:
             "recipe.yaml says; put the files of the run back"
         )
     return member
+
+
+def _classes_of_data(name: str, recipe: Recipe) -> tuple[str, ...]:
+    """Weights of 0.1.0 do not name their classes; their run's data does."""
+    try:
+        return open_split(recipe.data, recipe.data.val).classes
+    except UserError as error:
+        raise UserError(
+            f"member {name}: its weights do not name its classes, so the data that it was trained "
+            f"on must: {error}; put it back, or correct data.path in its recipe.yaml"
+        ) from None
 
 
 def check_members(members: Sequence[Member]) -> None:

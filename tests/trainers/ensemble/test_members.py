@@ -180,3 +180,25 @@ def test_a_link_to_a_run_is_that_run(run: RunDir, tmp_path: Path) -> None:
     link.symlink_to(run.path)
     with pytest.raises(UserError, match="is given twice; give each run once"):
         open_ensemble([run.path, link])
+
+
+def test_weights_without_classes_take_those_of_the_data_and_say_so_where_it_is_gone(
+    digits: Path, tmp_path: Path
+) -> None:
+    """As 0.1.0 wrote them."""
+    for name, data in (("here", digits), ("gone", tmp_path / "moved")):
+        run = untrained_run(tmp_path / name, data, CLASSES, snapshots=1)
+        weights = run.snapshots / "cycle-01" / "model.safetensors"
+        save_weights(find_members(run)[0].build(), weights)
+        if name == "here":
+            assert find_members(run)[0].classes == CLASSES
+            continue
+        with pytest.raises(UserError, match="member gone/cycle-01: its weights do not name its cl"):
+            find_members(run)
+
+
+def test_a_run_named_by_a_dot_has_its_folder_s_name(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path)
+    assert find_members(RunDir(Path()))[0].name == f"{run.path.name}/cycle-01"
