@@ -308,13 +308,12 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
         lines = ["* of samples that chose the soup; its temperature is out of fold"]
     if made.reported is not None:
         splits[Path(options.report).name] = evaluation.rows_of(made.reported, names[0])
-        lines += in_words(made.reported)
+    lines += in_words(made.reported or made.fitted | {"members": None})
     left_out = [name for name in made.record["candidates"] if name not in names]
     lines += [f"left out: {', '.join(left_out)}"] if left_out else []
     if combination.weights is not None:
         pairs = zip(names, combination.weights, strict=True)
         lines.append("weights: " + ", ".join(f"{name} {weight:.3f}" for name, weight in pairs))
-    lines += evaluation.said_of_serving(combination, made.reported or made.fitted)
     lines.append(f"ensemble {options.out}")
     _say([], splits, lines)
 

@@ -51,7 +51,8 @@ def test_what_is_written_is_read_and_said(tmp_path: Path) -> None:
     assert "q_statistic" not in found["members"]
     said = in_words(found)
     assert said == in_words(WHOLE)
-    pair, rejection, sets, cost = said
+    pair, temperature, rejection, sets, cost = said
+    assert temperature.startswith(f"temperature {WHOLE['temperature']:.3f}, in the ensemble's nll")
     assert pair.startswith("ensemble minus b: ")
     difference = WHOLE["accuracy"] - WHOLE["members"]["each"][1]["accuracy"]
     assert f"{100 * difference:+.2f} points" in pair
