@@ -13,7 +13,7 @@ from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Child, steps_done, tail
-from bigbatch.trainers.recovery.signals import SAVED
+from bigbatch.trainers.recovery.signals import SAVED, catch
 
 _POLL_S = 0.2
 _SAY_S = 10.0
@@ -57,10 +57,7 @@ def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[s
     failed: list[RunDir] = []
     stopped, said = False, time.monotonic()
     asked: list[int] = []  # Ctrl-C reaches the runs by itself, a signal to this process does not
-    before = {
-        number: signal.signal(number, lambda received, frame: asked.append(received))
-        for number in (signal.SIGTERM, signal.SIGHUP)
-    }
+    before = catch(lambda number, frame: asked.append(number), signal.SIGTERM, signal.SIGHUP)
     try:
         while going or (waiting and not stopped):
             while waiting and len(going) < at_once and not stopped:

@@ -13,6 +13,7 @@ from typing import NoReturn
 from bigbatch.configs.errors import UserError
 from bigbatch.launcher.env import Peers, default_nproc, start_variables
 from bigbatch.launcher.launchers import python
+from bigbatch.trainers.recovery.signals import catch
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.05
@@ -71,13 +72,12 @@ def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
         for process in ranks:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
+    catch(forward, signal.SIGTERM, signal.SIGHUP)
     signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal tells all of them
     failed = 0
     deadline, ending = float("inf"), signal.SIGTERM
-    while any(process.poll() is None for process in ranks):
-        if not failed and (bad := [p.returncode for p in ranks if p.returncode]):
+    while None in (statuses := [process.poll() for process in ranks]):
+        if not failed and (bad := [status for status in statuses if status]):
             failed, deadline = bad[0], time.monotonic() + _GRACE_S
         if time.monotonic() > deadline:  # asked first, for they may have something to remove
             for process in ranks:
@@ -85,6 +85,5 @@ def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
             ending, deadline = signal.SIGKILL, time.monotonic() + _GRACE_S
         time.sleep(_POLL_S)
     # A user's error explains those of the ranks that lost a peer by it.
-    statuses = [p.returncode for p in ranks if p.returncode]
-    status = 2 if 2 in statuses else failed or next(iter(statuses), 0)
+    status = 2 if 2 in statuses else failed or next(filter(None, statuses), 0)
     return status if status >= 0 else 128 - status

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch.launcher import ranks
+from bigbatch.trainers.recovery.signals import catch
 
 
 class Replaced(Exception):
@@ -35,15 +36,15 @@ def test_one_rank_does_not_inherit_what_is_left_of_another_launch(
 def test_ranks_that_do_not_notice_the_end_of_one_are_asked_before_they_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 is killed; rank 1, when it is asked, removes what is temporary; rank 2 is deaf."""
+    """Rank 2 is killed; rank 0, when it is asked, removes what is temporary; rank 1 is deaf."""
     program = """
 import os, pathlib, signal, sys, time
 rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
-signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "2" else lambda *_: sys.exit(143))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "1" else lambda *_: sys.exit(143))
 (folder / rank).touch()
 while len(list(folder.iterdir())) < 3:
     time.sleep(0.01)
-if rank == "0":
+if rank == "2":
     os.kill(os.getpid(), signal.SIGKILL)
 try:
     time.sleep(60)
@@ -60,3 +61,13 @@ finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert (tmp_path / "removed").exists()
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As nohup has it: the end of a terminal ends nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert catch(lambda number, frame: None, signal.SIGHUP) == {}
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -43,6 +43,7 @@ from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
 from bigbatch.trainers.recovery.failures import explain
+from bigbatch.trainers.recovery.signals import catch
 
 Record = dict[str, Any]
 
@@ -114,7 +115,7 @@ def require_same(engine: Engine, what: str, found: Sequence[str], remedy: str) -
 
 def _listed(listing: Listing) -> list[str]:
     index = listing.index
-    columns: list[Any] = [index.shard, index.offset, index.size, index.label, index.crc]
+    columns: list[np.ndarray] = [index.shard, index.offset, index.size, index.label, index.crc]
     sums = [hashlib.sha256(column.tobytes()).hexdigest() for column in columns]
     return [*sums, *listing.keys, *(key for key, _ in listing.unreadable)]
 
@@ -345,8 +346,7 @@ _COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+    catch(_stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     status = main()
     sys.stderr.flush()
     os._exit(status)  # as the worker does: gloo's threads may spoil Python's own way out

@@ -3,7 +3,9 @@
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 SAVED = 75  # EX_TEMPFAIL: saved after a signal, wants to be started again
 STALLED = 76  # EX_PROTOCOL: a step hung; the agent starts the ranks again
@@ -31,6 +33,15 @@ class StopFlag:
         """Ignore signals from now on: the process ends, with a status that says why."""
         for number in CAUGHT:
             signal.signal(number, signal.SIG_IGN)
+
+
+def catch(handler: Callable[[int, FrameType | None], object], *numbers: int) -> dict[int, Any]:
+    """Let `handler` answer these signals, but for those that are ignored, as SIGHUP under nohup.
+
+    Returns what answered them before.
+    """
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 def agent_pid() -> int | None:
