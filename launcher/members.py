@@ -52,7 +52,8 @@ def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[s
     for run in runs:
         if run not in waiting:
             say(f"{run.path} is finished")
-    threads = max(1, len(os.sched_getaffinity(0)) // (nproc * min(at_once, max(1, len(waiting)))))
+    cores = len(os.sched_getaffinity(0)) // (nproc * min(at_once, max(1, len(waiting))))
+    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores)
     going: list[Child] = []
     failed: list[RunDir] = []
     stopped, said = False, time.monotonic()

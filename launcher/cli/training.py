@@ -43,9 +43,7 @@ def _starts(function: F) -> F:
         click.option(
             "--at-once",
             type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="With --members: how many of them side by side.",
+            help="With --members: how many of them side by side; default: 1.",
         ),
         click.option(
             "--members",
@@ -106,7 +104,7 @@ def _start(
     node_rank: int | None,
     hostfile: Path | None,
     members: int | None,
-    at_once: int,
+    at_once: int | None,
     run: str | None,
     run_dir: Path | None,
     runs_folder: Path,
@@ -133,6 +131,11 @@ def _start(
         if several and run is None and run_dir is None:
             raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
         count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
+        if members is None and at_once is not None:
+            raise UserError(
+                f"--at-once {at_once} is how many of several --members train side by side; say how "
+                "many there are, or leave it out"
+            )
         if members is not None:
             if peers is not None or several or launcher != "torchrun":
                 raise UserError(
@@ -141,7 +144,7 @@ def _start(
                 )
             start.check_start(loaded)
             path = run_dir or runs_folder / (run or loaded.name)
-            sys.exit(run_members(loaded, path, members, count or 1, at_once))
+            sys.exit(run_members(loaded, path, members, count or 1, at_once or 1))
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         if not RunDir(path).summary.exists():  # a finished run needs its shards no more
             start.check_start(loaded, peers)

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
@@ -45,10 +46,12 @@ class FakeChild:
     statuses: dict[str, int]
     most = 0
     alive = 0
+    threads: set[int | None]
 
     def __init__(self, run: RunDir, nproc: int, threads: int | None = None) -> None:
         self.run, self._polls = run, 0
         cls = type(self)
+        cls.threads = {threads}
         cls.alive += 1
         cls.most = max(cls.most, cls.alive)
 
@@ -74,6 +77,10 @@ class FakeChild:
 def test_statuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: list[int], expected: int
 ) -> None:
+    set_by_user = expected == 1
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
     recipe = load_recipe("digits", [])
     runs = member_runs(tmp_path / "a", member_recipes(recipe, 4))
     fake = type("Fake", (FakeChild,), {"most": 0, "alive": 0})
@@ -83,6 +90,7 @@ def test_statuses(
     said: list[str] = []
     assert train_members(runs, 1, 2, said.append) == expected
     assert fake.most == 2
+    assert fake.threads == ({None} if set_by_user else {max(1, len(os.sched_getaffinity(0)) // 2)})
     if expected == 0:
         assert said[-1].startswith(f"combine them: bigbatch ensemble {runs[0].path} ")
     if expected == 1:
@@ -149,3 +157,12 @@ def test_two_members_train_side_by_side_as_they_would_alone(digits: Path, tmp_pa
     assert one == two
     scores = [json.loads((tmp_path / f"a-{k}" / "summary.json").read_text()) for k in range(2)]
     assert scores[0]["val"] != scores[1]["val"]
+
+
+def test_at_once_without_members_is_not_passed_over(tmp_path: Path) -> None:
+    from bigbatch.launcher.cli.main import cli
+
+    given = ["train", "digits", "--at-once", "2", "--run-dir", str(tmp_path / "r")]
+    with pytest.raises(UserError, match="--at-once 2 is how many of several --members"):
+        CliRunner().invoke(cli, given, catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
