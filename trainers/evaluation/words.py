@@ -15,9 +15,10 @@ def _members(statistics: Mapping[str, Any]) -> Iterator[str]:
     against = statistics["members"]["against_best"]
     accuracy, p = against["accuracy"], against["mcnemar"]["p_value"]
     low, high = accuracy["interval"]
+    chosen = "" if against["chosen_on"] == "other samples" else " (best of these samples)"
     yield (
-        f"ensemble minus {against['best']}: {100 * accuracy['difference']:+.2f} points of accuracy "
-        f"(95 %: {100 * low:+.2f} to {100 * high:+.2f}; McNemar p = {p:.2g}), "
+        f"ensemble minus {against['best']}{chosen}: {100 * accuracy['difference']:+.2f} points of "
+        f"accuracy (95 %: {100 * low:+.2f} to {100 * high:+.2f}; McNemar p = {p:.2g}), "
         f"{against['nll']['difference']:+.4f} nll"
     )
 
