@@ -1,7 +1,7 @@
 """evaluation.json: the statistics of a split, written by one function and read strictly."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -111,6 +111,7 @@ class McNemar(_Part):
 
 class Comparison(_Part):
     best: str
+    chosen_on: Literal["these samples", "other samples"]
     accuracy: Accuracies
     nll: Losses
     mcnemar: McNemar
