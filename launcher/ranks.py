@@ -76,14 +76,23 @@ def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal tells all of them
     failed = 0
     deadline, ending = float("inf"), signal.SIGTERM
-    while None in (statuses := [process.poll() for process in ranks]):
-        if not failed and (bad := [status for status in statuses if status]):
-            failed, deadline = bad[0], time.monotonic() + _GRACE_S
+    while True:
+        statuses = [process.poll() for process in ranks]
+        if not failed and any(statuses):
+            # Those that lost a peer end by it: one that a signal has ended says more.
+            failed, deadline = min(filter(None, statuses)), time.monotonic() + _GRACE_S
+            if failed == -signal.SIGKILL:  # which leaves nobody there to say why
+                print(
+                    f"bigbatch: rank {statuses.index(failed)} was killed (SIGKILL), as the kernel "
+                    "does where memory runs out: use a smaller --batch, or fewer processes",
+                    file=sys.stderr,
+                )
+        if None not in statuses:
+            break
         if time.monotonic() > deadline:  # asked first, for they may have something to remove
             for process in ranks:
                 process.send_signal(ending)
             ending, deadline = signal.SIGKILL, time.monotonic() + _GRACE_S
         time.sleep(_POLL_S)
-    # A user's error explains those of the ranks that lost a peer by it.
-    status = 2 if 2 in statuses else failed or next(filter(None, statuses), 0)
+    status = 2 if 2 in statuses else failed  # a user's error explains the others
     return status if status >= 0 else 128 - status

@@ -34,7 +34,7 @@ def test_one_rank_does_not_inherit_what_is_left_of_another_launch(
 
 
 def test_ranks_that_do_not_notice_the_end_of_one_are_asked_before_they_are_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rank 2 is killed; rank 0, when it is asked, removes what is temporary; rank 1 is deaf."""
     program = """
@@ -61,6 +61,9 @@ finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert (tmp_path / "removed").exists()
+    assert capsys.readouterr().err.startswith(
+        "bigbatch: rank 2 was killed (SIGKILL), as the kernel"
+    )
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
