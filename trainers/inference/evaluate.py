@@ -6,6 +6,7 @@ from typing import Any
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.listing import Listing, open_listing
+from bigbatch.data.staging import is_url
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
 from bigbatch.trainers.evaluation.record import WORST, write_evaluation
@@ -16,6 +17,8 @@ Rows = list[tuple[str, dict[str, Any]]]  # models by name, with their figures
 
 def open_labelled(source: str, classes: tuple[str, ...]) -> Listing:
     """The images of a split, all with a target; UserError where one has none."""
+    if not is_url(source) and not Path(source).exists():
+        raise UserError(f"no source {source!r} here; name one with --data and --split")
     listing = open_listing(source, classes)
     unknown = int((listing.index.label < 0).sum())
     if unknown:

@@ -184,7 +184,7 @@ def test_the_report_of_a_run_that_has_one_is_written_anew(
     [
         (["--members", "cycle-09"], "has no member 'cycle-09'"),
         (["--tta", "flip"], "never seen mirrored"),
-        (["--source", "nowhere"], "no source 'nowhere'"),
+        (["--source", "nowhere"], "no source 'nowhere' here; name one with --data and --split"),
     ],
 )
 def test_what_cannot_be_is_one_message_and_status_2(
