@@ -281,9 +281,8 @@ def _souped(
             say=(lambda line: None) if quiet else print,
         )
         yield Ensemble((member,), Combination()), {"soup": record}
-    finally:
-        if engine.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+    finally:  # on each rank: rank 0 may be the one that was killed
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _there(logits: dict[int, Logits | None], split: Listing) -> Logits:

@@ -62,10 +62,7 @@ def predict(
             return join(folder, engine.world, batches, last, out)
 
         rows = engine.on_main(joined)
-    except BaseException:  # any rank: rank 0 may be the one that is gone
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if engine.rank == 0:
+    finally:  # on each rank: rank 0 may be the one that was killed
         shutil.rmtree(folder, ignore_errors=True)
     totals = engine.sum_by_name({"counts": _tensor(counts)})["counts"].tolist()
     if engine.rank != 0:
