@@ -272,13 +272,13 @@ def _say_other_data(paths: Sequence[Path], data: str | None, source: str) -> Non
 
     if data is not None or not should_report(find_peers(os.environ)):
         return
-    first, *others = ((path, _data(path)) for path in paths)
-    for path, own in others:
-        names = [(d.path, d.val, d.test) for d in (first[1], own)]
-        if names[0] != names[1]:
+    named = [(path, _data(path)) for path in paths]
+    said = [f"{d.path} (val: {d.val}, test: {d.test})" for _, d in named]
+    for (path, _), its in zip(named, said, strict=True):
+        if its != said[0]:
             notice(
-                f"{path} was trained on {own.path}, {first[0]} on {first[1].path}, with splits "
-                f"of their own; all are judged on {source}: see that none was trained on it"
+                f"{path} was trained on {its}, {paths[0]} on {said[0]}; all are judged on "
+                f"{source}: see that none was trained on it"
             )
 
 

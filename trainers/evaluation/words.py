@@ -33,7 +33,7 @@ def _answers(statistics: Mapping[str, Any]) -> Iterator[str]:
         right = rejection["accuracy"]
         said = "none" if right is None else f"{right:.2%} of them right"
         yield (
-            f"confidence below {rejection['below']:.3g} is rejected: {rejection['coverage']:.1%} "
+            f"confidence below {rejection['below']:.6g} is rejected: {rejection['coverage']:.1%} "
             f"answered, {said}; accuracy above is of all"
         )
     for sets in statistics["conformal"] or ():

@@ -61,7 +61,7 @@ def test_runs_of_other_data_are_told_of(
 ) -> None:
     one, two = (run_of(tmp_path, name, f"data.path=/{name}") for name in "ab")
     said = call("evaluate", one, two)
-    assert f"{two} was trained on /b, {one} on /a" in said
+    assert f"{two} was trained on /b (val: val, test: test), {one} on /a (val" in said
     assert "all are judged on /a/val" in said
     assert "trained on" not in call("evaluate", one, two, "--data", "/a", "--split", "val")
 

@@ -307,9 +307,10 @@ def test_what_ends_a_command_from_outside_keeps_its_status_without_a_traceback(
 
 
 def test_what_sets_the_ensemble_apart_from_its_members_is_said() -> None:
-    answered = {"below": 0.25, "coverage": 0.9, "accuracy": 0.995}
+    answered = {"below": 0.9997, "coverage": 0.9, "accuracy": 0.995}
     nothing = {"members": None, "temperature": None, "rejection": None, "conformal": None}
     temperature, rejection = in_words({**nothing, "temperature": 0.5, "rejection": answered})
     assert "temperature 0.500, in the ensemble's nll and ece; members are without" in temperature
-    assert "90.0% answered, 99.50% of them right; accuracy above is of all" in rejection
+    assert "confidence below 0.9997 is rejected: 90.0% answered, 99.50% of them" in rejection
+    assert "accuracy above is of all" in rejection
     assert in_words(nothing) == []
