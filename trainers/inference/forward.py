@@ -26,7 +26,13 @@ from bigbatch.trainers.models.build import choose_memory_format
 
 # Below this many images a rank decodes them itself, faster than workers could start.
 _FEW_IMAGES = 2000
-_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by a recipe's precision
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A recipe's precision, whatever the engine's is."""
+    dtype = _REDUCED.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +186,10 @@ class Forward:
     def _forward(self, loaded: _Loaded, images: Tensor, batch: int, look: int) -> list[Tensor]:
         """Logits [n, C] of a look at a batch, of each pass."""
         images = loaded.augmenter.normalise(images)
-        dtype = _REDUCED.get(loaded.member.recipe.precision)
+        precision = loaded.member.recipe.precision
 
         def once() -> Tensor:
-            with torch.autocast(self.engine.device.type, dtype, enabled=dtype is not None):
+            with autocast(self.engine.device, precision):
                 logits: Tensor = loaded.model(images)
             return logits.float()
 

@@ -21,6 +21,7 @@ from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, Scores, greedy_soup, loss_barrier, uniform_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import score, softmax
+from bigbatch.trainers.inference.forward import autocast
 from bigbatch.trainers.job import training_batches
 from bigbatch.trainers.models.batch_stats import averaged_layers, recompute_statistics
 from bigbatch.trainers.models.build import choose_memory_format
@@ -168,7 +169,8 @@ class _Kitchen:
 
     def scores(self, split: Index) -> Scores | None:
         """How good the model is on a split, on rank 0. Collective."""
-        logits = self._evaluator.logits(self.model, split)
+        with autocast(self.engine.device, self._recipe.precision):
+            logits = self._evaluator.logits(self.model, split)
         labels = np.asarray(split.label, np.int64)
         return None if logits is None else score(softmax(logits), labels)
 
