@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from bigbatch.data.rng import uniforms
 from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, score
 from bigbatch.trainers.evaluation.paired import bootstrap
+from bigbatch.trainers.monitoring.flops import count_flops
 
 _CHUNK = 1 << 24
 
@@ -34,23 +34,24 @@ def counts(model: nn.Module, channels: int, image_size: int) -> dict[str, int]:
     A multiplication and its addition count as two; multiplications by 0 count, as they are done.
     """
     weights = list(model.parameters())
-    images = torch.zeros(2, channels, image_size, image_size)  # some layers refuse one
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images)
     return {
         "parameters": sum(weight.numel() for weight in weights),
         "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
-        "flops": int(counter.get_total_flops()) // 2,
+        "flops": count_flops(model, channels, image_size),
     }
 
 
 def milliseconds(runs: Sequence[Callable[[], object]], rounds: int) -> npt.NDArray[np.float64]:
-    """Times [R, rounds] of R runs. They take turns, so that a busy machine meets all alike."""
+    """Times [R, rounds] of R runs.
+
+    They take turns, so that a busy machine meets all alike, in each round in another order:
+    after a small network the caches are not what they are after a large one.
+    """
     times = np.empty((len(runs), rounds))
     for round in range(-1, rounds):
-        for place, run in enumerate(runs):
+        for place in np.argsort(uniforms((len(runs),), "latency", round)):
             started = time.perf_counter()
-            run()
+            runs[place]()
             if round >= 0:  # the first one warms up
                 times[place, round] = 1e3 * (time.perf_counter() - started)
     return times

@@ -1,21 +1,18 @@
 """Images of the training split by which weights and channels are scored, and int8 is calibrated."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding
-from bigbatch.data.index import Index
+from bigbatch.data.index import Index, some_samples
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.compress.pruning import Batch
 from bigbatch.trainers.ensemble.members import Member
 
 _BATCH = 32
-_COLUMNS = ("shard", "offset", "size", "label", "crc")
 
 
 def training_images(member: Member, index: Index, count: int) -> list[Batch]:
@@ -27,7 +24,6 @@ def training_images(member: Member, index: Index, count: int) -> list[Batch]:
     recipe = member.recipe
     drawn = uniforms((len(index),), recipe.seed, "compress")
     chosen = np.sort(np.argsort(drawn, kind="stable")[:count])
-    few = replace(index, **{name: getattr(index, name)[chosen] for name in _COLUMNS})
     augmenter = Augmenter(
         recipe.augment,
         image_size=recipe.data.image_size,
@@ -43,6 +39,7 @@ def training_images(member: Member, index: Index, count: int) -> list[Batch]:
         threads=recipe.data.threads,
         view=augmenter.eval_view,
     )
+    few = some_samples(index, chosen)
     batches = eval_batches(few, decoding, batch=_BATCH, rank=0, world=1, leave_out_bad=True)
     found = [(augmenter.evaluate(b), b.labels) for b in batches if len(b.samples)]
     if not found:

@@ -83,6 +83,8 @@ def sweep(
         check_variant(member, variant)
     if settings.finetune is not None:
         check_finetuning(member.recipe)
+        if member.recipe.distill is not None:
+            notice("--finetune goes by the labels alone; the recipe's teacher takes no part")
     inputs = open_inputs(member.recipe)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)

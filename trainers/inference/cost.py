@@ -7,7 +7,8 @@ import torch
 
 from bigbatch.configs.files import to_json
 from bigbatch.trainers.inference.forward import Forward
-from bigbatch.trainers.monitoring.flops import forward_flops
+from bigbatch.trainers.models.compressed import compression_of
+from bigbatch.trainers.monitoring.flops import count_flops, forward_flops
 
 
 def cost_of(forward: Forward, images: int, seconds: float) -> dict[str, Any]:
@@ -19,8 +20,11 @@ def cost_of(forward: Forward, images: int, seconds: float) -> dict[str, Any]:
     counted: dict[str, int | None] = {}
     flops: list[int | None] = []
     for member in forward.members:
-        recipe = member.recipe
-        key = to_json([recipe.model.model_dump(), recipe.data.image_size])
+        recipe, data = member.recipe, member.recipe.data
+        if compression_of(member.weights) is not None:  # the recipe's model is larger
+            flops.append(count_flops(member.build(), data.channels, data.image_size))
+            continue
+        key = to_json([recipe.model.model_dump(), data.image_size])
         if key not in counted:
             counted[key] = forward_flops(recipe, forward.classes)
         flops.append(counted[key])

@@ -8,6 +8,7 @@ and the optimizer are work, but not the model's.
 import re
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigbatch.configs.schema import Recipe
@@ -63,11 +64,21 @@ def forward_flops(recipe: Recipe, classes: int) -> int | None:
     size, channels = recipe.data.image_size, recipe.data.channels
     fresh = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
     try:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.device("meta"):
             model = build_model(fresh, classes=classes, channels=channels, seed=recipe.seed)
-            model(torch.zeros(2, channels, size, size))  # BatchNorm refuses one image
+            return count_flops(model, channels, size)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def count_flops(model: nn.Module, channels: int, image_size: int) -> int:
+    """Those of a forward pass of one image by a network, counted while it makes one."""
+    device = next(model.parameters()).device
+    images = torch.zeros(
+        2, channels, image_size, image_size, device=device
+    )  # BatchNorm refuses one
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
     return int(counter.get_total_flops()) // 2
 
 

@@ -27,6 +27,7 @@ from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ens
 from bigbatch.trainers.ensemble.members import Member, find_members
 from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.export.write import export
+from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.models.compressed import compression_of
 from bigbatch.trainers.planning.inputs import open_inputs
@@ -88,6 +89,8 @@ def test_what_is_stored_is_what_was_evaluated(
     assert [m.name for m in members] == [f"{member.name}/{row['name']}" for row in rows]
     logits = Forward(engine, members).logits(index)
     assert logits is not None
+    flops = [cost_of(Forward(engine, [m]), 1, 1.0)["flops_per_image"] for m in members]
+    assert flops == [row["flops"] for row in rows]
     for row, own in zip(rows, logits, strict=True):
         accuracy = (softmax(own).argmax(1) == index.label).mean()
         assert row["splits"]["val"]["accuracy"] == accuracy
