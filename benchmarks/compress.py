@@ -107,7 +107,15 @@ def accuracy(run: Path, images: int) -> dict[str, Any]:
             f"{scores['accuracy']:.2%} in int8, "
             f"change {100 * scores['change']:+.2f} points ({low:+.2f} to {high:+.2f})"
         )
-    return {"splits": result["splits"], "before": before, "after": after}
+    recipe = member.recipe
+    return {
+        "model": recipe.model.model_dump(),
+        "image_size": recipe.data.image_size,
+        "duration": str(recipe.duration),
+        "samples": {role: split["samples"] for role, split in result["splits"].items()},
+        "before": before,
+        "after": after,
+    }
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ def prune_channels(
 
     Channels are scored over all layers of their group: by the mean over its layers of the sum
     of |w| (Li et al. 2017, arXiv:1608.08710), or, where there are `batches`, of |w dL/dw| with
-    their mean gradient (Molchanov et al. 2019, arXiv:1906.10771). Which layers depend on another
-    is found by Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), by a forward pass of `images`
-    [B, C, H, W]. The classifier's outputs stay. `fresh` is a network of the same name, not
-    changed, which is made to take the weights as it will be when they are loaded; UserError
+    their mean gradient (Molchanov et al. 2019, arXiv:1906.10771), in which Torch-Pruning 1.6
+    leaves BatchNorm out (findings/torch-pruning-taylor-batchnorm.sh). Which layers depend on
+    another is found by Torch-Pruning (Fang et al. 2023, arXiv:2301.12900), by a forward pass of
+    `images` [B, C, H, W]. The classifier's outputs stay. `fresh` is a network of the same name,
+    not changed, which is made to take the weights as it will be when they are loaded; UserError
     where that gives another network, or the sizes of layers do not fit together any more.
     """
     import torch_pruning as tp
