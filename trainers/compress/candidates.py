@@ -26,8 +26,8 @@ from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.export.description import as_texts, data_hash, describe
-from bigbatch.trainers.models.compressed import COMPRESSION, compression_of
-from bigbatch.trainers.models.weights_file import to_metadata
+from bigbatch.trainers.models.compressed import compression_of
+from bigbatch.trainers.models.weights_file import COMPRESSION, to_metadata
 from bigbatch.trainers.planning.inputs import Inputs
 from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.models.weights_file import read_header
+from bigbatch.trainers.models.weights_file import COMPRESSION, read_header
 
-COMPRESSION = "compression"  # of a file's metadata: which method; absent from any other weights
 CODEBOOK, INDICES = ".codebook", ".indices"
 
 

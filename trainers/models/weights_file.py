@@ -17,6 +17,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.schema import Recipe
 
 METADATA = "__metadata__"
+COMPRESSION = "compression"  # of the metadata: by which method; absent from a model's plain weights
 _KEY = "bigbatch"  # of the metadata
 _MAX_HEADER = 100_000_000  # bytes, as in the format's own reader
 _MOST_DIMENSIONS = 64
@@ -156,11 +157,18 @@ def open_weights(path: Path) -> WeightsInfo | None:
         with path.open("rb"):
             if path.suffix != ".safetensors":
                 return None
-        return read_info(read_header(path))
+        header = read_header(path)
+        info = read_info(header)
     except OSError as error:
         raise UserError(f"{problem} cannot be read ({error.strerror}); {remedy}") from None
     except ValueError as error:
         raise UserError(f"{problem} is damaged: {error}; {remedy}") from None
+    if method := header.metadata.get(COMPRESSION):
+        raise UserError(
+            f"{problem} was compressed by {method}, so that it holds other tensors than its model "
+            "has; give the weights that it was made of, or fine-tune by `bigbatch compress`"
+        )
+    return info
 
 
 def differences(there: WeightsInfo, here: WeightsInfo) -> list[str]:

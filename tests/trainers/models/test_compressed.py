@@ -12,7 +12,6 @@ from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.models.compressed import (
-    COMPRESSION,
     compression_of,
     decode,
     load_compressed,
@@ -20,6 +19,7 @@ from bigbatch.trainers.models.compressed import (
     reshape,
     unpack,
 )
+from bigbatch.trainers.models.weights_file import COMPRESSION, open_weights
 
 
 @given(st.integers(1, 8), st.data())
@@ -71,6 +71,12 @@ def test_layers_become_as_large_as_their_tensors() -> None:
 def save(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     save_file(tensors, path, {COMPRESSION: "codebook"})
     return path
+
+
+def test_no_run_starts_from_tensors_that_its_model_does_not_have(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"weight.codebook": torch.ones(4)})
+    with pytest.raises(UserError, match=r"was compressed by codebook, .* give the weights that it"):
+        open_weights(path)
 
 
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:
