@@ -121,20 +121,24 @@ def _sweep(
     rows: list[Row] = [{"name": _FLOAT32, "method": None, "runtime": "torch", "folder": None}]
     members = [member]
     for variant in variants:
+        if variant.method == "int8":
+            continue
         notice(f"{member.name}: {variant.name}")
-        if variant.method != "int8":
-            place = folder / variant.name
-            members.append(write_network(place, member, variant, images, inputs, settings))
-            rows.append(_row(variant, settings, "torch", variant.name))
+        place = folder / variant.name
+        members.append(write_network(place, member, variant, images, inputs, settings))
+        rows.append(_row(variant, settings, "torch"))
     torch_rows = list(rows)
+    onnx_rows: list[Row] = []
     files: list[Path] = []
     for variant in variants:
-        if variant.method == "int8":
-            files = [folder / "float32.onnx", folder / variant.name / "model.onnx"]
-            write_onnx(files[0], files[1], member, images, settings)
-            same = {"name": "float32 in ONNX", "method": None, "runtime": "onnxruntime"}
-            rows += [{**same, "folder": None}, _row(variant, settings, "onnxruntime", "int8")]
-    onnx_rows = rows[len(torch_rows) :]
+        if variant.method != "int8":
+            continue
+        notice(f"{member.name}: {variant.name}")
+        files = [folder / "float32.onnx", folder / variant.name / "model.onnx"]
+        write_onnx(files[0], files[1], member, images, settings)
+        plain = {**rows[0], "name": f"{_FLOAT32} in ONNX", "runtime": "onnxruntime"}
+        onnx_rows = [plain, _row(variant, settings, "onnxruntime")]
+    rows += onnx_rows
 
     splits = {role: index for role, index in inputs.splits.items() if role != "train"}
     _measure_networks(engine, members, torch_rows, splits)
@@ -155,7 +159,7 @@ def _sweep(
     }
 
 
-def _row(variant: Variant, settings: Settings, runtime: str, folder: str) -> Row:
+def _row(variant: Variant, settings: Settings, runtime: str) -> Row:
     how = {k: v for k, v in vars(variant).items() if k != "method" and v is not None}
     return {
         "name": variant.name,
@@ -163,7 +167,7 @@ def _row(variant: Variant, settings: Settings, runtime: str, folder: str) -> Row
         **how,
         "fine_tuned": settings.finetune is not None and variant.method in FINE_TUNED,
         "runtime": runtime,
-        "folder": folder,
+        "folder": variant.name,
     }
 
 
@@ -193,7 +197,8 @@ def _measure_files(
             role: probabilities(session, member, index) for role, index in splits.items()
         }
         types = operations(path.read_bytes())
-        row["convolutions"] = {"int8": types["QLinearConv"], "float32": types["Conv"]}
+        left = types["Conv"] + types["FusedConv"]
+        row["convolutions"] = {"int8": types["QLinearConv"], "float32": left}
 
 
 def _score(rows: list[Row], splits: dict[str, Index]) -> None:
