@@ -104,11 +104,12 @@ def _panel(axes: Axes, rows: Rows, role: str, cost: Callable[[Mapping[str, Any]]
             fontsize=8,
             color=_COLOURS[row["method"]],
         )
-    axes.set_xscale("log")
-    wide = max(costs) > 20 * min(costs)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 5)))
+    times = max(costs) / min(costs)
+    if times > 4:  # of a narrower range, a logarithmic axis would have one number
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if times > 20 else (1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
