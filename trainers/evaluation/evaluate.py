@@ -11,6 +11,10 @@ from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
 
+# Images that go through a network together on a CPU: the activations of more leave the caches,
+# which takes up to twice as long (benchmarks/predict.py). Also in inference/forward.py, so that a
+# member gives there what it gave in its run.
+_PART = 32
 # Below this many images a rank decodes them itself, faster than workers could start.
 _FEW_IMAGES = 2000
 
@@ -66,5 +70,13 @@ class Evaluator:
         """Logits [B, C] of a batch, float32, on the device."""
         images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
         with self.engine.autocast():
-            outputs: Tensor = model(images)
+            outputs = in_parts(model, images)
         return outputs.float()
+
+
+def in_parts(model: nn.Module, images: Tensor) -> Tensor:
+    """Outputs [B, C] of a model in eval mode, on a CPU of a few images at a time."""
+    if images.device.type != "cpu":
+        outputs: Tensor = model(images)
+        return outputs
+    return torch.cat([model(part) for part in images.split(_PART)])

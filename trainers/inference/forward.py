@@ -19,6 +19,7 @@ from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits, log_softmax
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.evaluation.evaluate import in_parts
 from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
@@ -190,8 +191,7 @@ class Forward:
 
         def once() -> Tensor:
             with autocast(self.engine.device, precision):
-                logits: Tensor = loaded.model(images)
-            return logits.float()
+                return in_parts(loaded.model, images).float()
 
         if not self.mc_dropout:
             return [once()]
@@ -211,7 +211,8 @@ class Forward:
         taken, self._features[:] = list(self._features), []
         if not taken:
             return np.zeros((count, 0), np.float32)
-        return torch.stack([t.flatten(1).float() for t in taken]).mean(0).cpu().numpy()
+        rows = torch.cat([t.flatten(1).float() for t in taken])  # of one look after another
+        return rows.view(-1, count, rows.shape[1]).mean(0).cpu().numpy()
 
     def logits(self, index: Index) -> Logits | None:
         """Logits [M, N, C] of all samples on rank 0, in index order; None elsewhere. Collective."""
