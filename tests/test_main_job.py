@@ -140,6 +140,7 @@ def folder_of_images(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_image_folder_of_your_own(folder_of_images):
     cwd = folder_of_images
     (cwd / "images/flower/notes.jpg").write_text("this is no image")

@@ -104,6 +104,7 @@ def test_the_noise_scale_of_linear_regression_is_found_within_a_tenth(reduction)
 CASES = [("exact", 4), ("overlapped", 3), ("overlapped", 4), ("overlapped", 7)]
 
 
+@pytest.mark.slow
 def test_three_ranks_measure_single_micro_batches_also_inside_the_all_reduce(tmp_path):
     run_ranks(3, Path(__file__), tmp_path / "found.json")
     for case, found in json.loads((tmp_path / "found.json").read_text()):

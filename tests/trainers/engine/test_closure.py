@@ -122,7 +122,8 @@ def test_it_goes_on_bit_for_bit_from_its_state_by_name() -> None:
     assert int(whole[0].module[1].num_batches_tracked) == STEPS  # type: ignore[index]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_several_ranks_take_the_same_steps(world: int, tmp_path: Path) -> None:
     alone = start(norm=True)
     train(*alone, range(STEPS))

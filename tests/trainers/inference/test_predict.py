@@ -300,6 +300,7 @@ def one_rank(engine: Engine, ensemble: Ensemble, digits: Path, folder: Path) -> 
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 def test_three_ranks_write_each_image_once(
     engine: Engine, ensemble: Ensemble, digits: Path, tmp_path: Path
 ) -> None:
