@@ -2,7 +2,7 @@
 against the sum of its parts.
 
     python benchmarks/predict.py --timm-validate PATH/validate.py --photos TAR
-                                 [--quick] [--json FILE]
+                                 [--case NAME] [--quick] [--json FILE]
 
 timm's validate.py is not in its wheel: take it from a checkout of pytorch-image-models. The images
 are the JPEGs of TAR, as often as it takes; without --photos, crops of scikit-learn's sample photos.
@@ -128,10 +128,12 @@ def run_timm(folder: Path, number: int, model: str, size: int, script: Path) -> 
 
 
 def commands(
-    folder: Path, images: int, rounds: int, script: Path
+    folder: Path, images: int, rounds: int, script: Path, case: str | None
 ) -> dict[str, dict[str, float | list[float]]]:
     found: dict[str, dict[str, float | list[float]]] = {}
     for name, (model, size) in CASES.items():
+        if case not in (None, name):
+            continue
         ours, theirs = [], []
         for number in range(rounds):
             theirs.append(run_timm(folder, number, model, size, script))
@@ -280,6 +282,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__, quick="few images, one round, test_resnet alone")
     parser.add_argument("--timm-validate", type=Path, help="timm's validate.py")
     parser.add_argument("--photos", type=Path, help="tar of JPEGs")
+    parser.add_argument("--case", choices=CASES, help="of the whole commands, this one alone")
     options = parser.parse_args()
     images, rounds = (200, 1) if options.quick else (2000, 3)
     figures: dict[str, object] = {}
@@ -293,7 +296,9 @@ def main() -> None:
         for model, size in CASES.values():
             write_run(folder / "runs" / model, folder / "shards", model, size, MEMBERS)
         if options.timm_validate:
-            figures["commands"] = commands(folder, images, rounds, options.timm_validate)
+            figures["commands"] = commands(
+                folder, images, rounds, options.timm_validate, options.case
+            )
         else:
             print("skipped: validate.py is not given (--timm-validate)")
         figures["ensemble"] = parts(folder, "test_resnet", rounds)
