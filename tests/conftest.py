@@ -10,8 +10,10 @@ import pytest
 # One thread a process: the tests start many, and results must not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-# A shell's background job ignores SIGINT, and hands that on to the processes that tests start.
+# A shell's background job ignores SIGINT, nohup SIGHUP, and both hand that on to the processes that
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
