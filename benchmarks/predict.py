@@ -9,10 +9,10 @@ are the JPEGs of TAR, as often as it takes; without --photos, crops of scikit-le
 
 Whole commands, start included, with two threads each: the same weights, images, crop, batch of 256.
 validate.py reads an image folder with two workers, bigbatch its shards. Then, inside one process:
-a forward pass of each of five members on images that are decoded already, one pass over the data
-without a model, and `Forward` over the same, which does both; members one after another against
-members stacked by torch.func, in CPU time; and the peak memory of `predict` over few images and ten
-times as many.
+a forward pass of each of five members, on whole batches that are decoded already, one pass over
+the data without a model, and `Forward` over the same, which does both; members one after another
+against members stacked by torch.func, in CPU time; and the peak memory of `predict` over few images
+and ten times as many.
 
 Contestants take turns; figures are medians, ratios medians of the rounds'.
 """
