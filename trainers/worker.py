@@ -25,7 +25,7 @@ from bigbatch.trainers.monitoring.log import Log, open_log
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.monitoring.output import close_output, copy_output
 from bigbatch.trainers.planning.environment import recorded_variables, said_variables
-from bigbatch.trainers.recovery.failures import explain
+from bigbatch.trainers.recovery.failures import report
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.resume import acquire_run_lock, resume
 from bigbatch.trainers.recovery.rollback import Rollback
@@ -51,13 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         heartbeat = acquire_run_lock(run, engine)
         return work(build_job(run, recipe, engine, options.stop_at), stop, heartbeat)
     except Exception as error:
-        known = explain(error, engine, options.run)
-        if known is None:
-            raise
-        status, text = known
-        if text is not None:
-            print(f"bigbatch: {text}", file=sys.stderr, flush=True)
-        return status
+        return report(error, engine, options.run)
     finally:
         if heartbeat is not None:
             heartbeat.close()

@@ -20,7 +20,7 @@ from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import open_ensemble
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.recovery.failures import explain
+from bigbatch.trainers.recovery.failures import report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,12 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         engine = open_engine("ddp", member.recipe.precision)
         return run(options, engine, member)
     except Exception as error:
-        known = explain(error, engine, options.out)
-        if known is None:
-            raise
-        status, text = known
-        print(f"bigbatch: {text}", file=sys.stderr, flush=True)
-        return status
+        return report(error, engine)
     finally:
         if engine is not None:
             engine.close()

@@ -9,9 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.files import to_json
-from bigbatch.configs.redact import message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,14 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except UserError as error:
-        print(f"bigbatch: {message(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if not is_refused(error):
-            raise
-        print(f"bigbatch: {message(error)}; free some space, or repair rights", file=sys.stderr)
-        return 2
+    except Exception as error:
+        from bigbatch.trainers.recovery.failures import report
+
+        return report(error, None)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from pydantic import JsonValue
 
-from bigbatch.configs.errors import UserError, is_refused
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.notices import notice
-from bigbatch.configs.redact import message
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
@@ -42,7 +41,7 @@ from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
-from bigbatch.trainers.recovery.failures import explain
+from bigbatch.trainers.recovery.failures import report
 from bigbatch.trainers.recovery.signals import catch
 
 Record = dict[str, Any]
@@ -65,13 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
-        known = _told(error, engine, options.model[0])
-        if known is None:
-            raise
-        status, text = known
-        if text is not None:
-            print(f"bigbatch: {text}", file=sys.stderr, flush=True)
-        return status
+        return report(error, engine)
     finally:
         if engine is not None:
             engine.close()
@@ -86,15 +79,6 @@ class _Stopped(BaseException):
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise _Stopped(number)
-
-
-def _told(error: Exception, engine: Engine | None, run: Path) -> tuple[int, str | None] | None:
-    """As a rank that trains explains its end, but for the remedy of a disk that refuses."""
-    if isinstance(error, OSError) and is_refused(error):
-        speaks = engine is None or engine.should_report_error()
-        remedy = "free some space or fix the permissions, then repeat the command"
-        return 2, f"{message(error)}; {remedy}" if speaks else None
-    return explain(error, engine, run)
 
 
 def require_same(engine: Engine, what: str, found: Sequence[str], remedy: str) -> None:

@@ -1,5 +1,6 @@
 """How a rank's errors end it: the exit status and the message of each kind, in one table."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +10,14 @@ from bigbatch.trainers.engine import Engine, is_lost_peer
 from bigbatch.trainers.recovery import oom
 
 Told = tuple[int, str] | None  # status and message; None: a defect, which keeps its traceback
-Explain = Callable[[Exception, int, Path], Told]
+Explain = Callable[[Exception, int, Path | None], Told]
 
 
-def _user_error(error: Exception, rank: int, run: Path) -> Told:
+def _user_error(error: Exception, rank: int, run: Path | None) -> Told:
     return 2, f"rank {rank}: {message(error)}" if rank else message(error)
 
 
-def _computation(error: Exception, rank: int, run: Path) -> Told:
+def _computation(error: Exception, rank: int, run: Path | None) -> Told:
     if oom.is_out_of_memory(error):
         return 2, oom.explain(error, rank)
     if is_lost_peer(error):  # not this rank's doing: the one that ended, or its agent, says why
@@ -24,9 +25,12 @@ def _computation(error: Exception, rank: int, run: Path) -> Told:
     return None
 
 
-def _disk(error: Exception, rank: int, run: Path) -> Told:
+def _disk(error: Exception, rank: int, run: Path | None) -> Told:
     if not isinstance(error, OSError) or not is_refused(error):
         return None
+    if run is None:
+        remedy = "free some space or fix the permissions, then repeat the command"
+        return 2, f"{message(error)}; {remedy}"
     return 2, (
         f"cannot go on with {run}: {error}; free some space or fix the permissions, then "
         f"`bigbatch resume {run}` starts from the newest checkpoint and writes what is missing"
@@ -42,7 +46,23 @@ TABLE: tuple[tuple[type[Exception], Explain], ...] = (
 )
 
 
-def explain(error: Exception, engine: Engine | None, run: Path) -> tuple[int, str | None] | None:
+def report(error: Exception, engine: Engine | None, run: Path | None = None) -> int:
+    """Say what ends this rank, and return its exit status; a defect of ours is raised again.
+
+    `run` is the one that is trained, which may be resumed; None where nothing is.
+    """
+    known = _explain(error, engine, run)
+    if known is None:
+        raise error
+    status, text = known
+    if text is not None:
+        print(f"bigbatch: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _explain(
+    error: Exception, engine: Engine | None, run: Path | None
+) -> tuple[int, str | None] | None:
     """Exit status and message of an error that ends this rank; None for a defect of ours.
 
     The message is None where another rank tells the user the same.
@@ -51,7 +71,7 @@ def explain(error: Exception, engine: Engine | None, run: Path) -> tuple[int, st
     found = next((tell(error, rank, run) for kind, tell in TABLE if isinstance(error, kind)), None)
     if found is None:
         return None
-    told_elsewhere = isinstance(error, UserError) and not (
+    told_elsewhere = isinstance(error, UserError | OSError) and not (
         engine is None or engine.should_report_error()
     )
     return found[0], None if told_elsewhere else found[1]
