@@ -30,7 +30,7 @@ from bigbatch.trainers.losses.build import (
     build_student_objective,
 )
 from bigbatch.trainers.models.batch_stats import check_state
-from bigbatch.trainers.models.build import build_model, choose_memory_format
+from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
@@ -156,18 +156,9 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     else:
         objective = build_student_objective(recipe.loss, recipe.distill, model)
     probe(model, objective, recipe, classes)
-    memory_format = choose_memory_format(recipe.model, engine.device)
-    model.to(memory_format=memory_format)
+    model.to(memory_format=choose_memory_format(recipe.model, engine.device))
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
-    augmenter = Augmenter(
-        recipe.augment,
-        image_size=data.image_size,
-        crop_fraction=recipe.evaluate.crop_fraction,
-        classes=classes,
-        seed=recipe.seed,
-        device=engine.device,
-        memory_format=memory_format,
-    )
+    augmenter = build_augmenter(recipe, classes, engine.device)
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
     fingerprint: dict[str, JsonValue] = {

@@ -1,7 +1,7 @@
 """Training a compressed network further, as its recipe trains, in one process."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from bigbatch.configs.durations import Length
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
-from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
-from bigbatch.data.loader import train_batches
+from bigbatch.data.batch import BatchPlan
 from bigbatch.data.rng import key64
 from bigbatch.trainers.compress.pruning import apply_masks
-from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.engine import open_engine
+from bigbatch.trainers.job import training_batches
 from bigbatch.trainers.losses.build import build_objective
 from bigbatch.trainers.models.batch_stats import StepStatistics
-from bigbatch.trainers.models.build import choose_memory_format
+from bigbatch.trainers.models.build import build_augmenter, choose_memory_format
 from bigbatch.trainers.optim import build_optimizer, set_lr
 from bigbatch.trainers.planning.inputs import Inputs
 
@@ -49,23 +48,15 @@ def finetune(
     (arXiv:1506.02626, section 3.4) advise a tenth. Raises UserError where it diverges.
     """
     engine = open_engine("ddp", recipe.precision, recipe.reduction)
-    memory_format = choose_memory_format(recipe.model, engine.device)
-    network.to(memory_format=memory_format).train()
+    network.to(memory_format=choose_memory_format(recipe.model, engine.device)).train()
     engine.prepare(network, build_optimizer(network, recipe.optimizer), recipe.micro_batches)
-    augmenter = Augmenter(
-        recipe.augment,
-        image_size=recipe.data.image_size,
-        crop_fraction=recipe.evaluate.crop_fraction,
-        classes=len(inputs.classes),
-        seed=recipe.seed,
-        device=engine.device,
-        memory_format=memory_format,
-    )
+    augmenter = build_augmenter(recipe, len(inputs.classes), engine.device)
     objective = build_objective(recipe.loss)
     statistics = StepStatistics(network)
     start = inputs.plan.total
     steps = length.steps(recipe.global_batch, inputs.epoch_samples)
-    batches = _batches(recipe, inputs, engine, augmenter, start, start + steps)
+    plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, 1, start, start + steps)
+    batches = training_batches(recipe, inputs, plan, augmenter.view, engine.device)
 
     for step in range(start, start + steps):
         falling = (1 + math.cos(math.pi * (step - start) / steps)) / 2
@@ -98,21 +89,3 @@ def finetune(
     for layer, momentum in zip(statistics.layers, statistics.momentum, strict=True):
         layer.momentum = momentum
     network.cpu().to(memory_format=torch.contiguous_format).eval()
-
-
-def _batches(
-    recipe: Recipe, inputs: Inputs, engine: Engine, augmenter: Augmenter, start: int, stop: int
-) -> Iterator[MicroBatch]:
-    assert inputs.order is not None
-    data = recipe.data
-    plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, 1, start, stop)
-    decoding = Decoding(
-        image_size=data.image_size,
-        channels=data.channels,
-        workers=data.workers,
-        threads=data.threads,
-        bad_samples=data.bad_samples,
-        pin_memory=engine.device.type == "cuda",
-        view=augmenter.view,
-    )
-    return train_batches(inputs.splits["train"], inputs.order, plan, decoding)

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index, some_samples
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.compress.pruning import Batch
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.models.build import build_augmenter
 
 _BATCH = 32
 
@@ -24,14 +24,7 @@ def training_images(member: Member, index: Index, count: int) -> list[Batch]:
     recipe = member.recipe
     drawn = uniforms((len(index),), recipe.seed, "compress")
     chosen = np.sort(np.argsort(drawn, kind="stable")[:count])
-    augmenter = Augmenter(
-        recipe.augment,
-        image_size=recipe.data.image_size,
-        crop_fraction=recipe.evaluate.crop_fraction,
-        classes=len(member.classes),
-        seed=recipe.seed,
-        device=torch.device("cpu"),
-    )
+    augmenter = build_augmenter(recipe, len(member.classes), torch.device("cpu"))
     decoding = Decoding(
         image_size=recipe.data.image_size,
         channels=recipe.data.channels,

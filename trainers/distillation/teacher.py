@@ -145,9 +145,8 @@ class Teacher:
     def _load(self) -> None:
         device = self._engine.device
         for member in self.ensemble.members:
-            model = member.build().to(device)
-            order = choose_memory_format(member.recipe.model, device)
-            self._models.append(model.to(memory_format=order))
+            model = member.build(device)
+            self._models.append(model)
             if self.hint is not None:
                 whose = f"teacher {member.name}"
                 self._watched.append(Watched(model, self.hint[0], whose))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bigbatch.configs.errors import UserError
@@ -14,7 +15,7 @@ from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.build import build_model, choose_memory_format
 from bigbatch.trainers.models.compressed import compression_of, load_compressed
 from bigbatch.trainers.models.weights_file import WeightsInfo, describe, read_header, read_info
 from bigbatch.trainers.planning.inputs import open_split
@@ -22,7 +23,7 @@ from bigbatch.trainers.recovery.stored import MODEL, list_checkpoints
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 MEMBERS = "members.json"  # of a finished run: which snapshots are kept
-CHOICES = ("auto", "all")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Member:
     def info(self) -> WeightsInfo:
         return describe(self.recipe, self.classes)
 
-    def build(self) -> nn.Module:
-        """The network on the CPU, in eval mode. UserError, which names the member."""
+    def build(self, device: torch.device = _CPU) -> nn.Module:
+        """The network on a device, in eval mode. UserError, which names the member."""
         # Where the weights once started from is no matter any more, nor need it still be there.
         config = self.recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
         try:
@@ -54,7 +55,8 @@ class Member:
             load(model, self.weights)
         except UserError as error:
             raise UserError(f"member {self.name}: {error}") from None
-        return model.eval()
+        memory_format = choose_memory_format(self.recipe.model, device)
+        return model.eval().to(device).to(memory_format=memory_format)
 
 
 def find_members(run: RunDir, choice: str = "auto") -> list[Member]:

@@ -16,7 +16,6 @@ import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
-from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.geometry import View
 from bigbatch.data.index import Index
@@ -25,6 +24,7 @@ from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.evaluation.metrics import Probabilities
 from bigbatch.trainers.export import standalone
+from bigbatch.trainers.models.build import build_augmenter
 
 TOLERANCE = 1e-4  # of a probability
 _NEVER_REDUCED = 1 << 30  # an image size of which no image is a multiple
@@ -131,16 +131,8 @@ class _Evaluation:
     """One member as `bigbatch evaluate` runs it on a CPU."""
 
     def __init__(self, member: Member) -> None:
-        recipe = member.recipe
         self.member, self.network = member, member.build()
-        self.augmenter = Augmenter(
-            recipe.augment,
-            image_size=recipe.data.image_size,
-            crop_fraction=recipe.evaluate.crop_fraction,
-            classes=len(member.classes),
-            seed=recipe.seed,
-            device=torch.device("cpu"),
-        )
+        self.augmenter = build_augmenter(member.recipe, len(member.classes), torch.device("cpu"))
 
     @torch.inference_mode()
     def logits(self, batch: MicroBatch) -> np.ndarray:

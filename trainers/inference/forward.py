@@ -23,7 +23,7 @@ from bigbatch.trainers.evaluation.evaluate import in_parts
 from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
-from bigbatch.trainers.models.build import choose_memory_format
+from bigbatch.trainers.models.build import build_augmenter
 
 # Below this many images a rank decodes them itself, faster than workers could start.
 _FEW_IMAGES = 2000
@@ -107,20 +107,10 @@ class Forward:
                 f"member {member.name}: precision = fp16 needs a GPU; leave it out with --members, "
                 "or start on a machine that has one"
             )
-        memory_format = choose_memory_format(recipe.model, device)
-        model = member.build().to(device).to(memory_format=memory_format)
+        model = member.build(device)
         if self.mc_dropout:
             let_drop(model)
-        augmenter = Augmenter(
-            recipe.augment,
-            image_size=recipe.data.image_size,
-            crop_fraction=recipe.evaluate.crop_fraction,
-            classes=self.classes,
-            seed=recipe.seed,
-            device=device,
-            memory_format=memory_format,
-        )
-        return _Loaded(member, model, augmenter)
+        return _Loaded(member, model, build_augmenter(recipe, self.classes, device))
 
     def outputs(self, index: Index, *, leave_out_bad: bool = False) -> Iterator[Outputs]:
         """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""

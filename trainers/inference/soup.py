@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import BatchPlan
 from bigbatch.data.index import Index, some_samples
 from bigbatch.data.rng import uniforms
@@ -24,7 +23,7 @@ from bigbatch.trainers.evaluation.metrics import score, softmax
 from bigbatch.trainers.inference.forward import autocast
 from bigbatch.trainers.job import training_batches
 from bigbatch.trainers.models.batch_stats import averaged_layers, recompute_statistics
-from bigbatch.trainers.models.build import choose_memory_format
+from bigbatch.trainers.models.build import build_augmenter
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
@@ -154,17 +153,8 @@ class _Kitchen:
     def __init__(self, engine: Engine, member: Member) -> None:
         self.engine, self._recipe = engine, member.recipe
         recipe = member.recipe
-        memory_format = choose_memory_format(recipe.model, engine.device)
-        self.model = member.build().to(engine.device).to(memory_format=memory_format)
-        self._augmenter = Augmenter(
-            recipe.augment,
-            image_size=recipe.data.image_size,
-            crop_fraction=recipe.evaluate.crop_fraction,
-            classes=len(member.classes),
-            seed=recipe.seed,
-            device=engine.device,
-            memory_format=memory_format,
-        )
+        self.model = member.build(engine.device)
+        self._augmenter = build_augmenter(recipe, len(member.classes), engine.device)
         self._evaluator = Evaluator(engine, self._augmenter, recipe)
 
     def scores(self, split: Index) -> Scores | None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.rng import key64
 from bigbatch.trainers.models.transfer import start_from
 from bigbatch.trainers.models.weights_file import WeightsInfo, open_weights
@@ -85,6 +87,19 @@ def build_model(
     for note in [] if quiet else notes:
         print(f"bigbatch: {config.checkpoint}: {note}", file=sys.stderr, flush=True)
     return model
+
+
+def build_augmenter(recipe: Recipe, classes: int, device: torch.device) -> Augmenter:
+    """What a recipe's model sees of images on a device, in training and in evaluation."""
+    return Augmenter(
+        recipe.augment,
+        image_size=recipe.data.image_size,
+        crop_fraction=recipe.evaluate.crop_fraction,
+        classes=classes,
+        seed=recipe.seed,
+        device=device,
+        memory_format=choose_memory_format(recipe.model, device),
+    )
 
 
 def choose_memory_format(model: Model, device: torch.device) -> torch.memory_format:

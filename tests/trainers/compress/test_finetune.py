@@ -1,6 +1,7 @@
 """Training a compressed network further: keyed, masked, and as the recipe says."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,15 +59,15 @@ def test_steps_go_on_where_the_recipe_ends(member: Member) -> None:
     from bigbatch.trainers.compress import finetune as module
 
     inputs, seen = open_inputs(member.recipe), []
-    batches = module.train_batches
+    batches = module.training_batches
 
-    def watch(index: object, order: object, plan: object, decoding: object) -> object:
-        for batch in batches(index, order, plan, decoding):  # type: ignore[arg-type]
+    def watch(*given: Any) -> object:
+        for batch in batches(*given):
             seen.append((batch.step, batch.index, batch.samples.tolist()))
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "train_batches", watch)
+        patch.setattr(module, "training_batches", watch)
         finetune(member.build(), member.recipe, inputs, parse("2 steps"), 0.1)
     assert [place[:2] for place in seen] == [(30, 0), (30, 1), (31, 0), (31, 1)]
     assert inputs.order is not None

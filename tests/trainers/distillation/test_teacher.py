@@ -92,7 +92,7 @@ def watched(
     ensemble: Ensemble, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, batch: MicroBatch
 ) -> list[Tensor]:
     seen: list[Tensor] = []
-    monkeypatch.setattr(Member, "build", lambda member: Eye(seen))
+    monkeypatch.setattr(Member, "build", lambda member, device: Eye(seen))
     Teacher(ensemble, recipe, DdpEngine("fp32", "exact")).outputs(batch)
     return seen
 
@@ -177,7 +177,7 @@ def test_weights_that_give_nan_are_named(
     network = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
     network(torch.zeros(1, 1, 32, 32))
     nn.init.constant_(network[1].weight, float("nan"))
-    monkeypatch.setattr(Member, "build", lambda member: network)
+    monkeypatch.setattr(Member, "build", lambda member, device: network)
     teacher = Teacher(ensemble, recipe, DdpEngine("fp32", "exact"))
     with pytest.raises(UserError, match="teacher teacher/cycle-01 gives logits that are not fin"):
         teacher.outputs(batches(recipe)[0])
