@@ -16,7 +16,7 @@ from bigbatch.trainers.engine import Engine
 # member gives there what it gave in its run.
 _PART = 32
 # Below this many images a rank decodes them itself, faster than workers could start.
-_FEW_IMAGES = 2000
+FEW_IMAGES = 2000
 
 
 class Evaluator:
@@ -36,7 +36,7 @@ class Evaluator:
         decoding = Decoding(
             image_size=data.image_size,
             channels=data.channels,
-            workers=data.workers if share > _FEW_IMAGES else 0,
+            workers=data.workers if share > FEW_IMAGES else 0,
             threads=data.threads,
             pin_memory=engine.device.type == "cuda",
             view=self.augmenter.eval_view,
@@ -51,20 +51,7 @@ class Evaluator:
 
         classes = len(index.classes)
         rows = torch.cat(outputs) if outputs else torch.zeros(0, classes, device=engine.device)
-        batch_count = -(-len(index) // self.batch)
-        capacity = -(-batch_count // engine.world) * self.batch
-        parts = engine.gather_rows(rows, capacity)
-        if parts is None:
-            return None
-        # Rank r holds batches r, r + world, ...: their samples, in that order.
-        starts = range(0, len(index), self.batch)
-        samples = [np.arange(s, min(s + self.batch, len(index))) for s in starts]
-        logits = np.empty((len(index), classes), np.float32)
-        for rank, part in enumerate(parts):
-            mine = samples[rank :: engine.world]
-            if mine:
-                logits[np.concatenate(mine)] = part
-        return logits
+        return gather_in_order(engine, rows, len(index), self.batch)
 
     def _outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Logits [B, C] of a batch, float32, on the device."""
@@ -80,3 +67,21 @@ def in_parts(model: nn.Module, images: Tensor) -> Tensor:
         outputs: Tensor = model(images)
         return outputs
     return torch.cat([model(part) for part in images.split(_PART)])
+
+
+def gather_in_order(engine: Engine, rows: Tensor, count: int, batch: int) -> np.ndarray | None:
+    """The rows [count, K] of all samples, in their order, on rank 0; None elsewhere. Collective.
+
+    `rows` [n, K] are this rank's: of batches rank, rank + world, ... of `batch` samples each.
+    """
+    batches = -(-count // batch)
+    capacity = min(count, -(-batches // engine.world) * batch)
+    parts = engine.gather_rows(rows, capacity)
+    if parts is None:
+        return None
+    together = np.concatenate(parts)
+    numbers = [n for rank in range(engine.world) for n in range(rank, batches, engine.world)]
+    samples = [np.arange(n * batch, min((n + 1) * batch, count)) for n in numbers]
+    ordered = np.empty_like(together)
+    ordered[np.concatenate([np.zeros(0, np.int64), *samples])] = together
+    return ordered

@@ -19,14 +19,12 @@ from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits, log_softmax
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.evaluation.evaluate import in_parts
+from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, gather_in_order, in_parts
 from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import build_augmenter
 
-# Below this many images a rank decodes them itself, faster than workers could start.
-_FEW_IMAGES = 2000
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -114,7 +112,7 @@ class Forward:
 
     def outputs(self, index: Index, *, leave_out_bad: bool = False) -> Iterator[Outputs]:
         """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""
-        few = -(-len(index) // self.engine.world) <= _FEW_IMAGES
+        few = -(-len(index) // self.engine.world) <= FEW_IMAGES
         streams = []
         for size, fraction in self._groups:
             view = View(size, fraction)
@@ -214,21 +212,11 @@ class Forward:
         members, classes = len(self.members), self.classes
         rows = [o.logits.swapaxes(0, 1).reshape(-1, members * classes) for o in found]
         flat = np.concatenate([np.zeros((0, members * classes), np.float32), *rows])
-        batches = -(-len(index) // self.batch)
-        capacity = min(len(index), -(-batches // self.engine.world) * self.batch)
         on_device = torch.from_numpy(flat).to(self.engine.device)
-        parts = self.engine.gather_rows(on_device, capacity)
-        if parts is None:
+        ordered = gather_in_order(self.engine, on_device, len(index), self.batch)
+        if ordered is None:
             return None
-        order = [
-            np.arange(number * self.batch, min((number + 1) * self.batch, len(index)))
-            for rank in range(self.engine.world)
-            for number in range(rank, batches, self.engine.world)
-        ]
-        logits = np.empty((members, len(index), classes), np.float32)
-        together = np.concatenate(parts).reshape(-1, members, classes)
-        logits[:, np.concatenate(order)] = together.swapaxes(0, 1)
-        return logits
+        return np.ascontiguousarray(ordered.reshape(-1, members, classes).swapaxes(0, 1))
 
 
 def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bigbatch.data.listing import Listing
 from bigbatch.trainers.engine import Engine
@@ -64,7 +65,7 @@ def predict(
         rows = engine.on_main(joined)
     finally:  # on each rank: rank 0 may be the one that was killed
         shutil.rmtree(folder, ignore_errors=True)
-    totals = engine.sum_by_name({"counts": _tensor(counts)})["counts"].tolist()
+    totals = engine.sum_by_name({"counts": torch.from_numpy(counts)})["counts"].tolist()
     if engine.rank != 0:
         return None
     unreadable, known, right = (int(value) for value in totals)
@@ -101,9 +102,3 @@ def _count(listing: Listing, outputs: Outputs, probabilities: Probabilities) -> 
     known = labels >= 0
     right = (probabilities.argmax(axis=1) == labels) & known
     return np.array([len(outputs.bad), known.sum(), right.sum()], np.int64)
-
-
-def _tensor(counts: Any) -> Any:
-    import torch
-
-    return torch.from_numpy(counts)
