@@ -15,6 +15,7 @@ from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.schema import Recipe
 
+ENSEMBLE = "ensemble.json"  # of a folder that `bigbatch ensemble` wrote
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSIONS = ("bigbatch", "torch", "timm", "accelerate", "deepspeed", "kornia", "numpy", "wandb")
 

@@ -84,7 +84,7 @@ def compress(
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.launcher.launchers import python
-    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.launcher.runs.registry import find_model
     from bigbatch.trainers.compress.variants import FINE_TUNED, SCORED, make_variants
 
     methods = {variant.method for variant in make_variants(method, share, energy, bits)}
@@ -108,9 +108,7 @@ def compress(
         _check_length(finetune)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
-    path = Path(model)
-    if not (path / "ensemble.json").is_file():
-        path = find_run(model, runs_folder).path
+    path = find_model(model, runs_folder)
     given = {
         "--method": method, "--out": out, "--members": members, "--share": share,
         "--energy": energy, "--bits": bits, "--importance": importance, "--finetune": finetune,

@@ -17,12 +17,7 @@ from bigbatch.launcher.cli import options
     required=True,
     help="FILE.onnx, FILE.pt2 or FILE.safetensors.",
 )
-@click.option(
-    "--members",
-    default="auto",
-    show_default=True,
-    help="auto: those that the run kept; all; or names such as cycle-01,soup.",
-)
+@options.members
 @click.option("--check", is_flag=True, help="Run it by itself, and compare with evaluation.")
 @click.option("--data", help="With --check: folder or URL of shards; default: the recipe's.")
 @click.option(
@@ -59,12 +54,10 @@ def export(
     file that is there already is then checked as it is.
     """
     from bigbatch.launcher.launchers import python
-    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.launcher.runs.registry import find_model
 
-    path = Path(model)
-    if not (path / "ensemble.json").is_file():
-        path = find_run(model, runs_folder).path
-    command = [*python("bigbatch.trainers.export"), str(path), "--out", str(out)]
+    path = str(find_model(model, runs_folder))
+    command = [*python("bigbatch.trainers.export"), path, "--out", str(out)]
     command += ["--members", members, "--images", str(images)]
     command += ["--check"] if check else []
     command += ["--data", data] if data else []

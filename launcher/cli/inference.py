@@ -18,12 +18,7 @@ _TTA = ("none", "flip", "five", "ten", "scales")
 
 def _shared(function: Any) -> Any:
     for option in (
-        click.option(
-            "--members",
-            default="auto",
-            show_default=True,
-            help="auto: those that the run kept; all; or names such as cycle-01,soup.",
-        ),
+        options.members,
         click.option(
             "--tta",
             type=click.Choice(_TTA),
@@ -236,14 +231,9 @@ def _passes(mc_dropout: int | None) -> list[str]:
 
 
 def _find(models: Sequence[str], runs_folder: Path) -> list[Path]:
-    """Folders of ensembles as they are; runs by their name or their directory."""
-    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.launcher.runs.registry import find_model
 
-    paths = [Path(model) for model in models]
-    return [
-        path if (path / "ensemble.json").is_file() else find_run(model, runs_folder).path
-        for path, model in zip(paths, models, strict=True)
-    ]
+    return [find_model(model, runs_folder) for model in models]
 
 
 def _source(path: Path, data: str | None, split: str | None) -> str:

@@ -21,6 +21,14 @@ def recipe(function: F) -> F:
     return click.argument("recipe")(function)
 
 
+members = click.option(
+    "--members",
+    default="auto",
+    show_default=True,
+    help="auto: those that the run kept; all; or names such as cycle-01,soup.",
+)
+
+
 def runs_folder(function: F) -> F:
     return click.option(
         "--runs",

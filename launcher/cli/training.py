@@ -159,12 +159,9 @@ def _start(
 
 def _taught_by(teacher: str, runs: Path) -> str:
     """The change to a recipe that names a folder of an ensemble, or a run by name or directory."""
-    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.launcher.runs.registry import find_model
 
-    path = Path(teacher)
-    if not (path / "ensemble.json").is_file():
-        path = find_run(teacher, runs).path
-    return f"distill.teacher={json.dumps(str(path))}"
+    return f"distill.teacher={json.dumps(str(find_model(teacher, runs)))}"
 
 
 @click.command(short_help="Go on with a run from its newest checkpoint.")

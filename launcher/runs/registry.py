@@ -17,7 +17,7 @@ from typing import Any
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.json_text import parse_json
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import ENSEMBLE, RunDir
 from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.squeue import QueuedJob
@@ -61,6 +61,12 @@ def find_run(name: str, runs: Path) -> RunDir:
         f"no run {name!r}: neither {name} nor {runs / name} holds a recipe.yaml; "
         "`bigbatch runs` lists the runs there are"
     )
+
+
+def find_model(name: str, runs: Path) -> Path:
+    """A folder that `bigbatch ensemble` wrote, as it is; else a run, as `find_run` finds it."""
+    path = Path(name)
+    return path if (path / ENSEMBLE).is_file() else find_run(name, runs).path
 
 
 def job_number(text: str, runs: Path) -> str:

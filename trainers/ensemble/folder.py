@@ -15,12 +15,11 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import ENSEMBLE, RunDir
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member, check_members, find_members
 from bigbatch.trainers.models.weights_file import read_header, read_info
 
-ENSEMBLE = "ensemble.json"
 _FORMAT = 1
 
 

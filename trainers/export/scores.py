@@ -6,9 +6,9 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import ENSEMBLE, RunDir
 from bigbatch.trainers.ensemble.combination import Combination
-from bigbatch.trainers.ensemble.folder import ENSEMBLE, read_record
+from bigbatch.trainers.ensemble.folder import read_record
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.evaluation.record import EVALUATION
 from bigbatch.trainers.export.card import Score

@@ -8,6 +8,7 @@ from pathlib import Path
 from bigbatch.configs.data import Data
 from bigbatch.configs.distill import Distill
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import ENSEMBLE
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
@@ -83,7 +84,7 @@ def open_inputs(
 def see_teacher(distill: Distill) -> None:
     """Raise UserError where no teacher can be: what it is made of is looked at by who loads it."""
     path = Path(distill.teacher)
-    if (path / "ensemble.json").is_file():
+    if (path / ENSEMBLE).is_file():
         if distill.members != "auto":
             raise UserError(
                 f"distill.members = {distill.members}, but {path} is an ensemble, and its members "
@@ -92,7 +93,7 @@ def see_teacher(distill: Distill) -> None:
     elif not (path / "recipe.yaml").is_file():
         raise UserError(
             f"distill.teacher = {path} is neither a run (it holds no recipe.yaml) nor an ensemble "
-            f"(no ensemble.json) here ({Path.cwd()}); name the directory of one"
+            f"(no {ENSEMBLE}) here ({Path.cwd()}); name the directory of one"
         )
 
 
