@@ -11,6 +11,7 @@ from bigbatch.trainers.distillation.kept import KeptOutputs, key_of, record_size
 from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
+from bigbatch.trainers.models.weights_file import unlike
 from bigbatch.trainers.planning.inputs import Inputs
 
 _FORMAT = 1  # of views: another number where the same recipe gives other pixels or outputs
@@ -67,19 +68,10 @@ def check_teacher(ensemble: Ensemble, recipe: Recipe, classes: tuple[str, ...]) 
             f"{recipe.data.channels}; set data.channels={member.recipe.data.channels}, or choose "
             "another teacher"
         )
-    if member.classes == classes:
-        return
-    if sorted(member.classes) == sorted(classes):
-        place = next(i for i, c in enumerate(classes) if c != member.classes[i])
-        how = (
-            f"the student's classes in another order: number {place} is "
-            f"{member.classes[place]!a:.60} there, {classes[place]!a:.60} here"
+    if how := unlike(member.classes, classes, "the student"):
+        raise UserError(
+            f"teacher {member.name} has {how}; train both on shards with the same classes.txt"
         )
-    else:
-        how = f"other classes than the student ({len(member.classes):,} and {len(classes):,})"
-    raise UserError(
-        f"teacher {member.name} has {how}; train both on shards with the same classes.txt"
-    )
 
 
 def view_of(recipe: Recipe, teacher: Teacher, order_hash: str, device: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.rundir import ENSEMBLE, RunDir
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member, check_members, find_members
-from bigbatch.trainers.models.weights_file import read_header, read_info
+from bigbatch.trainers.models.weights_file import check_same, read_header, read_info
 
 _FORMAT = 1
 
@@ -145,14 +145,9 @@ def _member(folder: Path, name: str, stem: str, classes: tuple[str, ...]) -> Mem
     try:
         member = Member(name, weights, parse_recipe(read_yaml(recipe), str(recipe)), classes)
         info = read_info(read_header(weights))
+        check_same(weights.name, info, member.info, f"{recipe.name} and {ENSEMBLE} say")
     except (OSError, ValueError) as error:  # UserError as well
         raise UserError(f"member {name} of {folder}: {error}; {_REMEDY}") from None
-    if info is not None and info != member.info:
-        odd = [key for key, value in vars(info).items() if value != getattr(member.info, key)]
-        raise UserError(
-            f"member {name} of {folder}: {weights.name} was trained with another "
-            f"{' and '.join(odd)} than {recipe.name} and {ENSEMBLE} say; {_REMEDY}"
-        )
     return member
 
 

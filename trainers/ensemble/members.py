@@ -17,7 +17,14 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model, choose_memory_format
 from bigbatch.trainers.models.compressed import compression_of, load_compressed
-from bigbatch.trainers.models.weights_file import WeightsInfo, describe, read_header, read_info
+from bigbatch.trainers.models.weights_file import (
+    WeightsInfo,
+    check_same,
+    describe,
+    read_header,
+    read_info,
+    unlike,
+)
 from bigbatch.trainers.planning.inputs import open_split
 from bigbatch.trainers.recovery.stored import MODEL, list_checkpoints
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
@@ -139,12 +146,10 @@ def _member(name: str, weights: Path, recipe: Recipe) -> Member:
         ) from None
     classes = info.classes if info else _classes_of_data(name, recipe)
     member = Member(name, weights, recipe, classes)
-    if info is not None and info != member.info:
-        odd = [key for key, value in vars(info).items() if value != getattr(member.info, key)]
-        raise UserError(
-            f"member {name}: {weights} was trained with another {' and '.join(odd)} than its "
-            "recipe.yaml says; put the files of the run back"
-        )
+    try:
+        check_same(str(weights), info, member.info, "its recipe.yaml says")
+    except ValueError as error:
+        raise UserError(f"member {name}: {error}; put the files of the run back") from None
     return member
 
 
@@ -168,23 +173,11 @@ def check_members(members: Sequence[Member]) -> None:
                 f"member {member.name} sees {member.recipe.data.channels} channels, {first.name} "
                 f"{first.recipe.data.channels}; combine members of one kind of images"
             )
-        if member.classes == first.classes:
-            continue
-        if sorted(member.classes) == sorted(first.classes):
-            place = next(i for i, c in enumerate(first.classes) if c != member.classes[i])
-            how = (
-                f"the classes of {first.name} in another order: number {place} is "
-                f"{member.classes[place]!a:.60} there, {first.classes[place]!a:.60} here"
+        if how := unlike(member.classes, first.classes, first.name):
+            raise UserError(
+                f"member {member.name} has {how}; combine members that were trained on shards "
+                "with the same classes.txt"
             )
-        else:
-            how = (
-                f"other classes than {first.name} ({len(member.classes):,} and "
-                f"{len(first.classes):,} of them)"
-            )
-        raise UserError(
-            f"member {member.name} has {how}; combine members that were trained on shards with "
-            "the same classes.txt"
-        )
 
 
 def save_snapshot(

@@ -193,6 +193,26 @@ def differences(there: WeightsInfo, here: WeightsInfo) -> list[str]:
     return found
 
 
+def unlike(there: Sequence[str], here: Sequence[str], whose: str) -> str | None:
+    """How classes are not those of somebody, named by `whose`; None where they are."""
+    if tuple(there) == tuple(here):
+        return None
+    if sorted(there) != sorted(here):
+        return f"other classes than {whose} ({len(there):,} and {len(here):,})"
+    place = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
+    return (
+        f"the classes of {whose} in another order: number {place} is {there[place]!a:.60} there, "
+        f"{here[place]!a:.60} here"
+    )
+
+
+def check_same(file: str, there: WeightsInfo | None, here: WeightsInfo, what: str) -> None:
+    """Raise ValueError where a file says that it was trained otherwise than `what` says."""
+    if there is not None and there != here:
+        odd = [key for key, value in vars(there).items() if value != getattr(here, key)]
+        raise ValueError(f"{file} was trained with another {' and '.join(odd)} than {what}")
+
+
 def other_classes(there: WeightsInfo, here: WeightsInfo) -> str | None:
     """Why the classifier of these weights is not this run's; None where it is."""
     then, now = there.classes, here.classes
