@@ -9,8 +9,8 @@ are the JPEGs of TAR, as often as it takes; without --photos, crops of scikit-le
 
 Whole commands, start included, with two threads each: the same weights, images, crop, batch of 256.
 validate.py reads an image folder with two workers, bigbatch its shards. Then, inside one process:
-a forward pass of each of five members, on whole batches that are decoded already, one pass over
-the data without a model, and `Forward` over the same, which does both; members one after another
+a forward pass of each of five members, on images that are decoded already, one pass over the
+data without a model, and `Forward` over the same, which does both; members one after another
 against members stacked by torch.func, in CPU time; and the peak memory of `predict` over few images
 and ten times as many.
 
@@ -19,19 +19,17 @@ Contestants take turns; figures are medians, ratios medians of the rounds'.
 
 import io
 import json
-import os
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 from machine import benchmark_parser, machine, write_figures
+from peers import timed
 from PIL import Image
 
 BIN = Path(sys.executable).parent
@@ -94,26 +92,9 @@ def write_run(path: Path, shards: Path, model: str, size: int, members: int) -> 
         save_snapshot(run.snapshots, number, number, network, {}, describe(recipe, names))
 
 
-def timed(command: list[str], folder: Path) -> tuple[float, str]:
-    """Seconds, and what the command printed."""
-    started = time.perf_counter()
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        sys.exit(done.stdout[-3000:])
-    return time.perf_counter() - started, done.stdout
-
-
 def run_bigbatch(folder: Path, number: int, model: str) -> float:
     options = ["--members", "cycle-01", "--out", f"out/{model}-{number}"]
-    return timed([str(BIN / "bigbatch"), "evaluate", f"runs/{model}", *options], folder)[0]
+    return timed([str(BIN / "bigbatch"), "evaluate", f"runs/{model}", *options], folder, 2)[0]
 
 
 def run_timm(folder: Path, number: int, model: str, size: int, script: Path) -> float:
@@ -124,7 +105,7 @@ def run_timm(folder: Path, number: int, model: str, size: int, script: Path) -> 
         --input-size 3 {size} {size} --crop-pct {CROP} --batch-size {BATCH}
         --mean {" ".join(map(str, MEAN))} --std {" ".join(map(str, STD))}
     """
-    return timed([sys.executable, str(script.resolve()), *options.split()], folder)[0]
+    return timed([sys.executable, str(script.resolve()), *options.split()], folder, 2)[0]
 
 
 def commands(
@@ -159,6 +140,7 @@ from bigbatch.data.geometry import View
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import open_engine
 from bigbatch.trainers.ensemble.folder import open_ensemble
+from bigbatch.trainers.evaluation.evaluate import in_parts
 from bigbatch.trainers.inference.forward import Forward
 
 torch.set_num_threads(2)
@@ -185,7 +167,7 @@ def passes():
     with torch.inference_mode():
         for member in forward._loaded:
             for images in kept:
-                member.model(member.augmenter.normalise(images.clone()))
+                in_parts(member.model, member.augmenter.normalise(images.clone()))
 
 def whole():
     for _ in forward.outputs(index):
@@ -204,7 +186,9 @@ print(json.dumps(found))
 
 def parts(folder: Path, model: str, rounds: int) -> dict[str, object]:
     command = [sys.executable, "-c", PARTS, f"runs/{model}", "shards/few", str(rounds)]
-    found: dict[str, list[float]] = json.loads(timed(command, folder)[1].strip().splitlines()[-1])
+    found: dict[str, list[float]] = json.loads(
+        timed(command, folder, 2)[1].strip().splitlines()[-1]
+    )
     whole = zip(found["ensemble"], found["data"], found["passes"], strict=True)
     ratio = round(statistics.median(e / (d + p) for e, d, p in whole), 3)
     print(f"{MEMBERS} members of {model}: {ratio} times the sum of passes and one data pass")
@@ -240,7 +224,7 @@ print(json.dumps(found))
 
 def stacked(folder: Path, rounds: int) -> dict[str, float]:
     """How many times as fast five members are stacked as one after another, in CPU time."""
-    said = timed([sys.executable, "-c", STACKED, str(rounds)], folder)[1]
+    said = timed([sys.executable, "-c", STACKED, str(rounds)], folder, 2)[1]
     found: dict[str, float] = json.loads(said.strip().splitlines()[-1])
     print(f"stacked members, times as fast: {found}")
     return found
@@ -254,7 +238,7 @@ def peak(command: list[str], folder: Path) -> int:
         "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
         "sys.exit(status)"
     )
-    said = timed([sys.executable, "-c", measured, *command], folder)[1]
+    said = timed([sys.executable, "-c", measured, *command], folder, 2)[1]
     match = re.search(r"peak (\d+)", said)
     assert match is not None
     return int(match[1]) // 1024
@@ -273,7 +257,7 @@ def memory(folder: Path) -> dict[str, int]:
 
 def shard(folder: Path, name: str, source: str) -> None:
     command = [str(BIN / "bigbatch"), "shard", source, f"shards-{name}", "--split", "1,0,0"]
-    timed(command, folder)
+    timed(command, folder, 2)
     (folder / "shards").mkdir(exist_ok=True)
     (folder / f"shards-{name}" / "train").rename(folder / "shards" / name)
 
