@@ -12,6 +12,7 @@ from typing import Any
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.schema import Recipe
 
@@ -85,6 +86,15 @@ class RunDir:
     @property
     def stacks(self) -> Path:
         return self.path / "stacks"
+
+    @property
+    def forked_from(self) -> dict[str, Any] | None:
+        """Where `bigbatch fork` branched it off: `run` and `step` there, `at` which step here."""
+        try:
+            origin = parse_json(self.manifest.read_bytes())["forked_from"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return origin if isinstance(origin, dict) and isinstance(origin.get("at"), int) else None
 
     def recipe(self) -> Recipe:
         """The resolved recipe that this run was created with."""

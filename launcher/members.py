@@ -24,12 +24,22 @@ def member_recipes(recipe: Recipe, count: int) -> list[Recipe]:
     return [change_recipe(recipe, [f"seed={recipe.seed + k}"]) for k in range(count)]
 
 
+def member_paths(path: Path, count: int) -> list[Path]:
+    """PATH-0, PATH-1, ..."""
+    return [path.with_name(f"{path.name}-{k}") for k in range(count)]
+
+
+def say(text: str) -> None:
+    """To standard error, at once."""
+    print(f"bigbatch: {text}", file=sys.stderr, flush=True)
+
+
 def member_runs(path: Path, recipes: list[Recipe]) -> list[RunDir]:
     """PATH-0, PATH-1, ...: made here, or gone on with where they are there with these recipes.
 
     Raises UserError, before anything is made, where one is there with another recipe.
     """
-    paths = [path.with_name(f"{path.name}-{k}") for k in range(len(recipes))]
+    paths = member_paths(path, len(recipes))
     for run_path, recipe in zip(paths, recipes, strict=True):
         run = RunDir(run_path)
         if run.recipe_file.exists() and (found := differences(run.recipe(), recipe)):
@@ -43,7 +53,9 @@ def member_runs(path: Path, recipes: list[Recipe]) -> list[RunDir]:
     ]
 
 
-def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[str], None]) -> int:
+def train_members(
+    runs: list[RunDir], nproc: int, at_once: int, say: Callable[[str], None] = say
+) -> int:
     """Train the runs that are not finished, `at_once` at a time; returns the exit status.
 
     A signal reaches those that run, which save and end; the others are not started.
@@ -103,7 +115,4 @@ def train_members(runs: list[RunDir], nproc: int, at_once: int, say: Callable[[s
 
 def run_members(recipe: Recipe, path: Path, count: int, nproc: int, at_once: int) -> int:
     """Make the runs, and train them."""
-    runs = member_runs(path, member_recipes(recipe, count))
-    return train_members(
-        runs, nproc, at_once, lambda text: print(f"bigbatch: {text}", file=sys.stderr, flush=True)
-    )
+    return train_members(member_runs(path, member_recipes(recipe, count)), nproc, at_once)

@@ -132,11 +132,16 @@ def run_path(
         job = peers.job[:8] if _UUID.fullmatch(peers.job) else peers.job
         check_name(f"{recipe.name}-{job}")
         return runs / f"{recipe.name}-{job}"
-    number, path = 1, runs / recipe.name
-    while path.exists():
+    return unused_path(runs / recipe.name)
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or the first of PATH-2, PATH-3, ... where nothing is yet."""
+    number, free = 1, path
+    while free.exists():
         number += 1
-        path = runs / f"{recipe.name}-{number}"
-    return path
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:

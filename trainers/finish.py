@@ -44,7 +44,7 @@ def finish(job: Job, log: Log) -> None:
         engine,
         job.evaluator,
         splits,
-        len(job.inputs.plan.snapshots),
+        len(_expected_snapshots(job)),
         recompute_images=recompute_images,
         recompute_batches=steps * recipe.micro_batches,
     )
@@ -57,6 +57,15 @@ def finish(job: Job, log: Log) -> None:
     write_atomically(job.run.summary, to_json(summary, indent=1) + "\n")
     log.close("finished")
     say_results(job.run, summary, log)
+
+
+def _expected_snapshots(job: Job) -> set[int]:
+    """The steps of the snapshots that must be there: of a branch, its own and those it took."""
+    origin = job.run.forked_from
+    ends = job.inputs.plan.snapshots
+    if origin is None or origin.get("snapshots"):
+        return set(ends)
+    return {step for step in ends if step > origin["at"]}
 
 
 def finish_average(

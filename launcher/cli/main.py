@@ -16,6 +16,7 @@ from bigbatch.launcher.cli import (
     compression,
     data,
     deploy,
+    forking,
     inference,
     recipes,
     runs,
@@ -27,7 +28,13 @@ from bigbatch.launcher.cli import (
 SECTIONS = {
     "Data": (data.shard, data.index, data.inspect, data.batches),
     "Recipes": (recipes.recipes, recipes.check, recipes.schedule, recipes.schema),
-    "Training": (training.train, training.resume, submission.submit, training.prove),
+    "Training": (
+        training.train,
+        training.resume,
+        forking.fork,
+        submission.submit,
+        training.prove,
+    ),
     "Tuning": (tuning.find_lr, tuning.find_micro_batch, advice.advise, tuning.tune),
     "After training": (
         inference.evaluate,

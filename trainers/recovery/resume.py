@@ -48,14 +48,16 @@ def resume(run: RunDir, engine: Engine, state: TrainState, every: int) -> list[s
     1. the newest checkpoint in the run directory that verifies and whose steps all have their
        record in metrics.jsonl, one `every` so many steps,
     2. the newest one that verifies,
-    3. with no checkpoint at all, step 0 with the model as built.
+    3. with no checkpoint at all, step 0 with the model as built; of a branch, nowhere.
 
     Rank 0 chooses, so that all ranks load the same one. Returns what is wrong with the ones
     that were passed over.
     """
 
     def choose() -> tuple[str | None, list[str], list[Range]]:
-        recorded = last_step(run.metrics)
+        origin = run.forked_from
+        branched = origin["at"] if origin else 0  # of the steps before it has no records
+        recorded = max(last_step(run.metrics), branched)
         skipped = read_rollbacks(run)
         remove_stale(run.checkpoints, skipped)
 
@@ -65,6 +67,11 @@ def resume(run: RunDir, engine: Engine, state: TrainState, every: int) -> list[s
             return f"{run.metrics} ends after step {recorded}"
 
         path, errors = newest_valid(run.checkpoints, objection)
+        if path is None and origin:
+            raise UserError(
+                f"{run.checkpoints} holds no checkpoint, and {run.path} began as a branch of "
+                f"{origin.get('run')} at step {branched}; branch off again with `bigbatch fork`"
+            )
         for error in errors:
             print(f"bigbatch: {error}; going on from an older one", file=sys.stderr)
         return str(path) if path else None, errors, skipped

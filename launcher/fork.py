@@ -1,0 +1,233 @@
+"""New runs that branch off a checkpoint of another one. Free of torch."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import to_json, write_atomically
+from bigbatch.configs.identity import differences, recipe_hash, summary, tree_differences
+from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.models.weights_file import describe, read_header, read_info
+from bigbatch.trainers.planning.inputs import open_inputs
+from bigbatch.trainers.recovery.stored import (
+    AVERAGE,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CorruptCheckpoint,
+    list_checkpoints,
+    measure,
+    step_of,
+    verify,
+)
+
+_NO_TENSORS = (8).to_bytes(8, "little") + b"{}      "  # a safetensors file without one
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run to be made: `recipe` goes on after `step` finished steps of its own batch size."""
+
+    path: Path
+    recipe: Recipe
+    step: int
+    content: dict[str, Any]  # state.json of its first checkpoint
+    kept: tuple[str, ...]  # files of the parent's checkpoint that it takes as they are
+    same_batch: bool  # steps are the parent's, and so are records of them
+    same_cycles: bool  # and snapshots
+    notes: tuple[str, ...]  # what of the parent's state it starts without
+
+
+def find_checkpoint(parent: RunDir, step: int | None) -> Path:
+    """The checkpoint after `step` finished steps, or the newest; verified. UserError otherwise."""
+    paths = {step_of(path): path for path in list_checkpoints(parent.checkpoints)}
+    if not paths:
+        raise UserError(f"{parent.path} holds no checkpoint to branch off; train it first")
+    if step is not None and step not in paths:
+        there = ", ".join(str(number) for number in sorted(paths)[-20:])
+        raise UserError(
+            f"{parent.path} holds no checkpoint after step {step}; it has those after steps "
+            f"{there} (checkpoint.keep_every keeps more of them)"
+        )
+    path = paths[max(paths) if step is None else step]
+    try:
+        verify(path)
+    except CorruptCheckpoint as error:
+        raise UserError(f"{error}; branch off another step with --step") from None
+    return path
+
+
+def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) -> Branch:
+    """What a run at `path` with `recipe` takes over of a checkpoint, as whole training.
+
+    The position is kept in samples: another global_batch counts its own steps up to there.
+    Raises UserError, with the remedy, where the checkpoint and the recipe do not go together.
+    """
+    before = parent.recipe()
+    check_name(path.name)
+    step = _same_sample(step_of(checkpoint), before, recipe)
+    inputs = open_inputs(recipe)
+    if step >= inputs.plan.total:
+        raise UserError(
+            f"{path.name} would have no step left: its {inputs.plan.total} steps are over after "
+            f"{step}; set a longer duration"
+        )
+    _check_network(checkpoint, before, recipe, inputs.classes)
+    same_batch = before.global_batch == recipe.global_batch
+    if recipe.schedule.name == "plateau" and not same_batch:
+        raise UserError(
+            "schedule plateau looks at the evaluations of all steps, and those of another "
+            "global_batch have other numbers; choose another schedule for the branch"
+        )
+    content = parse_json((checkpoint / STATE).read_bytes())
+    fingerprint = dict(content["fingerprint"])
+    fingerprint["recipe"] = recipe.model_dump(mode="json")
+    fingerprint["order_hash"] = "stream" if inputs.order is None else inputs.order.hash
+    content |= {"step": step, "fingerprint": fingerprint}
+    kept, notes = [MODEL, OPTIMIZER], []
+    if before.optimizer.name != recipe.optimizer.name:
+        notes.append(f"optimizer {recipe.optimizer.name} starts without state")
+        kept.remove(OPTIMIZER)
+        content["optimizer"] = {}
+    if content.get("averaged", 0):
+        if same_batch and before.average == recipe.average:
+            kept.append(AVERAGE)
+        else:
+            content["averaged"] = 0
+            if recipe.average is not None:
+                notes.append(f"the average ({recipe.average.name}) starts anew")
+    if before.precision != recipe.precision:
+        content["scaler"] = None
+    if not same_batch:
+        content |= {"losses": [], "over": []}
+    same = before.schedule == recipe.schedule and before.duration == recipe.duration
+    return Branch(
+        path, recipe, step, content, tuple(kept), same_batch, same_batch and same, tuple(notes)
+    )
+
+
+def _same_sample(step: int, before: Recipe, recipe: Recipe) -> int:
+    """Steps of the new batch size that have seen as many samples."""
+    samples = step * before.global_batch
+    if samples % recipe.global_batch:
+        raise UserError(
+            f"step {step} of global_batch {before.global_batch} is {samples:,} samples, no whole "
+            f"number of steps of global_batch {recipe.global_batch}; take a batch that divides it, "
+            "or branch off another step"
+        )
+    return samples // recipe.global_batch
+
+
+def _check_network(
+    checkpoint: Path, before: Recipe, recipe: Recipe, classes: tuple[str, ...]
+) -> None:
+    """Raise UserError where the recipe asks for other weights than the checkpoint holds."""
+    trees = [_network(r) for r in (before, recipe)]
+    if found := tree_differences(*trees):
+        raise UserError(
+            f"a branch goes on with its parent's network: {summary(found)}; leave it as it is, or "
+            "train a new run (model.checkpoint starts from weights)"
+        )
+    info = read_info(read_header(checkpoint / MODEL))
+    if info is not None and info.classes != describe(recipe, classes).classes:
+        raise UserError(
+            f"{checkpoint} was trained on other classes than {recipe.data.path} has; a branch "
+            "needs the same ones, in the same order"
+        )
+
+
+def _network(recipe: Recipe) -> dict[str, Any]:
+    """What decides which tensors a checkpoint holds, and by whom it was taught."""
+    model = recipe.model.model_dump(mode="json", exclude={"channels_last", "pretrained"})
+    model["options"] = {k: v for k, v in recipe.model.options.items() if "drop" not in k}
+    distill = recipe.distill
+    taught = {} if distill is None else distill.model_dump(exclude={"teacher", "cache", "cache_gb"})
+    return {"model": model, "channels": recipe.data.channels, "distill": taught}
+
+
+def make_branches(parent: RunDir, checkpoint: Path, branches: Sequence[Branch]) -> list[RunDir]:
+    """Make the runs, each whole or not at all; one that is there already is gone on with.
+
+    Raises UserError, before any is made, where another run has its place.
+    """
+    for branch in branches:
+        _check_place(parent, checkpoint, branch)
+    return [_make(parent, checkpoint, branch) for branch in branches]
+
+
+def _origin(parent: RunDir, checkpoint: Path) -> dict[str, Any]:
+    recipe = parent.recipe()
+    return {
+        "run": str(parent.path.absolute()),
+        "recipe_hash": recipe_hash(recipe),
+        "step": step_of(checkpoint),
+    }
+
+
+def _check_place(parent: RunDir, checkpoint: Path, branch: Branch) -> None:
+    if not branch.path.exists():
+        return
+    there = RunDir(branch.path)
+    why = "is no run"
+    if there.recipe_file.is_file():
+        origin = there.forked_from or {}
+        if any(origin.get(k) != v for k, v in _origin(parent, checkpoint).items()):
+            why = "is another run, or branched off elsewhere"
+        elif found := differences(there.recipe(), branch.recipe):
+            why = f"has another recipe: {summary(found)}"
+        else:
+            return
+    raise UserError(f"{branch.path} exists and {why}; choose another name with --run")
+
+
+def _make(parent: RunDir, checkpoint: Path, branch: Branch) -> RunDir:
+    if branch.path.exists():
+        return RunDir(branch.path)
+    folder = branch.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own until it is whole: without its checkpoint it would start at 0.
+        with tempfile.TemporaryDirectory(prefix=".fork-", dir=folder) as temporary:
+            run = create_run(Path(temporary) / branch.path.name, branch.recipe)
+            _fill(run, parent, checkpoint, branch)
+            run.path.rename(branch.path)
+    except OSError as error:
+        raise UserError(f"cannot make {branch.path}: {error}; free some space there") from None
+    return RunDir(branch.path)
+
+
+def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None:
+    snapshots = []
+    if branch.same_cycles:
+        for path in sorted(parent.snapshots.glob("cycle-*")):
+            if ".tmp-" not in path.name and _snapshot_step(path) <= branch.step:
+                snapshots.append(path.name)
+                shutil.copytree(path, run.snapshots / path.name)
+    if branch.same_batch and parent.metrics.exists():  # the start cuts off what is beyond it
+        shutil.copyfile(parent.metrics, run.metrics)
+    target = run.checkpoints / f"step-{branch.step:08d}"
+    target.mkdir(parents=True)
+    for name in branch.kept:
+        shutil.copyfile(checkpoint / name, target / name)
+    if OPTIMIZER not in branch.kept:
+        (target / OPTIMIZER).write_bytes(_NO_TENSORS)
+    write_atomically(target / STATE, to_json(branch.content, indent=1))
+    files = {path.name: measure(path) for path in sorted(target.iterdir())}
+    write_atomically(target / MANIFEST, to_json({"step": branch.step, "files": files}, indent=1))
+    origin = _origin(parent, checkpoint) | {"at": branch.step, "snapshots": snapshots}
+    manifest = json.loads(run.manifest.read_text(encoding="utf-8")) | {"forked_from": origin}
+    write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
+    event = event_record("fork", branch.step) | {"run": origin["run"], "from_step": origin["step"]}
+    write_atomically(run.events, to_json(event) + "\n")
+
+
+def _snapshot_step(path: Path) -> int:
+    return int(parse_json((path / "metrics.json").read_bytes())["step"])
