@@ -6,26 +6,32 @@
 PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg; a
 tenth of the training split is held out for every decision, the test split only is reported.
 
-Arms, each from every seed, with the same network, optimizer, rate and number of images:
+Arms, each from every seed, with the same network, optimizer, number of images and, but for swa and
+swap, rate:
 
     single       one cosine cycle: the last weights
     ema          the same run: an exponential average, half-life a twentieth of it
     swa          a constant rate over the last quarter, the mean of each epoch's weights there
     snapshots    five cycles: the mean of their ends' probabilities; last, the last end alone
     soup         the same run: the greedy average of weights
-    distilled    one cosine cycle, taught by the snapshots of the same seed
+    swap         11 epochs at batch 1,024 and a constant rate, then three workers of 3 epochs at
+                 256, each in an order of its own, whose weights are averaged
+    distilled    one cosine cycle, taught by the single runs of all seeds as one ensemble, whose
+                 images are not counted
 
-and `independent`: the single runs of all seeds as one ensemble, which costs their sum.
+and that ensemble, `independent`, of these seeds and of two more, which costs their sum.
 
 Every run is one of bigbatch's own commands in DIR, and is left alone once it is finished, so the
 same command goes on where it was stopped. --report runs nothing, and reports what is there.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -38,6 +44,8 @@ from large_batch import PLANS as LARGE_BATCH
 from machine import benchmark_parser, machine, write_figures
 
 CYCLES = 5
+TEACHER = "ensembles/independent"
+SWAP_START = 4  # the workers' first rate is the trunk's divided by this, as their batch is
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,22 @@ class Plan:
     global_batch: int = 256
     lr: float = 0.2
     images: int | None = None
+    more: tuple[int, ...] = (4, 5)  # seeds of single runs alone
+    trunk: int = 11  # epochs; the rest of the budget is the workers'
+    trunk_batch: int = 1024
+    workers: int = 3
+
+    @property
+    def end(self) -> int:
+        """The epoch at which workers end, so that trunk and workers together cost `epochs`."""
+        return self.trunk + (self.epochs - self.trunk) // self.workers
 
 
-PLANS = {"full": Plan(), "quick": Plan(epochs=5, seeds=(1,), images=2560)}
-RUNS = ("single", "swa", "snapshots", "distilled")  # distilled last: it needs its teacher
+PLANS = {
+    "full": Plan(),
+    "quick": Plan(5, (1,), images=2560, more=(2,), trunk=2, trunk_batch=512),
+}
+RUNS = ("swa", "snapshots", "swap", "distilled")  # beside single, which teaches
 
 
 def recipe(plan: Plan, kind: str, seed: int) -> dict[str, Any]:
@@ -87,8 +107,13 @@ def recipe(plan: Plan, kind: str, seed: int) -> dict[str, Any]:
             tree["average"] = {"name": "swa", "start": start, "every": "1 epochs"}
         case "snapshots":
             tree["schedule"] = {"name": "cycles", "cycles": CYCLES, "warmup": "0.5 epochs"}
+        case "swap":
+            tree["duration"] = f"{plan.trunk} epochs"
+            tree["global_batch"] = plan.trunk_batch
+            tree["schedule"] = {"name": "constant", "warmup": "1 epochs", "warmup_start": 0.1}
+            tree["checkpoint"] = {"every": f"{plan.trunk} epochs", "keep": 1}
         case "distilled":
-            tree["distill"] = {"teacher": f"runs/snapshots-{seed}", "cache_gb": 0}
+            tree["distill"] = {"teacher": TEACHER, "cache_gb": 0}
     return tree
 
 
@@ -115,9 +140,48 @@ def run(plan: Plan, kind: str, seed: int, folder: Path) -> None:
     print(f"{name} is finished", file=sys.stderr, flush=True)
 
 
-def seed_runs(plan: Plan, seed: int, folder: Path) -> None:
-    for kind in RUNS:
+def worker_changes(plan: Plan) -> list[str]:
+    """What SWAP's workers change of their trunk: a cosine to 0, of which they see the end."""
+    left = (1 + math.cos(math.pi * plan.trunk / plan.end)) / 2
+    return [
+        f"global_batch={plan.global_batch}",
+        f"duration={plan.end} epochs",
+        "schedule={name: cosine, warmup: 0 steps}",
+        f"optimizer.lr={plan.lr / SWAP_START / left:.4g}",
+    ]
+
+
+def average_workers(plan: Plan, seed: int, folder: Path) -> None:
+    """SWAP behind its trunk."""
+    if (folder / f"ensembles/swap-{seed}").exists():
+        return
+    count = str(plan.workers)
+    options = ["--members", count, "--run", f"worker-{seed}", "--nproc", "1", *worker_changes(plan)]
+    bigbatch(folder, "fork", f"runs/swap-{seed}", *options)
+    workers = [f"runs/worker-{seed}-{k}" for k in range(plan.workers)]
+    out = ["--soup", "uniform", "--out", f"ensembles/swap-{seed}", "--nproc", "1"]
+    bigbatch(folder, "ensemble", *workers, *out)
+
+
+def seed_runs(plan: Plan, seed: int, kinds: Sequence[str], folder: Path) -> None:
+    for kind in kinds:
         run(plan, kind, seed, folder)
+        if kind == "swap":
+            average_workers(plan, seed, folder)
+
+
+def run_all(plan: Plan, jobs: int, folder: Path) -> None:
+    """Single runs first: their ensemble teaches."""
+
+    def each(seeds: Sequence[int], kinds: Sequence[str]) -> None:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda seed: seed_runs(plan, seed, kinds, folder), seeds))
+
+    each((*plan.seeds, *plan.more), ["single"])
+    if not (folder / TEACHER).exists():
+        runs = [f"runs/single-{seed}" for seed in plan.seeds]
+        bigbatch(folder, "ensemble", *runs, "--out", TEACHER, "--nproc", "1")
+    each(plan.seeds, RUNS)
 
 
 def arms_of(plan: Plan, folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -130,7 +194,13 @@ def arms_of(plan: Plan, folder: Path) -> dict[str, list[dict[str, float]]]:
             arms.setdefault(arm, []).append({k: found[k] for k in ("accuracy", "nll", "ece")})
 
     for seed in plan.seeds:
-        for kind in RUNS:
+        if (folder / f"ensembles/swap-{seed}").exists():
+            out = ["--out", f"evaluations/swap-{seed}", "--json", "--nproc", "1"]
+            text = bigbatch(folder, "evaluate", f"ensembles/swap-{seed}", *out)
+            found = json.loads(text)
+            found |= found["before_temperature"] or {}  # no other arm has one
+            note("swap", {"test": {"swap": found}}, "swap")
+        for kind in ("single", *RUNS):
             path = folder / "runs" / f"{kind}-{seed}" / "summary.json"
             if not path.exists():
                 continue
@@ -151,12 +221,12 @@ def arms_of(plan: Plan, folder: Path) -> dict[str, list[dict[str, float]]]:
     return arms
 
 
-def independent(plan: Plan, folder: Path) -> dict[str, Any] | None:
-    """The single runs of all seeds as one ensemble."""
-    runs = [f"runs/single-{seed}" for seed in plan.seeds]
-    if len(runs) < 2 or not all((folder / run / "summary.json").exists() for run in runs):
+def independent(seeds: Sequence[int], folder: Path) -> dict[str, Any] | None:
+    """The single runs of these seeds as one ensemble; None where one is not there."""
+    runs = [f"runs/single-{seed}" for seed in seeds]
+    if not all((folder / run / "summary.json").exists() for run in runs):
         return None
-    options = ["--out", "evaluations/independent", "--json"]
+    options = ["--out", f"evaluations/independent-{len(runs)}", "--json", "--nproc", "1"]
     found = json.loads(bigbatch(folder, "evaluate", *runs, *options))
     keys = ("accuracy", "accuracy_interval", "nll", "ece", "samples")
     pair = found["members"]["against_best"]
@@ -195,18 +265,20 @@ def main() -> None:
         folder = Path(place).resolve()
         write_shards(options.cifar10.resolve(), folder, plan.images)
         if not options.report:
-            with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(lambda seed: seed_runs(plan, seed, folder), plan.seeds))
+            run_all(plan, options.jobs, folder)
         arms = arms_of(plan, folder)
-        together = independent(plan, folder)
+        several = (plan.seeds, (*plan.seeds, *plan.more))
+        together = [independent(s, folder) for s in several if len(s) > 1]
     print(table(arms))
-    if together is not None:
-        print(f"independent, {together['runs']} runs: {100 * together['accuracy']:.2f}")
+    together = [found for found in together if found is not None]
+    for found in together:
+        print(f"independent, {found['runs']} runs: {100 * found['accuracy']:.2f}")
     write_figures(
         options.json,
         machine=machine("bigbatch", "timm", "torch", "numpy"),
         plan=asdict(plan),
-        recipes={kind: recipe(plan, kind, 1) for kind in RUNS},
+        recipes={kind: recipe(plan, kind, 1) for kind in ("single", *RUNS)},
+        workers=worker_changes(plan),
         arms=arms,
         independent=together,
     )
