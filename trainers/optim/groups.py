@@ -1,27 +1,11 @@
 """Which parameters decay and adapt: by the type of the module that owns them."""
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
-from timm.layers import evo_norm, filter_response_norm, grn, layer_scale, norm, norm_act
-from timm.models import group_parameters
 from torch import nn
 
 from bigbatch.configs.errors import UserError
-
-
-def _layers_of(*modules: ModuleType) -> tuple[type[nn.Module], ...]:
-    """The nn.Module classes that Python modules define."""
-    return tuple(
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, nn.Module)
-        and value.__module__ == module.__name__
-    )
-
 
 # Layers whose parameters are scales and shifts of normalised activations. Decaying them has
 # no regularising meaning, and a layer-wise rate computed from their norm is noise.
@@ -30,8 +14,20 @@ NORM_LAYERS = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
-    *_layers_of(evo_norm, filter_response_norm, grn, layer_scale, norm, norm_act),
 )
+# And timm's: every layer that these modules define. By their names, for timm takes two seconds
+# to import, and whoever has such a layer has imported it.
+TIMM_NORMS = frozenset(
+    f"timm.layers.{name}"
+    for name in ("evo_norm", "filter_response_norm", "grn", "layer_scale", "norm", "norm_act")
+)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a layer's own parameters are scales and shifts of normalised activations."""
+    if isinstance(module, NORM_LAYERS):
+        return True
+    return any(kind.__module__ in TIMM_NORMS for kind in type(module).__mro__)
 
 
 def is_bias(attribute: str) -> bool:
@@ -51,7 +47,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{attribute}" if prefix else attribute
-            if isinstance(module, NORM_LAYERS) or is_bias(attribute) or name in excluded:
+            if is_norm(module) or is_bias(attribute) or name in excluded:
                 plain.add(parameter)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -115,6 +111,8 @@ def _depths(model: nn.Module) -> dict[str, int]:
             f"optimizer.layer_decay: {type(model).__name__} does not say which parameters make "
             "a layer (timm's group_matcher); set layer_decay to 1 or choose another model"
         )
+    from timm.models import group_parameters  # as above
+
     layers = group_parameters(model, matcher(coarse=False), reverse=True)
     top = max(layers.values())
     return {name: top - layer for name, layer in layers.items()}

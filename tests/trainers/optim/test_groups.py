@@ -1,5 +1,7 @@
 """Which parameters decay and adapt, for models of different families."""
 
+import importlib
+
 import pytest
 import timm
 import timm.optim
@@ -8,8 +10,9 @@ from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.optim.groups import (
-    NORM_LAYERS,
+    TIMM_NORMS,
     is_bias,
+    is_norm,
     muon_groups,
     named_parameters,
     parameter_groups,
@@ -75,8 +78,18 @@ def test_biases_by_attribute():
 
 
 def test_timms_own_norms_count():
-    names = {layer.__name__ for layer in NORM_LAYERS}
-    assert {"RmsNorm", "GlobalResponseNorm", "LayerScale", "EvoNorm2dS0"} <= names
+    found = {
+        kind.__name__: kind
+        for name in sorted(TIMM_NORMS)  # each of them is there in the timm that is installed
+        for kind in vars(importlib.import_module(name)).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == name
+    }
+    assert {"RmsNorm", "GlobalResponseNorm", "LayerScale", "EvoNorm2dS0"} <= found.keys()
+    for kind in found.values():
+        assert is_norm(kind.__new__(kind))
+        own = type("Own", (kind,), {})
+        assert is_norm(own.__new__(own))
+    assert not is_norm(timm.layers.Mlp(8))
 
 
 def test_shared_and_frozen_parameters():

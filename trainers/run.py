@@ -1,0 +1,117 @@
+"""A run on this rank: one attempt after another, until one of them ends it."""
+
+import gc
+import os
+import socket
+import sys
+
+import torch
+
+from bigbatch.configs.notices import notice
+from bigbatch.trainers.attempt import open_attempt
+from bigbatch.trainers.finish import finish
+from bigbatch.trainers.job import Job
+from bigbatch.trainers.loop import train
+from bigbatch.trainers.models.batch_stats import StepStatistics
+from bigbatch.trainers.monitoring.log import Log, open_log
+from bigbatch.trainers.monitoring.monitor import Monitor
+from bigbatch.trainers.planning.environment import recorded_variables, said_variables
+from bigbatch.trainers.recovery.heartbeat import Heartbeat
+from bigbatch.trainers.recovery.resume import resume
+from bigbatch.trainers.recovery.rollback import Rollback
+from bigbatch.trainers.recovery.signals import SAVED, StopFlag, agent_pid
+
+
+def work(job: Job, stop: StopFlag, heartbeat: Heartbeat) -> int:
+    """Train, from wherever the run directory says, until no rollback asks for another try."""
+    # What is there by now stays: the collector, off since the start (worker.py), need not look
+    # through a million objects of libraries again.
+    gc.freeze()
+    gc.enable()
+    statistics = StepStatistics(job.engine.module)
+    while True:
+        status = attempt(job, stop, heartbeat, statistics)
+        if status is not None:
+            return status
+
+
+def attempt(
+    job: Job, stop: StopFlag, heartbeat: Heartbeat, statistics: StepStatistics
+) -> int | None:
+    """Go on from the newest checkpoint; the exit status, or None: once more, after a rollback."""
+    run, recipe, engine, state = job.run, job.recipe, job.engine, job.state
+    plan = job.inputs.plan
+    corrupt = resume(run, engine, state, recipe.log.every)
+    with open_log(
+        run,
+        recipe,
+        rank=engine.rank,
+        total_steps=plan.total,
+        start_step=state.step,
+        epoch_samples=job.inputs.epoch_samples,
+    ) as log:
+        monitor = announce(job, log, corrupt)
+        try:
+            with open_attempt(job, log, monitor, statistics, stop, heartbeat) as opened:
+                finished = train(opened)
+        except Rollback as error:
+            engine.skip()  # otherwise a loss scaler takes the next gradients for unscaled ones
+            first, last = error.steps
+            log.error(
+                "rollback", f"{error}; stepping over {first} to {last}", first=first, last=last
+            )
+            log.sync()
+            log.close("stopped")
+            engine.barrier()  # the others read what rank 0 has written
+            return None
+        if not finished:
+            log.close("stopped")
+            if engine.rank == 0:
+                go_on = f"saved after step {state.step}; go on with `bigbatch resume {run.path}`"
+                print(f"bigbatch: {go_on}", file=sys.stderr, flush=True)
+            # Leave together: a launcher that sees one rank gone ends the others, and rank 0
+            # may still be closing its log.
+            engine.barrier()
+            return SAVED
+        if state.step < plan.total:
+            log.close("stopped")
+            return 0
+        finish(job, log)
+    return 0
+
+
+def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
+    """Record that, and with what, an attempt starts."""
+    engine = job.engine
+    for error in corrupt:
+        log.event("damaged_checkpoint", problem=error)
+    train_split = job.inputs.splits.get("train")  # a stream has none
+    tars = [file.name for file in train_split.shards] if train_split else []
+    monitor = Monitor(log, engine, job.recipe, len(job.inputs.classes), tars)
+    log.event(
+        "start",
+        step=job.state.step,
+        total_steps=job.inputs.plan.total,
+        world_size=engine.world,
+        device=str(engine.device),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        agent=agent_pid(),
+        environment=recorded_variables(os.environ),
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        flops_per_image=monitor.flops,
+        peak_flops=monitor.peak,
+    )
+    if job.teacher is not None:
+        log.event("teacher", step=job.state.step, **job.teacher.described())
+    if engine.rank == 0:
+        for line in said_variables(os.environ):
+            notice(line)
+    if engine.rank == 0 and not job.run.contact_sheet.exists():
+        try:
+            job.save_contact_sheet()
+            log.picture("augmented", job.run.contact_sheet)
+        except OSError as error:  # a picture is worth no run; the next start makes it
+            log.error("disk", f"no contact sheet: {error}")
+    return monitor
