@@ -58,12 +58,9 @@ def combine(
     val, *others = splits
     labels = {name: np.asarray(index.label, np.int64) for name, index in splits.items()}
     found: dict[str, list[np.ndarray]] = {name: [] for name in splits}
-    for path in paths:
-        load_weights(model, path / MODEL)
-        for name, index in splits.items():
-            logits = evaluator.logits(model, index)
-            if logits is not None:
-                found[name].append(logits)
+    weights = [load_weights(model, path / MODEL) for path in paths]
+    for name, index in splits.items():
+        found[name] = evaluator.logits_of(model, index, weights) or []
 
     members: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
     kept: list[int] = []

@@ -1,12 +1,14 @@
 """Exact distributed evaluation: every sample once, at any world size."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import Decoding, MicroBatch
+from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
@@ -28,9 +30,25 @@ class Evaluator:
         self.data = recipe.data
         self.batch = recipe.evaluate.batch
 
-    @torch.inference_mode()
     def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
         """Logits [N, C] in index order, float32, on rank 0; None on the other ranks."""
+        found = self._logits(model, index, [{}])
+        return None if found is None else found[0]
+
+    def logits_of(
+        self, model: nn.Module, index: Index, weights: Sequence[Mapping[str, Tensor]]
+    ) -> list[np.ndarray] | None:
+        """The same for each set of weights, with every image decoded once.
+
+        Leaves the last set in `model`. A set is copied into it anew for each batch: so the device
+        holds one model, however many sets there are, which may lie on the host or in a file.
+        """
+        return self._logits(model, index, weights)
+
+    @torch.inference_mode()
+    def _logits(
+        self, model: nn.Module, index: Index, weights: Sequence[Mapping[str, Tensor]]
+    ) -> list[np.ndarray] | None:
         engine, data = self.engine, self.data
         share = -(-len(index) // engine.world)
         decoding = Decoding(
@@ -46,19 +64,25 @@ class Evaluator:
         )
         was_training = model.training
         model.eval()
-        outputs = [self._outputs(model, batch) for batch in batches]
+        outputs: list[list[Tensor]] = [[] for _ in weights]
+        for batch in batches:
+            images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
+            for tensors, found in zip(weights, outputs, strict=True):
+                if tensors:
+                    model.load_state_dict(tensors)
+                    torch.clear_autocast_cache()  # the caller's may hold the former weights
+                # A model may write into what it is given, and the next one needs it.
+                own = images.clone() if len(weights) > 1 else images
+                with engine.autocast():
+                    found.append(in_parts(model, own).float())
         model.train(was_training)
 
-        classes = len(index.classes)
-        rows = torch.cat(outputs) if outputs else torch.zeros(0, classes, device=engine.device)
-        return gather_in_order(engine, rows, len(index), self.batch)
-
-    def _outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Logits [B, C] of a batch, float32, on the device."""
-        images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
-        with self.engine.autocast():
-            outputs = in_parts(model, images)
-        return outputs.float()
+        gathered = []
+        for found in outputs:
+            none = torch.zeros(0, len(index.classes), device=engine.device)
+            rows = torch.cat(found) if found else none
+            gathered.append(gather_in_order(engine, rows, len(index), self.batch))
+        return [rows for rows in gathered if rows is not None] if engine.rank == 0 else None
 
 
 def in_parts(model: nn.Module, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run's end says of its members, and that `evaluate` says the same of them afterwards."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.index import open_index
+from bigbatch.data.batch import MicroBatch
+from bigbatch.data.index import Index, open_index
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.ensemble.members import find_members
+from bigbatch.trainers.evaluation import evaluate
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.record import EVALUATION, read_evaluation
 from bigbatch.trainers.inference import __main__ as inference
@@ -71,6 +74,22 @@ def test_the_end_of_a_run_writes_what_evaluate_writes(
     again = json.loads(capsys.readouterr().out)
     del again["members"]["against_best"]
     assert {k for k in written | again if written.get(k) != again.get(k)} <= OF_THE_COMMAND
+
+
+def test_members_share_the_decoding_of_a_split(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untrained_run(tmp_path / "a", digits, tuple("0123456789"), snapshots=3)
+    decoded, real = [], evaluate.eval_batches
+
+    def counted(index: Index, *arguments: Any, **options: Any) -> Iterator[MicroBatch]:
+        decoded.append(index.place)
+        return real(index, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "eval_batches", counted)
+    scores = combined(run, digits)
+    assert len(scores["val"]["members"]) == 3
+    assert decoded == [str(digits / "val"), str(digits / "test")]
 
 
 def test_logits_that_are_not_finite_are_no_evaluation(digits: Path, tmp_path: Path) -> None:

@@ -50,21 +50,25 @@ def logits(index: Index, out: int, autocast: Any, inner: Any = nullcontext) -> n
                 result: torch.Tensor = body(images)
             return result
 
+    model = Model()
+    with torch.no_grad():
+        body(torch.zeros(1, 3, out, out))
+    found = evaluator(out, autocast).logits(model, index)
+    assert found is not None
+    return found
+
+
+def evaluator(out: int, autocast: Any, batch: int = 1) -> Evaluator:
     recipe = load_recipe("digits", [f"data.image_size={out}", "data.channels=3",
                                     "augment.mean=[0.5,0.5,0.5]", "augment.std=[0.2,0.2,0.2]",
-                                    "data.workers=0", "evaluate.batch=1"])  # fmt: skip
+                                    "data.workers=0", f"evaluate.batch={batch}"])  # fmt: skip
     augmenter = Augmenter(
         Augment(), image_size=out, crop_fraction=0.875, classes=4, seed=0, device=CPU
     )
     engine: Any = SimpleNamespace(
         rank=0, world=1, device=CPU, autocast=autocast, gather_rows=lambda rows, _: [rows.numpy()]
     )
-    model = Model()
-    with torch.no_grad():
-        body(torch.zeros(1, 3, out, out))
-    found = Evaluator(engine, augmenter, recipe).logits(model, index)
-    assert found is not None
-    return found
+    return Evaluator(engine, augmenter, recipe)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -83,3 +87,31 @@ def test_logits_are_those_of_float32_crops(
     assert found.shape == (SIZES, 4)
     assert np.abs(found - expected).max() < 1e-3
     assert np.abs(found).max() > 0.1
+
+
+def test_several_sets_of_weights_give_what_each_gives_alone(photos: Index) -> None:
+    """Also where the model writes into its input, and under the caller's own autocast."""
+
+    class Model(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = super().forward(images.mul_(0.5))
+            return result
+
+    torch.manual_seed(0)
+    models = [
+        Model(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 4))
+        for _ in range(3)
+    ]
+    for number, model in enumerate(models):
+        nn.init.constant_(model[1].running_mean, number)
+    weights = [{n: t.clone() for n, t in model.state_dict().items()} for model in models]
+    for outer in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with outer:
+            tool = evaluator(29, nullcontext, batch=16)
+            alone = [tool.logits(model, photos) for model in models]
+            together = tool.logits_of(models[0], photos, weights)
+        assert together is not None
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert not np.array_equal(together[0], together[2])
+        models[0].load_state_dict(weights[0])
