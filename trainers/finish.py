@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from bigbatch.configs.files import read_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
@@ -16,6 +17,7 @@ from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.monitoring.log import Log
+from bigbatch.trainers.report.results import final_table
 
 # Enough images to settle the BatchNorm statistics of averaged weights.
 _RECOMPUTE_IMAGES = 16_384
@@ -55,7 +57,7 @@ def finish(job: Job, log: Log) -> None:
         scores[role] |= found
     summary = summarise(job, scores)
     write_atomically(job.run.summary, to_json(summary, indent=1) + "\n")
-    log.close("finished")
+    log.end("finished")
     say_results(job.run, summary, log)
 
 
@@ -116,14 +118,10 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
-    """The table and the paths that a user looks for when a run ends."""
-    from rich.console import Console
+    """The table and the paths that a user looks for when a run ends.
 
-    from bigbatch.trainers.report.report import (  # matplotlib: only here
-        final_table,
-        write_report,
-    )
-
+    The table comes first: the report takes seconds to draw, while the log's views are closed.
+    """
     console = Console(soft_wrap=True)
     console.print(final_table(summary))
     if bad := summary.get("bad_samples"):
@@ -134,6 +132,9 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
             highlight=False,
         )
     console.print(f"summary  {run.summary}", highlight=False)
+    from bigbatch.trainers.report.report import write_report  # matplotlib
+
     console.print(f"report   {write_report(run)}", highlight=False)
+    log.close("finished")  # only then it is sure where wandb's run lies
     if log.wandb_path is not None:
         console.print(f"wandb    {log.wandb_path}", highlight=False)

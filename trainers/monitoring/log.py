@@ -54,6 +54,7 @@ class Log:
         self._prometheus = prometheus
         self._step = 0
         self._held_back = False
+        self._ended = False
         self._closed = False
         self._alerts = Alerts()
 
@@ -127,16 +128,25 @@ class Log:
             if file:
                 file.sync()
 
-    def close(self, state: str) -> None:
-        """Close every view; `state` (finished, stopped or failed) is the last event."""
-        if self._closed:
+    def end(self, state: str) -> None:
+        """Record the last event, `state` (finished, stopped or failed), and wait for nothing."""
+        if self._ended:
             return
-        self._closed = True
+        self._ended = True
         if self._progress:
             self._progress.close()
         self.event("end", state=state)
         if self._wandb:
-            self._wandb.close(state, self._run.summary)
+            self._wandb.end(state, self._run.summary)
+
+    def close(self, state: str) -> None:
+        """Close every view; `state` is that of `end`, where it has not been called."""
+        if self._closed:
+            return
+        self.end(state)
+        self._closed = True
+        if self._wandb:
+            self._wandb.close()
             self._report_wandb()
         if self._tensorboard:
             self._tensorboard.close()
@@ -155,7 +165,7 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and not self._closed:
+        if kind is not None and not self._ended:
             self.event("error", error=f"{kind.__name__}: {error}")
         self.close("failed" if kind is not None else "stopped")
 

@@ -80,11 +80,15 @@ class WandbView:
             except queue.Empty:
                 return
 
-    def close(self, state: str, summary: Path) -> None:
+    def end(self, state: str, summary: Path) -> None:
         """Send what is left and finish the run, with the figures of summary.json if there are."""
         self._end = (state, summary)
         self._rows.put(None)
-        patience = CLOSE_TIMEOUT[state]
+
+    def close(self) -> None:
+        """Wait until what `end` asked for is done."""
+        assert self._end is not None
+        patience = CLOSE_TIMEOUT[self._end[0]]
         self._thread.join(patience)
         if self._thread.is_alive():
             self._problems.put(f"not done within {patience:.0f} s; `wandb sync` sends the rest")

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from bigbatch.trainers.advice.critical_batch import Phase
 from bigbatch.trainers.monitoring.history import PHASE_NAMES, Columns, History, loss_ceiling
+from bigbatch.trainers.report.results import COMBINED
 from bigbatch.trainers.report.svg import BLUE, GREEN, INK, MUTED, ORANGE, figure, to_svg
 
-COMBINED = ("ensemble", "soup", "ema", "swa")  # what summary.json has beside the members
 _SHOWN_LAYERS = 60
 _LAYERS = [(ORANGE, 0.95), (ORANGE, 0.5), (GREEN, 0.6), (BLUE, 0.75), (MUTED, 0.6), (BLUE, 0.3)]
 _POINTS = 500  # more than a plot this wide can show

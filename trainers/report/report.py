@@ -1,14 +1,11 @@
 """report.html: one self-contained page about a run, finished or not. Free of torch."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
@@ -20,11 +17,10 @@ from bigbatch.trainers.monitoring.progress import duration
 from bigbatch.trainers.report import plots
 from bigbatch.trainers.report.diagnosis import diagnose
 from bigbatch.trainers.report.evaluations import shown_evaluations
+from bigbatch.trainers.report.results import COMBINED, MEASURES, figure, result_rows
 from bigbatch.trainers.report.svg import png_uri
 
-MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 _SHOWN_RANKS = 16
-Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept as a member
 
 
 def write_report(run: RunDir) -> Path:
@@ -47,7 +43,7 @@ def write_report(run: RunDir) -> Path:
         members_plot=_members_plot(history),
         measures=MEASURES,
         splits=[s for s in ("val", "test") if s in (history.summary or {})],
-        combined=plots.COMBINED,
+        combined=COMBINED,
         confusion=_confusion(history),
         evaluations=shown_evaluations(run),
         augmented=png_uri(run.contact_sheet),
@@ -57,46 +53,6 @@ def write_report(run: RunDir) -> Path:
     )
     write_atomically(run.report, page)
     return run.report
-
-
-def final_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy, NLL and ECE of each member, ensemble, soup and average, on val and test.
-
-    `summary` is the content of summary.json. Members beyond the selection margin are dimmed
-    and marked.
-    """
-    splits = [split for split in ("val", "test") if split in summary]
-    table = Table(box=box.SIMPLE_HEAD)  # fits 80 columns
-    table.add_column("\nmodel", no_wrap=True)
-    for split in splits:
-        for measure in MEASURES.values():
-            table.add_column(f"{split}\n{measure}", justify="right", no_wrap=True)
-    for name, figures, kept in result_rows(summary):
-        cells = [figure(figures.get(split), key) for split in splits for key in MEASURES]
-        style = "bold" if name in plots.COMBINED else ("" if kept else "dim")
-        table.add_row(name if kept else f"{name} (out)", *cells, style=style)
-    return table
-
-
-def result_rows(summary: Mapping[str, Any]) -> list[Row]:
-    """summary.json by row: each member, then ensemble, soup and average."""
-    rows: dict[str, Row] = {}
-    for split in ("val", "test"):
-        figures = summary.get(split) or {}
-        entries = [(str(m["name"]), m) for m in figures.get("members") or []]
-        entries += [(name, figures[name]) for name in plots.COMBINED if figures.get(name)]
-        for name, entry in entries:
-            row = rows.setdefault(name, (name, {}, bool(entry.get("kept", True))))
-            row[1][split] = entry
-    return list(rows.values())
-
-
-def figure(entry: Mapping[str, Any] | None, measure: str) -> str:
-    """One figure as text: accuracy in per cent, the others with four decimals."""
-    value = entry.get(measure) if entry else None
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if measure == "accuracy" else f"{value:.4f}"
 
 
 def _template() -> jinja2.Template:

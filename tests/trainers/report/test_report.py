@@ -19,7 +19,8 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers.monitoring.history import read_history, smooth
 from bigbatch.trainers.report.diagnosis import diagnose
-from bigbatch.trainers.report.report import final_table, result_rows, write_report
+from bigbatch.trainers.report.report import write_report
+from bigbatch.trainers.report.results import final_table, result_rows
 from bigbatch.trainers.report.watch import watch
 
 STEPS, CYCLES = 300, 3
