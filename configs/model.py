@@ -1,11 +1,17 @@
 """The network as a recipe writes it; trainers/models builds it."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue
 
+from bigbatch.configs import init, norm
+from bigbatch.configs.init import Init
+from bigbatch.configs.norm import Head, Norm
 from bigbatch.configs.part import StrictModel
+
+TEACHING = ("lenet5", "zfnet", "nin")  # small nets written here
+TORCHVISION = "torchvision:"
 
 _ELSEWHERE = {  # arguments of timm.create_model that are no options here, and what says them
     "model_name": "write model.name",
@@ -19,9 +25,13 @@ _ELSEWHERE = {  # arguments of timm.create_model that are no options here, and w
 
 
 class Model(StrictModel):
-    """A timm model."""
+    """A network: by a name of timm's or torchvision's, a teaching net, or a user's own.
 
-    name: str
+    timm's names stand as they are, torchvision's behind `torchvision:`; `package.module:callable`
+    is called with num_classes, in_chans and the options, and gives an nn.Module.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
     pretrained: bool = False
     checkpoint: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="local weights to start from"
@@ -37,13 +47,51 @@ class Model(StrictModel):
         "cores work in it; without effect on a CPU",
     )
     options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="keyword arguments of timm.create_model"
+        default_factory=dict,
+        description="keyword arguments of timm.create_model, or of what "
+        "builds the model in its place",
     )
+    norm: Norm | None = Field(None, description="what takes the place of each BatchNorm")
+    weight_standardization: bool = Field(
+        False,
+        description="convolutions' weights have mean 0 and variance 1 over each output's inputs "
+        "(Qiao et al. 2019, arXiv:1903.10520)",
+    )
+    head: Head | None = Field(None, description="the classifier: linear after a norm, or cosine")
+    init: Init | None = Field(None, description="fresh weights drawn otherwise than the model does")
+
+    @property
+    def from_timm(self) -> bool:
+        return ":" not in self.name and self.name not in TEACHING
+
+    def without_weights(self) -> Self:
+        """The same network for weights that are loaded afterwards: neither read nor drawn here."""
+        return self.model_copy(update={"pretrained": False, "checkpoint": None, "init": None})
+
+    def network(self) -> dict[str, Any]:
+        """The keys that say which function the weights are of, and what they say."""
+        kept = self.without_weights()
+        return kept.model_dump(mode="json", exclude={"channels_last"}, exclude_defaults=True)
+
+    def beyond_timm(self) -> list[str]:
+        """Why timm alone cannot build this network."""
+        if not self.from_timm:
+            return [f"model.name = {self.name}"]
+        changed = {k: v for k, v in self.network().items() if k not in ("name", "options")}
+        names = {k: v["name"] if isinstance(v, dict) else v for k, v in changed.items()}
+        return [f"model.{key} = {name}" for key, name in names.items()]
 
 
 def refusals(recipe: Any) -> Iterator[str]:
     """What a recipe's options cannot say of its model."""
     options, size = recipe.model.options, recipe.data.image_size
+    yield from norm.refusals(recipe)
+    yield from init.refusals(recipe)
+    if recipe.model.pretrained and (where := _without_pretrained(recipe.model)):
+        yield (
+            f"model.pretrained: {where} has no weights to load; leave it out, or name a file by "
+            "model.checkpoint"
+        )
     for key, remedy in _ELSEWHERE.items():
         if key in options:
             yield f"model.options.{key}: {remedy}"
@@ -59,6 +107,11 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"model.options.img_size = {written} and data.image_size = {size} differ; set "
             "data.image_size to what the model shall see, and img_size likewise"
         )
+
+
+def _without_pretrained(model: Model) -> str | None:
+    known = model.from_timm or model.name.startswith(TORCHVISION)
+    return None if known else model.name
 
 
 def _is_rate(value: Any) -> bool:

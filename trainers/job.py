@@ -31,6 +31,7 @@ from bigbatch.trainers.losses.build import (
 )
 from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
+from bigbatch.trainers.models.initialise import prior_bias
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
@@ -147,6 +148,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         classes=classes,
         channels=data.channels,
         seed=recipe.seed,
+        image_size=data.image_size,
+        head_prior=head_prior(recipe, inputs),
         info=info,
         quiet=engine.rank != 0,
     )
@@ -183,6 +186,15 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         average=average,
     )
     return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state, teacher)
+
+
+def head_prior(recipe: Recipe, inputs: Inputs) -> Tensor | None:
+    """The classifier's first bias [C] where the recipe asks for the training data's prior."""
+    if recipe.model.init is None or not recipe.model.init.head_prior:
+        return None
+    by_sigmoids = {"bce", "focal_sigmoid"}  # losses that ask each class for itself
+    counts = inputs.splits["train"].class_counts.tolist()
+    return prior_bias(counts, sigmoids=str(recipe.loss.name) in by_sigmoids)
 
 
 def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) -> None:

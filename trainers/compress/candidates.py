@@ -81,6 +81,16 @@ def write_network(
 
 def check_variant(member: Member, variant: Variant) -> None:
     """Raise UserError where a method cannot follow the one that a member comes from."""
+    model = member.recipe.model
+    normed = model.weight_standardization or (
+        model.head is not None and model.head.name == "cosine"
+    )
+    if normed and variant.method != "codebook":
+        what = "weight_standardization" if model.weight_standardization else "head = cosine"
+        raise UserError(
+            f"member {member.name} computes with other weights than it stores (model.{what}), "
+            f"which {variant.method} would take for those; use codebook"
+        )
     method = _shaped_by(member)
     if method is not None and variant.method in ("lowrank", "codebook"):
         raise UserError(

@@ -178,7 +178,8 @@ def teacher_hash(ensemble: Ensemble) -> str:
     members = [
         {
             "weights": _sha256(member),
-            "model": member.recipe.model.model_dump(include={"name", "stem", "options"}),
+            "model": member.recipe.model.model_dump(include={"name", "stem", "options"})
+            | member.recipe.model.network(),
             "mean": member.recipe.augment.mean,
             "std": member.recipe.augment.std,
             "image_size": member.recipe.data.image_size,

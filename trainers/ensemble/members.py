@@ -53,10 +53,14 @@ class Member:
     def build(self, device: torch.device = _CPU) -> nn.Module:
         """The network on a device, in eval mode. UserError, which names the member."""
         # Where the weights once started from is no matter any more, nor need it still be there.
-        config = self.recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+        config = self.recipe.model.without_weights()
         try:
             model = build_model(
-                config, classes=len(self.classes), channels=self.recipe.data.channels, seed=0
+                config,
+                classes=len(self.classes),
+                channels=self.recipe.data.channels,
+                seed=0,
+                image_size=self.recipe.data.image_size,
             )
             load = load_weights if compression_of(self.weights) is None else load_compressed
             load(model, self.weights)

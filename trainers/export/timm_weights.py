@@ -51,9 +51,9 @@ def timm_config(member: Member, network: nn.Module) -> dict[str, Any]:
             f"member {member.name} was compressed by {method} to a network that timm cannot build, "
             "so that its weights alone would be of no use; export .onnx or .pt2"
         )
-    if recipe.model.stem != "standard":
+    if beyond := recipe.model.beyond_timm():
         raise UserError(
-            f"member {member.name} has model.stem = {recipe.model.stem}, which timm cannot build, "
+            f"member {member.name} has {' and '.join(beyond)}, which timm cannot build, "
             "so that its weights alone would be of no use; export .onnx or .pt2"
         )
     size, channels = recipe.data.image_size, recipe.data.channels

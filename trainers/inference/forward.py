@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import build_augmenter
+from bigbatch.trainers.optim.groups import classifiers
 
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -228,11 +228,10 @@ def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[
 
 def _watch(loaded: _Loaded, into: list[Tensor]) -> None:
     """Keep what goes into the classifier at each forward pass."""
-    model: Any = loaded.model
-    head = model.get_classifier()
-    if not isinstance(head, nn.Module) or isinstance(head, nn.Identity):
+    found = classifiers(loaded.model)
+    if len(found) != 1 or isinstance(found[0], nn.Identity):
         raise UserError(
             f"member {loaded.member.name}: {loaded.member.recipe.model.name} has no one classifier "
             "whose input could be its features; leave out --features"
         )
-    head.register_forward_pre_hook(lambda module, inputs: into.append(inputs[0].detach()))
+    found[0].register_forward_pre_hook(lambda module, inputs: into.append(inputs[0].detach()))

@@ -96,7 +96,7 @@ def check_alike(members: Sequence[Member]) -> None:
         raise UserError(f"a soup of {first.name} alone; give --members all, or several runs")
     for member in members[1:]:
         ours, theirs = (_form(m) for m in (member, first))
-        if odd := [key for key in theirs if ours[key] != theirs[key]]:
+        if odd := [key for key in theirs | ours if ours.get(key) != theirs.get(key)]:
             raise UserError(
                 f"member {member.name} has another {' and '.join(odd)} than {first.name}: their "
                 "weights have no average; leave it out, or combine predictions, without --soup"
@@ -107,8 +107,9 @@ def _form(member: Member) -> dict[str, Any]:
     """What weights must have in common to be averaged."""
     model, evaluate = member.recipe.model, member.recipe.evaluate
     options = {key: value for key, value in model.options.items() if "drop" not in key}
-    kind = {"stem": model.stem, "options": options, "crop": evaluate.crop_fraction}
-    return vars(member.info) | kind
+    network = {key: value for key, value in model.network().items() if key != "name"}
+    kind = {"options": options, "crop": evaluate.crop_fraction}
+    return vars(member.info) | network | kind
 
 
 def _barriers(

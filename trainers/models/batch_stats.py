@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigbatch.configs.errors import UserError
+from bigbatch.trainers.models.norm_layers import BatchRenorm, FrozenBatch
 
 # Each keeps old * (1 - momentum) + new * momentum of statistics that it does not train with.
 _AVERAGED = (_BatchNorm, EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2)
@@ -30,7 +31,9 @@ def averaged_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, _AVERAGED) and module.running_var is not None
+        if isinstance(module, _AVERAGED)
+        and module.running_var is not None
+        and not isinstance(module, FrozenBatch)
     ]
 
 
@@ -42,14 +45,14 @@ class StepStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = averaged_layers(model)
-        self.layers = [layer for _, layer in found]
+        averaged = averaged_layers(model)
+        self.layers = [layer for _, layer in averaged]
         self.momentum = [0.1 if m.momentum is None else m.momentum for m in self.layers]
         for layer in self.layers:
             layer.momentum = 1.0
         kept = [
             (f"{name}.{kind}", buffer, momentum)
-            for (name, layer), momentum in zip(found, self.momentum, strict=True)
+            for (name, layer), momentum in zip(averaged, self.momentum, strict=True)
             for kind in _STATISTICS
             if (buffer := getattr(layer, kind, None)) is not None
         ]
@@ -60,6 +63,15 @@ class StepStatistics:
         self.counters: list[Tensor] = [c for c in counters if c is not None]
         self.kept = [b.clone() for b in self.buffers]
         self.kept_counters = [c.clone() for c in self.counters]
+        before = {id(b): k for b, k in zip(self.buffers, self.kept, strict=True)}
+        before |= {id(c): k for c, k in zip(self.counters, self.kept_counters, strict=True)}
+        for layer in self.layers:
+            if isinstance(layer, BatchRenorm):
+                layer.reference = (
+                    before[id(layer.running_mean)],
+                    before[id(layer.running_var)],
+                    before[id(layer.num_batches_tracked)],
+                )
         # float64: the sum is then the same in whatever order ranks and micro-batches come.
         self.sums = [torch.zeros_like(b, dtype=torch.float64) for b in self.buffers]
 
@@ -133,9 +145,12 @@ def recompute_statistics(
     For weights that no training step produced, such as an average of several models.
     `total_batches` counts the batches of all ranks.
     """
+    corrected = [(m, m.reference) for m in model.modules() if isinstance(m, BatchRenorm)]
     statistics = StepStatistics(model)
     if not statistics.layers:
         return
+    for layer, _ in corrected:  # the statistics alone, and not as far as old ones let them be
+        layer.reference = None
     statistics.weights = [1.0] * len(statistics.weights)
     statistics.begin()
     was_training = model.training
@@ -148,6 +163,8 @@ def recompute_statistics(
     statistics.finish(sum_over_ranks(statistics.local()), total_batches)
     for layer, momentum in zip(statistics.layers, statistics.momentum, strict=True):
         layer.momentum = momentum
+    for layer, reference in corrected:
+        layer.reference = reference
     model.train(was_training)
 
 

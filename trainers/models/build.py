@@ -1,25 +1,23 @@
-"""Models by timm name."""
+"""A recipe's model: its source, its parts, its weights."""
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import set_fused_attn
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.rng import key64
+from bigbatch.trainers.models.convert import check_output, convert, example_images
+from bigbatch.trainers.models.initialise import initialise
+from bigbatch.trainers.models.sources import find_source
 from bigbatch.trainers.models.transfer import start_from
 from bigbatch.trainers.models.weights_file import WeightsInfo, open_weights
-
-# Arguments of timm.create_model that name weights, or a place for them.
-_SOURCES = {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 
 
 def build_model(
@@ -28,62 +26,52 @@ def build_model(
     classes: int,
     channels: int,
     seed: int,
+    image_size: int | None = None,
+    head_prior: Tensor | None = None,
     info: WeightsInfo | None = None,
     quiet: bool = False,
 ) -> nn.Module:
-    """A timm model with fresh, pretrained or given weights; the same ones on every rank.
+    """A recipe's model with fresh, pretrained or given weights; the same ones on every rank.
 
-    `info` says what the run is for, to be compared with what given weights were trained for;
-    what is loaded of them is said on the terminal, unless `quiet`. Raises UserError for an
-    unknown name or option, and for weights that cannot be loaded.
+    `image_size` is in pixels; None where nothing depends on it, which only timm's and torchvision's
+    models as they are promise. `head_prior` is the bias [C] that init.head_prior asks for.
+    `info` says what the run is for, to be compared with what given weights were
+    trained for; what is loaded of them is said on the terminal, unless `quiet`. Raises UserError
+    for an unknown name or option, for a part that the model has no place for, and for weights that
+    cannot be loaded.
     """
-    if not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(), 3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(
-            f"model.name = {config.name!r} is no timm model; {hint}"
-            "timm.list_models() lists all of them"
-        )
-    options: dict[str, Any] = dict(config.options)
-    if hidden := _SOURCES & options.keys():
-        raise UserError(
-            f"model.options holds {', '.join(sorted(hidden))}: where weights come from is said by "
-            "model.checkpoint, model.pretrained and a tag in model.name, such as resnet50.a1_in1k"
-        )
     there = open_weights(Path(config.checkpoint)) if config.checkpoint else None
+    source = find_source(config, classes=classes, channels=channels, image_size=image_size)
 
     set_fused_attn()  # whatever TIMM_FUSED_ATTN says
 
-    def create(pretrained: bool = False, **more: Any) -> nn.Module:
+    def create(*arguments: Any, **more: Any) -> nn.Module:
         torch.manual_seed(key64(seed, "init"))
-        model: nn.Module = timm.create_model(
-            config.name,
-            pretrained=pretrained,
-            num_classes=classes,
-            in_chans=channels,
-            **more,
-            **options,
-        )
-        return model
+        return source(*arguments, **more)
 
     def finish(model: nn.Module) -> None:
         if config.stem == "small":
             _shrink_stem(model, config.name)
+        images = None if image_size is None else example_images(model, channels, image_size)
+        convert(model, config, images)
+        if config.beyond_timm() and images is not None:
+            check_output(model, images, classes, config.name)
 
     notes: list[str] = []
     try:
         if config.checkpoint:
             model, notes = start_from(config.checkpoint, create, finish, classes, there, info)
         else:
-            model = create(config.pretrained)
+            model = create(True) if config.pretrained else create()
             finish(model)
     except UserError:
         raise
     except Exception as error:  # options go to any constructor, and weights are anything
-        source = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
-        raise UserError(
-            f"timm cannot build {config.name} ({source} weights, options {options}): {error}"
-        ) from error
+        weights = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
+        what = f"timm cannot build {config.name}" if config.from_timm else f"{config.name} fails"
+        raise UserError(f"{what} ({weights} weights, options {config.options}): {error}") from error
+    if config.init is not None:
+        initialise(model, config.init, seed, config.name, head_prior)
     for note in [] if quiet else notes:
         print(f"bigbatch: {config.checkpoint}: {note}", file=sys.stderr, flush=True)
     return model

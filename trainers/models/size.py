@@ -26,9 +26,15 @@ def measure(recipe: Recipe, classes: int) -> dict[str, int]:
     activation_bytes is for one image: what autograd keeps for the backward pass, in the
     precision of the recipe. optimizer_bytes is counted from the state after a first step.
     """
-    fresh = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    fresh = recipe.model.without_weights()
     with torch.device("meta"):
-        model = build_model(fresh, classes=classes, channels=recipe.data.channels, seed=0)
+        model = build_model(
+            fresh,
+            classes=classes,
+            channels=recipe.data.channels,
+            seed=0,
+            image_size=recipe.data.image_size,
+        )
     model.train()
     size = recipe.data.image_size
     images = torch.empty(_SAMPLES, recipe.data.channels, size, size, device="meta")

@@ -12,7 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from bigbatch.trainers.models.sources import load_fitting
 from bigbatch.trainers.models.weights_file import WeightsInfo, differences, other_classes
+from bigbatch.trainers.optim.groups import classifiers
 
 Create = Callable[..., nn.Module]  # timm.create_model, but for its weights
 _SHOWN = 6
@@ -48,6 +50,14 @@ def start_from(
         model.load_state_dict(chosen, strict=False)
         started = [name for name in fresh if name not in chosen]
         left = [name for name in weights if name not in chosen]
+    elif not hasattr(model, "pretrained_cfg"):
+        model = create()
+        loaded = load_fitting(model, {n: w for n, w in weights.items() if kept or n not in head})
+        if missing := [n for n in model.state_dict() if n not in loaded and n not in head]:
+            raise ValueError(f"it does not fit this model{_listed(': no', missing)}")
+        finish(model)
+        started = [name for name in fresh if name not in loaded]
+        left = [name for name in weights if name not in loaded]
     else:
         changes = _for_timm(model, weights, head, classes, kept)
         model = create(pretrained=True, pretrained_cfg_overlay={"file": path, **changes})
@@ -78,10 +88,14 @@ def _same(value: Tensor, fresh: Tensor) -> bool:
 
 
 def _head(model: nn.Module) -> set[str]:
-    """The names of the classifier's parameters, by timm's word."""
-    config: Any = model.pretrained_cfg
-    names = config.get("classifier") or ()
-    modules = (names,) if isinstance(names, str) else names
+    """The names of the classifier's parameters, by timm's word where it is timm's model."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if config is None:
+        last = classifiers(model)
+        modules: Any = [name for name, module in model.named_modules() if module in last]
+    else:
+        names = config.get("classifier") or ()
+        modules = (names,) if isinstance(names, str) else names
     wanted = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     return wanted & model.state_dict().keys()
 

@@ -62,10 +62,12 @@ def forward_flops(recipe: Recipe, classes: int) -> int | None:
     and no values, so nothing is computed. None for a model that cannot run without values.
     """
     size, channels = recipe.data.image_size, recipe.data.channels
-    fresh = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    fresh = recipe.model.without_weights()
     try:
         with torch.device("meta"):
-            model = build_model(fresh, classes=classes, channels=channels, seed=recipe.seed)
+            model = build_model(
+                fresh, classes=classes, channels=channels, seed=recipe.seed, image_size=size
+            )
             return count_flops(model, channels, size)
     except (RuntimeError, NotImplementedError):
         return None

@@ -119,10 +119,17 @@ def _depths(model: nn.Module) -> dict[str, int]:
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """The last layer or layers, as timm models name them; [] for other models."""
+    """The last layer or layers, as a model's get_classifier() names them, which timm's all have.
+
+    Of a model without it the last linear layer or convolution, in the order in which it was built.
+    """
     get = getattr(model, "get_classifier", None)
-    found = get() if callable(get) else []
-    return [found] if isinstance(found, nn.Module) else list(found)
+    if callable(get):
+        found = get()
+        return [found] if isinstance(found, nn.Module) else list(found)
+    kinds = nn.Linear | nn.modules.conv._ConvNd
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, kinds)]
+    return layers[-1:]
 
 
 def _excluded_by_model(model: nn.Module) -> set[str]:
