@@ -1,20 +1,66 @@
-"""The loss as a recipe writes it; trainers/losses builds it."""
+"""The loss as a recipe writes it; trainers/losses builds it. docs/craft.md explains."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from bigbatch.configs.part import StrictModel
+from bigbatch.configs.part import Fraction, NonNegative, Positive, StrictModel
+
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
-class CrossEntropy(StrictModel):
+class BalancedWeights(StrictModel):
+    """Each class weighs the inverse of its number of training samples."""
+
+    name: Literal["balanced"]
+
+
+class EffectiveNumber(StrictModel):
+    """(1 - beta) / (1 - beta^n) for a class of n training samples (Cui et al. 2019, equation 2)."""
+
+    name: Literal["effective_number"]
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+class GivenWeights(StrictModel):
+    """Weights by class, in the order of classes.txt; only their ratios matter."""
+
+    name: Literal["given"]
+    values: list[NonNegative] = Field(min_length=2)
+
+
+def _part_of_weights(value: Any) -> Any:
+    """`none`, the name alone, or a list of the weights."""
+    if isinstance(value, list):
+        return {"name": "given", "values": value}
+    if isinstance(value, str):
+        return None if value == "none" else {"name": value}
+    return value
+
+
+ClassWeights = Annotated[
+    Annotated[BalancedWeights | EffectiveNumber | GivenWeights, Field(discriminator="name")] | None,
+    BeforeValidator(_part_of_weights),
+]
+
+
+class _Weighted(StrictModel):
+    class_weights: ClassWeights = Field(
+        None,
+        description="none, balanced, {name: effective_number, beta: 0.999} or a list; scaled so "
+        "that their mean over the training samples is 1",
+    )
+
+
+class CrossEntropy(_Weighted):
     """Minus the log-probability of the target, mixed over classes where targets are soft."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Smoothing = 0.0
 
 
-class Poly1(StrictModel):
+class Poly1(_Weighted):
     """Cross-entropy with its first polynomial coefficient raised by `epsilon`.
 
     Leng et al. 2022, "PolyLoss", equation 6: -log p + epsilon (1 - p), p being the probability
@@ -25,9 +71,186 @@ class Poly1(StrictModel):
     epsilon: Annotated[float, Field(ge=-1)] = 1.0
 
 
+class BCE(_Weighted):
+    """A yes or no for each class: binary cross-entropy of sigmoids (Wightman et al. 2021, A1)."""
+
+    name: Literal["bce"]
+    over_classes: Literal["sum", "mean"] = Field(
+        "sum", description="mean, as timm has it by default, makes gradients C times smaller"
+    )
+    pos_weight: Positive = Field(1.0, description="of the part of a class that is there")
+    label_smoothing: Smoothing = 0.0
+    target_threshold: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="of mixed images, shares above it count as 1, all others as 0: one of 0.7 and "
+        "0.3 then is wholly of both classes, as in timm",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target_threshold is not None and self.label_smoothing:
+            raise ValueError(
+                f"target_threshold {self.target_threshold:g} makes targets 0 and 1 again, so that "
+                f"label_smoothing {self.label_smoothing:g} does nothing; drop one of them"
+            )
+        if self.target_threshold is not None and self.class_weights is not None:
+            raise ValueError(
+                f"target_threshold {self.target_threshold:g} leaves no shares of classes that "
+                "class_weights could weigh; drop one of them"
+            )
+        return self
+
+
+class FocalSigmoid(_Weighted):
+    """A yes or no for each class, easy ones weighed down (Lin et al. 2017, equation 5).
+
+    Summed over classes; on labels it is torchvision's sigmoid_focal_loss.
+    """
+
+    name: Literal["focal_sigmoid"]
+    gamma: NonNegative = 2.0
+    alpha: Fraction | None = Field(
+        0.25, description="weight of the class that is there; 1 - alpha of the others; null: none"
+    )
+
+
+class FocalSoftmax(_Weighted):
+    """(1 - p)^gamma times cross-entropy, p being the probability of the target."""
+
+    name: Literal["focal_softmax"]
+    gamma: NonNegative = 2.0
+
+
+class Hinge(_Weighted):
+    """Multi-class hinge: the target's logit beats each other one by `margin`.
+
+    Crammer and Singer 2001; max(0, margin + max of the others - the target's).
+    """
+
+    name: Literal["hinge"]
+    margin: Positive = 1.0
+
+
+class Ramp(_Weighted):
+    """The hinge, cut off at 1 - s, so that hopeless samples pull no more.
+
+    Collobert et al. 2006, "Trading convexity for scalability", equation 4, of the margin between
+    the target's logit and the largest other.
+    """
+
+    name: Literal["ramp"]
+    s: Annotated[float, Field(lt=1)] = -1.0
+
+
+class ExpectedCost(StrictModel):
+    """What answers cost on average, drawn by the model's probabilities (Elkan 2001).
+
+    Give the costs of missing each class, or those of each answer [truth][answer].
+    """
+
+    name: Literal["expected_cost"]
+    cost_vector: list[NonNegative] | None = Field(None, min_length=2)
+    cost_matrix: list[list[NonNegative]] | None = Field(None, min_length=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.cost_vector is None) == (self.cost_matrix is None):
+            raise ValueError("give either cost_vector or cost_matrix, one of them")
+        rows = self.cost_matrix or []
+        if any(len(row) != len(rows) for row in rows):
+            raise ValueError(
+                f"cost_matrix has {len(rows)} rows of {sorted({len(row) for row in rows})} "
+                "numbers; give each class a row, and in it a number for each class"
+            )
+        return self
+
+
+class LogitAdjusted(StrictModel):
+    """Cross-entropy of logits + tau log(share of the class in the training data).
+
+    Menon et al. 2021, "Long-tail learning via logit adjustment", equation 10; predictions take
+    the logits as they are.
+    """
+
+    name: Literal["logit_adjusted"]
+    tau: Positive = 1.0
+
+
+class LDAM(_Weighted):
+    """Label-distribution-aware margins: in proportion to n^(-1/4), n samples of the class.
+
+    Cao et al. 2019, equations 10 and 13.
+    """
+
+    name: Literal["ldam"]
+    max_margin: Positive = Field(0.5, description="of the rarest class, in logits")
+
+
+class LargeMargin(_Weighted):
+    """Large-margin softmax: the target's angle counts `margin` times (Liu et al. 2016).
+
+    Equations 4 to 6. The classifier's bias, where it has one, is added after the margin.
+    """
+
+    name: Literal["large_margin"]
+    margin: Annotated[int, Field(ge=1, le=4)] = 2
+    plain_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of the plain logit: lambda / (1 + lambda) of section 5.1"
+    )
+
+
+Margin = LDAM | LargeMargin  # of one label for each image
+
+
 def _with_name(value: Any) -> Any:
     """Recipes that name no loss mean cross-entropy."""
     return {"name": "cross_entropy", **value} if isinstance(value, dict) else value
 
 
-Loss = Annotated[CrossEntropy | Poly1, Field(discriminator="name"), BeforeValidator(_with_name)]
+Loss = Annotated[
+    CrossEntropy
+    | Poly1
+    | BCE
+    | FocalSigmoid
+    | FocalSoftmax
+    | Hinge
+    | Ramp
+    | ExpectedCost
+    | LogitAdjusted
+    | LDAM
+    | LargeMargin,
+    Field(discriminator="name"),
+    BeforeValidator(_with_name),
+]
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """What a recipe's loss cannot be asked beside its other keys."""
+    loss, mixup, sampling = recipe.loss, recipe.augment.mixup, recipe.data.sampling.name
+    if isinstance(loss, Margin) and mixup:
+        yield (
+            f"loss {loss.name} gives one class of each image a margin, and augment.mixup = "
+            f"{mixup:g} makes images of two; set augment.mixup to 0, or take another loss"
+        )
+    if isinstance(loss, BCE) and loss.target_threshold is not None and not mixup:
+        yield (
+            f"loss.target_threshold = {loss.target_threshold:g} changes targets of mixed images "
+            "alone, and augment.mixup is 0; drop it"
+        )
+    weights = getattr(loss, "class_weights", None)
+    counted = "" if weights is None else f"loss.class_weights: {weights.name}"
+    if isinstance(loss, LogitAdjusted | LDAM):
+        counted = f"loss {loss.name}"
+    if counted and recipe.data.stream is not None:
+        yield (
+            f"{counted} needs the number of training samples of each class, and data.stream has "
+            "no index; index the tars and set data.path, or take another loss"
+        )
+    evened = isinstance(weights, BalancedWeights | EffectiveNumber) or isinstance(
+        loss, LogitAdjusted
+    )
+    if evened and sampling != "uniform":
+        yield (
+            f"{counted} evens classes out, and so does data.sampling = {sampling}: rare ones would "
+            "count twice; set data.sampling to uniform, or change the loss"
+        )

@@ -10,6 +10,7 @@ from bigbatch.configs import (
     backends,
     data,
     distill,
+    losses,
     model,
     optimizers,
     recovery,
@@ -35,7 +36,18 @@ from bigbatch.configs.schedules import Cosine, Schedule
 # What keys of several parts may not ask for together; each rule stands beside its part.
 _RULES = tuple(
     part.refusals
-    for part in (backends, optimizers, averaging, recovery, data, stream, model, augment, distill)
+    for part in (
+        backends,
+        optimizers,
+        averaging,
+        recovery,
+        data,
+        stream,
+        model,
+        augment,
+        losses,
+        distill,
+    )
 )
 
 

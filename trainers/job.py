@@ -29,6 +29,7 @@ from bigbatch.trainers.losses.build import (
     build_objective,
     build_student_objective,
 )
+from bigbatch.trainers.losses.priors import ClassCounts
 from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
 from bigbatch.trainers.models.initialise import prior_bias
@@ -155,9 +156,10 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     )
     teacher = open_teacher(recipe, inputs, engine, run.path.parent)
     if recipe.distill is None:
-        objective = build_objective(recipe.loss)
+        objective = build_objective(recipe.loss, model, class_counts(inputs))
     else:
-        objective = build_student_objective(recipe.loss, recipe.distill, model)
+        counts = class_counts(inputs)
+        objective = build_student_objective(recipe.loss, recipe.distill, model, counts)
     probe(model, objective, recipe, classes)
     model.to(memory_format=choose_memory_format(recipe.model, engine.device))
     engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
@@ -195,6 +197,12 @@ def head_prior(recipe: Recipe, inputs: Inputs) -> Tensor | None:
     by_sigmoids = {"bce", "focal_sigmoid"}  # losses that ask each class for itself
     counts = inputs.splits["train"].class_counts.tolist()
     return prior_bias(counts, sigmoids=str(recipe.loss.name) in by_sigmoids)
+
+
+def class_counts(inputs: Inputs) -> ClassCounts | None:
+    """The training data's classes and their samples; None of a stream, which has no index."""
+    train = inputs.splits.get("train")
+    return None if train is None else ClassCounts(train.classes, train.class_counts.tolist())
 
 
 def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) -> None:

@@ -21,8 +21,8 @@ if os.environ["RANK"] == rank and phase == "data":
 elif os.environ["RANK"] == rank and phase == "model":
     build = job.build_objective
 
-    def slow_loss(config: Any) -> Any:
-        function = build(config)
+    def slow_loss(*parts: Any) -> Any:
+        function = build(*parts)
 
         def loss(*args: Any) -> Any:
             time.sleep(seconds)

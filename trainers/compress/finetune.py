@@ -13,7 +13,7 @@ from bigbatch.data.batch import BatchPlan
 from bigbatch.data.rng import key64
 from bigbatch.trainers.compress.pruning import apply_masks
 from bigbatch.trainers.engine import open_engine
-from bigbatch.trainers.job import training_batches
+from bigbatch.trainers.job import class_counts, training_batches
 from bigbatch.trainers.losses.build import build_objective
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.models.build import build_augmenter, choose_memory_format
@@ -51,7 +51,7 @@ def finetune(
     network.to(memory_format=choose_memory_format(recipe.model, engine.device)).train()
     engine.prepare(network, build_optimizer(network, recipe.optimizer), recipe.micro_batches)
     augmenter = build_augmenter(recipe, len(inputs.classes), engine.device)
-    objective = build_objective(recipe.loss)
+    objective = build_objective(recipe.loss, network, class_counts(inputs))
     statistics = StepStatistics(network)
     start = inputs.plan.total
     steps = length.steps(recipe.global_batch, inputs.epoch_samples)

@@ -1,15 +1,19 @@
 """What is minimised: from a recipe's loss to the objective that the loop calls."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbatch.configs import losses as c
 from bigbatch.configs.distill import Distill, LogitRegression, SoftTargets
-from bigbatch.configs.losses import CrossEntropy, Loss, Poly1
+from bigbatch.trainers.losses import classification, margin, priors
 from bigbatch.trainers.losses.distillation import logit_regression, soft_targets
+from bigbatch.trainers.losses.head import WatchedClassifier
 from bigbatch.trainers.losses.hint import Watched, attention_transfer
+from bigbatch.trainers.losses.priors import ClassCounts
 
 # Model, images [B, C, H, W], target probabilities [B, classes] -> mean loss over B, a scalar.
 # It calls the model itself, so that a loss may look at features or ask a teacher. What such a
@@ -19,9 +23,11 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target probabilities [B, C]
 
 
-def build_objective(config: Loss) -> Objective:
+def build_objective(
+    config: c.Loss, model: nn.Module | None = None, classes: ClassCounts | None = None
+) -> Objective:
     """The objective of a recipe's `loss`, over soft targets as mixup and smoothing make them."""
-    loss_function = build_loss(config)
+    loss_function = build_loss(config, model, classes)
 
     def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return loss_function(model(images), targets)
@@ -29,20 +35,22 @@ def build_objective(config: Loss) -> Objective:
     return objective
 
 
-def build_student_objective(config: Loss, distill: Distill, student: nn.Module) -> Objective:
+def build_student_objective(
+    config: c.Loss, distill: Distill, student: nn.Module, classes: ClassCounts | None = None
+) -> Objective:
     """The objective of a recipe with a teacher, over what `Teacher.outputs` puts behind targets.
 
     `student` is the plain module, a layer of which may be watched. Raises UserError where it has
     no such layer.
     """
-    hard, soft = build_loss(config), build_distillation(distill)
+    hard, soft = build_loss(config, student, classes), build_distillation(distill)
     weight, hint = distill.weight, distill.hint
     watched = Watched(student, hint.layer, "the student") if hint is not None else None
 
     def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         logits = model(images)
-        classes = logits.shape[1]
-        labels, taught, attention = targets.tensor_split((classes, 2 * classes), dim=1)
+        width = logits.shape[1]
+        labels, taught, attention = targets.tensor_split((width, 2 * width), dim=1)
         loss = (1 - weight) * hard(logits, labels) + weight * soft(logits, taught)
         if hint is not None and watched is not None:
             loss = loss + hint.weight * attention_transfer(watched.take(), attention)
@@ -51,13 +59,98 @@ def build_student_objective(config: Loss, distill: Distill, student: nn.Module) 
     return objective
 
 
-def build_loss(config: Loss) -> LossFunction:
-    """The mean loss over a batch of logits; its gradient alone decides what a step does."""
+def build_loss(
+    config: c.Loss, model: nn.Module | None = None, classes: ClassCounts | None = None
+) -> LossFunction:
+    """The mean loss over a batch of logits; its gradient alone decides what a step does.
+
+    `model`, the plain module, is for losses that look at its classifier; `classes`, of the
+    training data, for those that go by them. Raises UserError where either does not fit.
+    """
+    if isinstance(config, c.CrossEntropy) and config.class_weights is None:
+        return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    per_sample = _per_sample(config, model, classes)
+    smoothing: float = getattr(config, "label_smoothing", 0.0)
+    by_class: Callable[[Tensor], Tensor] | None = None
+    if (weights := getattr(config, "class_weights", None)) is not None:
+        assert classes is not None, "the recipe refuses class weights of a stream"
+        by_class = _constant(priors.class_weights(weights, classes))
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        if by_class is not None:
+            targets = targets * by_class(targets)
+        if smoothing:
+            targets = classification.smoothed(targets, smoothing)
+        return per_sample(logits, targets).mean()
+
+    return loss
+
+
+def _per_sample(
+    config: c.Loss, model: nn.Module | None, classes: ClassCounts | None
+) -> LossFunction:
+    """The loss [B] of logits and of weights of labels, both [B, C]."""
     match config:
-        case CrossEntropy():
-            return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-        case Poly1():
-            return partial(poly1, epsilon=config.epsilon)
+        case c.CrossEntropy():
+            return classification.cross_entropy
+        case c.Poly1():
+            return partial(classification.poly1, epsilon=config.epsilon)
+        case c.BCE(pos_weight=pos_weight, over_classes=over, target_threshold=threshold):
+            if threshold is None:
+                return partial(classification.bce, pos_weight=pos_weight, over_classes=over)
+            return partial(
+                classification.bce_above,
+                threshold=threshold,
+                pos_weight=pos_weight,
+                over_classes=over,
+            )
+        case c.FocalSigmoid():
+            return partial(classification.focal_sigmoid, gamma=config.gamma, alpha=config.alpha)
+        case c.FocalSoftmax():
+            return partial(classification.focal_softmax, gamma=config.gamma)
+        case c.Hinge():
+            return partial(classification.hinge, margin=config.margin)
+        case c.Ramp():
+            return partial(classification.ramp, s=config.s)
+        case c.ExpectedCost():
+            costs = _constant(_costs(config, classes))
+            return lambda z, v: classification.expected_cost(z, v, costs(z))
+        case c.LogitAdjusted():
+            assert classes is not None, "the recipe refuses a stream"
+            prior = _constant(config.tau * priors.log_shares(classes))
+            return lambda z, v: classification.cross_entropy(z + prior(z), v)
+        case c.LDAM():
+            assert classes is not None, "the recipe refuses a stream"
+            margins = _constant(priors.ldam_margins(classes, config.max_margin))
+            return lambda z, v: margin.ldam(z, v, margins(z))
+        case c.LargeMargin():
+            assert model is not None
+            watched = WatchedClassifier(model, "loss large_margin")
+            return lambda z, v: margin.large_margin(
+                z, v, *watched.take(), config.margin, config.plain_share
+            )
+
+
+def _costs(config: c.ExpectedCost, classes: ClassCounts | None) -> Tensor:
+    """Of each answer for each truth, [C, C]."""
+    if config.cost_matrix is not None:
+        costs = torch.tensor(config.cost_matrix, dtype=torch.float64)
+    else:
+        missing = torch.tensor(config.cost_vector, dtype=torch.float64)
+        costs = missing[:, None] * (1 - torch.eye(len(missing), dtype=torch.float64))
+    if classes is not None:
+        priors.check_length("loss expected_cost", len(costs), classes)
+    return costs
+
+
+def _constant(values: Tensor) -> Callable[[Tensor], Tensor]:
+    """`values` as any tensor is: on its device, of its type. Copied once for each."""
+
+    @cache
+    def of(device: torch.device, dtype: torch.dtype) -> Tensor:
+        return values.to(device, dtype)
+
+    return lambda like: of(like.device, like.dtype)
 
 
 def build_distillation(config: Distill) -> LossFunction:
@@ -67,9 +160,3 @@ def build_distillation(config: Distill) -> LossFunction:
             return partial(soft_targets, temperature=config.temperature)
         case LogitRegression():
             return logit_regression
-
-
-def poly1(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
-    """Mean over B of cross-entropy + epsilon (1 - p), p the target's probability."""
-    target_probability = (targets * logits.softmax(1)).sum(1)
-    return F.cross_entropy(logits, targets) + epsilon * (1 - target_probability).mean()

@@ -1,0 +1,51 @@
+"""The classifier of a model, for losses that look at more than its logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers.optim.groups import classifiers
+
+
+def linear_classifier(model: nn.Module, why: str) -> nn.Linear:
+    """The one linear layer that gives a model's logits. UserError, with `why` it is needed."""
+    found = classifiers(model)
+    if len(found) != 1 or not isinstance(found[0], nn.Linear):
+        kinds = ", ".join(type(layer).__name__ for layer in found) or "none that it names"
+        raise UserError(
+            f"{why} needs a model whose logits are one linear layer's; the classifier of this one "
+            f"is {kinds}: choose another model, or leave it out"
+        )
+    return found[0]
+
+
+class WatchedClassifier:
+    """What a model's linear classifier got and is, in the newest forward pass of training.
+
+    Taken inside the pass, where every backend holds whole weights.
+    """
+
+    def __init__(self, model: nn.Module, why: str) -> None:
+        self._seen: tuple[Tensor, Tensor | None] | None = None
+        # A function of its own: with a bound method, a copy of the model would copy this, too.
+        linear_classifier(model, why).register_forward_hook(
+            lambda layer, inputs, _: self._keep(layer, inputs[0])
+        )
+
+    def _keep(self, layer: Any, features: Tensor) -> None:
+        if layer.training:
+            x, w = _precise(features), _precise(layer.weight)
+            lengths = x.norm(dim=1, keepdim=True) * w.norm(dim=1)
+            self._seen = lengths, None if layer.bias is None else _precise(layer.bias)
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """|x| |w| of each sample and class, [B, C], and the bias [C]; forgotten then."""
+        seen, self._seen = self._seen, None
+        assert seen is not None, "the model's forward pass has not come to its classifier"
+        return seen
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
