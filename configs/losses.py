@@ -1,5 +1,6 @@
 """The loss as a recipe writes it; trainers/losses builds it. docs/craft.md explains."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -183,7 +184,9 @@ class LDAM(_Weighted):
     """
 
     name: Literal["ldam"]
-    max_margin: Positive = Field(0.5, description="of the rarest class, in logits")
+    max_margin: Positive = Field(
+        0.5, description="of the rarest class: in logits, or in cosines of a cosine head"
+    )
 
 
 class LargeMargin(_Weighted):
@@ -199,7 +202,21 @@ class LargeMargin(_Weighted):
     )
 
 
-Margin = LDAM | LargeMargin  # of one label for each image
+class ArcFace(_Weighted):
+    """Cosine head: the label's angle a counts as a + margin (Deng et al. 2019, equation 3)."""
+
+    name: Literal["arcface"]
+    margin: Annotated[float, Field(gt=0, lt=math.pi / 2)] = Field(0.5, description="in radians")
+
+
+class CosFace(_Weighted):
+    """Cosine head: the label's cosine counts less by `margin` (Wang et al. 2018, equation 4)."""
+
+    name: Literal["cosface"]
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.35
+
+
+Margin = LDAM | LargeMargin | ArcFace | CosFace  # of one label for each image
 
 
 def _with_name(value: Any) -> Any:
@@ -218,7 +235,9 @@ Loss = Annotated[
     | ExpectedCost
     | LogitAdjusted
     | LDAM
-    | LargeMargin,
+    | LargeMargin
+    | ArcFace
+    | CosFace,
     Field(discriminator="name"),
     BeforeValidator(_with_name),
 ]
@@ -226,16 +245,23 @@ Loss = Annotated[
 
 def refusals(recipe: Any) -> Iterator[str]:
     """What a recipe's loss cannot be asked beside its other keys."""
-    loss, mixup, sampling = recipe.loss, recipe.augment.mixup, recipe.data.sampling.name
-    if isinstance(loss, Margin) and mixup:
+    loss, sampling = recipe.loss, recipe.data.sampling.name
+    mixing = [k for k in ("mixup", "cutmix") if getattr(recipe.augment, k, 0)]
+    if isinstance(loss, Margin) and mixing:
         yield (
-            f"loss {loss.name} gives one class of each image a margin, and augment.mixup = "
-            f"{mixup:g} makes images of two; set augment.mixup to 0, or take another loss"
+            f"loss {loss.name} gives one class of each image a margin, and augment.{mixing[0]} "
+            f"makes images of two; set augment.{mixing[0]} to 0, or take another loss"
         )
-    if isinstance(loss, BCE) and loss.target_threshold is not None and not mixup:
+    if isinstance(loss, BCE) and loss.target_threshold is not None and not mixing:
         yield (
             f"loss.target_threshold = {loss.target_threshold:g} changes targets of mixed images "
-            "alone, and augment.mixup is 0; drop it"
+            "alone, and augment mixes none; drop it"
+        )
+    head = getattr(recipe.model, "head", None)
+    if isinstance(loss, ArcFace | CosFace) and (head is None or head.name != "cosine"):
+        yield (
+            f"loss {loss.name} is one of cosines, which the model's own classifier does not give; "
+            "set model.head={name: cosine, scale: 64}, or take another loss"
         )
     weights = getattr(loss, "class_weights", None)
     counted = "" if weights is None else f"loss.class_weights: {weights.name}"

@@ -11,7 +11,7 @@ from bigbatch.configs import losses as c
 from bigbatch.configs.distill import Distill, LogitRegression, SoftTargets
 from bigbatch.trainers.losses import classification, margin, priors
 from bigbatch.trainers.losses.distillation import logit_regression, soft_targets
-from bigbatch.trainers.losses.head import WatchedClassifier
+from bigbatch.trainers.losses.head import WatchedClassifier, cosine_scale
 from bigbatch.trainers.losses.hint import Watched, attention_transfer
 from bigbatch.trainers.losses.priors import ClassCounts
 
@@ -121,8 +121,14 @@ def _per_sample(
             return lambda z, v: classification.cross_entropy(z + prior(z), v)
         case c.LDAM():
             assert classes is not None, "the recipe refuses a stream"
-            margins = _constant(priors.ldam_margins(classes, config.max_margin))
+            largest = config.max_margin * (cosine_scale(model) or 1.0)
+            margins = _constant(priors.ldam_margins(classes, largest))
             return lambda z, v: margin.ldam(z, v, margins(z))
+        case c.ArcFace() | c.CosFace():
+            scale = cosine_scale(model)
+            assert scale is not None, "the recipe refuses other heads"
+            of_cosines = margin.arcface if isinstance(config, c.ArcFace) else margin.cosface
+            return partial(of_cosines, scale=scale, margin=config.margin)
         case c.LargeMargin():
             assert model is not None
             watched = WatchedClassifier(model, "loss large_margin")

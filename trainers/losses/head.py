@@ -21,6 +21,13 @@ def linear_classifier(model: nn.Module, why: str) -> nn.Linear:
     return found[0]
 
 
+def cosine_scale(model: nn.Module | None) -> float | None:
+    """What a cosine head multiplies its cosines by; None where the model has no such head."""
+    heads = [] if model is None else classifiers(model)
+    scale = getattr(heads[0], "scale", None) if len(heads) == 1 else None
+    return scale if isinstance(scale, float) else None
+
+
 class WatchedClassifier:
     """What a model's linear classifier got and is, in the newest forward pass of training.
 

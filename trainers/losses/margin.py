@@ -21,6 +21,25 @@ def ldam(logits: Tensor, weights: Tensor, margins: Tensor) -> Tensor:
     return cross_entropy(logits - margins * (weights > 0), weights)
 
 
+def arcface(logits: Tensor, weights: Tensor, scale: float, margin: float) -> Tensor:
+    """Cross-entropy where the label's scale cos(a) becomes scale cos(a + margin).
+
+    Deng et al. 2019, "ArcFace", equation 3. Beyond a = pi - margin, where that would rise again, it
+    goes on as cos(a) - margin sin(margin), as in the authors' code (deepinsight/insightface).
+    """
+    cosine = logits / scale
+    sine = (1 - cosine**2).clamp(min=torch.finfo(logits.dtype).eps).sqrt()
+    turned = cosine * math.cos(margin) - sine * math.sin(margin)
+    straight = cosine - margin * math.sin(margin)
+    wider = torch.where(cosine > math.cos(math.pi - margin), turned, straight)
+    return cross_entropy(torch.where(weights > 0, scale * wider, logits), weights)
+
+
+def cosface(logits: Tensor, weights: Tensor, scale: float, margin: float) -> Tensor:
+    """Cross-entropy with the label's cosine lowered (Wang et al. 2018, "CosFace", equation 4)."""
+    return cross_entropy(torch.where(weights > 0, logits - scale * margin, logits), weights)
+
+
 def large_margin(
     logits: Tensor,
     weights: Tensor,

@@ -19,7 +19,7 @@ from bigbatch.trainers.losses.build import build_loss, build_objective
 from bigbatch.trainers.losses.priors import ClassCounts, class_weights
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Loss)
-CLASSES = 5
+CLASSES, SCALE = 5, 16.0
 COUNTS = ClassCounts("abcde", [500, 100, 40, 7, 1])
 COSTS = [[0.0, 1, 2, 3, 4], [1, 0, 1, 9, 1], [5, 5, 0, 5, 5], [1, 2, 3, 0, 1], [0, 0, 0, 0, 0]]
 
@@ -56,6 +56,18 @@ def hinge(z: Tensor, c: int) -> Tensor:
 def ldam(z: Tensor, c: int) -> Tensor:
     margin = 0.7 * (1 / COUNTS.samples[c]) ** 0.25  # the rarest class has one sample
     return torch.log(1 + (others(z, c) - z[c] + margin).exp().sum())
+
+
+def lowered(z: Tensor, c: int, logit: Tensor) -> Tensor:
+    """Cross-entropy with another logit for the label."""
+    return torch.log(1 + (others(z, c) - logit).exp().sum())
+
+
+def arcface(z: Tensor, c: int) -> Tensor:
+    angle = torch.acos(z[c] / SCALE)
+    if angle > math.pi - 0.4:
+        return lowered(z, c, z[c] - SCALE * 0.4 * math.sin(0.4))
+    return lowered(z, c, SCALE * torch.cos(angle + 0.4))
 
 
 # A recipe's loss, and its value for logits of one sample and its label. Those of the last group
@@ -117,11 +129,34 @@ CASES: dict[str, tuple[dict[str, Any], Label]] = {
         lambda z, c: 648 / 5 / COUNTS.samples[c] * smoothed(cross_entropy, 0.3)(z, c),
     ),
     "LDAM (Cao et al. 2019, equation 13)": ({"name": "ldam", "max_margin": 0.7}, ldam),
+    "ArcFace (Deng et al. 2019, equation 3)": ({"name": "arcface", "margin": 0.4}, arcface),
+    "CosFace (Wang et al. 2018, equation 4)": (
+        {"name": "cosface", "margin": 0.3},
+        lambda z, c: lowered(z, c, z[c] - SCALE * 0.3),
+    ),
 }
-ONE_LABEL = ("ldam",)
+ONE_LABEL = ("ldam", "arcface", "cosface")
 
 
-def built(config: dict[str, Any], model: nn.Module | None = None) -> Any:
+class Net(nn.Module):
+    """A classifier of four features; of a cosine head, the losses look at its scale alone."""
+
+    def __init__(self, bias: bool = True, scale: float | None = None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, CLASSES, bias=bias)
+        if scale is not None:
+            self.fc.scale = scale  # type: ignore[assignment]
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x)
+        return out
+
+
+def built(config: dict[str, Any]) -> Any:
+    model = Net(scale=SCALE) if config["name"] in ("arcface", "cosface") else None
     return build_loss(ADAPTER.validate_python(config), model, COUNTS)
 
 
@@ -129,6 +164,8 @@ def batch(rows: int = 24, mixed: bool = True) -> tuple[Tensor, Tensor]:
     """Logits [B, C] of which some are far apart, and targets [B, C]: hard, mixed and even."""
     generator = torch.Generator().manual_seed(0)
     logits = 6 * torch.randn(rows, CLASSES, generator=generator, dtype=torch.float64)
+    logits.clamp_(-SCALE + 0.1, SCALE - 0.1)
+    logits[1, 1] = 0.1 - SCALE  # of a cosine head, as far from its label as can be
     hard = torch.eye(CLASSES, dtype=torch.float64)[torch.arange(rows) % CLASSES]
     share = torch.linspace(0, 1, rows, dtype=torch.float64)[:, None]
     targets = share * hard + (1 - share) * hard.roll(1, 0)
@@ -167,7 +204,9 @@ def test_gradients_are_the_slopes_and_finite_far_out(case: str) -> None:
     loss = built(config)
     logits, targets = batch(7, mixed=config["name"] not in ONE_LABEL)
     assert torch.autograd.gradcheck(lambda z: loss(z / 6, targets), logits)
-    far = (50 * logits.detach()).float().requires_grad_()
+    far = logits.detach().float().requires_grad_()
+    if config["name"] not in ("arcface", "cosface"):
+        far = (50 * far.detach()).requires_grad_()
     loss(far, targets.float()).backward()
     assert far.grad is not None
     assert far.grad.isfinite().all()
@@ -269,19 +308,6 @@ def test_how_samples_are_batched_does_not_matter(case: str) -> None:
 # Large-margin softmax, which looks at the classifier.
 
 
-class Net(nn.Module):
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, CLASSES, bias=bias)
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(x)
-        return out
-
-
 @pytest.mark.parametrize("margin", [1, 2, 3, 4])
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_large_margin_is_lius(margin: int, share: float) -> None:
@@ -315,10 +341,18 @@ def test_large_margin_is_lius(margin: int, share: float) -> None:
     assert harder > 0.01 if margin > 1 else abs(harder) < 1e-12
 
 
+def test_ldam_margins_are_cosines_of_a_cosine_head() -> None:
+    config = ADAPTER.validate_python({"name": "ldam"})
+    logits, targets = batch(mixed=False)
+    ours = build_loss(config, Net(scale=SCALE), COUNTS)(logits, targets)
+    larger = config.model_copy(update={"max_margin": 0.5 * SCALE})
+    torch.testing.assert_close(ours, build_loss(larger, Net(), COUNTS)(logits, targets))
+
+
 def test_a_classifier_that_is_not_one_linear_layer_is_refused() -> None:
     config = ADAPTER.validate_python({"name": "large_margin"})
     with pytest.raises(UserError, match="large_margin needs a model whose logits are one linear"):
-        build_loss(config, nn.Linear(2, 2), COUNTS)
+        build_loss(config, nn.Sequential(nn.Conv2d(2, 2, 1)), COUNTS)
 
 
 # What cannot be asked together.
@@ -340,6 +374,7 @@ MIXED, PLAIN = "augment.mixup=0.2", "augment.mixup=0"
         (["loss={name: logit_adjusted}", "data.sampling=balanced"], "rare ones would count twice"),
         (["loss.class_weights=rare"], "class_weights.*'balanced', 'effective_number', 'given'"),
         (["loss={name: hinge, label_smoothing: 0.1}"], "label_smoothing: unknown key"),
+        (["loss={name: arcface}", PLAIN], "set model.head={name: cosine, scale: 64}"),
         (["loss={name: focal}"], "'focal_sigmoid', 'focal_softmax'"),
     ],
 )
