@@ -146,7 +146,9 @@ def predict(
 )
 @click.option(
     "--combine",
-    type=click.Choice(("mean", "logits", "weights", "greedy", "vote", "stack", "boost")),
+    type=click.Choice(
+        ("mean", "logits", "weights", "greedy", "vote", "stack", "boost", "features")
+    ),
     default="mean",
     show_default=True,
     help="How the members' outputs become one; docs/ensembles.md explains each.",

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,12 +33,14 @@ from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.evaluations import about, statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
 from bigbatch.trainers.ensemble.held_out import check_decides
+from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
+from bigbatch.trainers.inference.joined import check_joinable, features_of, make_joined
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
@@ -207,28 +210,30 @@ def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     report_on = None
     if options.report is not None:
         report_on = _open_labelled(options.report, engine, ensemble)
-    with _souped(options, engine, ensemble, fit_on) as (ensemble, souped):
-        return _combined(options, engine, ensemble, fit_on, report_on, souped)
+    with _one_model(options, engine, ensemble, fit_on) as one:
+        return _combined(options, engine, one, fit_on, report_on)
 
 
 def _combined(
     options: argparse.Namespace,
     engine: Engine,
-    ensemble: Ensemble,
+    one: "_Candidates",
     fit_on: Listing,
     report_on: Listing | None,
-    souped: Record,
 ) -> int:
-    forward = _forward(options, engine, ensemble)
+    forward = _forward(options, engine, one.ensemble)
     # All ranks take part in the forward passes, of which rank 0 makes something.
-    logits = {id(split): forward.logits(split.index) for split in (fit_on, report_on) if split}
-    plan = making.Plan(
-        options.combine, options.margin, options.coverage, options.folds, options.seed
-    )
+    logits = {id(fit_on): one.logits if one.judged else forward.logits(fit_on.index)}
+    if report_on is not None:
+        logits[id(report_on)] = forward.logits(report_on.index)
+    method = "mean" if options.combine == making.FEATURES else options.combine
+    plan = making.Plan(method, options.margin, options.coverage, options.folds, options.seed)
 
     def make() -> None:
-        made = making.make(ensemble, plan, fit_on, report_on, lambda split: _there(logits, split))
-        made.record.update(souped)
+        made = making.make(
+            one.ensemble, plan, fit_on, report_on, lambda split: _there(logits, split)
+        )
+        made.record.update(one.record)
         write_ensemble(options.out, made.ensemble, made.record | _figures(made))
         _tell(options, made)
 
@@ -236,37 +241,83 @@ def _combined(
     return 0
 
 
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """What is combined: members as they are, or one model that was made of them."""
+
+    ensemble: Ensemble
+    record: Record  # how that model was made
+    judged: bool = False  # its logits on the split that decides are there, on rank 0:
+    logits: Logits | None = None  # [1, N, C], out of fold
+
+
 @contextmanager
-def _souped(
+def _one_model(
     options: argparse.Namespace, engine: Engine, ensemble: Ensemble, fit_on: Listing
-) -> Iterator[tuple[Ensemble, Record]]:
-    """The members, or with --soup the one model of their weights, and its record."""
-    if options.soup is None:
-        yield ensemble, {}
+) -> Iterator[_Candidates]:
+    """The members; with --soup one model of their weights, with features one of all of them."""
+    joins = options.combine == making.FEATURES
+    if options.soup is None and not joins:
+        yield _Candidates(ensemble, {})
         return
-    if options.combine != "mean":
+    if options.soup is not None and options.combine != "mean":
         raise UserError(
             f"--combine {options.combine}: a soup is one model, with nothing to combine; leave "
             "out --soup, or --combine"
         )
     check_decides(making.split_name(fit_on))
     out = options.out
-    folder = Path(engine.from_main(str(out.with_name(f".{out.name}.soup-{time.time_ns()}"))))
+    folder = Path(engine.from_main(str(out.with_name(f".{out.name}.making-{time.time_ns()}"))))
     engine.on_main(lambda: folder.mkdir(parents=True))
+    make = _joined if joins else _souped
     try:
-        quiet = options.json or engine.rank != 0
-        member, record = make_soup(
-            engine,
-            ensemble.members,
-            options.soup,
-            fit_on.index,
-            folder,
-            margin=options.margin,
-            say=(lambda line: None) if quiet else print,
-        )
-        yield Ensemble((member,), Combination()), {"soup": record}
+        yield make(options, engine, ensemble, fit_on, folder)
     finally:  # on each rank: rank 0 may be the one that was killed
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _souped(
+    options: argparse.Namespace, engine: Engine, ensemble: Ensemble, fit_on: Listing, folder: Path
+) -> _Candidates:
+    quiet = options.json or engine.rank != 0
+    member, record = make_soup(
+        engine,
+        ensemble.members,
+        options.soup,
+        fit_on.index,
+        folder,
+        margin=options.margin,
+        say=(lambda line: None) if quiet else print,
+    )
+    return _Candidates(Ensemble((member,), Combination()), {"soup": record})
+
+
+def _joined(
+    options: argparse.Namespace, engine: Engine, ensemble: Ensemble, fit_on: Listing, folder: Path
+) -> _Candidates:
+    members = ensemble.members
+    if options.margin != 1.0:
+        raise UserError(
+            f"--margin {options.margin:g}: a head on features takes all members; leave it out, or "
+            "choose them with --members"
+        )
+    check_joinable(members)
+    found = features_of(engine, members, fit_on.index, options.batch)
+    own: list[Logits] = []  # on rank 0
+
+    def make() -> tuple[Member, Record]:
+        assert found is not None
+        logits, features = found
+        data = making.fit_data(fit_on, logits)
+        folds, seed = options.folds, options.seed
+        member, judged, record = make_joined(members, features, data, folder, folds, seed)
+        own.append(judged)
+        return member, record
+
+    member, record = engine.on_main(make)
+    content = {"joined": record, "method": making.FEATURES}
+    logits = own[0] if own else None
+    return _Candidates(Ensemble((member,), Combination()), content, judged=True, logits=logits)
 
 
 def _there(logits: dict[int, Logits | None], split: Listing) -> Logits:

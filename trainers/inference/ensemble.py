@@ -17,8 +17,10 @@ from bigbatch.trainers.evaluation.conformal import fit_sets
 from bigbatch.trainers.evaluation.metrics import Labels
 from bigbatch.trainers.evaluation.statistics import Statistics
 
-# How members may be combined: those of a Combination, and weights by greedy selection.
-METHODS = ("mean", "logits", "weights", "greedy", "vote", "stack", "boost")
+# How members may be combined: those of a Combination, weights by greedy selection, and one model
+# of their features.
+FEATURES = "features"
+METHODS = ("mean", "logits", "weights", "greedy", "vote", "stack", "boost", FEATURES)
 _LEVEL = 0.9  # of the conformal sets
 
 
@@ -55,8 +57,7 @@ def make(
     Figures of `fit_on` are out of fold; those of `report_on`, which shares no sample with it, are
     of the ensemble that is kept. `logits_of` gives the logits [M, N, C] of all members.
     """
-    found = logits_of(fit_on)
-    data = FitData(found, _labels(fit_on), _keys(fit_on), split_name(fit_on))
+    data = fit_data(fit_on, logits_of(fit_on))
     crossed = cross_fit(
         data,
         lambda part: fit_ensemble(
@@ -88,6 +89,11 @@ def make(
         "kept_in_folds": _times_kept(members, crossed),
     }
     return Made(ensemble, _out_of_fold(crossed, data, ensemble, kept), reported, record)
+
+
+def fit_data(listing: Listing, logits: Logits) -> FitData:
+    """The images of a listing as those that may decide; `logits` [M, N, C] are of them."""
+    return FitData(logits, _labels(listing), _keys(listing), split_name(listing))
 
 
 def _out_of_fold(

@@ -23,8 +23,10 @@ from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import build_augmenter
+from bigbatch.trainers.models.joined import classifier_of
 from bigbatch.trainers.optim.groups import classifiers
 
+Features = npt.NDArray[np.float32]  # [N, D]
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,7 +48,7 @@ class Outputs:
     samples: Positions  # int64 [n]
     logits: Logits  # float32 [M, n, C]
     bad: tuple[tuple[int, str], ...]
-    features: npt.NDArray[np.float32] | None = None  # [n, D], of the only member
+    features: Features | None = None  # [n, D], of the only member
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,7 @@ class Forward:
                 "--members"
             )
 
-    def _taken_features(self, count: int) -> npt.NDArray[np.float32]:
+    def _taken_features(self, count: int) -> Features:
         taken, self._features[:] = list(self._features), []
         if not taken:
             return np.zeros((count, 0), np.float32)
@@ -204,19 +206,33 @@ class Forward:
 
     def logits(self, index: Index) -> Logits | None:
         """Logits [M, N, C] of all samples on rank 0, in index order; None elsewhere. Collective."""
+        found = self.gathered(index)
+        return None if found is None else found[0]
+
+    def gathered(self, index: Index) -> tuple[Logits, Features] | None:
+        """The same, and features [N, D], of which there are none unless they were asked for."""
         found = []
         with Progress("evaluating", len(index), self.engine) as progress:
             for outputs in self.outputs(index):
                 found.append(outputs)
                 progress.advance(len(outputs.samples))
         members, classes = len(self.members), self.classes
-        rows = [o.logits.swapaxes(0, 1).reshape(-1, members * classes) for o in found]
-        flat = np.concatenate([np.zeros((0, members * classes), np.float32), *rows])
-        on_device = torch.from_numpy(flat).to(self.engine.device)
+        width = 0
+        if self._wants_features:
+            width = classifier_of(self._loaded[0].model).in_features
+        rows = [np.zeros((0, members * classes + width), np.float32)]
+        for o in found:
+            flat = o.logits.swapaxes(0, 1).reshape(-1, members * classes)
+            rows.append(flat if o.features is None else np.concatenate([flat, o.features], axis=1))
+        on_device = torch.from_numpy(np.concatenate(rows)).to(self.engine.device)
         ordered = gather_in_order(self.engine, on_device, len(index), self.batch)
         if ordered is None:
             return None
-        return np.ascontiguousarray(ordered.reshape(-1, members, classes).swapaxes(0, 1))
+        logits, features = np.split(ordered, [members * classes], axis=1)
+        return (
+            np.ascontiguousarray(logits.reshape(-1, members, classes).swapaxes(0, 1)),
+            features,
+        )
 
 
 def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:

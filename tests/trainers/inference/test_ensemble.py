@@ -25,7 +25,7 @@ from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference import ensemble as making
-from bigbatch.trainers.inference.ensemble import METHODS, Plan, make
+from bigbatch.trainers.inference.ensemble import FEATURES, METHODS, Plan, make
 from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation, table_of
 from tests.helpers.runs import untrained_run
 
