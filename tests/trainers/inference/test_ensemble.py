@@ -66,7 +66,8 @@ def splits(digits: Path) -> tuple[Listing, Listing]:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m == "boost")) for m in METHODS]
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m == "boost")) for m in METHODS if m != FEATURES],
 )
 def test_each_method_makes_an_ensemble_that_its_folder_gives_back(
     members: Ensemble, digits: Path, tmp_path: Path, method: str
