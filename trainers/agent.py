@@ -32,6 +32,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.monitoring.output import leave
 from bigbatch.trainers.recovery.signals import SAVED, STALLED
 from bigbatch.trainers.recovery.stored import list_checkpoints
 
@@ -244,4 +245,4 @@ def how_it_ended(status: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

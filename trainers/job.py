@@ -42,6 +42,8 @@ from bigbatch.trainers.planning.plateau import Evaluation
 from bigbatch.trainers.recovery.checkpoint import TrainState
 
 _SHOWN_IMAGES = 32
+# So many this process decodes before another one for it would have started.
+_FEW_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,11 @@ class Job:
     def save_contact_sheet(self) -> None:
         """A picture of step 0's first images as the model sees them, before mixup."""
         data, recipe = self.recipe.data, self.recipe
-        first = self._batches(0, 1, 0, recipe.micro_batches, None)
+        here = self
+        if recipe.micro_batch <= _FEW_IMAGES:
+            alone = data.model_copy(update={"workers": 0})
+            here = replace(self, recipe=recipe.model_copy(update={"data": alone}))
+        first = here._batches(0, 1, 0, recipe.micro_batches, None)
         sheet = contact_sheet(self.augmenter.images(next(first))[:_SHOWN_IMAGES])
         picture = Image.fromarray(sheet[..., 0] if data.channels == 1 else sheet)
         zoom = max(1, 96 // data.image_size)

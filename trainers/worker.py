@@ -7,7 +7,6 @@ Started once per rank, with torchrun's environment variables where there are sev
 
 import argparse
 import gc
-import os
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -15,7 +14,7 @@ if __name__ == "__main__":
 
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.monitoring.output import close_output, copy_output
+from bigbatch.trainers.monitoring.output import copy_output, leave
 from bigbatch.trainers.recovery.failures import report
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.resume import acquire_run_lock
@@ -56,8 +55,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    close_output()
-    # Everything is closed. Python's own way out would, once in about fifteen starts on CPU,
-    # end in "terminate called without an active exception" from a thread of gloo's.
-    os._exit(status)
+    leave(main())

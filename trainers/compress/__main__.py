@@ -4,9 +4,11 @@ python -m bigbatch.trainers.compress RUN|FOLDER --method M,... --out FOLDER [opt
 """
 
 import argparse
-import os
-import sys
+import gc
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # while it imports, as the worker does
 
 from bigbatch.configs import durations
 from bigbatch.configs.errors import UserError
@@ -20,6 +22,7 @@ from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import open_ensemble
 from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.monitoring.output import leave
 from bigbatch.trainers.recovery.failures import report
 
 
@@ -101,7 +104,6 @@ def run(options: argparse.Namespace, engine: Engine, member: Member) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # as the worker does: gloo's threads may spoil Python's own way out
+    gc.freeze()
+    gc.enable()
+    leave(main())

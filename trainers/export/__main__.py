@@ -6,10 +6,10 @@ Exit status: 0 written (and found equal), 1 the check found a difference, 2 the 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from bigbatch.configs.files import to_json
+from bigbatch.trainers.monitoring.output import leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,4 +70,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,6 +6,7 @@ Started once per rank, with torchrun's environment variables where there are sev
 """
 
 import argparse
+import gc
 import hashlib
 import os
 import shutil
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+if __name__ == "__main__":
+    gc.disable()  # while it imports, as the worker does
 
 import numpy as np
 import torch
@@ -44,6 +48,7 @@ from bigbatch.trainers.inference.joined import check_joinable, features_of, make
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
+from bigbatch.trainers.monitoring.output import leave
 from bigbatch.trainers.recovery.failures import report
 from bigbatch.trainers.recovery.signals import catch
 
@@ -380,7 +385,7 @@ _COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     catch(_stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # as the worker does: gloo's threads may spoil Python's own way out
+    leave(main())
