@@ -19,7 +19,6 @@ from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.geometry import View
 from bigbatch.data.journal import journal_file
 from bigbatch.data.loader import train_batches
-from bigbatch.data.stream import stream_batches
 from bigbatch.trainers.distillation.build import open_teacher
 from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
@@ -135,6 +134,8 @@ def training_batches(
         view=view,
     )
     if inputs.order is None:
+        from bigbatch.data.stream import stream_batches  # webdataset: for a stream alone
+
         assert data.stream is not None
         classes = len(inputs.classes)
         return stream_batches(data.stream, plan, decoding, classes=classes, seed=recipe.seed)

@@ -63,12 +63,3 @@ def test_commands_of_a_login_node_run_without_torch(arguments: list[str], shards
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_help_imports_nothing_heavy() -> None:
-    heavy = ("numpy", "pydantic", "yaml", "rich", "pyarrow", "matplotlib", "psutil", "torch")
-    code = (
-        f"import sys, bigbatch.launcher.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
