@@ -13,13 +13,14 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.planning.plan import Plan
 
 _PROBE_BYTES = 32 << 20
-_SIZE_PATIENCE_S = 120.0
+_PATIENCE_S = 120.0
 _NETWORK_PATIENCE_S = 2.0
 _MARGIN = 1.2  # on disk space: reports, metrics, wandb
 
@@ -33,29 +34,34 @@ class Finding:
     text: str
 
 
-def model_size(recipe: Recipe, classes: int) -> dict[str, int] | str:
+def model_size(recipe: Recipe, classes: int) -> dict[str, Any] | str:
     """Sizes as trainers/models/size.py finds them, or why they are not known here."""
+    return ask("size", str(classes), given=recipe.model_dump_json())
+
+
+def ask(module: str, *arguments: str, given: str = "") -> dict[str, Any] | str:
+    """What a module of trainers/models, started as a process, prints; or why there is no answer."""
     if find_spec("torch") is None:
         return "no torch on this machine"
-    command = [sys.executable, "-P", "-m", "bigbatch.trainers.models.size", str(classes)]
+    command = [sys.executable, "-P", "-m", f"bigbatch.trainers.models.{module}", *arguments]
     # No GPU is touched, and no server asked for weights.
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(
             command,
-            input=recipe.model_dump_json(),
+            input=given,
             env=env,
             capture_output=True,
             text=True,
             check=False,
-            timeout=_SIZE_PATIENCE_S,
+            timeout=_PATIENCE_S,
         )
-        sizes: dict[str, int] = json.loads(done.stdout)
+        answer: dict[str, Any] = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         timeout = isinstance(error, subprocess.TimeoutExpired)
         lines = [] if timeout else done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"no answer within {_SIZE_PATIENCE_S:.0f} s"
-    return sizes
+        return lines[-1] if lines else f"no answer within {_PATIENCE_S:.0f} s"
+    return answer
 
 
 def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:

@@ -26,6 +26,59 @@ def recipes(as_json: bool) -> None:
         click.echo(f"{name:{width}}  {headline}")
 
 
+@click.command(short_help="List the models that a recipe can name.")
+@click.argument("pattern", default="*")
+@click.option(
+    "--limit", type=click.IntRange(0), default=20, show_default=True, help="Measure so many."
+)
+@click.option("--classes", type=click.IntRange(1), default=1000, show_default=True)
+@options.as_json
+def models(pattern: str, limit: int, classes: int, as_json: bool) -> None:
+    """List models by a PATTERN such as 'resnet*' or mobilenet: parameters, FLOPs, input size.
+
+    \b
+    bigbatch models 'convnext_*'
+    bigbatch models 'torchvision:*' --limit 100
+
+    FLOPs are those of a forward pass of one image at the model's usual size, a multiplication
+    and its addition counted as two. Only the first --limit models are built and measured.
+    """
+    from bigbatch.configs.errors import UserError
+    from bigbatch.launcher.estimate import ask
+
+    found = ask("catalogue", pattern, str(limit), str(classes))
+    if isinstance(found, str):
+        raise UserError(f"models cannot be listed: {found}; list them where torch and timm are")
+    if as_json:
+        options.print_json(found)
+        return
+    from rich.table import Table
+
+    from bigbatch.launcher.cli.render import show
+
+    if not found["names"]:
+        raise UserError(f"no model matches {pattern!r}; give another PATTERN, such as 'resnet*'")
+    if found["models"]:
+        table = Table()
+        for title in ("model.name", "parameters", "FLOPs", "input"):
+            table.add_column(title, justify="left" if title == "model.name" else "right")
+        for model in found["models"]:
+            flops = f"{model['flops'] / 1e9:,.3g} G" if model["flops"] else "unknown"
+            parameters = f"{model['parameters'] / 1e6:,.4g} M" if model["parameters"] else "unknown"
+            size = " x ".join(map(str, model["input_size"] or ()))
+            table.add_row(model["name"], parameters, flops, size)
+        show(table)
+    others = found["names"][len(found["models"]) :]
+    for name in others:
+        click.echo(name)
+    if others:
+        click.echo(
+            f"{options.plural(len(found['names']), 'model')}, of which {len(found['models']):,} "
+            "were measured: raise --limit, or narrow PATTERN",
+            err=True,
+        )
+
+
 def _headline(path: Path) -> str:
     """The comment on the first line of a recipe."""
     with path.open(encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from bigbatch.data.rng import uniforms
 from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, score
 from bigbatch.trainers.evaluation.paired import bootstrap
-from bigbatch.trainers.monitoring.flops import count_flops
+from bigbatch.trainers.models.size import count_flops
 
 _CHUNK = 1 << 24
 

@@ -8,7 +8,8 @@ import torch
 from bigbatch.configs.files import to_json
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.models.compressed import compression_of
-from bigbatch.trainers.monitoring.flops import count_flops, forward_flops
+from bigbatch.trainers.models.size import count_flops
+from bigbatch.trainers.monitoring.flops import forward_flops
 
 
 def cost_of(forward: Forward, images: int, seconds: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigbatch.configs.files import to_json
 from bigbatch.configs.schema import Recipe
@@ -53,6 +54,15 @@ def measure(recipe: Recipe, classes: int) -> dict[str, int]:
         "optimizer_bytes": sum(_bytes(t) for t in states if isinstance(t, Tensor)),
         "activation_bytes": round(kept),
     }
+
+
+def count_flops(model: nn.Module, channels: int, image_size: int) -> int:
+    """Those of a forward pass of one image by a network, counted while it makes one."""
+    device = next(model.parameters()).device
+    images = torch.zeros(_SAMPLES, channels, image_size, image_size, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return int(counter.get_total_flops()) // _SAMPLES
 
 
 def _saved_bytes(model: nn.Module, images: Tensor) -> int:

@@ -8,11 +8,10 @@ and the optimizer are work, but not the model's.
 import re
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.size import count_flops
 
 # Dense peaks in TFLOP/s, without sparsity, fp32 accumulation. fp32 is the CUDA cores' rate,
 # tf32, bf16 and fp16 are the tensor cores'. From the makers' datasheets, by device name as
@@ -71,17 +70,6 @@ def forward_flops(recipe: Recipe, classes: int) -> int | None:
             return count_flops(model, channels, size)
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def count_flops(model: nn.Module, channels: int, image_size: int) -> int:
-    """Those of a forward pass of one image by a network, counted while it makes one."""
-    device = next(model.parameters()).device
-    images = torch.zeros(
-        2, channels, image_size, image_size, device=device
-    )  # BatchNorm refuses one
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images)
-    return int(counter.get_total_flops()) // 2
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -337,3 +337,30 @@ def test_distill_is_train_with_a_teacher(here: Path, monkeypatch: pytest.MonkeyP
     status, said = status_of("train", "digits", "distill.teacher=nobody")
     assert (status, "neither a run" in said) == (2, True)
     assert len(begun) == 3
+
+
+def test_models_are_listed_and_some_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    answer = {
+        "names": ["lenet5", "nin", "zfnet"],
+        "models": [
+            {"name": "lenet5", "parameters": 61_706, "flops": 833_000, "input_size": [1, 32, 32]},
+            {"name": "nin", "parameters": None, "flops": None, "input_size": None},
+        ],
+    }
+
+    def ask(*arguments: str) -> object:
+        asked.append(arguments)
+        return answer if arguments[1] != "none" else {"names": [], "models": []}
+
+    monkeypatch.setattr("bigbatch.launcher.estimate.ask", ask)
+    said = invoke("models", "*net*", "--limit", "2")
+    assert asked == [("catalogue", "*net*", "2", "1000")]
+    assert "0.06171 M" in said.output
+    assert "1 x 32 x 32" in said.output
+    assert "unknown" in said.output
+    assert "zfnet\n3 models, of which 2 were measured: raise --limit" in said.output
+    assert json.loads(invoke("models", "--json").output) == answer
+    assert status_of("models", "none")[0] == 2
+    monkeypatch.setattr("bigbatch.launcher.estimate.ask", lambda *_: "no torch on this machine")
+    assert "cannot be listed: no torch on this machine; list them where" in status_of("models")[1]
