@@ -39,7 +39,9 @@ def model_size(recipe: Recipe, classes: int) -> dict[str, Any] | str:
     return ask("size", str(classes), given=recipe.model_dump_json())
 
 
-def ask(module: str, *arguments: str, given: str = "") -> dict[str, Any] | str:
+def ask(
+    module: str, *arguments: str, given: str = "", patience_s: float = _PATIENCE_S
+) -> dict[str, Any] | str:
     """What a module of trainers/models, started as a process, prints; or why there is no answer."""
     if find_spec("torch") is None:
         return "no torch on this machine"
@@ -54,13 +56,13 @@ def ask(module: str, *arguments: str, given: str = "") -> dict[str, Any] | str:
             capture_output=True,
             text=True,
             check=False,
-            timeout=_PATIENCE_S,
+            timeout=patience_s,
         )
         answer: dict[str, Any] = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         timeout = isinstance(error, subprocess.TimeoutExpired)
         lines = [] if timeout else done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"no answer within {_PATIENCE_S:.0f} s"
+        return lines[-1] if lines else f"no answer within {patience_s:.0f} s"
     return answer
 
 
@@ -131,10 +133,14 @@ def signal_lead(save_s: float) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was found, and the signal lead that follows: None where saving was not measured."""
+    """What was found, and the signal lead that follows: None where saving was not measured.
+
+    `layers` are how the fresh network passes variance on, as trainers/models/signal.py says.
+    """
 
     findings: list[Finding]
     lead: int | None
+    layers: tuple[dict[str, Any], ...] = ()
 
 
 def look(
@@ -149,13 +155,16 @@ def look(
     each = ", ".join(f"{name} {_gb(count)}" for name, count in parts.items())
     text = f"{size['parameters']:,} parameters; about {_gb(sum(parts.values()))} a rank: {each}"
     found = [Finding("memory", "ok", text)]
+    first = size["signal"]
+    layers = tuple(first["layers"])
+    found.append(Finding("first step", first["state"], first["text"]))
     need = disk_bytes(recipe, plan, epoch_samples, size)
     try:
         free = shutil.disk_usage(_existing(folder)).free
         save_s = checkpoint_bytes(recipe, size) / write_speed(folder)
     except OSError as error:
         unwritable = Finding("disk", "warning", f"{folder} cannot be written: {error}")
-        return Estimate([*found, unwritable, wandb], None)
+        return Estimate([*found, unwritable, wandb], None, layers)
     text = f"{_gb(need)} needed under {folder}, {_gb(free)} free"
     if need > free:
         found.append(Finding("disk", "warning", f"{text}; free some, or lower checkpoint.keep"))
@@ -169,7 +178,7 @@ def look(
     else:
         text += f"; SLURM signals {lead or wanted} s before the time limit"
         found.append(Finding("saving", "ok", text))
-    return Estimate([*found, wandb], lead or wanted)
+    return Estimate([*found, wandb], lead or wanted, layers)
 
 
 def _wandb(recipe: Recipe) -> Finding:

@@ -46,7 +46,7 @@ def models(pattern: str, limit: int, classes: int, as_json: bool) -> None:
     from bigbatch.configs.errors import UserError
     from bigbatch.launcher.estimate import ask
 
-    found = ask("catalogue", pattern, str(limit), str(classes))
+    found = ask("catalogue", pattern, str(limit), str(classes), patience_s=60 + 30 * limit)
     if isinstance(found, str):
         raise UserError(f"models cannot be listed: {found}; list them where torch and timm are")
     if as_json:
@@ -116,7 +116,9 @@ def check(
     found["environment"] = start_variables(nproc or 1, nodes, None, os.environ)
     findings = []
     if not quick:
-        findings = preflight.estimate(loaded, runs_folder).findings
+        estimate = preflight.estimate(loaded, runs_folder)
+        found["layers"] = estimate.layers
+        findings = list(estimate.findings)
         findings.append(try_job(loaded, nodes, nproc or 1, runs_folder))
     if as_json:
         options.print_json({**found, "findings": [asdict(finding) for finding in findings]})

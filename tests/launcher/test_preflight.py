@@ -70,12 +70,16 @@ def test_the_signal_comes_early_enough_to_save_twice(save_s: float, lead: int) -
 def test_a_lead_or_a_disk_that_does_not_suffice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "model_size", lambda *_: {**SIZE, "weight_bytes": 10**15})
+    first = {"state": "warning", "text": "gradients vanish", "layers": [{"name": "conv1"}]}
+    size = {**SIZE, "weight_bytes": 10**15, "signal": first}
+    monkeypatch.setattr(estimate, "model_size", lambda *_: size)
     recipe = load_recipe("digits", ["log.wandb=off"])
     plan, _ = fit_rate(recipe, 1078)
     found = estimate.look(recipe, plan, 1078, 10, tmp_path / "runs", 120)
     states = {finding.name: (finding.state, finding.text) for finding in found.findings}
     assert states["disk"][0] == states["saving"][0] == "warning"
+    assert states["first step"] == ("warning", "gradients vanish")
+    assert found.layers == ({"name": "conv1"},)
     assert "--signal-lead" in states["saving"][1]
     assert states["wandb"] == ("ok", "off")
     assert list(tmp_path.iterdir()) == []  # nothing is left of the measurement

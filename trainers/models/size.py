@@ -3,7 +3,8 @@
     python -m bigbatch.trainers.models.size CLASSES < recipe.json
 
 Nothing is allocated: the model and one training step of one image are built on the meta
-device. Prints JSON; bytes are those of one rank.
+device. Prints JSON; bytes are those of one rank. Behind it, as "signal", is what
+trainers/models/signal.py finds of the first step, of models that are not too large.
 """
 
 import sys
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigbatch.configs.files import to_json
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.signal import look
 from bigbatch.trainers.optim import build_optimizer
 
 _SAMPLES = 2  # BatchNorm wants more than one value per channel
@@ -80,9 +82,19 @@ def _saved_bytes(model: nn.Module, images: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
+def _all(recipe: Recipe, classes: int) -> dict[str, Any]:
+    size = measure(recipe, classes)
+    try:
+        found = look(recipe, classes, size["parameters"], size["activation_bytes"])
+    except Exception as error:  # sizes are known all the same
+        text = str(error).strip().partition("\n")[0]
+        found = {"state": "skipped", "text": text or type(error).__name__, "layers": []}
+    return {**size, "signal": found}
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 if __name__ == "__main__":
-    print(to_json(measure(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))
+    print(to_json(_all(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))

@@ -349,7 +349,7 @@ def test_models_are_listed_and_some_measured(monkeypatch: pytest.MonkeyPatch) ->
         ],
     }
 
-    def ask(*arguments: str) -> object:
+    def ask(*arguments: str, patience_s: float) -> object:
         asked.append(arguments)
         return answer if arguments[1] != "none" else {"names": [], "models": []}
 
@@ -362,5 +362,7 @@ def test_models_are_listed_and_some_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert "zfnet\n3 models, of which 2 were measured: raise --limit" in said.output
     assert json.loads(invoke("models", "--json").output) == answer
     assert status_of("models", "none")[0] == 2
-    monkeypatch.setattr("bigbatch.launcher.estimate.ask", lambda *_: "no torch on this machine")
+    monkeypatch.setattr(
+        "bigbatch.launcher.estimate.ask", lambda *_, **__: "no torch on this machine"
+    )
     assert "cannot be listed: no torch on this machine; list them where" in status_of("models")[1]
