@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bigbatch.configs.part import Count, Fraction, NonNegative, Positive, StrictModel
+from bigbatch.configs.schedules import Schedule, depends_on_evaluations
 
 Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 an average never takes anything in
 Betas = tuple[Beta, Beta]
@@ -41,14 +42,32 @@ class Decaying(OptimizerBase):
     """Norm layers and biases never decay."""
 
     weight_decay: NonNegative = 0.0
+    weight_decay_of: dict[Annotated[str, Field(min_length=1)], NonNegative] = Field(
+        default_factory=dict,
+        description="another decay by layer: its path, with * for any one name in it, for all "
+        "below it, or type:Conv2d; where several fit, the last one counts",
+    )
 
 
 class _Momentum(Decaying):
     momentum: Fraction = 0.9
     nesterov: bool = False
+    momentum_schedule: Schedule | None = Field(
+        None,
+        description="multiplies momentum, as schedule does lr; never 0, nor above 1 / momentum",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.momentum_schedule is not None and self.momentum == 0:
+            raise ValueError(
+                "momentum_schedule multiplies a momentum of 0; set momentum or drop it"
+            )
+        if self.momentum_schedule is not None and depends_on_evaluations(self.momentum_schedule):
+            raise ValueError(
+                "momentum_schedule cannot hold a plateau, which is for rates; choose another "
+                "schedule"
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError(
                 "nesterov: true with momentum 0 changes nothing; set momentum or drop it"

@@ -14,6 +14,7 @@ from bigbatch.configs import (
     model,
     optimizers,
     recovery,
+    regularise,
     stream,
 )
 from bigbatch.configs.augment import Augment
@@ -31,6 +32,7 @@ from bigbatch.configs.monitoring import Log
 from bigbatch.configs.optimizers import Optimizer
 from bigbatch.configs.part import Count, StrictModel
 from bigbatch.configs.recovery import Checkpoint, Recovery
+from bigbatch.configs.regularise import Regularise
 from bigbatch.configs.schedules import Cosine, Schedule
 
 # What keys of several parts may not ask for together; each rule stands beside its part.
@@ -46,6 +48,7 @@ _RULES = tuple(
         model,
         augment,
         losses,
+        regularise,
         distill,
     )
 )
@@ -77,6 +80,7 @@ class Recipe(StrictModel):
     distill: Distill | None = Field(None, description="learn from a teacher too: soft or logits")
     optimizer: Optimizer
     schedule: Schedule = Cosine(name="cosine")
+    regularise: Regularise = Regularise()
     average: Average | None = Field(
         None,
         description="also keep an average of the weights, a model of its own at the run's end: "

@@ -28,10 +28,12 @@ from bigbatch.trainers.losses.build import (
     build_objective,
     build_student_objective,
 )
+from bigbatch.trainers.losses.penalty import penalised
 from bigbatch.trainers.losses.priors import ClassCounts
 from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
 from bigbatch.trainers.models.initialise import prior_bias
+from bigbatch.trainers.models.regularise import keep_within, regularise
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
@@ -161,15 +163,22 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         quiet=engine.rank != 0,
     )
+    own = recipe.regularise
+    regularise(model, own)
     teacher = open_teacher(recipe, inputs, engine, run.path.parent)
     if recipe.distill is None:
         objective = build_objective(recipe.loss, model, class_counts(inputs))
     else:
         counts = class_counts(inputs)
         objective = build_student_objective(recipe.loss, recipe.distill, model, counts)
+    if own.l1 or own.l2:
+        objective = penalised(objective, model, own.l1, own.l2)
     probe(model, objective, recipe, classes)
     model.to(memory_format=choose_memory_format(recipe.model, engine.device))
-    engine.prepare(model, build_optimizer(model, recipe.optimizer), recipe.micro_batches)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    if own.max_norm is not None:
+        keep_within(optimizer, model, own.max_norm)
+    engine.prepare(model, optimizer, recipe.micro_batches)
     augmenter = build_augmenter(recipe, classes, engine.device)
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash

@@ -10,7 +10,8 @@ from bigbatch.trainers.advice.noise_scale import NoiseScale
 from bigbatch.trainers.attempt import Attempt
 from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.engine.closure import Closure
-from bigbatch.trainers.optim import set_lr
+from bigbatch.trainers.engine.sharpness import Sharpness
+from bigbatch.trainers.optim import set_lr, set_momentum
 from bigbatch.trainers.recovery.rollback import check_step
 
 # fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
@@ -32,6 +33,9 @@ def train(attempt: Attempt) -> bool:
     closure = None
     if recipe.optimizer.name == "lbfgs":
         closure = Closure(engine, statistics, objective, plan.micro_batches)
+    sharpness = None
+    if recipe.regularise.sharpness is not None:
+        sharpness = Sharpness(recipe.regularise.sharpness, engine.module)
     skipped = 0
     statistics.check()
     model.train()
@@ -41,6 +45,8 @@ def train(attempt: Attempt) -> bool:
         clock.begin_step()
         lr_multiplier = job.inputs.schedule(step)
         set_lr(optimizer, lr_multiplier)
+        if job.inputs.momentum is not None:
+            set_momentum(optimizer, job.inputs.momentum(step))
 
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -59,12 +65,22 @@ def train(attempt: Attempt) -> bool:
                 images, targets = job.views(batch)
             seed = key64(recipe.seed, step, batch.index, "model")
             torch.manual_seed(seed)  # after a teacher, whose members may be loaded only now
+            if sharpness is not None:
+                with clock("model"):
+                    first_loss = objective(engine.module, images, targets)
+                    sharpness.climb(first_loss)
+                statistics.add()  # of the run's own weights, not of those that it climbed to
+                torch.manual_seed(seed)
             with clock("model"), engine.micro_batch(last=number == mine - 1):
                 loss = objective(model, images, targets)
                 engine.backward(loss)
             if closure is not None:
                 closure.keep(seed, images, targets)
-            statistics.add()
+            if sharpness is not None:
+                sharpness.descend()
+                loss = first_loss
+            else:
+                statistics.add()
             loss_sum += loss.detach()
 
         # 2. What all ranks must agree on: the mean gradient, and the rest in one small

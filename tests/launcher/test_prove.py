@@ -142,3 +142,23 @@ def test_one_difference_is_enough() -> None:
     assert json.loads(as_json([same, other], 10))["proven"] is False
     infinite = Result(4, "1 rank", None, None, 40, True, float("inf"), 1e-5)
     assert '"difference": null' in as_json([infinite], 10)  # JSON has no infinity
+
+
+# Everything that looks at a step as a whole, or draws at random inside the model.
+CRAFT = (
+    *("model.name=test_resnet", "data.image_size=16", "augment.affine=null", "model.options={}"),
+    *("global_batch=96", "micro_batch=24", "data.workers=0", "data.sampling=uniform"),
+    "loss={name: focal_softmax, class_weights: {name: effective_number, beta: 0.99}}",
+    "optimizer={name: sgd, lr: 0.05, nesterov: true, weight_decay_of: {'type:Conv2d': 1e-4}}",
+    "optimizer.momentum_schedule={name: constant, warmup: 4 steps, warmup_start: 0.5}",
+    "regularise={l1: 1e-5, max_norm: 2, drop_connect: 0.2, input_noise: 0.1}",
+    "regularise.sharpness={name: asam}",
+)
+
+
+@pytest.mark.slow
+def test_the_proof_holds_for_losses_and_regularisation(digits: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("digits", [*CRAFT, f"data.path={digits}", "reduction=exact"])
+    results = prove(recipe, tmp_path, steps=5, ranks=(1, 2), say=lambda text: None)
+    assert [result.difference for result in results] == [0.0, 0.0]
+    assert all(result.passed for result in results)

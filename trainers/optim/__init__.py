@@ -1,6 +1,6 @@
 """Optimizers: our LARS and LAMB, the rest by name, and their state by parameter name."""
 
-from bigbatch.trainers.optim.build import build_optimizer, set_lr, trust_ratios
+from bigbatch.trainers.optim.build import build_optimizer, set_lr, set_momentum, trust_ratios
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 from bigbatch.trainers.optim.state import load_optimizer_state, optimizer_state_by_name
@@ -12,5 +12,6 @@ __all__ = [
     "load_optimizer_state",
     "optimizer_state_by_name",
     "set_lr",
+    "set_momentum",
     "trust_ratios",
 ]

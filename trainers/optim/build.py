@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.configs import optimizers as c
-from bigbatch.trainers.optim.groups import muon_groups, parameter_groups
+from bigbatch.trainers.optim.groups import decay_by_layer, muon_groups, parameter_groups
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 from bigbatch.trainers.optim.lbfgs import LBFGS
@@ -19,10 +19,12 @@ def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimi
 
     Norm layers and biases take neither weight decay nor a layer-wise rate. Each group keeps
     its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. Raises UserError
-    where `layer_decay` is asked of a model whose layers timm cannot order.
+    where `layer_decay` is asked of a model whose layers timm cannot order, and where
+    `weight_decay_of` names no layer.
     """
     decay = 0.0 if isinstance(config, c.SM3 | c.LBFGS) else config.weight_decay
-    groups = parameter_groups(model, decay, config.layer_decay)
+    decays = getattr(config, "weight_decay_of", {})
+    groups = parameter_groups(model, decay, config.layer_decay, decay_by_layer(model, decays))
     for group in groups:
         group["lr"] = config.lr * group["lr_scale"]
     if isinstance(config, c.Muon):
@@ -35,7 +37,10 @@ def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimi
 
 def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Optimizer:
     options: dict[str, Any] = config.model_dump(
-        exclude={"name", "weight_decay", "layer_decay", "scale"}
+        exclude={
+            *("name", "weight_decay", "weight_decay_of", "layer_decay", "scale"),
+            "momentum_schedule",
+        }
     )
     # One pass over memory, on CPU and GPU, instead of one kernel for each operation.
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
@@ -92,6 +97,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr_multiplier: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Set the momentum of the coming step, for SGD and LARS."""
+    for group in optimizer.param_groups:
+        group["momentum"] = momentum
 
 
 def trust_ratios(

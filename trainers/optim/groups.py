@@ -1,6 +1,7 @@
 """Which parameters decay and adapt: by the type of the module that owns them."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -55,29 +56,71 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    decays: Mapping[nn.Parameter, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: weights, and plain parameters without decay.
 
-    With `layer_decay` below 1 there are two for each layer, and `lr_scale` is layer_decay^k
-    for the k-th layer from the top (BEiT, arXiv:2106.08254), else 1. `adapt` says whether a
-    layer-wise optimizer adapts the group. Empty groups are left out.
+    `decays` are those of single weights, which form groups of their own. With `layer_decay`
+    below 1 there are groups for each layer, and `lr_scale` is layer_decay^k for the k-th layer
+    from the top (BEiT, arXiv:2106.08254), else 1. `adapt` says whether a layer-wise optimizer
+    adapts the group. Empty groups are left out.
     """
     depths = _depths(model) if layer_decay < 1.0 else {}
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, float], dict[str, Any]] = {}
     for name, parameter, plain in named_parameters(model):
         depth = depths.get(name, 0)
+        decay = 0.0 if plain else (decays or {}).get(parameter, weight_decay)
         group = groups.setdefault(
-            (depth, plain),
+            (depth, plain, decay),
             {
                 "params": [],
-                "weight_decay": 0.0 if plain else weight_decay,
+                "weight_decay": decay,
                 "adapt": not plain,
                 "lr_scale": layer_decay**depth,
             },
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def decay_by_layer(model: nn.Module, decays: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """The decay of each weight of the layers that `decays` names; the last one that fits counts.
+
+    A layer is named by its path, or a part of it from the top, in which * stands for any one
+    name: never by a piece of a name. `type:Conv2d` names those of a class, or of one below it.
+    Raises UserError for a name without any weight that decays.
+    """
+    found: dict[nn.Parameter, float] = {}
+    plain = {parameter for _, parameter, is_plain in named_parameters(model) if is_plain}
+    for wanted, decay in decays.items():
+        matched = [m for path, m in model.named_modules() if path and _names(wanted, path, m)]
+        weights = [p for m in matched for p in m.parameters() if p.requires_grad]
+        if not set(weights) - plain:
+            paths = [path for path, _ in model.named_modules() if path]
+            near = difflib.get_close_matches(wanted, paths, 3) or paths[:3]
+            why = (
+                f"has nothing that decays in {type(model).__name__}: norms and biases never do"
+                if weights
+                else f"names no layer with weights of {type(model).__name__}"
+            )
+            raise UserError(
+                f"optimizer.weight_decay_of: {wanted!a:.80} {why}; layers are called "
+                f"{', '.join(near)}, ..., or type:Conv2d"
+            )
+        found.update(dict.fromkeys(set(weights) - plain, decay))
+    return found
+
+
+def _names(wanted: str, path: str, module: nn.Module) -> bool:
+    """Whether `wanted` names this module itself."""
+    if wanted.startswith("type:"):
+        return wanted.removeprefix("type:") in {kind.__name__ for kind in type(module).__mro__}
+    parts, pattern = path.split("."), wanted.split(".")
+    pairs = zip(parts, pattern, strict=False)
+    return len(parts) == len(pattern) and all(q in ("*", p) for p, q in pairs)
 
 
 def muon_groups(

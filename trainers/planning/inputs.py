@@ -33,6 +33,7 @@ class Inputs:
     epoch_samples: int  # of a stream: of the whole run
     plan: Plan
     schedule: Schedule
+    momentum: Schedule | None = None  # of the optimizer, after s finished steps
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is refused
 
     @property
@@ -78,7 +79,8 @@ def open_inputs(
         order = None
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
-    return Inputs(splits, order, epoch_samples, plan, schedule, tuple(notes))
+    momentum = momentum_schedule(recipe, plan.total, epoch_samples)
+    return Inputs(splits, order, epoch_samples, plan, schedule, momentum, tuple(notes))
 
 
 def see_teacher(distill: Distill) -> None:
@@ -140,3 +142,27 @@ def fit(
     )
     scale = recipe.lr_scale
     return plan, lambda step: scale * lr_multiplier(step)
+
+
+def momentum_schedule(recipe: Recipe, total_steps: int, epoch_samples: int) -> Schedule | None:
+    """The momentum of each step, where the recipe lets it change.
+
+    Raises UserError where it would leave (0, 1]: with none, torch's SGD forgets its velocity.
+    """
+    config = getattr(recipe.optimizer, "momentum_schedule", None)
+    if config is None:
+        return None
+    most: float = recipe.optimizer.momentum  # type: ignore[union-attr]
+    factor = build_schedule(
+        config,
+        total_steps=total_steps,
+        global_batch=recipe.global_batch,
+        epoch_samples=epoch_samples,
+    )
+    for step in range(total_steps):
+        if not 0 < most * factor(step) <= 1:
+            raise UserError(
+                f"optimizer.momentum_schedule makes the momentum of step {step} "
+                f"{most * factor(step):g}; keep it above 0 and at most 1, by warmup_start or final"
+            )
+    return lambda step: most * factor(step)

@@ -11,6 +11,7 @@ from torch import nn
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.optim.groups import (
     TIMM_NORMS,
+    decay_by_layer,
     is_bias,
     is_norm,
     muon_groups,
@@ -136,3 +137,43 @@ def test_muon_takes_hidden_matrices_only():
     assert not {model.head.weight, model.pos_embed, model.norm.weight} & hidden
     assert all(g["lr"] == 3e-4 for g in groups if not g["use_muon"])
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def decays_of(model, decays):
+    found = decay_by_layer(model, decays)
+    return {name: found[p] for name, p in model.named_parameters() if p in found}
+
+
+def test_decay_by_layer_goes_by_whole_names_and_types():
+    model = create("resnet18", num_classes=5)
+    everything = {name for name, _, plain in named_parameters(model) if not plain}
+    layer4 = {name: 0.5 for name in everything if name.startswith("layer4.")}
+    assert decays_of(model, {"layer4": 0.5}) == layer4
+    assert decays_of(model, {"fc": 0.0}) == {"fc.weight": 0.0}
+    firsts = {f"layer{i}.0.conv1.weight": 0.1 for i in range(1, 5)}
+    assert decays_of(model, {"*.0.conv1": 0.1}) == firsts
+    both = decays_of(model, {"type:Conv2d": 0.2, "layer1.0": 0.3})
+    assert both.keys() == everything - {"fc.weight"}
+    assert {name for name, decay in both.items() if decay == 0.3} == {
+        f"layer1.0.conv{i}.weight" for i in (1, 2)
+    }
+    groups = parameter_groups(model, 0.1, decays=decay_by_layer(model, {"fc": 0.0}))
+    assert [g["weight_decay"] for g in groups] == [0.0, 0.1, 0.0]
+    assert [len(g["params"]) for g in groups] == [1, len(everything) - 1, 41]
+    assert [g["adapt"] for g in groups] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("layer", r"'layer' names no layer with weights of ResNet; layers are called layer\d"),
+        ("ayer4", "'ayer4' names no layer"),
+        ("conv1.weight", "names no layer"),
+        ("*.*.bn1", "nothing that decays in ResNet: norms and biases never do"),
+        ("type:Conv3d", "names no layer"),
+        ("relu", "names no layer with weights"),
+    ],
+)
+def test_a_name_that_fits_nothing_is_an_error(pattern, says):
+    with pytest.raises(UserError, match=says):
+        decay_by_layer(create("resnet18"), {pattern: 0.1})

@@ -5,7 +5,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.data.writing.shard import shard
-from bigbatch.trainers.planning.inputs import open_inputs
+from bigbatch.trainers.planning.inputs import momentum_schedule, open_inputs
 
 
 def test_a_data_set_without_a_test_split(tmp_path: Path) -> None:
@@ -22,3 +22,26 @@ def test_a_data_set_without_a_test_split(tmp_path: Path) -> None:
     inputs = open_inputs(load_recipe("digits", [*keys, "data.test=null"]))
     assert list(inputs.splits) == ["train", "val"]
     assert inputs.notes == ()
+
+
+def test_momentum_follows_its_own_schedule() -> None:
+    rise = "{name: constant, warmup: 10 steps, warmup_start: 0.5}"
+    keys = ["optimizer={name: sgd, lr: 0.1, momentum: 0.9}", "duration=20 steps"]
+    recipe = load_recipe("digits", [*keys, f"optimizer.momentum_schedule={rise}"])
+    momentum = momentum_schedule(recipe, 20, 1000)
+    assert momentum is not None
+    assert [momentum(s) for s in (0, 5, 10, 19)] == pytest.approx([0.45, 0.675, 0.9, 0.9])
+    assert momentum_schedule(load_recipe("digits", keys), 20, 1000) is None
+    for schedule, says in (
+        ("{name: constant, warmup: 10 steps}", "the momentum of step 0 0; keep it above 0"),
+        ("{name: piecewise_constant, boundaries: [5 steps], values: [1, 1.2]}", "of step 5 1.08"),
+    ):
+        recipe = load_recipe("digits", [*keys, f"optimizer.momentum_schedule={schedule}"])
+        with pytest.raises(UserError, match=says):
+            momentum_schedule(recipe, 20, 1000)
+    with pytest.raises(UserError, match="momentum_schedule cannot hold a plateau"):
+        load_recipe("digits", [*keys, "optimizer.momentum_schedule={name: plateau}"])
+    with pytest.raises(UserError, match="multiplies a momentum of 0"):
+        load_recipe(
+            "digits", [*keys, "optimizer.momentum=0", f"optimizer.momentum_schedule={rise}"]
+        )

@@ -1,0 +1,82 @@
+"""What keeps a model from learning its samples by heart, as a recipe writes it. docs/craft.md."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from bigbatch.configs.part import NonNegative, Positive, StrictModel
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SAM(StrictModel):
+    """Sharpness-aware minimisation: the gradient at the worst weights within `rho`.
+
+    Foret et al. 2021, equations 2 and 3, of each micro-batch alone (their m-sharpness).
+    """
+
+    name: Literal["sam"]
+    rho: Positive = 0.05
+
+
+class ASAM(StrictModel):
+    """The same, by distances relative to the weights (Kwon et al. 2021, equations 7 and 8)."""
+
+    name: Literal["asam"]
+    rho: Positive = 0.5
+    eta: NonNegative = Field(0.01, description="added to each |weight|")
+
+
+class Regularise(StrictModel):
+    """Off, part by part, by default."""
+
+    l1: NonNegative = Field(0.0, description="times the sum of |w|, in the loss")
+    l2: NonNegative = Field(0.0, description="times half the sum of w^2, in the loss")
+    max_norm: Positive | None = Field(
+        None, description="largest L2 norm of a neuron's or an output channel's weights"
+    )
+    drop_connect: Rate = Field(0.0, description="share of the classifier's weights that drop out")
+    input_noise: NonNegative = Field(
+        0.0, description="standard deviation of Gaussian noise on the classifier's input"
+    )
+    sharpness: Annotated[SAM | ASAM, Field(discriminator="name")] | None = None
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """What a recipe's regularisation cannot stand beside."""
+    own, optimizer, backend = recipe.regularise, recipe.optimizer, recipe.backend
+    decay = getattr(optimizer, "weight_decay", 0.0)
+    if own.l2 and decay:
+        yield (
+            f"regularise.l2 = {own.l2:g} and optimizer.weight_decay = {decay:g} shrink the same "
+            "weights; set one of them to 0"
+        )
+    if (own.l1 or own.l2) and backend == "fsdp2":
+        yield (
+            "regularise.l1 and l2 add up whole weights, which backend: fsdp2 holds in rows; use "
+            "optimizer.weight_decay, or set backend to ddp or zero2"
+        )
+    for key, what in (("max_norm", "whole neurons"), ("sharpness", "whole gradients")):
+        if getattr(own, key) is None:
+            continue
+        if backend != "ddp":
+            yield (
+                f"regularise.{key} needs {what}, which backend: {backend} cuts apart; set backend "
+                "to ddp"
+            )
+        if optimizer.name == "lbfgs":
+            yield (
+                f"regularise.{key} changes weights between the passes that lbfgs compares; choose "
+                "another optimizer"
+            )
+    if own.sharpness is not None and recipe.precision == "fp16":
+        yield (
+            "regularise.sharpness takes gradients without a loss scale, which fp16 needs; set "
+            "precision to bf16 or fp32"
+        )
+    if own.drop_connect and recipe.loss.name == "large_margin":
+        yield (
+            "loss large_margin measures the classifier's weights, and regularise.drop_connect "
+            "hides some of them; set it to 0"
+        )
