@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bigbatch.configs.part import NonNegative, Positive, StrictModel
+from bigbatch.configs.part import Count, NonNegative, Positive, StrictModel
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,6 +28,17 @@ class ASAM(StrictModel):
     eta: NonNegative = Field(0.01, description="added to each |weight|")
 
 
+class EarlyStop(StrictModel):
+    """The end of training where the validation split's accuracy no longer rises.
+
+    The run's model is then that of its best evaluation (Prechelt 1998, "Early stopping - but
+    when?", criterion UP).
+    """
+
+    patience: Count = Field(description="evaluations in a row without a new best that end it")
+    threshold: NonNegative = Field(0.0, description="a new best is better by more than this")
+
+
 class Regularise(StrictModel):
     """Off, part by part, by default."""
 
@@ -41,6 +52,7 @@ class Regularise(StrictModel):
         0.0, description="standard deviation of Gaussian noise on the classifier's input"
     )
     sharpness: Annotated[SAM | ASAM, Field(discriminator="name")] | None = None
+    early_stop: EarlyStop | None = None
 
 
 def refusals(recipe: Any) -> Iterator[str]:
@@ -75,6 +87,17 @@ def refusals(recipe: Any) -> Iterator[str]:
             "regularise.sharpness takes gradients without a loss scale, which fp16 needs; set "
             "precision to bf16 or fp32"
         )
+    if own.early_stop is not None:
+        if recipe.checkpoint.keep_best == 0:
+            yield (
+                "regularise.early_stop goes back to the best checkpoint, and checkpoint.keep_best "
+                "= 0 keeps none; set it to 1"
+            )
+        if recipe.schedule.name == "cycles":
+            yield (
+                "regularise.early_stop keeps the weights of one evaluation, and schedule cycles "
+                "those of each cycle; drop early_stop, or choose another schedule"
+            )
     if own.drop_connect and recipe.loss.name == "large_margin":
         yield (
             "loss large_margin measures the classifier's weights, and regularise.drop_connect "

@@ -14,9 +14,13 @@ from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers.ensemble.averaged import score_average
 from bigbatch.trainers.ensemble.combine import combine
+from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.monitoring.log import Log
+from bigbatch.trainers.planning.early_stop import best_evaluation
+from bigbatch.trainers.recovery.stored import MODEL
+from bigbatch.trainers.recovery.tensor_files import load_weights
 from bigbatch.trainers.report.results import final_table
 
 # Enough images to settle the BatchNorm statistics of averaged weights.
@@ -27,6 +31,8 @@ def finish(job: Job, log: Log) -> None:
     """Score the average, combine the snapshots, and write the summary and the report."""
     engine, recipe = job.engine, job.recipe
     engine.end_training()
+    if recipe.regularise.early_stop is not None:
+        keep_best(job, log)
     splits = {role: index for role, index in job.inputs.splits.items() if role != "train"}
     images = min(_RECOMPUTE_IMAGES, job.inputs.epoch_samples)
     steps = -(-images // recipe.global_batch)
@@ -70,6 +76,22 @@ def _expected_snapshots(job: Job) -> set[int]:
     return {step for step in ends if step > origin["at"]}
 
 
+def keep_best(job: Job, log: Log) -> None:
+    """Put the weights of the best evaluation into the model, as the run's one snapshot.
+
+    Collective. Raises UserError where their checkpoint is not there any more.
+    """
+    run, engine = job.run, job.engine
+    best = best_evaluation(job.state.evaluations)
+    load_weights(engine.module, run.checkpoints / f"step-{best.step:08d}" / MODEL)
+    engine.on_main(
+        lambda: save_snapshot(
+            run.snapshots, 1, best.step, engine.module, best.scores, job.state.info
+        )
+    )
+    log.event("best", step=best.step, accuracy=best.scores["accuracy"])
+
+
 def finish_average(
     job: Job, log: Log, splits: dict[str, Index], recompute: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
@@ -100,7 +122,7 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     `seconds` is the time in training steps, over all starts of the run; `images_per_s` is
     over the recorded steps.
     """
-    total, batch = job.inputs.plan.total, job.recipe.global_batch
+    total, batch = job.state.step, job.recipe.global_batch
     steps = [r["step_s"] for r in read_jsonl(job.run.metrics) if r["kind"] == "train"]
     mean = sum(steps) / len(steps) if steps else None
     journal = read_journal(job.run.path)

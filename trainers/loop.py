@@ -12,6 +12,7 @@ from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.engine.closure import Closure
 from bigbatch.trainers.engine.sharpness import Sharpness
 from bigbatch.trainers.optim import set_lr, set_momentum
+from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.recovery.rollback import check_step
 
 # fp16 halves its loss scale at each overflow: 2^16 is through long before this many in a row.
@@ -19,7 +20,7 @@ _MAX_SKIPPED = 50
 
 
 def train(attempt: Attempt) -> bool:
-    """Train from the state's step to the plan's stop. False where a signal cut it short.
+    """Train from the state's step to the plan's stop, or an early one. False after a signal.
 
     Raises Rollback where steps went wrong that shall be stepped over.
     """
@@ -37,6 +38,9 @@ def train(attempt: Attempt) -> bool:
     if recipe.regularise.sharpness is not None:
         sharpness = Sharpness(recipe.regularise.sharpness, engine.module)
     skipped = 0
+    early_stop = recipe.regularise.early_stop
+    if stops(early_stop, state.evaluations):  # it has come to its end before
+        return True
     statistics.check()
     model.train()
 
@@ -158,23 +162,28 @@ def train(attempt: Attempt) -> bool:
 
         # 5. Evaluate, keep a snapshot, save. The order matters: a checkpoint of a step
         #    means that all the rest of that step is on disk.
-        cycle_end = state.step in plan.snapshots
-        accuracy = None
+        cycle_end = state.step in plan.snapshots and early_stop is None
+        accuracy, done = None, False
         if plan.evaluates(state.step) or cycle_end:
             watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
             scores = attempt.evaluate()
             log.evaluation(state.step, "val", **scores)
             accuracy = scores["accuracy"]
+            done = stops(early_stop, state.evaluations)
             if cycle_end:
                 attempt.snapshot(scores)
         leaving = agreed["stops"][0] > 0
-        if plan.saves(state.step) or leaving:
+        last = leaving or done or state.step == plan.stop
+        if plan.saves(state.step) or last:
             watchdog.beat(state.step, "saving")
             log.phase("saving")
-            saver.save(state, accuracy=accuracy, last=leaving or state.step == plan.stop)
+            saver.save(state, accuracy=accuracy, last=last)
         saver.report()
         if leaving:
             log.event("signal", step=state.step, signal=attempt.stop.signal)
             return False
+        if done:
+            log.event("early_stop", step=state.step)
+            break
     return True

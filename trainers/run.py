@@ -15,6 +15,7 @@ from bigbatch.trainers.loop import train
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log, open_log
 from bigbatch.trainers.monitoring.monitor import Monitor
+from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.planning.environment import recorded_variables, said_variables
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.resume import resume
@@ -73,7 +74,8 @@ def attempt(
             # may still be closing its log.
             engine.barrier()
             return SAVED
-        if state.step < plan.total:
+        early = stops(recipe.regularise.early_stop, state.evaluations)
+        if state.step < plan.total and not early:
             log.close("stopped")
             return 0
         finish(job, log)

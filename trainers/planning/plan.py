@@ -20,13 +20,15 @@ class Plan:
     snapshots: frozenset[int]
     keep_every: int | None  # checkpoints at multiples of this stay for good
     average: Averaging | None  # which weights enter the run's average, if it keeps one
+    may_stop: bool = False  # earlier, going back to the best evaluation: so each one is saved
 
     def evaluates(self, step: int) -> bool:
         return step % self.evaluate_every == 0 or step == self.total
 
     def saves(self, step: int) -> bool:
         kept = self.keep_every is not None and step % self.keep_every == 0
-        return step % self.save_every == 0 or kept or step == self.stop
+        best = self.may_stop and self.evaluates(step)
+        return step % self.save_every == 0 or kept or best or step == self.stop
 
 
 def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> Plan:
@@ -47,6 +49,7 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
         snapshots=frozenset(ends or [total]),
         keep_every=None if keep is None else keep.steps(batch, epoch_samples),
         average=plan_average(recipe.average, total, batch, epoch_samples, ends),
+        may_stop=recipe.regularise.early_stop is not None,
     )
 
 
