@@ -15,7 +15,9 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.weights_file import describe, read_header, read_info
+from bigbatch.trainers.planning.early_stop import best_evaluation
 from bigbatch.trainers.planning.inputs import open_inputs
+from bigbatch.trainers.planning.plateau import read_evaluations
 from bigbatch.trainers.recovery.stored import (
     AVERAGE,
     MANIFEST,
@@ -43,6 +45,7 @@ class Branch:
     kept: tuple[str, ...]  # files of the parent's checkpoint that it takes as they are
     same_batch: bool  # steps are the parent's, and so are records of them
     same_cycles: bool  # and snapshots
+    best: Path | None  # the checkpoint that early stopping may yet go back to
     notes: tuple[str, ...]  # what of the parent's state it starts without
 
 
@@ -110,8 +113,30 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         content |= {"losses": [], "over": []}
     same = before.schedule == recipe.schedule and before.duration == recipe.duration
     return Branch(
-        path, recipe, step, content, tuple(kept), same_batch, same_batch and same, tuple(notes)
+        path,
+        recipe,
+        step,
+        content,
+        tuple(kept),
+        same_batch,
+        same_batch and same,
+        _best_so_far(parent, step) if same_batch and recipe.regularise.early_stop else None,
+        tuple(notes),
     )
+
+
+def _best_so_far(parent: RunDir, step: int) -> Path | None:
+    """The parent's best checkpoint of those up to `step`, the ones that early stopping compares."""
+    evaluations = read_evaluations(parent.metrics, step)
+    if not evaluations:
+        return None
+    path = parent.checkpoints / f"step-{best_evaluation(evaluations).step:08d}"
+    if not path.is_dir():
+        raise UserError(
+            f"regularise.early_stop may go back to the best evaluation, and {path} is not there "
+            "any more; drop it, or branch off with another global_batch, which looks at none"
+        )
+    return path
 
 
 def _same_sample(step: int, before: Recipe, recipe: Recipe) -> int:
@@ -220,6 +245,8 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
     if OPTIMIZER not in branch.kept:
         (target / OPTIMIZER).write_bytes(_NO_TENSORS)
     write_atomically(target / STATE, to_json(branch.content, indent=1))
+    if branch.best is not None and step_of(branch.best) != branch.step:
+        shutil.copytree(branch.best, run.checkpoints / branch.best.name)
     files = {path.name: measure(path) for path in sorted(target.iterdir())}
     write_atomically(target / MANIFEST, to_json({"step": branch.step, "files": files}, indent=1))
     origin = _origin(parent, checkpoint) | {"at": branch.step, "snapshots": snapshots}

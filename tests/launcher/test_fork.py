@@ -142,6 +142,20 @@ def test_a_plateau_needs_the_steps_of_its_evaluations(parent: RunDir, tmp_path: 
         planned(parent, tmp_path / "b", 3, plateau, "global_batch=32", "duration=9 steps")
 
 
+def test_early_stopping_can_go_back_to_before_the_branch(parent: RunDir, tmp_path: Path) -> None:
+    copied = RunDir(tmp_path / "copy")
+    shutil.copytree(parent.path, copied.path)
+    stop = ("schedule={name: cosine}", "regularise={early_stop: {patience: 9}}")
+    changes = (*stop, "checkpoint.keep_best=1", "checkpoint.every=3 steps")
+    run = branch(copied, tmp_path / "b", 5, *changes)
+    scores = [(r["accuracy"], -r["step"]) for r in read_jsonl(run.metrics) if r["kind"] == "eval"]
+    best = f"step-{-max(s for s in scores if -s[1] <= 5)[1]:08d}"
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [best, "step-00000005"]
+    shutil.rmtree(copied.checkpoints / best)
+    with pytest.raises(UserError, match=f"{best} is not there any more"):
+        planned(copied, tmp_path / "c", 5, *changes)
+
+
 def test_a_run_that_is_there_is_gone_on_with_or_refused(parent: RunDir, tmp_path: Path) -> None:
     run = branch(parent, tmp_path / "b", 3)
     before = run.manifest.read_bytes()
