@@ -11,8 +11,9 @@ from bigbatch.configs.renamed import with_old_names
 from bigbatch.configs.schema import Recipe
 
 # What may change between two starts of one run: where it logs and saves, where data and a teacher
-# lie, and how many processes decode. None of it reaches a weight (checkpoints know data and
-# teacher by their content), so none of it enters the recipe's hash.
+# lie, how many processes decode, and whether activations are kept or computed again. None of it
+# reaches a weight (checkpoints know data and teacher by their content), so none of it enters the
+# recipe's hash.
 NO_EFFECT: dict[str, Any] = {
     "name": True,
     "backend": True,
@@ -20,6 +21,7 @@ NO_EFFECT: dict[str, Any] = {
     "checkpoint": True,
     "recovery": {"stall_s"},
     "data": {"path", "cache", "cache_gb", "workers", "threads"},
+    "model": {"recompute"},
     "distill": {"teacher", "cache", "cache_gb"},
 }
 _SHOWN = 5  # differences that a message names

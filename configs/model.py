@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue
 
-from bigbatch.configs import init, norm
+from bigbatch.configs import blocks, init, norm
+from bigbatch.configs.blocks import Activation, Attention, Pool
 from bigbatch.configs.init import Init
 from bigbatch.configs.norm import Head, Norm
 from bigbatch.configs.part import StrictModel
@@ -58,6 +59,16 @@ class Model(StrictModel):
         "(Qiao et al. 2019, arXiv:1903.10520)",
     )
     head: Head | None = Field(None, description="the classifier: linear after a norm, or cosine")
+    activation: Activation | None = Field(
+        None, description="what takes the place of each activation, by torch's name"
+    )
+    pool: Pool | None = Field(None, description="how maps become features before the classifier")
+    attention: Attention | None = Field(None, description="se, cbam or scse at the end of stages")
+    recompute: bool = Field(
+        False,
+        description="compute activations again in the backward pass rather than keep them: less "
+        "memory, about a third more work, the same weights",
+    )
     init: Init | None = Field(None, description="fresh weights drawn otherwise than the model does")
 
     @property
@@ -71,7 +82,9 @@ class Model(StrictModel):
     def network(self) -> dict[str, Any]:
         """The keys that say which function the weights are of, and what they say."""
         kept = self.without_weights()
-        return kept.model_dump(mode="json", exclude={"channels_last"}, exclude_defaults=True)
+        return kept.model_dump(
+            mode="json", exclude={"channels_last", "recompute"}, exclude_defaults=True
+        )
 
     def beyond_timm(self) -> list[str]:
         """Why timm alone cannot build this network."""
@@ -87,6 +100,7 @@ def refusals(recipe: Any) -> Iterator[str]:
     options, size = recipe.model.options, recipe.data.image_size
     yield from norm.refusals(recipe)
     yield from init.refusals(recipe)
+    yield from blocks.refusals(recipe)
     if recipe.model.pretrained and (where := _without_pretrained(recipe.model)):
         yield (
             f"model.pretrained: {where} has no weights to load; leave it out, or name a file by "

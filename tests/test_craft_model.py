@@ -7,6 +7,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
+from bigbatch.configs.blocks import Attention, Pool
 from bigbatch.configs.init import Init, Weights
 from bigbatch.configs.model import TEACHING, Model
 from bigbatch.configs.norm import Head, Norm
@@ -61,6 +62,16 @@ def test_initialisation() -> None:
     keys = cells(section("Initialisation"))
     agree(parts(keys, "weights: "), Weights)
     assert {key.partition(":")[0] for key in keys} == set(Init.model_fields)
+
+
+def test_blocks() -> None:
+    keys = cells(section("Models"))
+    agree(parts([k for k in keys if k.startswith("model.pool")], "model.pool: "), Pool)
+    attention = parts([k for k in keys if k.startswith("model.attention")], "model.attention: ")
+    assert set(attention) == set(get_args(Attention.model_fields["name"].annotation))
+    assert set(attention["se"]) | {"name"} == set(Attention.model_fields)
+    said = {key.partition(":")[0] for key in keys if key.startswith("model.")}
+    assert said == {f"model.{key}" for key in ("activation", "pool", "attention", "recompute")}
 
 
 def test_sources() -> None:

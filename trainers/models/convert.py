@@ -17,6 +17,12 @@ from bigbatch.configs import norm as options
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.trainers.models import norm_layers as layers
+from bigbatch.trainers.models.blocks import (
+    add_attention,
+    change_pool,
+    recompute,
+    swap_activations,
+)
 from bigbatch.trainers.optim.groups import classifiers
 
 
@@ -26,12 +32,20 @@ def convert(model: nn.Module, config: Model, images: Tensor | None) -> None:
     `images` are an example [2, C, S, S], which shows what is called after what; None where the
     size is not known. Raises UserError where the model has nothing to change.
     """
+    if config.activation is not None:
+        swap_activations(model, config.activation, config.name)
     if config.weight_standardization:
         _standardize(model, config.name)
     if config.norm is not None:
         _swap_norms(model, config.norm, config.name, images)
     if config.head is not None:
         _change_head(model, config.head, config.name)
+    if config.pool is not None:
+        change_pool(model, config.pool, config.name)
+    if config.attention is not None:  # with activations and norms of its own
+        add_attention(model, config.attention, config.name)
+    if config.recompute:
+        recompute(model, config.name)
 
 
 def _standardize(model: nn.Module, name: str) -> None:
