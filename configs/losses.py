@@ -216,7 +216,21 @@ class CosFace(_Weighted):
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.35
 
 
-Margin = LDAM | LargeMargin | ArcFace | CosFace  # of one label for each image
+class Center(_Weighted):
+    """Cross-entropy + weight / 2 |x - c|^2, x the classifier's input and c its label's centre.
+
+    Wen et al. 2016, "A discriminative feature learning approach for deep face recognition",
+    equation 5. The centres learn with the weights, by gradient and without decay.
+    """
+
+    name: Literal["center"]
+    weight: Positive = Field(0.003, description="lambda of the paper")
+    centre_rate: Positive = Field(
+        0.5, description="of the centres' gradient, whatever the weight; alpha of the paper"
+    )
+
+
+Margin = LDAM | LargeMargin | ArcFace | CosFace | Center  # of one label for each image
 
 
 def _with_name(value: Any) -> Any:
@@ -237,7 +251,8 @@ Loss = Annotated[
     | LDAM
     | LargeMargin
     | ArcFace
-    | CosFace,
+    | CosFace
+    | Center,
     Field(discriminator="name"),
     BeforeValidator(_with_name),
 ]

@@ -16,6 +16,7 @@ from bigbatch.trainers.ensemble.averaged import score_average
 from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.job import Job
+from bigbatch.trainers.losses.centres import remove_centres
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
@@ -45,6 +46,7 @@ def finish(job: Job, log: Log) -> None:
         recompute_statistics(engine.module, recompute_images(), batches, engine.sum)
 
     averaged = finish_average(job, log, splits, recompute)
+    remove_centres(engine.module)
     log.phase("combining snapshots")
     scores = combine(
         job.run,

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import load_recipe
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.prove import (
     Result,
     RunFailed,
@@ -23,6 +23,7 @@ from bigbatch.launcher.prove import (
     prove,
     read_trace,
     relative_difference,
+    run_to_end,
 )
 
 DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
@@ -144,10 +145,12 @@ def test_one_difference_is_enough() -> None:
     assert '"difference": null' in as_json([infinite], 10)  # JSON has no infinity
 
 
-# Everything that looks at a step as a whole, or draws at random inside the model.
-CRAFT = (
+SMALL = (
     *("model.name=test_resnet", "data.image_size=16", "augment.affine=null", "model.options={}"),
     *("global_batch=96", "micro_batch=24", "data.workers=0", "data.sampling=uniform"),
+)
+# Everything that looks at a step as a whole, or draws at random inside the model.
+CRAFT = (
     "loss={name: focal_softmax, class_weights: {name: effective_number, beta: 0.99}}",
     "optimizer={name: sgd, lr: 0.05, nesterov: true, weight_decay_of: {'type:Conv2d': 1e-4}}",
     "optimizer.momentum_schedule={name: constant, warmup: 4 steps, warmup_start: 0.5}",
@@ -158,7 +161,34 @@ CRAFT = (
 
 @pytest.mark.slow
 def test_the_proof_holds_for_losses_and_regularisation(digits: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("digits", [*CRAFT, f"data.path={digits}", "reduction=exact"])
+    recipe = load_recipe("digits", [*SMALL, *CRAFT, f"data.path={digits}", "reduction=exact"])
     results = prove(recipe, tmp_path, steps=5, ranks=(1, 2), say=lambda text: None)
     assert [result.difference for result in results] == [0.0, 0.0]
     assert all(result.passed for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "fsdp2"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("loss={name: large_margin, class_weights: balanced}", "augment.mixup=0"),
+        ("loss={name: center, weight: 0.1}", "augment.mixup=0"),
+        ("regularise={drop_connect: 0.2, input_noise: 0.1}", "loss={name: bce}"),
+        ("regularise={l1: 1e-5, l2: 1e-4}",),
+    ],
+    ids=["head", "centres", "random", "penalty"],
+)
+def test_a_backend_that_holds_pieces_gives_the_weights_of_ddp(
+    digits: Path, tmp_path: Path, backend: str, changes: tuple[str, ...]
+) -> None:
+    if backend == "fsdp2" and "l1" in changes[0]:
+        return  # refused
+    ends = ("optimizer={name: sgd, lr: 0.02, weight_decay: 0}", "reduction=overlapped")
+    found = {}
+    for name, ranks in (("ddp", 1), (backend, 2)):
+        keys = [*SMALL, *changes, *ends, f"data.path={digits}", f"backend={name}"]
+        found[name] = create_run(tmp_path / name, proof_recipe(load_recipe("digits", keys)))
+        run_to_end(found[name], ranks, 3)
+    one, other = (found[name] for name in ("ddp", backend))
+    assert compare(other, one, ranks=2, with_="ddp", limit=1e-5).passed

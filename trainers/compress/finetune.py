@@ -28,6 +28,8 @@ def check_finetuning(recipe: Recipe) -> None:
             "--finetune needs a training split with an index, and data.stream has none; leave "
             "--finetune out"
         )
+    if recipe.loss.name == "center":
+        raise UserError("--finetune has no centres, which loss center learns; leave --finetune out")
     if recipe.optimizer.name == "lbfgs":
         raise UserError("--finetune goes step by step, and lbfgs does not; leave --finetune out")
 

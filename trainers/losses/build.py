@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bigbatch.configs import losses as c
 from bigbatch.configs.distill import Distill, LogitRegression, SoftTargets
 from bigbatch.trainers.losses import classification, margin, priors
+from bigbatch.trainers.losses.centres import CentreLoss
 from bigbatch.trainers.losses.distillation import logit_regression, soft_targets
 from bigbatch.trainers.losses.head import WatchedClassifier, cosine_scale
 from bigbatch.trainers.losses.hint import Watched, attention_transfer
@@ -129,6 +130,9 @@ def _per_sample(
             assert scale is not None, "the recipe refuses other heads"
             of_cosines = margin.arcface if isinstance(config, c.ArcFace) else margin.cosface
             return partial(of_cosines, scale=scale, margin=config.margin)
+        case c.Center():
+            assert model is not None
+            return CentreLoss(model, config.weight, config.centre_rate)
         case c.LargeMargin():
             assert model is not None
             watched = WatchedClassifier(model, "loss large_margin")

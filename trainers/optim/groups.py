@@ -39,9 +39,10 @@ def is_bias(attribute: str) -> bool:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """(name, parameter, plain) of each trainable parameter, once, in the model's order.
 
-    Plain parameters take neither weight decay nor a layer-wise rate: those of norm layers, slopes
-    of PReLU (arXiv:1502.01852, section 2.1), biases of any module, and what the model itself names
-    in `no_weight_decay()` (timm's position tables and tokens). A parameter shared by modules is
+    Plain parameters take neither weight decay nor a layer-wise rate: those of norm layers and of
+    modules that say `no_decay`, slopes of PReLU (arXiv:1502.01852, section 2.1), biases of any
+    module, and what the model itself names in `no_weight_decay()` (timm's position tables and
+    tokens). A parameter shared by modules is
     plain if any of them says so.
     """
     excluded = _excluded_by_model(model)
@@ -49,8 +50,9 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{attribute}" if prefix else attribute
-            gain = is_norm(module) or isinstance(module, nn.PReLU)
-            if gain or is_bias(attribute) or name in excluded:
+            kind = is_norm(module) or isinstance(module, nn.PReLU)
+            kind = kind or getattr(module, "no_decay", False)
+            if kind or is_bias(attribute) or name in excluded:
                 plain.add(parameter)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

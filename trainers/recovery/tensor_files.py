@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
+from bigbatch.trainers.losses.centres import is_centre
 from bigbatch.trainers.models.weights_file import METADATA, WeightsInfo, to_metadata
 
 DTYPES = {
@@ -31,7 +32,8 @@ DTYPES = {
 
 def save_weights(model: nn.Module, path: Path, info: WeightsInfo | None = None) -> None:
     """The model's weights under timm's own names: `timm.create_model(checkpoint_path=...)`."""
-    write_tensors(path, copy_to_cpu(model.state_dict(), {}), info)
+    weights = {name: t for name, t in model.state_dict().items() if not is_centre(name)}
+    write_tensors(path, copy_to_cpu(weights, {}), info)
 
 
 def write_tensors(
@@ -76,8 +78,12 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def load_fitting(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; ValueError unless names, shapes and dtypes are the model's."""
-    tensors, own = load_file(path), model.state_dict()
+    """The tensors of a file; ValueError unless names, shapes and dtypes are the model's.
+
+    What a loss learned beside the network is passed over where the model has no place for it.
+    """
+    own = model.state_dict()
+    tensors = {n: t for n, t in load_file(path).items() if n in own or not is_centre(n)}
     if odd := own.keys() ^ tensors.keys():
         raise ValueError(f"weights do not fit: {sorted(odd)[:8]}")
     for name, value in tensors.items():

@@ -177,7 +177,7 @@ def test_every_name_in_the_schema_is_tested_here() -> None:
     forms = ADAPTER.json_schema()["$defs"].values()
     names = [form["properties"]["name"] for form in forms]
     expected = {name for form in names for name in form.get("enum") or [form["const"]]}
-    tested = {config["name"] for config, _ in CASES.values()} | {"large_margin"}
+    tested = {config["name"] for config, _ in CASES.values()} | {"large_margin", "center"}
     assert tested == expected - {"balanced", "effective_number", "given"}
 
 
@@ -365,6 +365,7 @@ MIXED, PLAIN = "augment.mixup=0.2", "augment.mixup=0"
     [
         (["loss={name: ldam}", MIXED], "loss ldam gives one class .* set augment.mixup to 0"),
         (["loss={name: large_margin}", MIXED], "loss large_margin gives one class"),
+        (["loss={name: center}", MIXED], "loss center gives one class"),
         (["loss={name: bce, target_threshold: 0.2}", PLAIN], "mixed images alone.* drop it"),
         (["loss={name: bce, target_threshold: 0.2, label_smoothing: 0.1}"], "does nothing; drop"),
         (["loss={name: bce, target_threshold: 0.2, class_weights: balanced}"], "drop one of them"),
