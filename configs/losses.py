@@ -198,7 +198,9 @@ class LargeMargin(_Weighted):
     name: Literal["large_margin"]
     margin: Annotated[int, Field(ge=1, le=4)] = 2
     plain_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="of the plain logit: lambda / (1 + lambda) of section 5.1"
+        0.8,
+        description="of the plain logit: lambda / (1 + lambda) of section 5.1. From weights that "
+        "were not trained with a high one, 0 tends to end with all features 0",
     )
 
 

@@ -48,10 +48,12 @@ def flops_per_image(recipe: Recipe, classes: int) -> int | None:
     """Floating-point operations of forward and backward pass for one training image.
 
     The backward pass counts twice the forward pass, as is usual: torch's own count of it takes a
-    grouped convolution for a full one (EfficientNet-B0: 32 GFLOPs instead of 2.3).
+    grouped convolution for a full one (EfficientNet-B0: 32 GFLOPs instead of 2.3). SAM makes
+    both passes twice.
     """
     forward = forward_flops(recipe, classes)
-    return None if forward is None else 3 * forward
+    passes = 1 if recipe.regularise.sharpness is None else 2
+    return None if forward is None else 3 * passes * forward
 
 
 def forward_flops(recipe: Recipe, classes: int) -> int | None:

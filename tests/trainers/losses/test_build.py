@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
+from sklearn.datasets import load_digits
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
@@ -404,3 +405,47 @@ def test_lists_that_do_not_fit_the_classes_are_refused() -> None:
             build_loss(ADAPTER.validate_python({"name": name}), None, ClassCounts("ab", [3, 0]))
     with pytest.raises(UserError, match="0 for every class"):
         built({"name": "hinge", "class_weights": [0, 0, 0, 0, 0]})
+
+
+class Digits(nn.Module):
+    """A hidden layer, and a head of its own or of cosines."""
+
+    def __init__(self, cosines: bool) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(64, 32), nn.Linear(32, CLASSES)
+        self.cosines = cosines
+        if cosines:
+            self.fc.scale = SCALE  # type: ignore[assignment]
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.body(x))
+        if self.cosines:
+            return SCALE * F.linear(F.normalize(x), F.normalize(self.fc.weight))
+        out: Tensor = self.fc(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*(config for config, _ in CASES.values()), {"name": "large_margin"}, {"name": "center"}],
+    ids=lambda config: str(config["name"]),
+)
+def test_each_loss_learns(config: dict[str, Any]) -> None:
+    images, labels = load_digits(n_class=CLASSES, return_X_y=True)
+    x, y = torch.tensor(images / 16).float(), torch.tensor(labels)
+    if config["name"] == "expected_cost":  # with others it learns other answers
+        config = {"name": "expected_cost", "cost_vector": [1, 1, 1, 1, 1.5]}
+    torch.manual_seed(0)
+    model = Digits(cosines=config["name"] in ("arcface", "cosface"))
+    counts = ClassCounts("abcde", [120] * CLASSES)  # about as many as there are
+    objective = build_objective(ADAPTER.validate_python(config), model, counts)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        objective(model, x[:600], F.one_hot(y[:600], CLASSES).float()).backward()
+        optimizer.step()
+    accuracy = (model.eval()(x[600:]).argmax(1) == y[600:]).float().mean()
+    assert accuracy > 0.9
