@@ -1,13 +1,15 @@
 """What happens to images before the network, as a recipe writes it; data/augment does it."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from bigbatch.configs import augment_ops as c
 from bigbatch.configs.part import Fraction, NonNegative, Positive, Range, Share, StrictModel
 
 _LONGEST = 100  # times as wide as high: a crop beyond it is less than a pixel high
+_MOVING = (c.Rotate, c.Shear, c.Translate, c.Scale, c.Perspective, c.PadCrop)
 _MOST = 10.0  # of a mean or std of pixels in [0, 1]; those of 0..255 are far above it
 
 
@@ -56,7 +58,19 @@ class Augment(StrictModel):
     affine: Affine | None = None
     flip: Fraction = Field(0.0, description="probability of a horizontal flip")
     jitter: Jitter | None = None
+    ops: c.Ops = Field(
+        [],
+        description="further operations, in order; geometric ones join the one warp, erasing and "
+        "cutout stand last. A name alone takes its defaults",
+    )
+    border: Literal["edge", "reflect", "mean", "black"] = Field(
+        "edge", description="what shows beyond an image that affine or ops moved"
+    )
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+    cutmix: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+    mix_switch: Fraction | None = Field(
+        None, description="share of images that cutmix gets where mixup is on too; null is 0.5"
+    )
     mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0,1]")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel")
 
@@ -76,15 +90,68 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"augment.mean {mean} and std {std} are no values of pixels in [0, 1]: divide those "
             "of pixels in 0..255 by 255, and give no channel a std below 0.001"
         )
-    jitter = recipe.augment.jitter
-    if jitter is not None and recipe.data.channels == 1 and (jitter.hue or jitter.saturation):
+    yield from _colourless(recipe)
+    yield from _beside(recipe.augment)
+    for name in ("mixup", "cutmix"):
+        if getattr(recipe.augment, name) and recipe.micro_batch == 1:
+            yield (
+                f"augment.{name} = {getattr(recipe.augment, name):g} mixes the images of a "
+                f"micro-batch, and micro_batch is 1; set {name} to 0, or micro_batch to 2 or more"
+            )
+    for i, op in enumerate(recipe.augment.ops):
+        size = recipe.data.image_size
+        if isinstance(op, c.PadCrop) and op.padding >= size:
+            yield (
+                f"augment.ops.{i}.padding = {op.padding} is no less than data.image_size = {size}: "
+                "a crop may show nothing of the image; lower it"
+            )
+        if isinstance(op, c.Cutout) and op.size >= 2 * size:
+            yield (
+                f"augment.ops.{i}.size = {op.size} covers every image of data.image_size = {size}; "
+                "lower it"
+            )
+
+
+def _colourless(recipe: Any) -> Iterator[str]:
+    """Operations on colours that the images do not have."""
+    channels, jitter = recipe.data.channels, recipe.augment.jitter
+    if jitter is not None and channels == 1 and (jitter.hue or jitter.saturation):
         yield (
             "augment.jitter changes hue or saturation, and images of data.channels = 1 have no "
             "colour; set augment.jitter.hue and augment.jitter.saturation to 0, or data.channels "
             "to 3"
         )
-    if recipe.augment.mixup and recipe.micro_batch == 1:
+    for i, op in enumerate(recipe.augment.ops):
+        if isinstance(op, c.HSV | c.Grayscale) and channels != 3:
+            yield (
+                f"augment.ops.{i}: {op.name} needs three channels, and data.channels is "
+                f"{channels}; drop it, or set data.channels to 3"
+            )
+        if isinstance(op, c.FancyPCA) and len(op.eigenvectors) != channels:
+            yield (
+                f"augment.ops.{i}: pca has eigenvectors of {len(op.eigenvectors)} channels, and "
+                f"data.channels is {channels}; give a row for each channel"
+            )
+
+
+def _beside(augment: Augment) -> Iterator[str]:
+    """What says something that another key leaves without a meaning."""
+    moves = augment.affine is not None or any(isinstance(op, _MOVING) for op in augment.ops)
+    if augment.border != "edge" and not moves:
         yield (
-            f"augment.mixup = {recipe.augment.mixup:g} mixes the images of a micro-batch, and "
-            "micro_batch is 1; set mixup to 0, or micro_batch to 2 or more"
+            f"augment.border = {augment.border}, and nothing moves images beyond their edge; drop "
+            "it, or add affine or an operation such as pad_crop to augment.ops"
         )
+    if augment.mix_switch is not None and not (augment.mixup and augment.cutmix):
+        yield (
+            f"augment.mix_switch = {augment.mix_switch:g} chooses between mixup and cutmix, and "
+            "not both are on; drop it, or set both"
+        )
+    erasers = [isinstance(op, c.Eraser) for op in augment.ops]
+    for i, op in enumerate(augment.ops):
+        if not erasers[i] and not isinstance(op, c.Geometric) and any(erasers[:i]):
+            first = augment.ops[erasers.index(True)].name
+            yield (
+                f"augment.ops.{i}: {op.name} would change what {first} filled in; put erasing and "
+                "cutout last"
+            )

@@ -1,4 +1,4 @@
-"""Where each output pixel comes from: crops, flips and small affine maps as one matrix.
+"""Where each output pixel comes from: crops, flips and maps (data/maps.py) as one matrix.
 
 All coordinates are continuous: pixel i covers [i, i + 1], so its centre is i + 0.5. A
 matrix maps points of the output square, [0, out] x [0, out], to points of the source
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.data.maps import Map, apply_maps, draw_maps, is_affine, jacobians
 from bigbatch.data.rng import uniforms
 
 if TYPE_CHECKING:  # pydantic would double the time in which a decoding worker starts
@@ -49,10 +50,13 @@ class View:
     flip: float = 0.0
     seed: int = 0
     place: tuple[float, float] = (0.5, 0.5)  # of the centre crop, from (0, 0), top left, to (1, 1)
+    maps: tuple[Map, ...] = ()  # follow crop, affine and flip, in this order
+    border: str = "edge"  # what shows beyond an image: edge, reflect, mean or black
 
     @property
     def is_random(self) -> bool:
-        return self.crop is not None or self.affine is not None or 0 < self.flip < 1
+        moves = self.affine is not None or bool(self.maps)
+        return self.crop is not None or moves or 0 < self.flip < 1
 
     def boxes(self, sizes: npt.NDArray[np.integer], step: int, index: int) -> Boxes:
         """The crop of each image, sizes [B, 2] (h, w)."""
@@ -61,8 +65,12 @@ class View:
         return random_boxes(self.crop, sizes, self.seed, step, index)
 
     def warps(self, count: int, step: int, index: int) -> Matrices:
-        """The flips and affine maps of the output square, which precede the crops."""
-        return affine_matrices(self.affine, self.flip, count, self.out, self.seed, step, index)
+        """The flips and maps of the output square, which precede the crops."""
+        key = (self.seed, step, index)
+        matrices = affine_matrices(self.affine, self.flip, count, self.out, *key)
+        for one in self.maps:
+            matrices = matrices @ draw_maps(one, count, self.out, *key)
+        return matrices
 
     def frames(
         self,
@@ -83,14 +91,19 @@ class View:
         everyone[rows] = sizes
         boxes = self.boxes(everyone, step, index)[rows]
         maps = box_matrices(boxes, self.out) @ self.warps(count, step, index)[rows]
-        density = np.linalg.svd(maps[:, :2, :2], compute_uv=False)[:, 1] * (1 + _SLACK)
+        square = np.array([[0, self.out, 0, self.out], [0, 0, self.out, self.out]], float)
+        slopes = jacobians(maps, square)  # [n, 4, 2, 2]
+        density = np.linalg.svd(slopes, compute_uv=False)[..., 1].min(1) * (1 + _SLACK)
         factor = 2 ** np.clip(np.floor(np.log2(density)), 0, 3).astype(np.int64)
         frames = whole_frames(sizes, factor)
-        square = np.array([[0, self.out, 0, self.out], [0, 0, self.out, self.out], [1, 1, 1, 1]])
-        corners = (maps @ square)[:, :2] / factor[:, None, None]  # [n, 2 (x, y), 4]
+        corners = apply_maps(maps, square) / factor[:, None, None]  # [n, 2 (x, y), 4]
         largest = np.stack([frames["width"], frames["height"]], 1)
-        first = np.clip(np.floor(corners.min(2)).astype(np.int64) - 1, 0, largest - 1)
-        last = np.clip(np.ceil(corners.max(2)).astype(np.int64) + 1, first + 1, largest)
+        low, high = corners.min(2), corners.max(2)
+        if self.border == "reflect":  # what is mirrored must be there
+            low, high = np.minimum(low, 2 * largest - high), np.maximum(high, -low)
+        low, high = np.clip(low, -largest, 2 * largest), np.clip(high, -largest, 2 * largest)
+        first = np.clip(np.floor(low).astype(np.int64) - 1, 0, largest - 1)
+        last = np.clip(np.ceil(high).astype(np.int64) + 1, first + 1, largest)
         cut = largest.max(1) > longest
         frames["left"][cut], frames["top"][cut] = first[cut].T
         frames["width"][cut], frames["height"][cut] = (last - first)[cut].T
@@ -187,7 +200,7 @@ def affine_matrices(
 
 
 def to_theta(matrices: Matrices, out: int, canvas: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Normalised [B, 2, 3] maps for `affine_grid`.
+    """Normalised maps for `sampling_grid`: [B, 2, 3], or [B, 3, 3] where one is no affine map.
 
     `canvas` is (height, width) of the padded source. torch's grids run over [-1, 1] from
     edge to edge (align_corners=False).
@@ -195,5 +208,5 @@ def to_theta(matrices: Matrices, out: int, canvas: tuple[int, int]) -> npt.NDArr
     height, width = canvas
     source = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]])
     output = np.array([[out / 2, 0, out / 2], [0, out / 2, out / 2], [0, 0, 1]])
-    theta: npt.NDArray[np.float32] = (source @ matrices @ output)[:, :2].astype(np.float32)
-    return theta
+    theta: npt.NDArray[np.float32] = (source @ matrices @ output).astype(np.float32)
+    return theta[:, :2] if is_affine(matrices) else theta

@@ -31,6 +31,7 @@ import numpy.typing as npt
 from bigbatch.configs.errors import UserError
 from bigbatch.data.decode_batch import BYTE_RANGE, BatchDecoder, ByteRanges, Decoded, Key, Source
 from bigbatch.data.geometry import FRAME, Frames, View
+from bigbatch.data.maps import Map
 from bigbatch.data.staging import Remote
 
 _TASK = struct.Struct("<IIqq")  # slab, samples, step, micro-batch
@@ -207,7 +208,8 @@ def _plain(view: View) -> dict[str, Any]:
 def _view(plain: dict[str, Any]) -> View:
     # The recipe's own classes would need pydantic here; geometry only reads their fields.
     parts = {name: plain[name] and SimpleNamespace(**plain[name]) for name in ("crop", "affine")}
-    return View(**{**plain, **parts})
+    maps = tuple(Map(name, place, p, tuple(values)) for name, place, p, values in plain["maps"])
+    return View(**{**plain, **parts, "maps": maps})
 
 
 def main() -> None:

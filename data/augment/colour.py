@@ -1,14 +1,15 @@
-"""Colour, each image by factors of its own; the arithmetic is kornia's."""
+"""Colour, each image by factors of its own; the arithmetic of jitter and hsv is kornia's."""
 
 from functools import partial
 
+import kornia.color as color
 import kornia.enhance as enhance
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigbatch.configs.augment import Augment, Jitter
-from bigbatch.data.augment.operation import Draws, Operation
+from bigbatch.data.augment.operation import Draws, Operation, on_rows, per_image
 
 
 def operations(augment: Augment) -> list[Operation]:
@@ -23,14 +24,51 @@ def jitter(images: Tensor, draws: Draws, config: Jitter) -> Tensor:
     """Brightness, contrast, saturation and hue, each with its own factor per image."""
     spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
     signed = draws.uniforms(4, len(images)) * 2 - 1
-    shift = torch.from_numpy((signed * spread[:, None]).astype(np.float32))
-    shift = shift.to(images.device, non_blocking=True)
+    light, *others = (signed * spread[:, None]).astype(np.float32)
+    every = np.arange(len(images))
     if config.brightness:
-        images = enhance.adjust_brightness_accumulative(images, 1 + shift[0])
-    if config.contrast:
-        images = enhance.adjust_contrast_with_mean_subtraction(images, 1 + shift[1])
+        images = on_rows(images, every, _brightness, light)
+    # Of the whole batch: threads would share one image's sum, and its bits depend on how.
+    means = _means(images) if config.contrast else images.new_empty((len(images), 1, 1, 1))
+    return on_rows(images, every, partial(_after_brightness, config=config), *others, means)
+
+
+def _brightness(images: Tensor, shifts: Tensor) -> Tensor:
+    return enhance.adjust_brightness_accumulative(images, 1 + shifts)
+
+
+def _after_brightness(
+    images: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor, means: Tensor, config: Jitter
+) -> Tensor:
+    if config.contrast:  # kornia's adjust_contrast_with_mean_subtraction, its means given
+        factors = per_image(1 + contrast)
+        images = (images * factors + means * (1 - factors)).clamp_(0, 1)
     if config.saturation:
-        images = enhance.adjust_saturation_with_gray_subtraction(images, 1 + shift[2])
+        images = enhance.adjust_saturation_with_gray_subtraction(images, 1 + saturation)
     if config.hue:
-        images = enhance.adjust_hue(images, shift[3] * (2 * torch.pi))
+        images = enhance.adjust_hue(images, hue * (2 * torch.pi))
     return images
+
+
+def _means(images: Tensor) -> Tensor:
+    """Of the luma, [B, 1, 1, 1]."""
+    if images.shape[1] != 3:
+        return images.mean((-3, -2, -1), True)
+    if images.device.type != "cpu":
+        return color.rgb_to_grayscale(images).mean((-2, -1), True)
+    return torch.stack([color.rgb_to_grayscale(image) for image in images]).mean((-2, -1), True)
+
+
+def hsv(images: Tensor, turns: Tensor, saturations: Tensor, values: Tensor) -> Tensor:
+    """Hue shifted by turns [B], saturation and value times factors [B]."""
+    hue, saturation, value = color.rgb_to_hsv(images).unbind(1)
+    shift = (turns * (2 * torch.pi))[:, None, None]
+    hue = (hue + shift).remainder_(2 * torch.pi)
+    saturation = saturation.mul(saturations[:, None, None]).clamp_(0, 1)
+    value = value.mul(values[:, None, None]).clamp_(0, 1)
+    return color.hsv_to_rgb(torch.stack([hue, saturation, value], 1))
+
+
+def shift_channels(images: Tensor, shifts: Tensor) -> Tensor:
+    """shifts [B, C] added to the channels."""
+    return images.add_(shifts[:, :, None, None]).clamp_(0, 1)

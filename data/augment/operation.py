@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from bigbatch.data.rng import key64, uniforms
+
+_CACHED = 1 << 18  # values of images that a CPU changes together: 1 MB
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,62 @@ class Draws:
         """Numbers in [0, 1). The same at every call, so draw all that is needed in one."""
         return uniforms(shape, *self.key)
 
+    def keys(self, count: int) -> npt.NDArray[np.int32]:
+        """Keys [count, 2] of what is drawn on the device, pixel by pixel: another stream."""
+        drawn = uniforms((count, 2), *self.key, "pixels")
+        return (drawn * 2**32 - 2**31).astype(np.int32)
+
     def generator(self) -> np.random.Generator:
         """For other distributions."""
         return np.random.Generator(np.random.Philox(key=key64(*self.key)))
+
+
+def per_image(values: Tensor) -> Tensor:
+    """[B] as [B, 1, 1, 1]."""
+    return values[:, None, None, None]
+
+
+def few_of(images: Tensor) -> int:
+    """How many of a batch are changed together."""
+    if images.device.type != "cpu":
+        return len(images)
+    return max(1, _CACHED // images[0].numel())
+
+
+def on_rows(
+    images: Tensor,
+    rows: npt.NDArray[np.int64],
+    change: Callable[..., Tensor],
+    *values: npt.NDArray[np.generic] | Tensor,
+) -> Tensor:
+    """images [B, C, H, W] with `change`(images [n, C, H, W], *values [n, ...]) in the place of
+    those at `rows` [n]; `change` may overwrite what it is given.
+
+    A device does all of them at once. A CPU does a few after another: they stay in its cache
+    from the first pass over them to the last, and a batch does not.
+    """
+    given = [_to(v, images.device) for v in values]
+    few = few_of(images)
+    for start in range(0, len(rows), few):
+        some = rows[start : start + few]
+        taken = [v[start : start + few] for v in given]
+        if some[-1] - some[0] == len(some) - 1:  # they lie side by side
+            place = images[some[0] : some[-1] + 1]
+            changed = change(place, *taken)
+            if changed.data_ptr() != place.data_ptr() or changed.stride() != place.stride():
+                place.copy_(changed)
+        else:
+            places = _to(some, images.device)
+            images[places] = change(images[places], *taken)
+    return images
+
+
+def _to(values: npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 class Operation(NamedTuple):

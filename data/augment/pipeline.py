@@ -18,8 +18,9 @@ from torch import Tensor
 
 from bigbatch.configs.augment import Augment
 from bigbatch.data import geometry
-from bigbatch.data.augment import colour, mix
-from bigbatch.data.augment.crop import Memory, crop_resize, nearly_whole
+from bigbatch.data.augment import colour, mix, ops
+from bigbatch.data.augment.crop import crop_resize, nearly_whole
+from bigbatch.data.augment.memory import Memory
 from bigbatch.data.augment.operation import Draws, Mixing, Operation
 from bigbatch.data.augment.warp import finer_grids, warp
 from bigbatch.data.batch import MicroBatch
@@ -47,20 +48,28 @@ class Augmenter:
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.image_size = image_size
+        self.mean = torch.tensor(augment.mean, device=device)
+        self.std = torch.tensor(augment.std, device=device)
+        seen = Counter(_TAKEN)
         self.view = geometry.View(
-            image_size, crop_fraction, augment.crop, augment.affine, augment.flip, seed
+            image_size,
+            crop_fraction,
+            augment.crop,
+            augment.affine,
+            augment.flip,
+            seed,
+            maps=ops.maps_of(augment, seen),
+            border=augment.border,
         )
         self.eval_view = geometry.View(image_size, crop_fraction)
-        seen = Counter(_TAKEN)
-        self._operations = _numbered(colour.operations(augment), seen)
-        self._mixings = _numbered(mix.operations(augment), seen)
-        self._memory = Memory()
+        self._memory, mixed = Memory(), Memory()
+        pixels = [*colour.operations(augment), *ops.operations(augment, self.mean, self.std)]
+        self._operations = _numbered(pixels, seen)
+        self._mixings = _numbered(mix.operations(augment, mixed), seen)
         self.classes = classes
         self.seed = seed
         self.device = device
         self.memory_format = memory_format
-        self.mean = torch.tensor(augment.mean, device=device)
-        self.std = torch.tensor(augment.std, device=device)
 
     def train(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Augmented images [B, C, out, out] and soft targets [B, classes]."""
@@ -96,9 +105,9 @@ class Augmenter:
         sizes = np.stack([frames["full_height"], frames["full_width"]], 1)
         boxes = geometry.into_frames(view.boxes(sizes, *key), frames)
         matrices = geometry.box_matrices(boxes, view.out) @ view.warps(len(sizes), *key)
-        grids = finer_grids(matrices)  # [B]; 0 is to stand for a crop on the host
+        grids = finer_grids(matrices, view.out)  # [B]; 0 is to stand for a crop on the host
         plain = np.zeros(len(boxes), bool)
-        if self.device.type == "cpu" and view.affine is None:
+        if self.device.type == "cpu" and view.affine is None and not view.maps:
             plain = nearly_whole(boxes) | (view.crop is not None)
         if view.is_random:
             grids[:] = 0 if plain.all() else grids.max(initial=1)
@@ -106,13 +115,13 @@ class Augmenter:
             grids[plain] = 0
         ways = np.unique(grids).tolist()
         if len(ways) == 1:
-            return self._resample(batch, boxes, matrices, view.out, on_host=ways[0] == 0)
+            return self._resample(batch, boxes, matrices, view, on_host=ways[0] == 0)
         shape = len(boxes), batch.channels, view.out, view.out
         images = torch.empty(shape, device=self.device)
         for way in ways:
             rows = np.flatnonzero(grids == way)
             images[torch.from_numpy(rows).to(self.device)] = self._resample(
-                batch.part(rows), boxes[rows], matrices[rows], view.out, on_host=way == 0
+                batch.part(rows), boxes[rows], matrices[rows], view, on_host=way == 0
             )
         return images
 
@@ -121,13 +130,14 @@ class Augmenter:
         batch: MicroBatch,
         boxes: geometry.Boxes,
         matrices: geometry.Matrices,
-        out: int,
+        view: geometry.View,
         *,
         on_host: bool,
     ) -> Tensor:
         if on_host:
-            return crop_resize(batch, boxes, out, matrices[:, 0, 0] < 0, self._memory)
-        return warp(batch, matrices, out, self.device)
+            return crop_resize(batch, boxes, view.out, matrices[:, 0, 0] < 0, self._memory)
+        fill = self.mean if view.border == "mean" else torch.zeros_like(self.mean)
+        return warp(batch, matrices, view.out, self.device, view.border, fill)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Overwrites `images`: on a CPU, fresh memory costs more than the arithmetic."""

@@ -14,11 +14,14 @@ def editor_schema() -> dict[str, Any]:
     schema = _relax(Recipe.model_json_schema())
     base = {"type": "string", "description": "recipe to start from: a built-in name or a file"}
     schema["properties"] = {"base": base, **schema["properties"]}
-    # One word stands for a policy without options.
-    policies = schema["$defs"]["Data"]["properties"]["sampling"]
-    words = [schema["$defs"][ref["$ref"].split("/")[-1]] for ref in policies["anyOf"]]
-    names = [word["properties"]["name"]["const"] for word in words]
-    policies["anyOf"] = [{"enum": names}, *policies["anyOf"]]
+    parts = schema["$defs"]
+    for union in (
+        parts["Data"]["properties"]["sampling"],
+        parts["Augment"]["properties"]["ops"]["items"],
+    ):  # one word stands for a part without options
+        words = [parts[ref["$ref"].split("/")[-1]] for ref in union["anyOf"]]
+        names = [word["properties"]["name"]["const"] for word in words]
+        union["anyOf"] = [{"enum": names}, *union["anyOf"]]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.load import builtin_recipes, load_recipe
+from bigbatch.configs.load import builtin_recipes, change_recipe, load_recipe, parse_recipe
 
 COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 0.5, 0.5]")
 
@@ -54,6 +54,51 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
             "average.every: cycle needs the schedule cycles, not cosine; set average.every to a d",
         ),
         (["average={name: median}"], "average"),
+        # The list of operations: each names its place.
+        (["augment.ops=[{name: rotat}]"], r"augment.ops.0 = .* 'rotate'"),
+        (["augment.ops=[invert, {name: cutout, p: 2}]"], "augment.ops.1.p = 2: .* less than or eq"),
+        (["augment.ops=[{name: invert, p: 0}]"], "augment.ops.0.p = 0: .* greater than 0"),
+        (["augment.ops=[{name: blur, sigmas: [1, 2]}]"], "ops.0.sigmas: unknown key; did you mean"),
+        (["augment.ops=[{name: blur, sigma: [2, 1]}]"], r"sigma \[2, 1\]: put the lower bound fir"),
+        (["augment.ops=[autoaugment]"], "augment.ops.0.policy: missing"),
+        (["augment.ops=[{name: shear, x: 0}]"], "nothing is sheared; set one of them"),
+        (["augment.ops=[{name: perspective, distortion: 0.9}]"], "less than or equal to 0.6"),
+        (
+            ["augment.ops=[{name: pad_crop, padding: 32}]"],
+            "padding = 32 is no less than data.image",
+        ),
+        (["augment.ops=[{name: cutout, size: 64}]"], "size = 64 covers every image"),
+        (["augment.ops=[grayscale]"], "grayscale needs three channels, and data.channels is 1"),
+        (["augment.ops=[hsv]"], "hsv needs three channels"),
+        (["augment.ops=[pca]"], "pca has eigenvectors of 3 channels, and data.channels is 1"),
+        (
+            [*COLOUR, "augment.ops=[{name: pca, eigenvectors: [[1], [1], [1]]}]"],
+            "a column for each of 3 eigenvalues",
+        ),
+        (["augment.ops=[erasing, invert]"], "ops.1: invert would change what erasing filled in"),
+        (["augment.ops=[cutout, randaugment]"], "put erasing and cutout last"),
+        (
+            ["augment.affine=null", "augment.border=reflect"],
+            "border = reflect, and nothing moves images beyond their",
+        ),
+        (
+            ["augment.affine=null", "augment.ops=[vertical_flip]", "augment.border=mean"],
+            "nothing moves images beyond",
+        ),
+        (["augment.mix_switch=0.3"], "chooses between mixup and cutmix, and not both are on"),
+        (["augment.mixup=0", "augment.cutmix=1", "micro_batch=1"], "augment.cutmix = 1 mixes the"),
+        (
+            ["augment.ops=[{name: randaugment, magnitude: 12}]"],
+            "magnitude 12 is above 10, timm's largest",
+        ),
+        (
+            ["augment.ops=[{name: randaugment, convention: torchvision, std: 0.5}]"],
+            "std and increasing are timm's; drop them",
+        ),
+        (
+            ["augment.ops=[{name: randaugment, convention: torchvision, magnitude: 8.5}]"],
+            "magnitude 8.5: torchvision's are whole; round it",
+        ),
         # Several parts at once: each is named.
         (["augment.jitter.hue=0.1", "data.lanes=3"], "data.lanes = 3 works with .* no colour"),
     ],
@@ -71,6 +116,12 @@ def test_what_cannot_train_is_refused_with_its_remedy(overrides: list[str], says
         ["augment.crop={scale: [0.5, 0.5], ratio: [0.01, 100]}"],
         ["augment.affine={degrees: 180, shear: 89}"],
         ["augment.mean=[0]", "augment.std=[1]"],
+        [*COLOUR, "augment.ops=[grayscale, hsv, pca, randaugment, erasing, pad_crop, cutout]"],
+        ["augment.ops=[pad_crop]", "augment.border=reflect"],
+        ["augment.affine={degrees: 5}", "augment.border=black"],
+        ["augment.cutmix=1", "augment.mix_switch=0.3"],
+        ["augment.ops=[{name: pca, eigenvalues: [0.1], eigenvectors: [[1]]}]"],
+        ["augment.ops=[{name: randaugment, convention: torchvision, magnitude: 30}]"],
         ["augment.mixup=0", "micro_batch=1"],
         ["model.options={drop_rate: 0, drop_block_rate: null, img_size: 32, global_pool: max}"],
         ["model.options={img_size: [32, 32]}"],
@@ -81,6 +132,15 @@ def test_what_cannot_train_is_refused_with_its_remedy(overrides: list[str], says
 )
 def test_what_is_next_to_it_is_taken(overrides: list[str]) -> None:
     load_recipe("digits", overrides)
+
+
+def test_a_list_of_operations_survives_a_round_trip() -> None:
+    ops = "augment.ops=[invert, {name: randaugment, n: 3}, {name: erasing, fill: noise}]"
+    recipe = load_recipe("digits", [ops])
+    assert parse_recipe(recipe.model_dump(mode="json"), "again") == recipe
+    assert [op.name for op in recipe.augment.ops] == ["invert", "randaugment", "erasing"]
+    fewer = change_recipe(recipe, ["augment.ops=[invert]"])
+    assert [op.name for op in fewer.augment.ops] == ["invert"]
 
 
 def test_every_built_in_recipe_is_taken() -> None:

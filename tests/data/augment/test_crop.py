@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from bigbatch.configs.augment import Affine, Augment, Crop
-from bigbatch.data.augment.crop import Memory, crop_resize
+from bigbatch.data.augment.crop import crop_resize
+from bigbatch.data.augment.memory import Memory
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.index import build_index
