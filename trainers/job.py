@@ -122,8 +122,13 @@ def training_batches(
     view: View,
     device: torch.device,
     journal: Path | None = None,
+    *,
+    whole: bool = False,
 ) -> Iterator[MicroBatch]:
-    """The plan's micro-batches of what a recipe trains on, decoded for `view`."""
+    """The plan's micro-batches of what a recipe trains on, decoded for `view`.
+
+    `whole`: also what it does not show of large images.
+    """
     data = recipe.data
     decoding = Decoding(
         image_size=view.out,
@@ -133,7 +138,7 @@ def training_batches(
         bad_samples=data.bad_samples,
         journal=journal,
         pin_memory=device.type == "cuda",
-        view=view,
+        view=None if whole else view,
     )
     if inputs.order is None:
         from bigbatch.data.stream import stream_batches  # webdataset: for a stream alone

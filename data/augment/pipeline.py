@@ -8,7 +8,8 @@ way of data/augment/crop.py. All of it is float32, also where the caller is unde
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -89,6 +90,39 @@ class Augmenter:
             for operation, occurrence in self._operations:
                 images = operation.apply(images, self._draws(batch, operation.name, occurrence))
             return images
+
+    def each(self, whole: MicroBatch, batch: MicroBatch) -> Iterator[tuple[str, Tensor]]:
+        """Names and images in [0, 1]: what evaluation sees, what each operation alone makes of it
+        by its draws in training, and what training sees.
+
+        `batch` is stored for the view of training; `whole` has the same images, all of them.
+        """
+        with self._float32():
+            plain = self.crop_and_warp(whole, self.eval_view)
+            none = plain.new_zeros((len(plain), 1))  # targets, of which nothing is shown
+            yield "evaluation", plain.clone()
+            view = self.view
+            bare = replace(view, crop=None, affine=None, flip=0.0, maps=())
+            alone = {
+                "crop": view.crop and replace(bare, crop=view.crop),
+                "affine": view.affine and replace(bare, affine=view.affine),
+                "flip": view.flip and replace(bare, flip=view.flip),
+            }
+            parts = [(name, part) for name, part in alone.items() if part]
+            parts += [(one.name, replace(bare, maps=(one,))) for one in view.maps]
+            for name, part in parts:
+                yield name, self.crop_and_warp(whole, part)
+            for operation, place in self._operations:
+                draws = self._draws(batch, operation.name, place)
+                yield operation.name, operation.apply(plain.clone(), draws)
+            for mixing, place in self._mixings:
+                draws = self._draws(batch, mixing.name, place)
+                yield mixing.name, mixing.apply(plain.clone(), none, draws)[0]
+            images = self.images(batch)
+            for mixing, place in self._mixings:
+                draws = self._draws(batch, mixing.name, place)
+                images, _ = mixing.apply(images, none, draws)
+            yield "training", images
 
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """Centre crops, normalised: nothing random."""

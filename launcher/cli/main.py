@@ -27,7 +27,14 @@ from bigbatch.launcher.cli import (
 
 SECTIONS = {
     "Data": (data.shard, data.index, data.inspect, data.batches),
-    "Recipes": (recipes.recipes, recipes.models, recipes.check, recipes.schedule, recipes.schema),
+    "Recipes": (
+        recipes.recipes,
+        recipes.models,
+        recipes.check,
+        recipes.schedule,
+        recipes.augment,
+        recipes.schema,
+    ),
     "Training": (
         training.train,
         training.resume,

@@ -1,6 +1,7 @@
 """Commands about recipes: nothing is started."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,37 @@ def schedule(
         click.echo(f"step {step:>8,}  {value:.6g}")
     if plot is not None:
         click.echo(plot)
+
+
+@click.command(short_help="Draw what a recipe's augmentation makes of images.")
+@options.recipe
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Picture to write: .png"
+)
+@click.option("--images", type=click.IntRange(1, 64), default=8, show_default=True, help="A row.")
+@click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="Of training.")
+@options.as_json
+def augment(
+    recipe: str, overrides: tuple[str, ...], out: Path, images: int, step: int, as_json: bool
+) -> None:
+    """Draw the first images of a step of RECIPE as the model will see them.
+
+    A row for what evaluation sees, one for each operation alone, by the draws that it has in
+    training, and one for all of them together.
+
+    \b
+    bigbatch augment cifar10-resnet18 --out grid.png
+    bigbatch augment mine.yaml "augment.ops=[randaugment, erasing]" --out grid.png --step 100
+    """
+    from bigbatch.configs.load import load_recipe
+    from bigbatch.launcher.launchers import python
+
+    load_recipe(recipe, overrides)  # before torch takes its seconds
+    command = [*python("bigbatch.trainers.augmented"), "--out", str(out)]
+    command += ["--images", str(images), "--step", str(step), *(["--json"] if as_json else [])]
+    command += ["--", recipe, *overrides]
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 @click.command(short_help="Write the JSON schema of recipes, for editors.")
