@@ -17,7 +17,7 @@ def blur(images: Tensor, sigmas: Tensor, largest: float) -> Tensor:
     weights = weights / (2 * weights.sum(1, keepdim=True) - 1)
     # A few sums of shifted images: a CPU takes several times as long for such a convolution.
     for dim in (2, 3):
-        padding = (0, 0, reach, reach) if dim == 2 else (reach, reach)
+        padding = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
         padded = F.pad(images, padding, "reflect")
         size = images.shape[dim]
         images = padded.narrow(dim, reach, size) * per_image(weights[:, 0])
