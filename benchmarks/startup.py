@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--against REV] [--case NAME ...] [--rounds N]
                                  [--quick] [--json FILE]
 
-imports: each entry in a fresh interpreter, beside bare `import torch`, and short commands whole.
+imports: each entry in a fresh interpreter, beside bare `import torch`. commands: short ones, whole.
 train: `bigbatch train digits --nproc 2`, to the first finished step, to the table of results, to
 the end, and the memory of its ranks at the first step. restart: from SIGKILL of a rank to the next
 finished step. tune, find-lr, prove: whole commands.
@@ -44,10 +44,9 @@ COMMANDS = {
     "python -c pass": ("-c", "pass"),
     "bigbatch --help": ("-m", "bigbatch.launcher.cli", "--help"),
     "bigbatch recipes": ("-m", "bigbatch.launcher.cli", "recipes"),
-    # Usage errors: all imports at the top of the module, and the way out.
-    "a worker that is refused": ("-m", "bigbatch.trainers.worker"),
-    "an agent that is refused": ("-m", "bigbatch.trainers.agent"),
+    "a worker that is refused": ("-m", "bigbatch.trainers.worker", "no-such-run"),
 }
+ALL = ("imports", "commands", *CASES)
 _MEASURE = """
 import importlib, json, sys, time
 names, denied = json.loads(sys.argv[1])
@@ -134,12 +133,11 @@ def said(name: str, figures: dict[str, Any]) -> None:
 
 
 def imports(trees: dict[str, Path], rounds: int) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Each entry and command, and what is denied to an entry and came with it here."""
-    runs: dict[str, Runs] = {name: {"old": [], "new": []} for name in (*ENTRIES, *COMMANDS)}
+    """Figures of each entry, and what is denied to one and came with it here."""
+    runs: dict[str, Runs] = {name: {"old": [], "new": []} for name in ENTRIES}
     back: dict[str, list[str]] = {}
-    for tree in trees.values():  # into the page cache
-        for modules in ENTRIES.values():
-            imported(tree, modules)
+    for tree in trees.values():  # into the page cache, and compiled
+        imported(tree, ENTRIES["rank, whole"])
     for which, tree, _ in turns(trees, rounds):
         for name, modules in ENTRIES.items():
             found = imported(tree, modules)
@@ -149,22 +147,25 @@ def imports(trees: dict[str, Path], rounds: int) -> tuple[dict[str, Any], dict[s
             base = runs["torch"][which][-1] if name != "torch" else found
             found["times_torch_cpu"] = found["cpu_s"] / base["cpu_s"]
             runs[name][which].append(found)
+    return {name: summary(each) for name, each in runs.items()}, back
+
+
+def commands(trees: dict[str, Path], rounds: int) -> dict[str, Any]:
+    runs: dict[str, Runs] = {name: {"old": [], "new": []} for name in COMMANDS}
+    for which, tree, _ in turns(trees, rounds):
         for name, arguments in COMMANDS.items():
             runs[name][which].append(whole(tree, arguments))
-    figures = {name: summary(each) for name, each in runs.items()}
-    for name, each in figures.items():
-        said(name, each)
-    return figures, back
+    return {name: summary(each) for name, each in runs.items()}
 
 
 def main() -> int:
     parser = benchmark_parser(__doc__, quick="the imports alone, once")
     parser.add_argument("--against", default=BEFORE, metavar="REV", help="commit to compare with")
-    parser.add_argument("--case", action="append", choices=("imports", *CASES), help="default: all")
+    parser.add_argument("--case", action="append", choices=ALL, help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
-    cases = ["imports"] if options.quick else options.case or ["imports", *CASES]
+    cases = ["imports"] if options.quick else options.case or ALL
     figures: dict[str, Any] = {}
     back: dict[str, list[str]] = {}
     where = machine(
@@ -173,20 +174,22 @@ def main() -> int:
     with checkout(options.against) as old, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         trees = {"old": old, "new": ROOT}
-        if cases != ["imports"]:
-            write_shards(ROOT, folder)
         for case in cases:
             if case == "imports":
-                figures[case], back = imports(trees, rounds)
-                continue
-            runs: Runs = {"old": [], "new": []}
-            for which, tree, name in turns(trees, rounds):
-                runs[which].append(CASES[case](tree, folder, f"{case}-{name}"))
-            figures[case] = summary(runs)
-            said(case, figures[case])
+                found, back = imports(trees, rounds)
+                figures |= found
+            elif case == "commands":
+                figures |= commands(trees, rounds)
+            else:
+                write_shards(ROOT, folder)
+                runs: Runs = {"old": [], "new": []}
+                for which, tree, name in turns(trees, rounds):
+                    runs[which].append(CASES[case](tree, folder, f"{case}-{name}"))
+                figures[case] = summary(runs)
             # What is measured stands in the file, also where a later case fails.
             write_figures(options.json, machine=where, figures=figures)
-    write_figures(options.json, machine=where, figures=figures)
+    for name, each in figures.items():
+        said(name, each)
     for entry, names in back.items():
         for name in names:
             print(f"{entry} imports {name}: {DENIED[ENTRIES[entry][-1]][name]}", file=sys.stderr)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def write_shards(tree: Path, folder: Path) -> None:
+    if (folder / SHARDS).exists():
+        return
     subprocess.run(
         command("shard", "digits", SHARDS),
         cwd=folder,
@@ -69,10 +71,11 @@ def started(tree: Path, folder: Path, *arguments: str) -> Iterator[subprocess.Po
         process.wait()
 
 
-def train(tree: Path, folder: Path, name: str) -> dict[str, float]:
+def train(tree: Path, folder: Path, name: str, *changes: str) -> dict[str, float]:
     """The main job: seconds to each of its marks, and what its ranks hold at the first step."""
     begun, found, lines = time.perf_counter(), dict[str, float](), list[str]()
-    with started(tree, folder, "train", "digits", "--nproc", "2", "--run-name", name) as process:
+    arguments = ("train", "digits", "--nproc", "2", "--run-name", name, *changes)
+    with started(tree, folder, *arguments) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
@@ -88,31 +91,23 @@ def train(tree: Path, folder: Path, name: str) -> dict[str, float]:
 
 
 def ranks(pid: int) -> list[psutil.Process]:
-    """The ranks below a process: not what copies their output, which was forked from them."""
-    found = {}
+    """The processes of ranks below a process, with those that copy their output, forks of them."""
+    found = []
     for process in psutil.Process(pid).children(recursive=True):
-        try:
+        with suppress(psutil.Error):
             if WORKER in process.cmdline():
-                found[process.pid] = process
-        except psutil.Error:
-            continue
-    return [process for process in found.values() if process.ppid() not in found]
+                found.append(process)
+    return found
 
 
 def memory(pid: int) -> dict[str, float]:
-    """MiB of a rank, the mean over ranks, and of everything below a process together."""
-    own = [process.memory_full_info() for process in ranks(pid)]
-    everything = 0
+    """MiB by share (PSS), of the ranks together and of all below a process: shared pages count."""
+    own = sum(process.memory_full_info().pss for process in ranks(pid))
+    everything = psutil.Process(pid).memory_full_info().pss
     for process in psutil.Process(pid).children(recursive=True):
-        try:
+        with suppress(psutil.Error):
             everything += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return {
-        "rank_private_mib": sum(info.uss for info in own) / len(own) / 2**20,
-        "rank_pss_mib": sum(info.pss for info in own) / len(own) / 2**20,
-        "all_pss_mib": everything / 2**20,
-    }
+    return {"ranks_pss_mib": own / 2**20, "all_pss_mib": everything / 2**20}
 
 
 def restart(tree: Path, folder: Path, name: str) -> dict[str, float]:
@@ -122,7 +117,9 @@ def restart(tree: Path, folder: Path, name: str) -> dict[str, float]:
     arguments = ("train", "digits", "--nproc", "2", "--run-name", name, *changes)
     with started(tree, folder, *arguments) as process:
         wait(lambda: bool(kinds(run / "events.jsonl", "checkpoint")), process)
-        ranks(process.pid)[-1].kill()
+        own = {rank.pid: rank for rank in ranks(process.pid)}
+        # Not what copies a rank's output, which is a fork of it.
+        [rank for rank in own.values() if rank.ppid() not in own][-1].kill()
         begun = time.perf_counter()
         wait(lambda: len(kinds(run / "events.jsonl", "start")) == 2, process)
         step = kinds(run / "events.jsonl", "start")[1]["step"]
