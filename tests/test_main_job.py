@@ -110,11 +110,29 @@ def test_a_finished_run_is_never_overwritten(place):
     assert (place / "runs/digits/metrics.jsonl").read_bytes() == before
 
 
-# The quick one: two world sizes, and one killed and resumed. The slow one: all that prove tries.
+# Parts of a model that look at more than one image, or draw, or compute twice; all at once.
+PARTS = (
+    "model.norm={name: batch_renorm, ramp_steps: 3}",
+    "model.weight_standardization=true",
+    "model.head={name: cosine, feature_norm: batch}",
+    "model.attention={name: cbam, stages: [2, 4]}",
+    "model.pool={name: stochastic}",
+    "model.activation=SiLU",
+    "model.recompute=true",
+    "model.init={weights: {name: he}, zero_gamma: true}",
+)
+
+
+# The quick one: two world sizes, and one killed and resumed. The slow ones: all that prove tries,
+# and a model of many parts.
 @pytest.mark.parametrize(
     "options",
-    [("--ranks", "1,2", "--steps", "5"), pytest.param((), marks=pytest.mark.slow)],
-    ids=["two sizes", "all"],
+    [
+        ("--ranks", "1,2", "--steps", "5"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--ranks", "1,2", "--steps", "4", *PARTS), marks=pytest.mark.slow),
+    ],
+    ids=["two sizes", "all", "a model of many parts"],
 )
 def test_prove_digits(place, options):
     said = bigbatch("prove", "digits", *options, "--json", cwd=place)

@@ -212,6 +212,13 @@ def _is_global(module: nn.Module) -> bool:
 
 def recompute(model: nn.Module, name: str) -> None:
     """Compute activations again in the backward pass rather than keep them (arXiv:1604.06174)."""
+    if any(isinstance(module, nn.RReLU) for module in model.modules()):
+        # torch's checkpoint stops before RReLU has written the slopes that it keeps for the
+        # backward pass, which then reads whatever was in memory.
+        raise UserError(
+            "model.recompute gives RReLU wrong gradients in torch; leave it out, or take another "
+            "model.activation"
+        )
     turn_on = getattr(model, "set_grad_checkpointing", None)
     if not callable(turn_on):
         raise UserError(
