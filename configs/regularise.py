@@ -58,11 +58,12 @@ class Regularise(StrictModel):
 def refusals(recipe: Any) -> Iterator[str]:
     """What a recipe's regularisation cannot stand beside."""
     own, optimizer, backend = recipe.regularise, recipe.optimizer, recipe.backend
-    decay = getattr(optimizer, "weight_decay", 0.0)
+    by_layer = getattr(optimizer, "weight_decay_of", {}).values()
+    decay = max(getattr(optimizer, "weight_decay", 0.0), *by_layer, 0.0)
     if own.l2 and decay:
         yield (
-            f"regularise.l2 = {own.l2:g} and optimizer.weight_decay = {decay:g} shrink the same "
-            "weights; set one of them to 0"
+            f"regularise.l2 = {own.l2:g} and a decay of {decay:g} (optimizer.weight_decay, "
+            "weight_decay_of) shrink the same weights; set one of them to 0"
         )
     if (own.l1 or own.l2) and backend == "fsdp2":
         yield (

@@ -93,6 +93,10 @@ def test_units_are_scaled_down_to_the_limit_after_each_step() -> None:
     ("overrides", "says"),
     [
         (["regularise.l2=0.1", "optimizer.weight_decay=0.1"], "set one of them to 0"),
+        (
+            ["regularise.l2=1", "optimizer={weight_decay: 0, weight_decay_of: {fc: 0.1}}"],
+            "a decay of 0.1",
+        ),
         (["regularise.l1=0.1", "backend=fsdp2"], "holds in rows"),
         (["regularise.max_norm=3", "backend=zero1"], "max_norm needs whole neurons"),
         (["regularise.max_norm=3", "optimizer={name: lbfgs, lr: 1}", "clip=null"], "lbfgs compar"),
