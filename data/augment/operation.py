@@ -71,23 +71,33 @@ def on_rows(
     A device does all of them at once. A CPU does a few after another: they stay in its cache
     from the first pass over them to the last, and a batch does not.
     """
-    given = [_to(v, images.device) for v in values]
+    given = [to_device(v, images.device) for v in values]
     few = few_of(images)
     for start in range(0, len(rows), few):
         some = rows[start : start + few]
         taken = [v[start : start + few] for v in given]
-        if some[-1] - some[0] == len(some) - 1:  # they lie side by side
-            place = images[some[0] : some[-1] + 1]
-            changed = change(place, *taken)
-            if changed.data_ptr() != place.data_ptr() or changed.stride() != place.stride():
-                place.copy_(changed)
-        else:
-            places = _to(some, images.device)
-            images[places] = change(images[places], *taken)
+        change_in_place(images, some, change, *taken)
     return images
 
 
-def _to(values: npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
+def change_in_place(
+    images: Tensor,
+    rows: npt.NDArray[np.int64],
+    change: Callable[..., Tensor],
+    *values: Tensor,
+) -> None:
+    """`change` on the images at some rows, all at once."""
+    if rows[-1] - rows[0] == len(rows) - 1:  # they lie side by side
+        place = images[rows[0] : rows[-1] + 1]
+        changed = change(place, *values)
+        if changed.data_ptr() != place.data_ptr() or changed.stride() != place.stride():
+            place.copy_(changed)
+    else:
+        places = to_device(rows, images.device)
+        images[places] = change(images[places], *values)
+
+
+def to_device(values: npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
     if isinstance(values, Tensor):
         return values
     tensor = torch.from_numpy(np.ascontiguousarray(values))

@@ -6,6 +6,7 @@ resamples what the step before it left, as in torchvision and timm.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,13 @@ from bigbatch.data import maps
 from bigbatch.data.augment import magnitudes, tone
 from bigbatch.data.augment.autoaugment import POLICIES
 from bigbatch.data.augment.filters import sharpness
-from bigbatch.data.augment.operation import Draws, few_of, on_rows, per_image
+from bigbatch.data.augment.operation import (
+    Draws,
+    change_in_place,
+    few_of,
+    per_image,
+    to_device,
+)
 from bigbatch.data.augment.warp import shift_images, warp_images
 from bigbatch.data.geometry import to_theta
 
@@ -123,33 +130,48 @@ def augmix(
 
 def apply_steps(images: Tensor, steps: Steps, fill: Tensor) -> Tensor:
     """The steps, one after another; in each, the images of one operation together."""
+    values = to_device(steps.values, images.device)
+    maps = to_device(_maps(steps, images.shape[-1]), images.device)
     few = few_of(images)
     for start in range(0, len(images), few):
         here = slice(start, start + few)
-        for picks, values in zip(steps.picks[:, here], steps.values[:, here], strict=True):
-            for number in np.unique(picks[picks >= 0]):
-                rows = np.flatnonzero(picks == number)
-                _apply(images[here], steps.names[number], rows, values[rows], fill)
+        for step, picks in enumerate(steps.picks[:, here]):
+            for number in {*picks.tolist()} - {-1}:
+                rows = np.flatnonzero(picks == number) if few > 1 else _ONLY
+                at = rows if few > 1 else slice(0, 1)
+                given = values[step, here][at], maps[step, here][at]
+                change = partial(_change, steps.names[number], fill)
+                change_in_place(images[here], rows, change, *given)
     return images
 
 
-def _apply(images: Tensor, name: str, rows: Ints, values: Floats, fill: Tensor) -> None:
-    match name:
-        case "identity":
-            return
-        case "translate_x" | "translate_y" if images.device.type == "cpu":
-            dim = 3 if name == "translate_x" else 2
-            for row, pixels in zip(rows.tolist(), values.tolist(), strict=True):
-                image = images[row : row + 1]
-                image.copy_(shift_images(image, pixels, dim, fill))
-        case "shear_x" | "shear_y" | "translate_x" | "translate_y" | "rotate":
-            side = images.shape[-1]
-            theta = to_theta(policy_map(name, values, side), side, (side, side))
-            on_rows(images, rows, lambda some, maps: warp_images(some, maps, fill), theta)
-        case "autocontrast" | "equalize" | "invert":
-            on_rows(images, rows, _PLAIN[name])
-        case _:
-            on_rows(images, rows, _VALUED[name], values)
+_ONLY = np.zeros(1, np.int64)
+
+
+def _maps(steps: Steps, side: int) -> npt.NDArray[np.float32]:
+    """Of geometric operations, as `warp_images` takes them: [steps, B, 2, 3]."""
+    maps = np.zeros((*steps.picks.shape, 2, 3), np.float32)
+    for number, name in enumerate(steps.names):
+        at = steps.picks == number
+        if name in _GEOMETRIC and at.any():
+            maps[at] = to_theta(policy_map(name, steps.values[at], side), side, (side, side))
+    return maps
+
+
+_GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def _change(name: str, fill: Tensor, images: Tensor, values: Tensor, maps: Tensor) -> Tensor:
+    """One operation on images [n, C, S, S], overwritten, by values [n] or maps [n, 2, 3]."""
+    if name == "identity":
+        return images
+    if name in _PLAIN:
+        return _PLAIN[name](images)
+    if name in _VALUED:
+        return _VALUED[name](images, values)
+    if name.startswith("translate") and len(images) == 1 and images.device.type == "cpu":
+        return shift_images(images, values.item(), 3 if name == "translate_x" else 2, fill)
+    return warp_images(images, maps, fill)
 
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {

@@ -49,12 +49,13 @@ def warp(
 
 
 def warp_images(images: Tensor, theta: Tensor, fill: Tensor) -> Tensor:
-    """Images [B, C, S, S] resampled by affine maps of their own square: theta [B, 2, 3].
+    """Images [B, C, S, S], overwritten, resampled by maps of their own square: theta [B, 2, 3].
 
     Beyond them is `fill` [C, 1, 1], into which their edges run over one pixel, as torchvision's.
     """
     grid = sampling_grid(theta, images.shape[-1])
-    return F.grid_sample(images - fill, grid, mode="bilinear", align_corners=False).add_(fill)
+    found = F.grid_sample(images.sub_(fill), grid, mode="bilinear", align_corners=False)
+    return torch.add(found, fill, out=images)
 
 
 def shift_images(images: Tensor, pixels: float, dim: int, fill: Tensor) -> Tensor:

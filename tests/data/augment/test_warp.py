@@ -79,7 +79,7 @@ def test_a_policys_warp_is_torchvisions():
     angles = np.array([10.0, -25, 90, 3])
     theta = torch.from_numpy(to_theta(maps.rotation(angles, SIDE), SIDE, (SIDE, SIDE)))
     fill = torch.tensor([0.2, 0.5, 0.7])
-    found = warp_images(images, theta, fill[:, None, None])
+    found = warp_images(images.clone(), theta, fill[:, None, None])
     for image, angle, ours in zip(images, angles, found, strict=True):
         theirs = tv.rotate(image, float(angle), tv.InterpolationMode.BILINEAR, fill=fill.tolist())
         # Its rim is mixed with the fill twice over, by the squares of the shares.
@@ -97,7 +97,7 @@ def test_shifting_without_a_grid_is_the_same(pixels, dim):
     images, fill = torch.rand(2, 3, SIDE, SIDE), torch.tensor([0.2, 0.5, 0.7])[:, None, None]
     matrix = maps.translation(*((pixels, 0) if dim == 3 else (0, pixels)))
     theta = torch.from_numpy(to_theta(matrix, SIDE, (SIDE, SIDE))).expand(2, -1, -1)
-    expected = warp_images(images, theta, fill)
+    expected = warp_images(images.clone(), theta, fill)
     found = shift_images(images, pixels, dim, fill)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
@@ -126,7 +126,7 @@ def test_of_a_large_image_all_that_is_seen_is_stored(border):
         first = np.array([frame["left"], frame["top"]])
         last = [frame["left"] + frame["width"], frame["top"] + frame["height"]]
         assert (seen >= first - 1e-6).all()
-        assert (seen <= last + 1e-6).all()
+        assert (seen <= np.array(last) + 1e-6).all()
 
 
 def test_a_worker_gets_the_maps_of_a_view():
