@@ -52,7 +52,7 @@ def invert(images: Tensor) -> Tensor:
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
     """Inverted where 255 times the pixel is at or above thresholds [B]."""
     bright = images.clone().ge_(per_image((thresholds.ceil() - 0.5) / 255))
-    return images.addcmul_(bright, 1 - 2 * images)
+    return images.addcmul_(bright, torch.rsub(images, 1, alpha=2))
 
 
 def solarize_add(images: Tensor, added: Tensor) -> Tensor:
@@ -80,15 +80,13 @@ def equalize(images: Tensor) -> Tensor:
     planes, pixels = images.shape[0] * images.shape[1], images.shape[2] * images.shape[3]
     steps = images.mul_(255).round_().view(planes, pixels).to(torch.int32)
     counts = _histograms(steps)  # [P, 256]
-    every = torch.arange(256, device=images.device)
-    highest = (counts > 0).long().mul_(every).amax(1, keepdim=True)
-    step = (pixels - counts.gather(1, highest)) // 255  # [P, 1]
     before = counts.cumsum(1) - counts
+    step = (before * (counts > 0)).amax(1, keepdim=True) // 255  # all pixels but the last shade's
     table = ((before + step // 2) // step.clamp_min(1)).clamp_(max=255)
-    shades = torch.where(step == 0, every, table).float().div_(255).view(-1)
-    places = steps.add_(
-        256 * torch.arange(planes, dtype=torch.int32, device=images.device)[:, None]
-    )
+    table = torch.where(step == 0, torch.arange(256, device=images.device), table)
+    shades = table.float().div_(255).view(-1)
+    offsets = torch.arange(planes, dtype=torch.int32, device=images.device).mul_(256)
+    places = steps.add_(offsets[:, None])
     return shades.index_select(0, places.view(-1)).view(images.shape)
 
 
