@@ -89,12 +89,16 @@ def change_in_place(
     """`change` on the images at some rows, all at once."""
     if rows[-1] - rows[0] == len(rows) - 1:  # they lie side by side
         place = images[rows[0] : rows[-1] + 1]
-        changed = change(place, *values)
-        if changed.data_ptr() != place.data_ptr() or changed.stride() != place.stride():
-            place.copy_(changed)
+        keep(place, change(place, *values))
     else:
         places = to_device(rows, images.device)
         images[places] = change(images[places], *values)
+
+
+def keep(place: Tensor, changed: Tensor) -> None:
+    """What is `changed`, in its `place`, where it may be already."""
+    if changed.data_ptr() != place.data_ptr() or changed.stride() != place.stride():
+        place.copy_(changed)
 
 
 def to_device(values: npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from bigbatch.data import geometry
 from bigbatch.data.augment import colour, mix, ops
 from bigbatch.data.augment.crop import crop_resize, nearly_whole
 from bigbatch.data.augment.memory import Memory
-from bigbatch.data.augment.operation import Draws, Mixing, Operation
+from bigbatch.data.augment.operation import Draws, Mixing, Operation, few_of
 from bigbatch.data.augment.warp import finer_grids, warp
 from bigbatch.data.batch import MicroBatch
 
@@ -175,7 +175,8 @@ class Augmenter:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Overwrites `images`: on a CPU, fresh memory costs more than the arithmetic."""
-        images = images.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+        for some in images.split(few_of(images)):
+            some.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
         return images.contiguous(memory_format=self.memory_format)
 
     def _draws(self, batch: MicroBatch, name: str, occurrence: int) -> Draws:

@@ -23,6 +23,7 @@ from bigbatch.data.augment.operation import (
     Draws,
     change_in_place,
     few_of,
+    keep,
     per_image,
     to_device,
 )
@@ -133,19 +134,23 @@ def apply_steps(images: Tensor, steps: Steps, fill: Tensor) -> Tensor:
     values = to_device(steps.values, images.device)
     maps = to_device(_maps(steps, images.shape[-1]), images.device)
     few = few_of(images)
+    if few == 1:
+        for row, picks in enumerate(steps.picks.T.tolist()):
+            image, one = images[row : row + 1], slice(row, row + 1)
+            for step, number in enumerate(picks):
+                if number >= 0:
+                    given = values[step, one], maps[step, one]
+                    keep(image, _change(steps.names[number], fill, image, *given))
+        return images
     for start in range(0, len(images), few):
         here = slice(start, start + few)
         for step, picks in enumerate(steps.picks[:, here]):
-            for number in {*picks.tolist()} - {-1}:
-                rows = np.flatnonzero(picks == number) if few > 1 else _ONLY
-                at = rows if few > 1 else slice(0, 1)
-                given = values[step, here][at], maps[step, here][at]
+            for number in np.unique(picks[picks >= 0]).tolist():
+                rows = np.flatnonzero(picks == number)
+                given = values[step, here][rows], maps[step, here][rows]
                 change = partial(_change, steps.names[number], fill)
                 change_in_place(images[here], rows, change, *given)
     return images
-
-
-_ONLY = np.zeros(1, np.int64)
 
 
 def _maps(steps: Steps, side: int) -> npt.NDArray[np.float32]:

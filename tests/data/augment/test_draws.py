@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from bigbatch.configs.augment import Affine, Augment, Crop, Jitter
-from bigbatch.data.augment import colour
-from bigbatch.data.augment.operation import Operation
+from bigbatch.data.augment import colour, tone
+from bigbatch.data.augment.operation import Draws, Operation
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import View
@@ -205,3 +205,19 @@ def test_no_other_key_gives_the_same_images():
     for changes in ({"step": STEP + 1}, {"index": INDEX + 1}):
         other = augmenter(RECIPES["crop and flip"]).images(replace(batch, **changes))
         assert not torch.equal(images, other)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    """Threads share the sums of large images, and a sum's bits depend on how it is shared."""
+    images = torch.from_numpy(uniforms((3, 3, 224, 224), "large").astype(np.float32))
+    draws, factors = Draws(SEED, STEP, INDEX, "jitter"), torch.tensor([0.5, 1.5, 1.9])
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            jittered = colour.jitter(images.clone(), draws, JITTER)
+            alone = [tone.contrast(images[i : i + 1].clone(), factors[i : i + 1]) for i in range(3)]
+            found.append((jittered, torch.cat(alone)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
