@@ -1,5 +1,6 @@
 """What an operation is: a name, and a function of pixels and of draws that its name keys."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,7 +57,7 @@ def few_of(images: Tensor) -> int:
     """How many of a batch are changed together."""
     if images.device.type != "cpu":
         return len(images)
-    return max(1, _CACHED // images[0].numel())
+    return max(1, _CACHED // math.prod(images.shape[1:]))
 
 
 def on_rows(

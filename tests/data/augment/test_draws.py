@@ -213,9 +213,9 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     draws, factors = Draws(SEED, STEP, INDEX, "jitter"), torch.tensor([0.5, 1.5, 1.9])
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
-            jittered = colour.jitter(images.clone(), draws, JITTER)
+            jittered = colour.jitter(images.clone(), draws, Jitter(contrast=0.5))
             alone = [tone.contrast(images[i : i + 1].clone(), factors[i : i + 1]) for i in range(3)]
             found.append((jittered, torch.cat(alone)))
     finally:
