@@ -1,0 +1,1 @@
+"""Warm starts: processes forked from one that has imported what they need."""
