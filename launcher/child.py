@@ -5,15 +5,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.launcher.env import start_variables
 from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.warm.parent import OF_A_RANK, OF_AN_END, Parent, Process, start_parent
 
 OUTPUT = "output.txt"  # what the processes of the run said, in its directory
 _POLL_S = 0.1
@@ -23,22 +26,51 @@ class RunFailed(Exception):
     """A run that should have gone through ended otherwise; the message says what it said."""
 
 
-class Child:
-    """One start of a run, with `nproc` ranks on this machine.
+class Children:
+    """Starts runs of `nproc` ranks on this machine, warm: forked from one that has torch.
 
-    A Ctrl-C reaches the run as well: it saves, and ends by itself.
+    `threads` of each rank; None: as `bigbatch train` chooses them. `to_the_end`: the runs make
+    their reports. The environment is that of now.
     """
 
-    def __init__(
-        self, run: RunDir, nproc: int, stop_at: int | None = None, threads: int | None = None
-    ) -> None:
-        self.run = run
-        command = agent_command(run.path.absolute(), nproc, stop_at=stop_at)
-        env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    def __init__(self, nproc: int, threads: int | None = None, *, to_the_end: bool = False) -> None:
+        self._nproc = nproc
+        self._modules = (*OF_A_RANK, *(OF_AN_END if to_the_end else ()), "bigbatch.trainers.agent")
+        chosen = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        self._env = {**os.environ, **start_variables(nproc, 1, None, os.environ), **chosen}
+
+    @cached_property
+    def parent(self) -> Parent:
+        """The process that the runs are forked from; it starts with the first of them."""
+        return start_parent(self._modules, self._env)
+
+    def start(self, run: RunDir, stop_at: int | None = None, nproc: int | None = None) -> "Child":
+        """Start a run, or go on with it; with `nproc` ranks if that is given, as many threads."""
+        command = agent_command(run.path.absolute(), nproc or self._nproc, stop_at=stop_at)
         with (run.path / OUTPUT).open("ab") as output:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=output, stderr=subprocess.STDOUT
+            process = self.parent.popen(
+                command, env=self._env, stdout=output, stderr=subprocess.STDOUT
             )
+        return Child(run, process)
+
+    def close(self) -> None:
+        """Runs that have been started go on."""
+        if "parent" in self.__dict__:
+            self.parent.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Child:
+    """One start of a run. A Ctrl-C reaches the run as well: it saves, and ends by itself."""
+
+    def __init__(self, run: RunDir, process: Process) -> None:
+        self.run = run
+        self.process = process
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""

@@ -12,7 +12,7 @@ from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import Child, steps_done, tail
+from bigbatch.launcher.child import Child, Children, steps_done, tail
 from bigbatch.trainers.recovery.signals import SAVED, catch
 
 _POLL_S = 0.2
@@ -71,12 +71,13 @@ def train_members(
     stopped, said = False, time.monotonic()
     asked: list[int] = []  # Ctrl-C reaches the runs by itself, a signal to this process does not
     before = catch(lambda number, frame: asked.append(number), signal.SIGTERM, signal.SIGHUP)
+    children = Children(nproc, threads, to_the_end=True)
     try:
         while going or (waiting and not stopped):
             while waiting and len(going) < at_once and not stopped:
                 run = waiting.pop(0)
                 say(f"{run.path} starts")
-                going.append(Child(run, nproc, threads=threads))
+                going.append(children.start(run))
             time.sleep(_POLL_S)
             if asked:
                 asked.clear()
@@ -100,6 +101,7 @@ def train_members(
     finally:
         for child in going:
             child.wait()
+        children.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:

@@ -20,7 +20,7 @@ from bigbatch.configs.files import read_jsonl, to_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import OUTPUT, Child, RunFailed, steps_done, tail
+from bigbatch.launcher.child import OUTPUT, Children, RunFailed, steps_done, tail
 from bigbatch.trainers.planning.plan import check_world
 
 # float32 sums in another order differ by some of its 6e-8 spacing a step; ten steps of a
@@ -75,23 +75,24 @@ def prove(
     recipe = proof_recipe(recipe)
 
     finished: dict[int, RunDir] = {}
-    for count in ranks:
-        say(f"{steps} steps with {_ranks(count)}")
-        finished[count] = create_run(folder / f"ranks-{count}", recipe)
-        run_to_end(finished[count], count, steps)
+    # One thread per rank: the order of the sums inside a rank is then the same on any machine.
+    with Children(1, threads=1) as children:
+        for count in ranks:
+            say(f"{steps} steps with {_ranks(count)}")
+            finished[count] = create_run(folder / f"ranks-{count}", recipe)
+            run_to_end(finished[count], count, steps, children)
+        count = next((c for c in ranks if c > 1), ranks[0])
+        aim = random.Random(seed).randint(1, steps - 1)
+        say(f"{steps} steps with {_ranks(count)}, killed by SIGKILL after step {aim} and resumed")
+        run = create_run(folder / "killed", recipe)
+        killed_at = run_and_kill(run, count, steps, aim, children)
+        resumed_from = _newest(run)
+        run_to_end(run, count, steps, children)
     reference = finished[ranks[0]]
     results = [
         compare(finished[count], reference, ranks=count, with_=_ranks(ranks[0]), limit=TOLERANCE)
         for count in ranks[1:]
     ]
-
-    count = next((c for c in ranks if c > 1), ranks[0])
-    aim = random.Random(seed).randint(1, steps - 1)
-    say(f"{steps} steps with {_ranks(count)}, killed by SIGKILL after step {aim} and resumed")
-    run = create_run(folder / "killed", recipe)
-    killed_at = run_and_kill(run, count, steps, aim)
-    resumed_from = _newest(run)
-    run_to_end(run, count, steps)
     undisturbed = f"{_ranks(count)}, undisturbed"
     results.append(
         compare(
@@ -115,21 +116,23 @@ def proof_recipe(recipe: Recipe) -> Recipe:
     return parse_recipe(tree, "of the proof")
 
 
-def run_to_end(run: RunDir, ranks: int, steps: int) -> None:
+def run_to_end(run: RunDir, ranks: int, steps: int, children: Children) -> None:
     """Train up to `steps`; raise RunFailed with the end of what was said where it fails."""
-    status = _start(run, ranks, steps).wait()
+    status = children.start(run, steps, ranks).wait()
     if status != 0:
         raise RunFailed(
             f"training with {_ranks(ranks)} ended with status {status}:\n{tail(run, 20)}"
         )
 
 
-def run_and_kill(run: RunDir, ranks: int, steps: int, aim: int, limit_s: float = 3600) -> int:
+def run_and_kill(
+    run: RunDir, ranks: int, steps: int, aim: int, children: Children, limit_s: float = 3600
+) -> int:
     """Start training, and SIGKILL all its processes once `aim` steps are finished.
 
     Returns the number of steps that were finished at that moment.
     """
-    child = _start(run, ranks, steps)
+    child = children.start(run, steps, ranks)
     deadline = time.monotonic() + limit_s
     while steps_done(run) < aim and child.poll() is None:
         if time.monotonic() > deadline:
@@ -139,11 +142,6 @@ def run_and_kill(run: RunDir, ranks: int, steps: int, aim: int, limit_s: float =
     at = steps_done(run)
     child.kill()
     return at
-
-
-def _start(run: RunDir, ranks: int, steps: int) -> Child:
-    # One thread per rank: the order of the sums inside a rank is then the same on any machine.
-    return Child(run, ranks, stop_at=steps, threads=1)
 
 
 def compare(

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.launcher.env import Peers, default_nproc, start_variables
 from bigbatch.launcher.launchers import python
 from bigbatch.trainers.recovery.signals import catch
+from bigbatch.trainers.warm.parent import start_parent
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.05
@@ -42,7 +42,7 @@ def run_ranks(
         for name in _OF_A_RANK:  # left over from another launch
             os.environ.pop(name, None)
         _become(command, variables)
-    sys.exit(_run(command, count, variables))
+    sys.exit(_run(command, [f"{module}.__main__"], count, variables))
 
 
 def _become(command: list[str], variables: Mapping[str, str]) -> NoReturn:
@@ -51,11 +51,18 @@ def _become(command: list[str], variables: Mapping[str, str]) -> NoReturn:
     os.execvpe(command[0], command, {**os.environ, **variables})
 
 
-def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
-    """Start the ranks, wait for them, and end the others where one fails."""
+def _run(
+    command: list[str], modules: Sequence[str], count: int, variables: Mapping[str, str]
+) -> int:
+    """Start the ranks, wait for them, and end the others where one fails.
+
+    They are forked from one process that imports `modules`: once, and not in each of them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    env = {**os.environ, **variables}
+    parent = start_parent(modules, env)
     ranks = []
     for rank in range(count):
         own = {
@@ -66,7 +73,8 @@ def _run(command: list[str], count: int, variables: Mapping[str, str]) -> int:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        ranks.append(subprocess.Popen(command, env={**os.environ, **variables, **own}))
+        ranks.append(parent.popen(command, env={**env, **own}))
+    parent.close()
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in ranks:

@@ -4,9 +4,10 @@
         RUN_DIR
 
 Starts `bigbatch.trainers.worker` once per rank, passes signals on to the ranks and waits for
-them. Ranks that crash, hang or lose a machine are all started again, from the newest
-checkpoint: on as many machines as are left, if those are enough. Exits with the status of the
-rank that ended first with one other than 0.
+them. Ranks are forks of a process that has imported what they need (`trainers/warm/`). Ranks
+that crash, hang or lose a machine are all started again, from the newest checkpoint: on as many
+machines as are left, if those are enough. Exits with the status of the rank that ended first with
+one other than 0.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import api as processes
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import (
     RendezvousError,
     RendezvousHandler,
@@ -35,6 +39,7 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.monitoring.output import leave
 from bigbatch.trainers.recovery.signals import SAVED, STALLED
 from bigbatch.trainers.recovery.stored import list_checkpoints
+from bigbatch.trainers.warm.parent import OF_A_RANK, WORKER, Parent, fork_parent
 
 # How long the machines that are there wait for more, where fewer than all are enough.
 _LAST_CALL_S = 15
@@ -54,9 +59,10 @@ FORWARD = {
 class Signals:
     """Passes signals on to the ranks, which save and exit; a second Ctrl-C kills them."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Parent) -> None:
         self.sent: set[int] = set()
         self.interrupts = 0
+        self._parent = parent  # a child as well, and no rank
         for number in FORWARD:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
                 signal.signal(number, self._forward)
@@ -67,7 +73,7 @@ class Signals:
         self.interrupts += number == signal.SIGINT
         forwarded = signal.SIGKILL if self.interrupts > 1 else FORWARD[signal.Signals(number)]
         self.sent.add(forwarded)
-        ranks = psutil.Process().children()
+        ranks = [p for p in psutil.Process().children() if p.pid != self._parent.pid]
         if not ranks:
             sys.exit(SAVED)  # still waiting for the other machines: there is nothing to save
         for process in ranks:
@@ -87,18 +93,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stop-at", type=int, help="end after this many steps, unfinished")
     options = parser.parse_args(arguments)
 
+    began = dict(os.environ)
     threads = max(1, len(os.sched_getaffinity(0)) // options.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # The agent reports each exit of a rank at length. The ranks have said why themselves.
-    logging.disable(logging.ERROR)
     # Which signals torch turns into a SignalException; the others are handled above.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     # Rank 0 opens a store for each start. The agent's own would outlive a restart, and with it
     # the addresses of dead ranks, which the new ones then try to reach for ten minutes.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     limit = [] if options.stop_at is None else ["--stop-at", str(options.stop_at)]
-    worker = ["-P", "-m", "bigbatch.trainers.worker", *limit, str(options.run)]
-    signals = Signals()
+    worker = ["-P", "-m", WORKER, *limit, str(options.run)]
+    # While this process is one thread, and not in what an end would clean up.
+    parent = fork_parent(OF_A_RANK, began)
+    fork_ranks_from(parent)
+    # The agent reports each exit of a rank at length. The ranks have said why themselves.
+    logging.disable(logging.ERROR)
+    signals = Signals(parent)
     fewest, most = options.nnodes
     agent: Agent | None = None
     rendezvous: RendezvousHandler | None = None
@@ -143,6 +153,18 @@ def main(arguments: list[str] | None = None) -> int:
         rank, failure = explained[0] if explained else first
         return explain(failure.exitcode, rank, signals.sent, options.run)
     return 0
+
+
+def fork_ranks_from(parent: Parent) -> None:
+    """Let torch's agent start its processes there; it has no parameter for who does."""
+
+    class Rank(SubprocessHandler):
+        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+            return parent.popen(
+                args, env=env, stdout=self._stdout, stderr=self._stderr, start_new_session=True
+            )
+
+    processes.get_subprocess_handler = Rank  # type: ignore[assignment]
 
 
 def meet(run: str, endpoint: str, fewest: int, most: int) -> RendezvousHandler:

@@ -12,7 +12,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import Child, RunFailed, bare_recipe, events, losses, tail
+from bigbatch.launcher.child import Children, RunFailed, bare_recipe, events, losses, tail
 from bigbatch.trainers.advice.lr_range import RangeTest, analyse, divergence
 from bigbatch.trainers.recovery.signals import SAVED
 
@@ -54,7 +54,6 @@ def find_lr(
     Raises RunFailed where the run fails for another reason than a loss that diverged.
     """
     run = create_run(folder / "sweep", sweep_recipe(recipe, low, high, steps))
-    child = Child(run, nproc, stop_at=steps)
     stopping = False
 
     def watch() -> None:
@@ -65,7 +64,9 @@ def find_lr(
             stopping = True
             child.stop()
 
-    status = child.wait(watch)
+    with Children(nproc) as children:
+        child = children.start(run, steps)
+        status = child.wait(watch)
     rates, found = losses(run)
     exploded = bool(events(run, "non_finite"))
     if status == SAVED and not stopping:

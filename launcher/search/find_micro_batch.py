@@ -6,6 +6,7 @@ out. On the host it would be the kernel, by killing something; so the processes 
 are measured while they run, and stopped at a limit.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.child import Child, RunFailed, bare_recipe, tail
+from bigbatch.launcher.child import Children, RunFailed, bare_recipe, tail
 from bigbatch.trainers.recovery.oom import OUT_OF_MEMORY
 
 _STEPS = 3  # the first makes gradients and optimizer state, the second holds both at its peak
@@ -65,15 +66,20 @@ def probe_recipe(recipe: Recipe, micro_batch: int, world: int) -> Recipe:
     return parse_recipe(tree, "of the probe")
 
 
-def probe(recipe: Recipe, micro_batch: int, world: int, folder: Path, limit: int) -> Probe:
-    """Run it; raises RunFailed where it fails for another reason than memory."""
+def probe(
+    recipe: Recipe, micro_batch: int, world: int, folder: Path, limit: int, children: Children
+) -> Probe:
+    """Run it; raises RunFailed where it fails for another reason than memory.
+
+    What it shares with the process that it is forked from counts: a run alone has it to itself.
+    """
     run = create_run(folder / f"micro-{micro_batch}", probe_recipe(recipe, micro_batch, world))
-    child = Child(run, world, stop_at=_STEPS)
+    child = children.start(run, _STEPS)
     peak = 0
 
     def watch() -> None:
         nonlocal peak
-        peak = max(peak, tree_memory(child.process.pid))
+        peak = max(peak, tree_memory(child.process.pid, children.parent.pid))
         if peak > limit:
             child.kill()
 
@@ -100,12 +106,13 @@ def find(
     """
     tried: list[Probe] = []
     left = sizes(recipe, world)
-    while left:
-        middle = len(left) // 2
-        found = probe(recipe, left[middle], world, folder, limit)
-        tried.append(found)
-        say(found)
-        left = left[middle + 1 :] if found.fits else left[:middle]
+    with Children(world) as children:
+        while left:
+            middle = len(left) // 2
+            found = probe(recipe, left[middle], world, folder, limit, children)
+            tried.append(found)
+            say(found)
+            left = left[middle + 1 :] if found.fits else left[:middle]
     if not any(p.fits for p in tried):
         raise UserError(
             f"not even micro_batch {tried[-1].micro_batch} fits into {limit / 1e9:.2f} GB of host "
@@ -114,14 +121,14 @@ def find(
     return tried
 
 
-def tree_memory(pid: int) -> int:
-    """Bytes of a process and its descendants, shared pages counted once (PSS)."""
-    try:
-        parent = psutil.Process(pid)
-        processes = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    return sum(_pss(p.pid) for p in processes)
+def tree_memory(*pids: int) -> int:
+    """Bytes of processes and their descendants, shared pages counted once (PSS)."""
+    found: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(pid)
+            found |= {pid, *(p.pid for p in top.children(recursive=True))}
+    return sum(_pss(pid) for pid in found)
 
 
 def _pss(pid: int) -> int:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
-from bigbatch.launcher.child import Child
+from bigbatch.launcher.child import Children
 from bigbatch.launcher.runs import registry
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.submit import SCRIPT, job_of, note_job
@@ -30,8 +30,8 @@ class Handle(Protocol):
 class Here:
     """A child process."""
 
-    def __init__(self, run: RunDir, nproc: int) -> None:
-        self._child = Child(run, nproc)
+    def __init__(self, run: RunDir, children: Children) -> None:
+        self._child = children.start(run)
 
     def running(self) -> bool:
         return self._child.poll() is None

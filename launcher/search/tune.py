@@ -6,6 +6,7 @@ the run directories hold all that there is to know, so a killed search goes on f
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -24,7 +25,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.space import Space, override
-from bigbatch.launcher.child import events, tail
+from bigbatch.launcher.child import Children, events, tail
 from bigbatch.launcher.runs.registry import describe
 from bigbatch.launcher.search import study
 from bigbatch.launcher.search.trial import Elsewhere, Handle, Here, is_submitted, submit
@@ -48,6 +49,13 @@ class Search:
     parallel: int
     nproc: int
     slurm: tuple[str, ...] | None  # options of `bigbatch submit`; None: here
+
+    @property
+    def threads(self) -> int | None:
+        """Of each rank here: its share of the cores; None where the environment says it."""
+        if "OMP_NUM_THREADS" in os.environ:
+            return None
+        return max(1, len(os.sched_getaffinity(0)) // (self.nproc * self.parallel))
 
 
 @dataclass
@@ -79,15 +87,17 @@ def run_search(
 
     before = {number: signal.signal(number, interrupt) for number in _INTERRUPTS}
     active: list[_Active] = []
+    children = Children(search.nproc, search.threads, to_the_end=True)
     try:
         for frozen in found.get_trials(states=[TrialState.RUNNING]):
             if not stopping:
-                _begin(search, found, study.again(found, search.space, frozen), active)
+                trial = study.again(found, search.space, frozen)
+                _begin(search, found, trial, active, children)
         while not stopping:
             while len(active) < search.parallel and _finished(found) + len(active) < search.trials:
                 if stopping or _exhausted(search, found):
                     break
-                _begin(search, found, study.ask(found, search.space), active)
+                _begin(search, found, study.ask(found, search.space), active, children)
             if not active:
                 break
             for one in list(active):
@@ -103,6 +113,7 @@ def run_search(
                 one.handle.stop()
             while any(one.handle.running() for one in active):
                 time.sleep(_POLL_S)
+        children.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopping:
@@ -131,7 +142,13 @@ def _exhausted(search: Search, found: optuna.Study) -> bool:
     )
 
 
-def _begin(search: Search, found: optuna.Study, trial: Trial, active: list[_Active]) -> None:
+def _begin(
+    search: Search,
+    found: optuna.Study,
+    trial: Trial,
+    active: list[_Active],
+    children: Children,
+) -> None:
     """Start the run of a trial, or find the one that was started before."""
     run = run_of(search, trial)
     new = not run.path.exists() if search.slurm is None else not is_submitted(run)
@@ -144,7 +161,7 @@ def _begin(search: Search, found: optuna.Study, trial: Trial, active: list[_Acti
         found.tell(trial, state=_bad(search))
         return
     if search.slurm is None:
-        handle = _begin_here(search, recipe, run)
+        handle = _begin_here(recipe, run, children)
     else:
         if new:
             submit(search.recipe, changes(search, trial), run, search.slurm)
@@ -162,13 +179,13 @@ def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> 
     return recipe
 
 
-def _begin_here(search: Search, recipe: Recipe, run: RunDir) -> Handle:
+def _begin_here(recipe: Recipe, run: RunDir, children: Children) -> Handle:
     if not run.recipe_file.exists():
         shutil.rmtree(run.path, ignore_errors=True)  # killed while it was made
         create_run(run.path, recipe)
     elif run.summary.exists() or describe(run).state == "running":
         return Elsewhere(run)
-    return Here(run, search.nproc)
+    return Here(run, children)
 
 
 def _look(search: Search, found: optuna.Study, one: _Active) -> None:

@@ -3,8 +3,9 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.helpers import warm
 
 
 def free_port() -> int:
@@ -22,12 +23,9 @@ def run_ranks(world: int, script: Path, *arguments: str | Path, timeout: float =
 def end_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> list[int]:
     """The same, with the status that each ends with."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    # The script is often the test itself, which imports this module.
-    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
-    shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     ranks = [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
+        warm.popen(
+            warm.script(script, *arguments),
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
         )

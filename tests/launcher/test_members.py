@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -46,12 +47,10 @@ class FakeChild:
     statuses: dict[str, int]
     most = 0
     alive = 0
-    threads: set[int | None]
 
-    def __init__(self, run: RunDir, nproc: int, threads: int | None = None) -> None:
+    def __init__(self, run: RunDir) -> None:
         self.run, self._polls = run, 0
         cls = type(self)
-        cls.threads = {threads}
         cls.alive += 1
         cls.most = max(cls.most, cls.alive)
 
@@ -70,6 +69,26 @@ class FakeChild:
         raise AssertionError("nobody asked for that")
 
 
+def start_instead(monkeypatch: pytest.MonkeyPatch, child: Any) -> list[int | None]:
+    """Start none but `child(run)`; returns the threads that are asked for."""
+    threads = []
+
+    class Starts:
+        def __init__(self, nproc: int, asked: int | None, *, to_the_end: bool) -> None:
+            assert to_the_end
+            threads.append(asked)
+
+        def start(self, run: RunDir) -> Any:
+            return child(run)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(members, "Children", Starts)
+    monkeypatch.setattr(members, "_POLL_S", 0.0)
+    return threads
+
+
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [([0, 0, 0, 0], 0), ([0, 1, 0, 0], 1), ([0, SAVED, 0, 0], SAVED)],
@@ -85,12 +104,11 @@ def test_statuses(
     runs = member_runs(tmp_path / "a", member_recipes(recipe, 4))
     fake = type("Fake", (FakeChild,), {"most": 0, "alive": 0})
     fake.statuses = {run.name: s for run, s in zip(runs, statuses, strict=True)}
-    monkeypatch.setattr(members, "Child", fake)
-    monkeypatch.setattr(members, "_POLL_S", 0.0)
+    threads = start_instead(monkeypatch, fake)
     said: list[str] = []
     assert train_members(runs, 1, 2, said.append) == expected
     assert fake.most == 2
-    assert fake.threads == ({None} if set_by_user else {max(1, len(os.sched_getaffinity(0)) // 2)})
+    assert threads == [None if set_by_user else max(1, len(os.sched_getaffinity(0)) // 2)]
     if expected == 0:
         assert said[-1].startswith(f"combine them: bigbatch ensemble {runs[0].path} ")
     if expected == 1:
@@ -109,7 +127,7 @@ def test_a_signal_to_this_process_alone_reaches_the_runs(
     class Endless:
         status: int | None = None
 
-        def __init__(self, run: RunDir, nproc: int, threads: int | None = None) -> None:
+        def __init__(self, run: RunDir) -> None:
             self.run = run
             started.append(run.name)
 
@@ -121,8 +139,7 @@ def test_a_signal_to_this_process_alone_reaches_the_runs(
         def stop(self) -> None:
             self.status = SAVED
 
-    monkeypatch.setattr(members, "Child", Endless)
-    monkeypatch.setattr(members, "_POLL_S", 0.0)
+    start_instead(monkeypatch, Endless)
     handler = signal.getsignal(number)
     signal.signal(number, lambda received, frame: pytest.fail("this process would have ended"))
     try:
@@ -136,20 +153,21 @@ def test_what_is_finished_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     runs = member_runs(tmp_path / "a", member_recipes(load_recipe("digits", []), 2))
     for run in runs:
         run.summary.write_text(to_json({}))
-    monkeypatch.setattr(members, "Child", None)
+    start_instead(monkeypatch, None)
     assert train_members(runs, 1, 1, lambda text: None) == 0
 
 
 @pytest.mark.slow
 def test_two_members_train_side_by_side_as_they_would_alone(digits: Path, tmp_path: Path) -> None:
     from bigbatch.configs.rundir import create_run
-    from bigbatch.launcher.child import Child
+    from bigbatch.launcher.child import Children
 
     short = ["duration=2 epochs", "schedule={name: cosine}", "log.wandb=off", "data.workers=0"]
     recipe = load_recipe("digits", [f"data.path={digits}", *short])
     assert run_members(recipe, tmp_path / "a", 2, 1, 2) == 0
     alone = create_run(tmp_path / "alone", member_recipes(recipe, 2)[1])
-    assert Child(alone, 1, threads=1).wait() == 0
+    with Children(1, threads=1) as children:
+        assert children.start(alone).wait() == 0
     one, two = (
         (run / "snapshots" / "cycle-01" / "model.safetensors").read_bytes()
         for run in (tmp_path / "a-1", alone.path)

@@ -53,14 +53,16 @@ finally:
 """
     monkeypatch.setattr(ranks, "_GRACE_S", 0.2)
     monkeypatch.setattr(ranks, "_POLL_S", 0.01)
-    command = [sys.executable, "-S", "-c", program, str(tmp_path)]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-P", str(tmp_path / "program.py"), str(tmp_path / "folder")]
     handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
     try:
-        assert ranks._run(command, 3, {}) == 128 + signal.SIGKILL
+        assert ranks._run(command, [], 3, {}) == 128 + signal.SIGKILL
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert (tmp_path / "removed").exists()
+    assert (tmp_path / "folder/removed").exists()
     assert capsys.readouterr().err.startswith(
         "bigbatch: rank 2 was killed (SIGKILL), as the kernel"
     )

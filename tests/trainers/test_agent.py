@@ -23,6 +23,8 @@ from bigbatch.launcher.runs.registry import describe
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.agent import FORWARD, Agent, explain
 from bigbatch.trainers.recovery.signals import CAUGHT, SAVED
+from bigbatch.trainers.warm.parent import SERVER, Process
+from tests.helpers import warm
 from tests.helpers.ranks import free_port
 
 
@@ -33,12 +35,11 @@ def run(digits: Path, tmp_path: Path) -> RunDir:
 
 
 @contextmanager
-def agent(run: RunDir, stop_at: int | None = None) -> Iterator[subprocess.Popen[str]]:
+def agent(run: RunDir, stop_at: int | None = None) -> Iterator[Process]:
     """The agent of two ranks, with what it and they say in output.txt; killed at the end."""
     with (run.path / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            agent_command(run.path, 2, stop_at=stop_at), stdout=output, stderr=output, text=True
-        )
+        command = agent_command(run.path, 2, stop_at=stop_at)
+        process = warm.popen(command, stdout=output, stderr=output)
     family = [psutil.Process(process.pid)]
     try:
         yield process
@@ -54,20 +55,24 @@ def said(run: RunDir) -> str:
     return (run.path / "output.txt").read_text()
 
 
-def _ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return []
+def _children(process: Process, module: str) -> list[psutil.Process]:
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            with suppress(psutil.Error):
+                if module in child.cmdline():
+                    found.append(child)
+    return found
 
 
-def rank_of_start(
-    run: RunDir, process: subprocess.Popen[str], rank: int, restart: int
-) -> psutil.Process:
+def _ranks(process: Process) -> list[psutil.Process]:
+    return _children(process, "bigbatch.trainers.worker")
+
+
+def rank_of_start(run: RunDir, process: Process, rank: int, restart: int) -> psutil.Process:
     """The process of a rank in the agent's start number `restart`, from 0, as soon as it is there.
 
-    By what its environment says: importing torch has `ldconfig` for a child, for a moment, and
-    another rank of the start before may still be dying.
+    By what its environment says: another rank of the start before may still be dying.
     """
     wanted = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restart)}
     while True:
@@ -87,7 +92,7 @@ def _catches(pid: int, number: int) -> bool:
     return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
 
 
-def wait_for_step(run: RunDir, process: subprocess.Popen[str], step: int = 2) -> None:
+def wait_for_step(run: RunDir, process: Process, step: int = 2) -> None:
     while not any(r["step"] >= step for r in read_jsonl(run.metrics)):
         assert process.poll() is None, said(run)
         time.sleep(0.05)
@@ -198,10 +203,28 @@ def test_a_second_run_in_one_directory_is_refused(run: RunDir) -> None:
 def test_no_rank_outlives_its_agent(run: RunDir) -> None:
     with agent(run) as process:
         wait_for_step(run, process)
-        ranks = _ranks(process)
+        ranks = [*_ranks(process), *_children(process, SERVER)]
         process.kill()
-        assert len(ranks) == 2
+        assert len(ranks) == 3
         assert not psutil.wait_procs(ranks, timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_ranks_start_again_without_the_process_that_they_were_forked_from(
+    digits: Path, tmp_path: Path
+) -> None:
+    changes = [f"data.path={digits}", "log.wandb=off", "checkpoint.every=3 steps"]
+    run = create_run(tmp_path / "a", load_recipe("digits", changes))
+    with agent(run, stop_at=9) as process:
+        wait_for_step(run, process, 4)
+        (parent,) = _children(process, SERVER)
+        parent.kill()
+        time.sleep(0.5)
+        assert len(_ranks(process)) == 2
+        rank_of_start(run, process, 1, 0).kill()
+        assert process.wait(200) == 0, said(run)
+    assert said(run).count("processes start from nothing") == 1, said(run)
+    assert [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"] == [*range(1, 10)]
 
 
 @pytest.mark.slow

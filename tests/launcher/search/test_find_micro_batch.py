@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
-from bigbatch.launcher.child import RunFailed, kill_tree
+from bigbatch.launcher.child import Children, RunFailed, kill_tree
 from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.search import find_micro_batch as work
 from bigbatch.launcher.search.find_micro_batch import Probe, find, probe_recipe, sizes
@@ -45,7 +45,7 @@ def test_a_probe_is_the_recipe_with_one_or_two_micro_batches_on_each_rank() -> N
 def test_bisection_finds_the_largest(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
     recipe = load_recipe("digits", ["augment.mixup=0"])
 
-    def probe(recipe, size, world, folder, limit):
+    def probe(recipe, size, world, folder, limit, children):
         return Probe(size, size <= largest, None, size)
 
     monkeypatch.setattr(work, "probe", probe)
@@ -97,7 +97,8 @@ def test_a_limit_on_memory_is_kept_by_real_runs(
     """The limit lies half-way between what the smallest and the largest size take."""
     monkeypatch.chdir(shards)
     recipe = load_recipe("digits", BIG)
-    ends = [work.probe(recipe, size, 1, tmp_path, 10**12) for size in (2, 1024)]
+    with Children(1) as children:
+        ends = [work.probe(recipe, size, 1, tmp_path, 10**12, children) for size in (2, 1024)]
     assert all(p.fits for p in ends)
     limit = (ends[0].peak_bytes + ends[1].peak_bytes) / 2
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "find-micro-batch", "digits"]
@@ -126,6 +127,6 @@ def test_mistakes(shards: str, options, says, monkeypatch: pytest.MonkeyPatch) -
 def test_another_failure_is_not_taken_for_memory(shards: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(shards)
     recipe = load_recipe("digits", ["model.name=no_such_model", *BIG])
-    with pytest.raises(RunFailed, match="no_such_model") as caught:
-        work.probe(recipe, 16, 1, tmp_path, 10**12)
+    with pytest.raises(RunFailed, match="no_such_model") as caught, Children(1) as children:
+        work.probe(recipe, 16, 1, tmp_path, 10**12, children)
     assert OUT_OF_MEMORY not in str(caught.value)

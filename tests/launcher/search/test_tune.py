@@ -17,7 +17,7 @@ from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.space import Space
-from bigbatch.launcher.child import kill_tree
+from bigbatch.launcher.child import Children, kill_tree
 from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.search import study, tune
 from bigbatch.launcher.search import trial as trial_module
@@ -204,20 +204,12 @@ def test_an_orphan_is_waited_for_and_not_started_twice(here: Path) -> None:
     """A run whose search was killed by SIGKILL goes on alone."""
     recipe = load_recipe("digits", [*SMALL, "duration=300 steps"])
     run = create_run(here / "orphan", recipe)
-    child = tune.Here(run, 1)
+    children = Children(1)
+    child = tune.Here(run, children)
     while not any(r["kind"] == "train" for r in read_jsonl(run.metrics)):
         time.sleep(0.05)
-    search = tune.Search(
-        "digits",
-        (),
-        Space.model_validate({"parameters": {"seed": {"type": "int", "low": 1, "high": 2}}}),
-        here,
-        1,
-        1,
-        1,
-        None,
-    )
-    handle = tune._begin_here(search, recipe, run)
+    children.close()  # as its end does
+    handle = tune._begin_here(recipe, run, children)
     assert isinstance(handle, tune.Elsewhere)
     assert handle.running()
     handle.stop()
@@ -225,6 +217,18 @@ def test_an_orphan_is_waited_for_and_not_started_twice(here: Path) -> None:
     while handle.running() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not child.running()
+
+
+def test_trials_side_by_side_share_the_cores(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space.model_validate({"parameters": {"seed": {"type": "int", "low": 1, "high": 2}}})
+    search = tune.Search("digits", (), space, here, trials=4, parallel=2, nproc=3, slurm=None)
+    monkeypatch.setattr(tune.os, "sched_getaffinity", lambda pid: set(range(13)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert search.threads is None  # the user's choice stays
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert search.threads == 2
+    monkeypatch.setattr(tune.os, "sched_getaffinity", lambda pid: {0})
+    assert search.threads == 1
 
 
 def stand_in(tools: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:

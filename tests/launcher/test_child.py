@@ -1,0 +1,57 @@
+"""Runs as children: what they are started with."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import create_run
+from bigbatch.launcher import child
+from bigbatch.launcher.child import OUTPUT, Children
+from bigbatch.launcher.start import agent_command
+
+
+class Parent:
+    """Stands for the process to fork from."""
+
+    def __init__(self, modules: tuple[str, ...], env: dict[str, str]) -> None:
+        self.modules, self.env = modules, env
+        self.started: list[tuple[list[str], dict[str, Any]]] = []
+        self.closed = False
+
+    def popen(self, command: list[str], **options: Any) -> None:
+        options["stdout"] = options["stdout"].name
+        self.started.append((command, options))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_runs_of_a_command_are_forks_with_one_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "start_parent", Parent)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run = create_run(tmp_path / "run", load_recipe("digits"))
+    with Children(2, threads=3) as children:
+        assert "parent" not in vars(children)  # a search may start none
+        children.start(run, stop_at=5)
+        children.start(run, nproc=1)
+        parent: Any = children.parent
+    assert parent.closed
+    commands = [command for command, _ in parent.started]
+    assert commands == [agent_command(run.path, 2, stop_at=5), agent_command(run.path, 1)]
+    for _, options in parent.started:
+        # What differs from the variables that libraries were loaded with is no fork.
+        assert options["env"] == parent.env
+        assert options["stdout"] == str(run.path / OUTPUT)
+        assert options["stderr"] == subprocess.STDOUT
+    assert parent.env["OMP_NUM_THREADS"] == "3"
+    assert "bigbatch.trainers.report.report" not in parent.modules
+    whole: Any = Children(1, to_the_end=True).parent
+    assert "bigbatch.trainers.report.report" in whole.modules
+    # As many threads as `bigbatch train` chooses.
+    assert whole.env["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
