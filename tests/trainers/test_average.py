@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.launcher.prove import prove, run_to_end
+from bigbatch.launcher.prove import prove
+from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.models.weights_file import read_header, read_info
 from bigbatch.trainers.recovery.stored import AVERAGE, MODEL
+from tests.helpers import warm
 
 STEPS, BATCH, HALF_LIFE = 8, 32, 100
 EMA = f"average={{name: ema, half_life: {HALF_LIFE} samples, start: 2 steps}}"
@@ -187,7 +189,7 @@ def full_run(folder: Path, digits: Path, ranks: int, *changes: str) -> dict[str,
         *("optimizer={name: sgd, lr: 0.01}", "average={name: ema, half_life: 400 samples}"),
     ]
     run = create_run(folder, load_recipe("digits", [*settings, *changes]))
-    run_to_end(run, ranks, 5)
+    assert warm.run(agent_command(run.path, ranks, stop_at=5), timeout=280).returncode == 0
     assert "ema" in json.loads(run.summary.read_text())["test"]
     return load_file(run.ensemble / "ema.safetensors")
 

@@ -21,6 +21,7 @@ from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.monitoring.history import read_history
 from bigbatch.trainers.report.report import write_report
+from tests.helpers import warm
 from tests.helpers.micro_batches import damage
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
@@ -113,14 +114,8 @@ def test_a_rank_says_what_it_alone_could_not_read(shards: str, tmp_path: Path) -
     of_rank_1 = int(order.samples(np.array([recipe.micro_batch]))[0])  # of step 0
     damage(index, [of_rank_1])
     run = create_run(tmp_path / "runs/alone", recipe)
-    done = subprocess.run(
-        agent_command(run.path, 2),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    command = agent_command(run.path, 2)
+    done = warm.run(command, cwd=tmp_path, capture_output=True, timeout=200)
     assert "bigbatch: rank 1: 1 samples could not be read" in done.stderr
     assert "Traceback" not in done.stderr
     assert f"at byte {int(index.offset[of_rank_1]):,}" in done.stderr

@@ -17,6 +17,7 @@ from bigbatch.data.index import open_index
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.start import agent_command
+from tests.helpers import warm
 
 BIGBATCH = Path(sys.executable).parent / "bigbatch"
 RECIPE = """
@@ -60,7 +61,7 @@ def test_two_ranks_train_from_a_pipe_and_one_goes_on(
     monkeypatch.chdir(here)
     run = create_run(here / "runs/streamed", load_recipe("streamed.yaml"))
     command = agent_command(run.path, 2, stop_at=4)
-    assert subprocess.run(command, timeout=200, check=False).returncode == 0
+    assert warm.run(command, timeout=200).returncode == 0
     done = subprocess.run(
         [BIGBATCH, "resume", "streamed", "--nproc", "1"],
         capture_output=True,

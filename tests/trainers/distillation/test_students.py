@@ -1,8 +1,6 @@
 """Students in real runs: the same weights bit for bit, however their teacher's outputs come."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from bigbatch.data.index import open_index
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.distillation.teacher import Teacher
+from tests.helpers import warm
 from tests.helpers.runs import SMALL, untrained_run
 
 STEPS, MICRO_BATCHES = 2, 2
@@ -133,9 +132,9 @@ def test_ranks_and_kills_change_no_bit(teacher: Path, new: Start) -> None:
     """Two ranks, killed in their midst and started again, beside one rank in one go."""
     taught = f"distill={{teacher: {teacher}, hint: {{layer: layer3, teacher_layer: layer2}}}}"
     one, two = new("one", taught, "distill.cache_gb=0"), new("two", taught)
-    assert subprocess.run(agent_command(one.path, 1, stop_at=6)).returncode == 0
+    assert warm.run(agent_command(one.path, 1, stop_at=6)).returncode == 0
     command = agent_command(two.path, 2, stop_at=6)
-    running = subprocess.Popen(command, start_new_session=True)
+    running = warm.popen(command, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not (two.checkpoints / "step-00000002").exists() and running.poll() is None:
@@ -144,14 +143,14 @@ def test_ranks_and_kills_change_no_bit(teacher: Path, new: Start) -> None:
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
-    assert subprocess.run(command).returncode == 0
+    assert warm.run(command).returncode == 0
     assert same(one, two, 6)
     # Whoever computed them: a student of one rank needs no teacher's pass any more.
     again = new("again", taught)
-    script = (
+    script = teacher.parent / "no_pass.py"
+    script.write_text(
         "import sys; from bigbatch.trainers import worker; from bigbatch.trainers.distillation."
         "teacher import Teacher; del Teacher._compute; sys.exit(worker.main(sys.argv[1:]))"
     )
-    end = [sys.executable, "-c", script, str(again.path), "--stop-at", "6"]
-    assert subprocess.run(end).returncode == 0
+    assert warm.run(warm.script(script, again.path, "--stop-at", 6)).returncode == 0
     assert same(one, again, 6)

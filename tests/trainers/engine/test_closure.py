@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from bigbatch.trainers.optim import (
     optimizer_state_by_name,
     set_lr,
 )
+from tests.helpers import warm
 from tests.helpers.ranks import run_ranks
 
 MICRO, PARTS, STEPS = 6, 4, 5
@@ -175,9 +175,7 @@ def test_a_run_with_lbfgs_and_a_plateau_resumes_bit_for_bit(digits: Path, tmp_pa
         run = create_run(tmp_path / name, recipe)
         for stop in stops:
             command = worker_command(run.path, stop)
-            done = subprocess.run(
-                command, cwd=tmp_path, capture_output=True, text=True, check=False
-            )
+            done = warm.run(command, cwd=tmp_path, capture_output=True)
             assert done.returncode == 0, done.stdout + done.stderr
         newest = max(run.checkpoints.glob("step-????????"))
         assert newest.name == "step-00000007"

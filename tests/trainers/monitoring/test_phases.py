@@ -12,6 +12,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.monitoring import phases
 from bigbatch.trainers.monitoring.phases import PHASES, Clock, Timings
+from tests.helpers import warm
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_every_backend_records_the_same_trust_ratios(digits: Path, tmp_path: Pat
         changes += ["reduction=overlapped", "log.details_every=2"]
         run = create_run(tmp_path / backend, load_recipe("digits", changes))
         command = agent_command(run.path, 2, stop_at=4)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
+        warm.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
         records = [r for r in read_jsonl(run.metrics) if r["kind"] == "trust"]
         found[backend] = {(r["step"], k): v for r in records for k, v in r["ratios"].items()}
     assert {step for step, _ in found["ddp"]} == {2, 4}

@@ -14,6 +14,7 @@ from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command, worker_command
+from tests.helpers import warm
 from tests.helpers.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts one after another
@@ -33,7 +34,7 @@ def new_run(folder: Path, name: str) -> RunDir:
 
 
 def start(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    done = warm.run(command, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from bigbatch.launcher.cli import main
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.recovery.stored import list_checkpoints
+from tests.helpers import warm
 
 RESULTS = ("ensemble/members.json", "ensemble/confusion.json", "summary.json", "report.html")
 
@@ -84,19 +84,16 @@ def test_wherever_the_end_of_a_run_meets_it(
 @pytest.mark.slow
 def test_the_kernel_s_own_refusal_with_two_ranks(run: RunDir) -> None:
     command = agent_command(run.path, 2)
-
-    def start(**options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=200, check=False, **options
-        )
-
-    assert start().returncode == 0
+    assert warm.run(command, timeout=200).returncode == 0
     for result in RESULTS:
         (run.path / result).unlink()
-    refused = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
+    limit = ["prlimit", "--fsize=200"]
+    refused = subprocess.run(
+        [*limit, *command], capture_output=True, text=True, timeout=200, check=False
+    )
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     assert f"`bigbatch resume {run.path}`" in refused.stderr
     assert not run.summary.exists()
-    assert start().returncode == 0
+    assert warm.run(command, timeout=200).returncode == 0
     assert all((run.path / result).exists() for result in RESULTS)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from bigbatch.trainers.recovery.rollback import (
     remove_stale,
     spikes,
 )
+from tests.helpers import warm
 
 SPIKE = Spike(factor=2, deviations=8, window=10)
 CALM = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.1, 0.9, 1.05, 0.95]
@@ -119,10 +119,8 @@ def test_spikes_need_rollbacks():
 
 
 def train(run: RunDir, ranks: int, stop_at: int) -> None:
-    done = subprocess.run(
-        agent_command(run.path, ranks, stop_at=stop_at),
-        capture_output=True, text=True, check=False, timeout=280,
-    )  # fmt: skip
+    command = agent_command(run.path, ranks, stop_at=stop_at)
+    done = warm.run(command, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
 
 
