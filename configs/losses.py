@@ -263,7 +263,7 @@ Loss = Annotated[
 def refusals(recipe: Any) -> Iterator[str]:
     """What a recipe's loss cannot be asked beside its other keys."""
     loss, sampling = recipe.loss, recipe.data.sampling.name
-    mixing = [k for k in ("mixup", "cutmix") if getattr(recipe.augment, k, 0)]
+    mixing = [k for k in ("mixup", "cutmix") if getattr(recipe.augment, k)]
     if isinstance(loss, Margin) and mixing:
         yield (
             f"loss {loss.name} gives one class of each image a margin, and augment.{mixing[0]} "
@@ -274,7 +274,7 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"loss.target_threshold = {loss.target_threshold:g} changes targets of mixed images "
             "alone, and augment mixes none; drop it"
         )
-    head = getattr(recipe.model, "head", None)
+    head = recipe.model.head
     if isinstance(loss, ArcFace | CosFace) and (head is None or head.name != "cosine"):
         yield (
             f"loss {loss.name} is one of cosines, which the model's own classifier does not give; "

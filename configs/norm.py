@@ -130,7 +130,7 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"model.head.feature_scale = {head.feature_scale:g} is the length of features "
             f"under l2, and feature_norm is {head.feature_norm}; leave it out, or take l2"
         )
-    if head is not None and recipe.loss.name in ("large_margin", "arcface", "cosface"):
+    if head is not None and recipe.loss.name == "large_margin":
         yield (
             f"loss = {recipe.loss.name} looks at the plain linear classifier, and "
             f"model.head = {head.name} changes it; leave one of them out"

@@ -248,7 +248,7 @@ def augment(
     from bigbatch.launcher.launchers import python
 
     load_recipe(recipe, overrides)  # before torch takes its seconds
-    command = [*python("bigbatch.trainers.augmented"), "--out", str(out)]
+    command = [*python("bigbatch.trainers.inference.augmented"), "--out", str(out)]
     command += ["--images", str(images), "--step", str(step), *(["--json"] if as_json else [])]
     command += ["--", recipe, *overrides]
     sys.stdout.flush()

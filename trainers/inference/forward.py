@@ -23,8 +23,7 @@ from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import build_augmenter
-from bigbatch.trainers.models.joined import classifier_of
-from bigbatch.trainers.optim.groups import classifiers
+from bigbatch.trainers.optim.groups import classifiers, linear_classifier
 
 Features = npt.NDArray[np.float32]  # [N, D]
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -219,7 +218,7 @@ class Forward:
         members, classes = len(self.members), self.classes
         width = 0
         if self._wants_features:
-            width = classifier_of(self._loaded[0].model).in_features
+            width = linear_classifier(self._loaded[0].model, "joining features")[1].in_features
         rows = [np.zeros((0, members * classes + width), np.float32)]
         for o in found:
             flat = o.logits.swapaxes(0, 1).reshape(-1, members * classes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.trainers.losses.classification import cross_entropy
-from bigbatch.trainers.losses.head import linear_classifier
+from bigbatch.trainers.optim.groups import linear_classifier
 
 _NAME = "loss_centres"
 
@@ -40,7 +40,7 @@ class CentreLoss:
     """
 
     def __init__(self, model: nn.Module, weight: float, rate: float) -> None:
-        head = linear_classifier(model, "loss center")
+        _, head = linear_classifier(model, "loss center")
         head.add_module(_NAME, Centres(head))
         self._weight, self._rate = weight, rate
         self._seen: tuple[Tensor, Tensor] | None = None

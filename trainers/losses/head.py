@@ -5,20 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.configs.errors import UserError
-from bigbatch.trainers.optim.groups import classifiers
-
-
-def linear_classifier(model: nn.Module, why: str) -> nn.Linear:
-    """The one linear layer that gives a model's logits. UserError, with `why` it is needed."""
-    found = classifiers(model)
-    if len(found) != 1 or not isinstance(found[0], nn.Linear):
-        kinds = ", ".join(type(layer).__name__ for layer in found) or "none that it names"
-        raise UserError(
-            f"{why} needs a model whose logits are one linear layer's; the classifier of this one "
-            f"is {kinds}: choose another model, or leave it out"
-        )
-    return found[0]
+from bigbatch.trainers.optim.groups import classifiers, linear_classifier
 
 
 def cosine_scale(model: nn.Module | None) -> float | None:
@@ -37,7 +24,7 @@ class WatchedClassifier:
     def __init__(self, model: nn.Module, why: str) -> None:
         self._seen: tuple[Tensor, Tensor | None] | None = None
         # A function of its own: with a bound method, a copy of the model would copy this, too.
-        linear_classifier(model, why).register_forward_hook(
+        linear_classifier(model, why)[1].register_forward_hook(
             lambda layer, inputs, _: self._keep(layer, inputs[0])
         )
 

@@ -23,7 +23,7 @@ from bigbatch.trainers.models.blocks import (
     recompute,
     swap_activations,
 )
-from bigbatch.trainers.optim.groups import classifiers
+from bigbatch.trainers.optim.groups import classifiers, linear_classifier
 
 
 def convert(model: nn.Module, config: Model, images: Tensor | None) -> None:
@@ -190,7 +190,7 @@ class _evaluating:
 
 
 def _change_head(model: nn.Module, head: options.Head, name: str) -> None:
-    path, old = linear_head(model, name, "model.head")
+    path, old = linear_classifier(model, f"model.head of {name}")
     like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
     kind = head.feature_norm
     norm: nn.Module = nn.Identity()
@@ -211,18 +211,6 @@ def _change_head(model: nn.Module, head: options.Head, name: str) -> None:
         new.scale = head.scale
     new.weight, new.norm = old.weight, norm
     model.set_submodule(path, new)
-
-
-def linear_head(model: nn.Module, name: str, key: str) -> tuple[str, nn.Linear]:
-    """The path and module of the classifier that `key` speaks of; UserError where it has no one."""
-    found = classifiers(model)
-    if len(found) != 1 or not isinstance(found[0], nn.Linear):
-        kinds = ", ".join(type(m).__name__ for m in found) or "none"
-        raise UserError(
-            f"{key} is for a model with one linear classifier, and {name} has {kinds}; leave it out"
-        )
-    head = found[0]
-    return next((path, head) for path, m in model.named_modules() if m is head)
 
 
 def example_images(model: nn.Module, channels: int, image_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from bigbatch.configs import init as options
 from bigbatch.configs.errors import UserError
 from bigbatch.data.rng import key64
-from bigbatch.trainers.models.convert import linear_head
+from bigbatch.trainers.optim.groups import linear_classifier
 
 Fill = Callable[..., Any]  # a function of torch.nn.init: a tensor, and generator=
 
@@ -49,7 +49,7 @@ def initialise(
                 "zero_init_last(), and torchvision's ResNets; leave it out"
             )
     if config.head_prior:
-        _, head = linear_head(model, name, "model.init.head_prior")
+        _, head = linear_classifier(model, f"model.init.head_prior of {name}")
         if head.bias is None:
             raise UserError(f"model.init.head_prior: the classifier of {name} has no bias")
         assert head_prior is not None

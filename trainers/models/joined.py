@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.trainers.models.build import build_model
-from bigbatch.trainers.optim.groups import classifiers
+from bigbatch.trainers.optim.groups import linear_classifier
 
 NAME = f"{__name__}:Joined"  # as a recipe's model.name says it
+WHY = "joining features"
 
 
 class Joined(nn.Module):
@@ -55,21 +55,9 @@ class Joined(nn.Module):
         return logits
 
 
-def classifier_of(model: nn.Module) -> nn.Linear:
-    """The one linear layer that gives a model's logits. UserError where there is no such."""
-    found = classifiers(model)
-    if len(found) != 1 or not isinstance(found[0], nn.Linear):
-        raise UserError(
-            "its logits are not one linear layer's, whose input could be its features; leave it "
-            "out with --members, or combine probabilities"
-        )
-    return found[0]
-
-
 def _behead(network: nn.Module) -> int:
     """Let a network give its features; returns how many they are."""
-    head = classifier_of(network)
-    path = next(name for name, module in network.named_modules() if module is head)
+    path, head = linear_classifier(network, WHY)
     network.set_submodule(path, nn.Identity())
     return head.in_features
 
@@ -77,8 +65,7 @@ def _behead(network: nn.Module) -> int:
 def join(members: Sequence[nn.Module], into: Joined, weight: Tensor, bias: Tensor) -> None:
     """Give `into` the weights of trained networks, and those of the head [C, D] and [C]."""
     for network, member in zip(into.networks, members, strict=True):
-        head = classifier_of(member)
-        path = next(name for name, module in member.named_modules() if module is head)
+        path, _ = linear_classifier(member, WHY)
         state = {k: v for k, v in member.state_dict().items() if not k.startswith(f"{path}.")}
         network.load_state_dict(state)
     with torch.no_grad():

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.regularise import Regularise
-from bigbatch.trainers.losses.head import linear_classifier
-from bigbatch.trainers.optim.groups import named_parameters
+from bigbatch.trainers.optim.groups import linear_classifier, named_parameters
 
 
 class DropConnectLinear(nn.Linear):
@@ -37,7 +36,7 @@ class DropConnectLinear(nn.Linear):
 def regularise(model: nn.Module, config: Regularise) -> None:
     """Change the classifier of `model` as the recipe asks. UserError where it cannot be."""
     if config.drop_connect:
-        head = linear_classifier(model, "regularise.drop_connect")
+        _, head = linear_classifier(model, "regularise.drop_connect")
         if type(head) is not nn.Linear:
             raise UserError(
                 "regularise.drop_connect is for a plain linear classifier, and this model's is a "
@@ -47,7 +46,7 @@ def regularise(model: nn.Module, config: Regularise) -> None:
         head.rate = config.drop_connect  # type: ignore[assignment]
     if config.input_noise:
         std = config.input_noise
-        head = linear_classifier(model, "regularise.input_noise")
+        _, head = linear_classifier(model, "regularise.input_noise")
         head.register_forward_pre_hook(lambda layer, inputs: _noisy(layer, inputs[0], std))
 
 

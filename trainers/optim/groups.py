@@ -179,6 +179,22 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     return layers[-1:]
 
 
+def linear_classifier(model: nn.Module, why: str) -> tuple[str, nn.Linear]:
+    """Path and layer of the one linear layer that gives a model's logits.
+
+    UserError, with `why` it is needed, where there is no such layer.
+    """
+    found = classifiers(model)
+    for path, module in model.named_modules():
+        if [module] == found and isinstance(module, nn.Linear):
+            return path, module
+    kinds = ", ".join(type(layer).__name__ for layer in found) or "none that it names"
+    raise UserError(
+        f"{why} needs a model whose logits are one linear layer's; the classifier of this one is "
+        f"{kinds}: choose another model, or leave it out"
+    )
+
+
 def _excluded_by_model(model: nn.Module) -> set[str]:
     names = getattr(model, "no_weight_decay", None)
     return set(names()) if callable(names) else set()

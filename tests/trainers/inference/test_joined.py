@@ -19,7 +19,8 @@ from bigbatch.trainers.ensemble.members import Member, find_members
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.joined import check_joinable, features_of, fit_head
-from bigbatch.trainers.models.joined import Joined, classifier_of, join
+from bigbatch.trainers.models.joined import WHY, Joined, join
+from bigbatch.trainers.optim.groups import linear_classifier
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import untrained_run
 
@@ -54,7 +55,9 @@ def test_the_model_is_a_head_on_what_the_classifiers_took(members: list[Member])
     images = torch.randn(5, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     taken: list[Tensor] = []
     for network in networks:
-        classifier_of(network).register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+        linear_classifier(network, WHY)[1].register_forward_pre_hook(
+            lambda _, inputs: taken.append(inputs[0])
+        )
         network(images)
     trees = [member.recipe.model.network() for member in members]
     joined = Joined(10, 1, trees, 32).eval()
@@ -79,7 +82,7 @@ def test_features_of_members_stand_side_by_side(
     assert np.array_equal(logits, both)
     at = 0
     for place, member in enumerate(members):
-        head = classifier_of(member.build())
+        _, head = linear_classifier(member.build(), WHY)
         own = torch.from_numpy(features[:, at : at + head.in_features])
         at += head.in_features
         wanted = (own @ head.weight.T + head.bias).detach().numpy()
@@ -156,7 +159,7 @@ def test_what_cannot_be_joined_is_named(members: list[Member]) -> None:
         check_joinable([resnet, other])
     check_joinable(members)
     with pytest.raises(UserError, match="not one linear layer's"):
-        classifier_of(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1)))
+        linear_classifier(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1)), WHY)
 
 
 def test_no_margin(runs: list[RunDir], digits: Path, tmp_path: Path,

@@ -80,7 +80,10 @@ def test_threshold_is_learned_from_both_sides() -> None:
             {"name": "levit_128s", "size": 224, "norm": GROUP},
             r"of levit_128s is BatchNorm1d\(.*leave model.norm out",
         ),
-        ({"name": "nin", "head": {"name": "cosine"}}, "one linear classifier, and nin has Conv2d"),
+        (
+            {"name": "nin", "head": {"name": "cosine"}},
+            "one linear layer's; the classifier of this one is Conv2d",
+        ),
         (
             {"name": "test_efficientnet", "size": 4, "norm": {"name": "instance"}},
             r"cannot take images of \[3, 4, 4\] \(ValueError: Expected more than 1 spatial",

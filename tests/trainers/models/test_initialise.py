@@ -140,7 +140,7 @@ def test_the_prior_is_what_a_fresh_classifier_says() -> None:
     ("name", "keys", "said"),
     [
         ("lenet5", {"zero_gamma": True}, "lenet5 has no residual blocks that name their last"),
-        ("nin", {"head_prior": True}, "one linear classifier, and nin has Conv2d"),
+        ("nin", {"head_prior": True}, "one linear layer's; the classifier of this one is Conv2d"),
     ],
 )
 def test_what_a_model_has_no_place_for(name: str, keys: dict[str, Any], said: str) -> None:

@@ -1,6 +1,6 @@
 """`bigbatch augment`: a picture of what each operation of a recipe does, and all together.
 
-    python -m bigbatch.trainers.augmented RECIPE [KEY=VALUE]... --out FILE.png [--images N]
+    python -m bigbatch.trainers.inference.augmented RECIPE [KEY=VALUE]... --out FILE.png
 
 Exit status: 0 written, 2 the user's error.
 """
@@ -21,7 +21,7 @@ _LINE = 20  # pixels above each row, where its name stands
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bigbatch.trainers.augmented")
+    parser = argparse.ArgumentParser(prog="bigbatch.trainers.inference.augmented")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path, required=True)

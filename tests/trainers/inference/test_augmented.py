@@ -15,7 +15,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.data.augment.pipeline import contact_sheet
 from bigbatch.data.batch import BatchPlan
 from bigbatch.launcher.cli.main import cli
-from bigbatch.trainers.augmented import draw, main
+from bigbatch.trainers.inference.augmented import draw, main
 from bigbatch.trainers.job import training_batches
 from bigbatch.trainers.models.build import build_augmenter
 from bigbatch.trainers.planning.inputs import open_inputs
@@ -92,7 +92,7 @@ def test_the_command_hands_all_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--json",
     ]
     CliRunner().invoke(cli, ["augment", *given], catch_exceptions=False)
-    module = ["-P", "-m", "bigbatch.trainers.augmented"]
+    module = ["-P", "-m", "bigbatch.trainers.inference.augmented"]
     options = ["--out", "a.png", "--images", "4", "--step", "7", "--json"]
     assert seen == [sys.executable, *module, *options, "--", "digits", "augment.mixup=0"]
 
