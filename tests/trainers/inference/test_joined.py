@@ -158,7 +158,7 @@ def test_what_cannot_be_joined_is_named(members: list[Member]) -> None:
     with pytest.raises(UserError, match="member other has another mean than r/cycle-01"):
         check_joinable([resnet, other])
     check_joinable(members)
-    with pytest.raises(UserError, match="not one linear layer's"):
+    with pytest.raises(UserError, match="needs a model whose logits are one linear layer's"):
         linear_classifier(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1)), WHY)
 
 
