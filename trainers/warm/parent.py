@@ -39,7 +39,8 @@ WORKER = "bigbatch.trainers.worker"
 # What a worker has imported before its first step, and at the end of a whole run.
 OF_A_RANK = (
     WORKER,
-    *(f"bigbatch.trainers.{name}" for name in ("job", "attempt", "loop", "finish")),
+    "bigbatch.trainers.run",
+    "torch._dynamo",  # whose import every torch.optim.Optimizer brings (docs/log.md)
 )
 OF_AN_END = ("bigbatch.trainers.report.report",)
 
