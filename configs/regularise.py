@@ -99,6 +99,11 @@ def refusals(recipe: Any) -> Iterator[str]:
                 "regularise.early_stop keeps the weights of one evaluation, and schedule cycles "
                 "those of each cycle; drop early_stop, or choose another schedule"
             )
+    if own.drop_connect and recipe.model.head is not None:
+        yield (
+            f"regularise.drop_connect hides weights of a plain linear classifier, and model.head = "
+            f"{recipe.model.head.name} is another one; set it to 0, or leave model.head out"
+        )
     if own.drop_connect and recipe.loss.name == "large_margin":
         yield (
             "loss large_margin measures the classifier's weights, and regularise.drop_connect "

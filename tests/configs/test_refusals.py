@@ -104,6 +104,10 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
             ["augment.mixup=0", "loss={name: large_margin}", "model.head={name: cosine}"],
             "looks at the plain linear classifier, and model.head = cosine changes it",
         ),
+        (
+            ["regularise.drop_connect=0.1", "model.head={name: cosine}"],
+            "hides weights of a plain linear classifier, and model.head = cosine is another",
+        ),
         # Several parts at once: each is named.
         (["augment.jitter.hue=0.1", "data.lanes=3"], "data.lanes = 3 works with .* no colour"),
     ],
