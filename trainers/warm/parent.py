@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Protocol
 
+from bigbatch.configs.files import to_json
 from bigbatch.configs.notices import notice
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37  # prctl(2)
@@ -258,7 +259,7 @@ def fork_parent(
 
 
 def send(connection: socket.socket, message: Any, descriptors: Sequence[int] = ()) -> None:
-    data = json.dumps(message).encode()
+    data = to_json(message).encode()
     socket.send_fds(connection, [struct.pack("=Q", len(data))], descriptors)
     connection.sendall(data)
 
