@@ -16,16 +16,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+_SIGNALS = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+
+
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """A worker that a test runs in this process leaves signals ignored, as its own end wants it;
-    processes that later tests start would inherit that."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    """A worker that a test, or a fixture of a whole module, runs in this process leaves signals
+    ignored, as its own end wants it; processes that later tests start would inherit that."""
+    _restore_signals()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    _restore_signals()
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _restore_signals() -> None:
+    for number, handler in _SIGNALS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
