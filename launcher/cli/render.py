@@ -84,6 +84,7 @@ def runs_table(runs: Sequence[RunInfo]) -> Table:
 def status_table(values: Mapping[str, Any]) -> Table:
     rows: dict[str, Any] = {
         "run": values["path"],
+        "branched off": _maybe(values["forked_from"], "step {0[step]} of {0[run]}".format),
         "state": _state(values["state"]),
         "step": f"{values['step']} of {values['total_steps'] or 'unknown'}",
         "job": values["job"],

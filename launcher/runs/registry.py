@@ -177,6 +177,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "alerts": alerts[-5:],
         "seconds_left": left,
         "checkpoints": sorted(p.name for p in run.checkpoints.glob("step-????????")),
+        "forked_from": run.forked_from,
         "summary": _json(run.summary),
         "report": str(run.report) if run.report.exists() else None,
     }

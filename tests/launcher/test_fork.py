@@ -79,6 +79,8 @@ def test_an_unchanged_branch_becomes_what_its_parent_became(parent: RunDir, tmp_
     assert origin is not None
     assert (origin["run"], origin["step"], origin["at"]) == (str(parent.path), 3, 3)
     assert read_jsonl(run.events)[0]["kind"] == "fork"
+    shown = CliRunner().invoke(cli, ["status", str(run.path)], env={"COLUMNS": "300"})
+    assert f"step 3 of {parent.path}" in shown.output
     # Without its checkpoints a branch is nothing: it does not begin at step 0.
     shutil.rmtree(run.checkpoints)
     run.summary.unlink()
