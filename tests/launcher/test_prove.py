@@ -14,6 +14,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.child import Children
 from bigbatch.launcher.prove import (
     Result,
     RunFailed,
@@ -183,8 +184,9 @@ def test_a_backend_that_holds_pieces_gives_the_weights_of_ddp(
         *("optimizer={name: sgd, lr: 0.02, weight_decay: 0}", f"data.path={digits}"),
     ]
     runs = []
-    for name, ranks in (("ddp", 1), (backend, 2)):
-        recipe = load_recipe("digits", [*keys, f"backend={name}"])
-        runs.append(create_run(tmp_path / name, proof_recipe(recipe)))
-        run_to_end(runs[-1], ranks, 3)
+    with Children(1, threads=1) as children:
+        for name, ranks in (("ddp", 1), (backend, 2)):
+            recipe = load_recipe("digits", [*keys, f"backend={name}"])
+            runs.append(create_run(tmp_path / name, proof_recipe(recipe)))
+            run_to_end(runs[-1], ranks, 3, children)
     assert compare(runs[1], runs[0], ranks=2, with_="ddp", limit=1e-5).passed
