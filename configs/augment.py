@@ -142,6 +142,12 @@ def _beside(augment: Augment) -> Iterator[str]:
             f"augment.border = {augment.border}, and nothing moves images beyond their edge; drop "
             "it, or add affine or an operation such as pad_crop to augment.ops"
         )
+    if augment.mix_switch in (0, 1):
+        off = "mixup" if augment.mix_switch else "cutmix"
+        yield (
+            f"augment.mix_switch = {augment.mix_switch:g} leaves nothing to {off}; set "
+            f"augment.{off} to 0 instead"
+        )
     if augment.mix_switch is not None and not (augment.mixup and augment.cutmix):
         yield (
             f"augment.mix_switch = {augment.mix_switch:g} chooses between mixup and cutmix, and "

@@ -111,6 +111,17 @@ def refusals(recipe: Any) -> Iterator[str]:
             "model.init.head_prior is each class's share of the training samples, and "
             f"data.sampling = {recipe.data.sampling.name} draws other shares; leave one of them out"
         )
+    weights = getattr(loss, "class_weights", None)
+    if weights is not None and weights.name in ("balanced", "effective_number"):
+        yield (
+            "model.init.head_prior starts from each class's share of the samples, and "
+            f"loss.class_weights = {weights.name} evens the shares out; leave one of them out"
+        )
+    if loss.name in ("hinge", "ramp"):
+        yield (
+            f"model.init.head_prior is a logarithm of shares, and loss = {loss.name} takes margins "
+            "for logits; leave one of them out"
+        )
     if loss.name == "logit_adjusted":
         yield (
             "model.init.head_prior and loss = logit_adjusted count the class prior twice; "

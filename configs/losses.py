@@ -158,6 +158,8 @@ class ExpectedCost(StrictModel):
         if (self.cost_vector is None) == (self.cost_matrix is None):
             raise ValueError("give either cost_vector or cost_matrix, one of them")
         rows = self.cost_matrix or []
+        if not any([*(self.cost_vector or []), *(cost for row in rows for cost in row)]):
+            raise ValueError("all costs are 0, and nothing would be learned; give some answers one")
         if any(len(row) != len(rows) for row in rows):
             raise ValueError(
                 f"cost_matrix has {len(rows)} rows of {sorted({len(row) for row in rows})} "

@@ -75,6 +75,11 @@ class Model(StrictModel):
     def from_timm(self) -> bool:
         return ":" not in self.name and self.name not in TEACHING
 
+    @property
+    def own(self) -> bool:
+        """Whether it is a callable of the user's."""
+        return ":" in self.name and not self.name.startswith(TORCHVISION)
+
     def without_weights(self) -> Self:
         """The same network for weights that are loaded afterwards: neither read nor drawn here."""
         return self.model_copy(update={"pretrained": False, "checkpoint": None, "init": None})

@@ -122,6 +122,7 @@ def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     tree["duration"] = f"{steps + 1} steps"
     tree["evaluate"]["every"] = tree["checkpoint"]["every"] = f"{steps + 1} steps"
     tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
+    tree["optimizer"].pop("momentum_schedule", None)  # of the whole run, as the schedule is
     if tree["average"] is not None:  # of the same size, and none that starts after the end
         tree["average"] = {"name": "ema", "half_life": "1 steps"}
     return tree

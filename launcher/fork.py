@@ -15,7 +15,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.weights_file import describe, read_header, read_info
-from bigbatch.trainers.planning.early_stop import best_evaluation
+from bigbatch.trainers.planning.early_stop import best_evaluation, stops
 from bigbatch.trainers.planning.inputs import open_inputs
 from bigbatch.trainers.planning.plateau import read_evaluations
 from bigbatch.trainers.recovery.stored import (
@@ -120,16 +120,22 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         tuple(kept),
         same_batch,
         same_batch and same,
-        _best_so_far(parent, step) if same_batch and recipe.regularise.early_stop else None,
+        _best_so_far(parent, step, recipe) if same_batch else None,
         tuple(notes),
     )
 
 
-def _best_so_far(parent: RunDir, step: int) -> Path | None:
+def _best_so_far(parent: RunDir, step: int, recipe: Recipe) -> Path | None:
     """The parent's best checkpoint of those up to `step`, the ones that early stopping compares."""
+    early_stop = recipe.regularise.early_stop
     evaluations = read_evaluations(parent.metrics, step)
-    if not evaluations:
+    if early_stop is None or not evaluations:
         return None
+    if stops(early_stop, evaluations):
+        raise UserError(
+            f"regularise.early_stop ends the branch where it begins, after step {step}: branch off "
+            "an earlier step, raise its patience, or set regularise.early_stop=null"
+        )
     path = parent.checkpoints / f"step-{best_evaluation(evaluations).step:08d}"
     if not path.is_dir():
         raise UserError(
@@ -171,11 +177,17 @@ def _check_network(
 
 def _network(recipe: Recipe) -> dict[str, Any]:
     """What decides which tensors a checkpoint holds, and by whom it was taught."""
-    model = recipe.model.model_dump(mode="json", exclude={"channels_last", "pretrained"})
+    model = recipe.model.network()
     model["options"] = {k: v for k, v in recipe.model.options.items() if "drop" not in k}
+    learned = "its centres" if recipe.loss.name == "center" else "nothing"
     distill = recipe.distill
     taught = {} if distill is None else distill.model_dump(exclude={"teacher", "cache", "cache_gb"})
-    return {"model": model, "channels": recipe.data.channels, "distill": taught}
+    return {
+        "model": model,
+        "loss learns": learned,
+        "channels": recipe.data.channels,
+        "distill": taught,
+    }
 
 
 def make_branches(parent: RunDir, checkpoint: Path, branches: Sequence[Branch]) -> list[RunDir]:

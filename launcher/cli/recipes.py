@@ -50,6 +50,8 @@ def models(pattern: str, limit: int, classes: int, as_json: bool) -> None:
     found = ask("catalogue", pattern, str(limit), str(classes), patience_s=60 + 30 * limit)
     if isinstance(found, str):
         raise UserError(f"models cannot be listed: {found}; list them where torch and timm are")
+    if not found["names"]:
+        raise UserError(f"no model matches {pattern!r}; give another PATTERN, such as 'resnet*'")
     if as_json:
         options.print_json(found)
         return
@@ -57,8 +59,6 @@ def models(pattern: str, limit: int, classes: int, as_json: bool) -> None:
 
     from bigbatch.launcher.cli.render import show
 
-    if not found["names"]:
-        raise UserError(f"no model matches {pattern!r}; give another PATTERN, such as 'resnet*'")
     if found["models"]:
         table = Table()
         for title in ("model.name", "parameters", "FLOPs", "input"):

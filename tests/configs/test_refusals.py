@@ -108,6 +108,23 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
             ["regularise.drop_connect=0.1", "model.head={name: cosine}"],
             "hides weights of a plain linear classifier, and model.head = cosine is another",
         ),
+        (
+            ["augment.mixup=0.2", "augment.cutmix=1", "augment.mix_switch=1"],
+            "leaves nothing to mixup; set augment.mixup to 0",
+        ),
+        (["loss={name: expected_cost, cost_vector: [0, 0]}"], "all costs are 0, and nothing would"),
+        (
+            [
+                "model.init={head_prior: true}",
+                "loss={class_weights: balanced}",
+                "data.sampling=uniform",
+            ],
+            "class_weights = balanced evens the shares out",
+        ),
+        (
+            ["model.init={head_prior: true}", "loss={name: hinge}", "data.sampling=uniform"],
+            "loss = hinge takes margins",
+        ),
         # Several parts at once: each is named.
         (["augment.jitter.hue=0.1", "data.lanes=3"], "data.lanes = 3 works with .* no colour"),
     ],

@@ -10,8 +10,17 @@ import pytest
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.launcher import child
-from bigbatch.launcher.child import OUTPUT, Children
+from bigbatch.launcher.child import OUTPUT, Children, bare_recipe
 from bigbatch.launcher.start import agent_command
+
+
+def test_a_bare_run_has_no_schedule_of_the_whole_one() -> None:
+    momentum = "{name: constant, warmup: 3 epochs, warmup_start: 0.9}"
+    keys = ["optimizer={name: sgd, lr: 1}", f"optimizer.momentum_schedule={momentum}"]
+    recipe = load_recipe("digits", [*keys, "average={name: ema, half_life: 9 epochs}"])
+    tree = bare_recipe(recipe, 4)
+    assert "momentum_schedule" not in tree["optimizer"]
+    assert tree["average"]["half_life"] == "1 steps"
 
 
 class Parent:

@@ -123,13 +123,15 @@ def test_another_optimizer_starts_without_state(parent: RunDir, tmp_path: Path) 
     ("change", "error"),
     [
         ("duration=3 steps", "no step left: its 3 steps are over after 3"),
+        ("loss={name: center}", "network: loss learns"),
+        ("model.recompute=true", ""),
         ("model.name=resnet18", "goes on with its parent's network: model.name"),
         ("model.options.drop_path_rate=0.1", ""),
         ("seed=5", ""),
     ],
 )
 def test_what_a_branch_may_change(parent: RunDir, tmp_path: Path, change: str, error: str) -> None:
-    changes = (change, "schedule={name: cosine}")
+    changes = (change, "schedule={name: cosine}", "augment.mixup=0")
     if not error:
         assert planned(parent, tmp_path / "b", 3, *changes)[1].step == 3
         return
@@ -153,6 +155,9 @@ def test_early_stopping_can_go_back_to_before_the_branch(parent: RunDir, tmp_pat
     scores = [(r["accuracy"], -r["step"]) for r in read_jsonl(run.metrics) if r["kind"] == "eval"]
     best = f"step-{-max(s for s in scores if -s[1] <= 5)[1]:08d}"
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [best, "step-00000005"]
+    with pytest.raises(UserError, match="early_stop ends the branch where it begins, after step 5"):
+        planned(copied, tmp_path / "c", 5, *changes, "regularise.early_stop={threshold: 0.9}",
+                "regularise.early_stop.patience=1")  # fmt: skip
     shutil.rmtree(copied.checkpoints / best)
     with pytest.raises(UserError, match=f"{best} is not there any more"):
         planned(copied, tmp_path / "c", 5, *changes)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigbatch.configs.errors import UserError
+
 
 def smoothed(weights: Tensor, smoothing: float) -> Tensor:
     """A share of each sample's weight, spread over all classes (Szegedy et al. 2016, section 7).
@@ -86,6 +88,8 @@ def _each_class(weights: Tensor, yes: Tensor, no: Tensor, over_classes: str) -> 
 
 def _lead(logits: Tensor) -> Tensor:
     """By how much each class's logit is above the largest other one, [B, C]."""
+    if logits.shape[1] < 2:
+        raise UserError("this loss compares classes, and the data has one; take cross_entropy")
     values, places = logits.topk(2, 1)
     first, second = values.split(1, 1)
     others = first.expand_as(logits).scatter(1, places[:, :1], second)

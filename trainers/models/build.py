@@ -13,7 +13,7 @@ from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.rng import key64
-from bigbatch.trainers.models.convert import check_output, convert, example_images
+from bigbatch.trainers.models.convert import check_output, convert, example_images, see_classifier
 from bigbatch.trainers.models.initialise import initialise
 from bigbatch.trainers.models.sources import find_source
 from bigbatch.trainers.models.transfer import start_from
@@ -53,6 +53,8 @@ def build_model(
         if config.stem == "small":
             _shrink_stem(model, config.name)
         images = None if image_size is None else example_images(model, channels, image_size)
+        if config.own and images is not None:
+            see_classifier(model, images)
         convert(model, config, images)
         if config.beyond_timm() and images is not None:
             check_output(model, images, classes, config.name)

@@ -119,7 +119,7 @@ def look(recipe: Recipe, classes: int, parameters: int, activation_bytes: int) -
     if parameters > _MOST_PARAMETERS or count * activation_bytes > _MOST_BYTES:
         return {"state": "skipped", "text": "the model is too large to try here", "layers": []}
     model = build_model(
-        recipe.model,
+        recipe.model.model_copy(update={"recompute": False}),  # hooks would see each layer twice
         classes=classes,
         channels=recipe.data.channels,
         seed=recipe.seed,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import TORCHVISION, Model
 from bigbatch.trainers.models.teaching import NETS
+from bigbatch.trainers.optim.groups import classifiers
 
 # `create(pretrained)`; arguments behind that are timm.create_model's own.
 Create = Callable[..., nn.Module]
@@ -102,7 +103,20 @@ def _torchvision(name: str, options: dict[str, Any], classes: int, channels: int
                     f"data.channels = {channels}; set it to 3, or leave model.pretrained out"
                 )
             weights = models.get_model_weights(short).DEFAULT
-            load_fitting(model, weights.get_state_dict(check_hash=True, weights_only=True))
+            loaded = load_fitting(model, weights.get_state_dict(check_hash=True, weights_only=True))
+            last = classifiers(model)
+            head = {
+                f"{path}.{part}"
+                for path, module in model.named_modules()
+                if module in last
+                for part in ("weight", "bias")
+            }
+            if missing := sorted(model.state_dict().keys() - loaded - head):
+                raise UserError(
+                    f"model.pretrained: torchvision's weights lack or do not fit {len(missing)} "
+                    f"tensors of {short} with these options, such as {missing[0]}; leave "
+                    "model.options or model.pretrained out"
+                )
         return model
 
     return create

@@ -153,12 +153,15 @@ def momentum_schedule(recipe: Recipe, total_steps: int, epoch_samples: int) -> S
     if config is None:
         return None
     most: float = recipe.optimizer.momentum  # type: ignore[union-attr]
-    factor = build_schedule(
-        config,
-        total_steps=total_steps,
-        global_batch=recipe.global_batch,
-        epoch_samples=epoch_samples,
-    )
+    try:
+        factor = build_schedule(
+            config,
+            total_steps=total_steps,
+            global_batch=recipe.global_batch,
+            epoch_samples=epoch_samples,
+        )
+    except UserError as error:
+        raise UserError(f"optimizer.momentum_schedule: {error}") from None
     for step in range(total_steps):
         if not 0 < most * factor(step) <= 1:
             raise UserError(

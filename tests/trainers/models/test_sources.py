@@ -116,8 +116,37 @@ def test_pretrained_weights_of_torchvision_but_for_the_classifier(monkeypatch) -
         source = fresh if name.startswith("classifier") else given
         assert torch.equal(value, source[name])
     assert asked == {"check_hash": True, "weights_only": True}  # nothing is unpickled
+    given["features.0.weight"] = torch.zeros(1)
+    with pytest.raises(UserError, match=r"do not fit 1 tensors .*such as features\.0\.weight"):
+        built("torchvision:squeezenet1_1", 64, pretrained=True)
     with pytest.raises(UserError, match=r"for 3 channels, and data.channels = 1"):
         built("torchvision:squeezenet1_1", 64, channels=1, pretrained=True)
+
+
+class Sidelong(nn.Module):
+    """A network that builds a layer behind its classifier, and looks at values."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(in_chans, num_classes)
+        self.aux = nn.Linear(3, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.abs().max() > 1e6:
+            raise ValueError("not normalised")
+        logits: Tensor = self.head(images.mean((2, 3)))
+        return logits
+
+
+def test_the_last_layer_of_one_s_own_is_its_classifier_if_it_gives_the_logits() -> None:
+    own = HERE.replace("own_net", "Sidelong")
+    model = built(own)
+    assert classifiers(model) == []
+    with pytest.raises(UserError, match="none that it names"):
+        built(own, head={"name": "cosine"})
+    assert len(classifiers(built(HERE))) == 1
+    with torch.device("meta"):  # where nothing can look at values
+        assert built(own).head.weight.is_meta
 
 
 def test_a_model_of_one_s_own() -> None:
