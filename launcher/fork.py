@@ -25,8 +25,11 @@ from bigbatch.trainers.recovery.stored import (
     OPTIMIZER,
     STATE,
     CorruptCheckpoint,
+    checkpoint_path,
     list_checkpoints,
+    list_snapshots,
     measure,
+    snapshot_step,
     step_of,
     verify,
 )
@@ -46,7 +49,7 @@ class Branch:
     same_batch: bool  # steps are the parent's, and so are records of them
     same_cycles: bool  # and snapshots
     best: Path | None  # the checkpoint that early stopping may yet go back to
-    notes: tuple[str, ...]  # what of the parent's state it starts without
+    notes: tuple[str, ...]  # what a user should know, such as what it starts without
 
 
 def find_checkpoint(parent: RunDir, step: int | None) -> Path:
@@ -95,7 +98,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     fingerprint["recipe"] = recipe.model_dump(mode="json")
     fingerprint["order_hash"] = "stream" if inputs.order is None else inputs.order.hash
     content |= {"step": step, "fingerprint": fingerprint}
-    kept, notes = [MODEL, OPTIMIZER], []
+    kept, notes = [MODEL, OPTIMIZER], list(inputs.notes)
     if before.optimizer.name != recipe.optimizer.name:
         notes.append(f"optimizer {recipe.optimizer.name} starts without state")
         kept.remove(OPTIMIZER)
@@ -136,7 +139,7 @@ def _best_so_far(parent: RunDir, step: int, recipe: Recipe) -> Path | None:
             f"regularise.early_stop ends the branch where it begins, after step {step}: branch off "
             "an earlier step, raise its patience, or set regularise.early_stop=null"
         )
-    path = parent.checkpoints / f"step-{best_evaluation(evaluations).step:08d}"
+    path = checkpoint_path(parent.checkpoints, best_evaluation(evaluations).step)
     if not path.is_dir():
         raise UserError(
             f"regularise.early_stop may go back to the best evaluation, and {path} is not there "
@@ -244,13 +247,19 @@ def _make(parent: RunDir, checkpoint: Path, branch: Branch) -> RunDir:
 def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None:
     snapshots = []
     if branch.same_cycles:
-        for path in sorted(parent.snapshots.glob("cycle-*")):
-            if ".tmp-" not in path.name and _snapshot_step(path) <= branch.step:
+        for path in list_snapshots(parent.snapshots):
+            step = snapshot_step(path)
+            if step is None:
+                raise UserError(
+                    f"{path} does not say after which step it was taken (metrics.json); restore "
+                    "it, or change schedule or duration, which leaves the snapshots out"
+                )
+            if step <= branch.step:
                 snapshots.append(path.name)
                 shutil.copytree(path, run.snapshots / path.name)
     if branch.same_batch and parent.metrics.exists():  # the start cuts off what is beyond it
         shutil.copyfile(parent.metrics, run.metrics)
-    target = run.checkpoints / f"step-{branch.step:08d}"
+    target = checkpoint_path(run.checkpoints, branch.step)
     target.mkdir(parents=True)
     for name in branch.kept:
         shutil.copyfile(checkpoint / name, target / name)
@@ -266,7 +275,3 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
     write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
     event = event_record("fork", branch.step) | {"run": origin["run"], "from_step": origin["step"]}
     write_atomically(run.events, to_json(event) + "\n")
-
-
-def _snapshot_step(path: Path) -> int:
-    return int(parse_json((path / "metrics.json").read_bytes())["step"])

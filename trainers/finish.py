@@ -20,7 +20,7 @@ from bigbatch.trainers.losses.centres import remove_centres
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
-from bigbatch.trainers.recovery.stored import MODEL
+from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
 from bigbatch.trainers.recovery.tensor_files import load_weights
 from bigbatch.trainers.report.results import final_table
 
@@ -85,7 +85,7 @@ def keep_best(job: Job, log: Log) -> None:
     """
     run, engine = job.run, job.engine
     best = best_evaluation(job.state.evaluations)
-    load_weights(engine.module, run.checkpoints / f"step-{best.step:08d}" / MODEL)
+    load_weights(engine.module, checkpoint_path(run.checkpoints, best.step) / MODEL)
     engine.on_main(
         lambda: save_snapshot(
             run.snapshots, 1, best.step, engine.module, best.scores, job.state.info

@@ -10,7 +10,7 @@ from bigbatch.launcher.cli import options
 
 
 @click.command(short_help="Branch a new run off a checkpoint of another one.")
-@click.argument("run", metavar="RUN[@STEP]")
+@click.argument("parent", metavar="RUN[@STEP]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--step", type=click.IntRange(0), help="Branch off here; default: the newest.")
 @click.option(
@@ -21,20 +21,17 @@ from bigbatch.launcher.cli import options
 @click.option("--at-once", type=click.IntRange(1), help="With --members: so many side by side.")
 @click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
 @click.option("--no-train", is_flag=True, help="Make the runs, and leave them to `resume`.")
-@click.option("--run", "--run-name", "run_name", help="Name of the new run; default: RUN-fork.")
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Directory of the new run, given whole."
-)
+@options.new_run
 @options.runs_folder
 def fork(
-    run: str,
+    parent: str,
     overrides: tuple[str, ...],
     step: int | None,
     members: int | None,
     at_once: int | None,
     nproc: int | None,
     no_train: bool,
-    run_name: str | None,
+    run: str | None,
     run_dir: Path | None,
     runs_folder: Path,
 ) -> None:
@@ -45,7 +42,7 @@ def fork(
     bigbatch fork digits@60 --members 3               three ends of one trunk, by seed
 
     Unchanged it becomes, bit for bit, what RUN becomes. The place is kept in samples, so
-    another global_batch goes on at the same image.
+    another global_batch goes on at the same image. Without --run it is called RUN-fork.
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import change_recipe
@@ -56,37 +53,37 @@ def fork(
     from bigbatch.launcher.launchers import Launch
     from bigbatch.launcher.members import member_paths, member_recipes, train_members
     from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.trainers.planning.environment import check_environment
 
     if find_peers(os.environ) is not None:
         raise UserError(
             "fork makes runs, and starts them itself: call it outside of a launcher, with "
             "--no-train, and start them there by `bigbatch resume`"
         )
-    if members is None and at_once is not None:
-        raise UserError(f"--at-once {at_once} is of several --members; say how many, or drop it")
-    name, at, number = run.rpartition("@")
+    options.check_at_once(members, at_once)
+    name, at, number = parent.rpartition("@")
     if at:
         if not number.isascii() or not number.isdigit():
-            raise UserError(f"{run}: after @ comes the step, a whole number, as in {name}@60")
+            raise UserError(f"{parent}: after @ comes the step, a whole number, as in {name}@60")
         if step is not None:
-            raise UserError(f"{run} names a step, and --step {step} as well; give one of them")
-        run, step = name, int(number)
-    parent = find_run(run, runs_folder)
-    checkpoint = branching.find_checkpoint(parent, step)
-    recipe = change_recipe(parent.recipe(), overrides, notice)
+            raise UserError(f"{parent} names a step, and --step {step} as well; give one of them")
+        parent, step = name, int(number)
+    trunk = find_run(parent, runs_folder)
+    checkpoint = branching.find_checkpoint(trunk, step)
+    recipe = change_recipe(trunk.recipe(), overrides, notice)
     nproc = start.ranks_here(recipe, None, nproc, 1, os.environ)
-    path = run_dir or runs_folder / (run_name or f"{parent.name}-fork")
+    path = run_dir or runs_folder / (run or f"{trunk.name}-fork")
     if members is None:
-        if run_dir is None and run_name is None:
+        if run_dir is None and run is None:
             path = start.unused_path(path)
         paths, recipes = [path], [recipe]
     else:
         paths, recipes = member_paths(path, members), member_recipes(recipe, members)
-    start.check_start(recipe)
+    check_environment(os.environ)
     branches = [
-        branching.plan_branch(parent, checkpoint, p, r) for p, r in zip(paths, recipes, strict=True)
+        branching.plan_branch(trunk, checkpoint, p, r) for p, r in zip(paths, recipes, strict=True)
     ]
-    made = branching.make_branches(parent, checkpoint, branches)
+    made = branching.make_branches(trunk, checkpoint, branches)
     for note in branches[0].notes:
         notice(note)
     for branch in made:

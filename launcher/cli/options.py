@@ -40,6 +40,15 @@ def runs_folder(function: F) -> F:
     )(function)
 
 
+def check_at_once(members: int | None, at_once: int | None) -> None:
+    """Raise UserError where --at-once stands without the --members that it is for."""
+    if members is None and at_once is not None:
+        raise UserError(
+            f"--at-once {at_once} is how many of several --members train side by side; say how "
+            "many there are, or leave it out"
+        )
+
+
 def new_run(function: F) -> F:
     """--run NAME (or --run-name) or --run-dir PATH: where a new run goes."""
     function = click.option(
@@ -47,7 +56,7 @@ def new_run(function: F) -> F:
     )(function)
     # torchrun takes --run, even after its script, for an abbreviation of its --run-path.
     names = ("--run", "--run-name", "run")
-    return click.option(*names, help="Name of the run; default: the recipe's, made new.")(function)
+    return click.option(*names, help="Name of the run; default: a new one.")(function)
 
 
 def print_json(value: Any) -> None:

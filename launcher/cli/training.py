@@ -131,11 +131,7 @@ def _start(
         if several and run is None and run_dir is None:
             raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
         count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
-        if members is None and at_once is not None:
-            raise UserError(
-                f"--at-once {at_once} is how many of several --members train side by side; say how "
-                "many there are, or leave it out"
-            )
+        options.check_at_once(members, at_once)
         if members is not None:
             if peers is not None or several or launcher != "torchrun":
                 raise UserError(

@@ -188,6 +188,10 @@ def test_damage_is_not_branched_off(parent: RunDir, tmp_path: Path) -> None:
         find_checkpoint(copied, 3)
     with pytest.raises(UserError, match="after step 7; it has those after steps 1, 2, 3, 4, 5, 6"):
         find_checkpoint(copied, 7)
+    (copied.snapshots / "cycle-01" / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match="cycle-01 does not say after which step it was taken"):
+        branch(copied, tmp_path / "b", 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     shutil.rmtree(copied.checkpoints)
     with pytest.raises(UserError, match="no checkpoint to branch off"):
         find_checkpoint(copied, None)
@@ -209,7 +213,7 @@ def test_members_branch_by_seed_from_the_command_line(parent: RunDir, tmp_path: 
     [
         (["{}@x"], "after @ comes the step"),
         (["{}@2", "--step", "2"], "names a step, and --step 2 as well"),
-        (["{}", "--at-once", "2"], "is of several --members"),
+        (["{}", "--at-once", "2"], "is how many of several --members"),
         (["nobody@3"], "no run 'nobody'"),
     ],
 )

@@ -16,7 +16,7 @@ from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits
 from bigbatch.trainers.ensemble.evaluations import about, statistics_of
 from bigbatch.trainers.ensemble.folder import open_ensemble
-from bigbatch.trainers.ensemble.members import MEMBERS, list_snapshots
+from bigbatch.trainers.ensemble.members import MEMBERS
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
@@ -24,7 +24,7 @@ from bigbatch.trainers.evaluation.metrics import Labels, confusion, score, softm
 from bigbatch.trainers.evaluation.record import write_evaluation
 from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.models.weights_file import describe
-from bigbatch.trainers.recovery.stored import MODEL
+from bigbatch.trainers.recovery.stored import MODEL, list_snapshots
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 

@@ -26,7 +26,12 @@ from bigbatch.trainers.models.weights_file import (
     unlike,
 )
 from bigbatch.trainers.planning.inputs import open_split
-from bigbatch.trainers.recovery.stored import MODEL, list_checkpoints
+from bigbatch.trainers.recovery.stored import (
+    MODEL,
+    list_checkpoints,
+    list_snapshots,
+    snapshot_step,
+)
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 MEMBERS = "members.json"  # of a finished run: which snapshots are kept
@@ -97,7 +102,7 @@ def _chosen(run: RunDir, choice: str, there: dict[str, Path]) -> list[str]:
     if choice == "auto":
         names = _kept(run) or snapshots or checkpoints[-1:]
     elif choice == "all":
-        taken = {_step(there[name].parent) for name in snapshots}
+        taken = {snapshot_step(there[name].parent) for name in snapshots}
         names = [*snapshots, *(n for n in checkpoints if int(n.removeprefix("step-")) not in taken)]
     else:
         names = [name.strip() for name in choice.split(",")]
@@ -128,15 +133,6 @@ def _kept(run: RunDir) -> list[str]:
             f"{path} is damaged; name the members with --members, or give --members all"
         )
     return kept
-
-
-def _step(folder: Path) -> int | None:
-    """After how many steps a snapshot was taken; None where it does not say."""
-    try:
-        step = parse_json((folder / "metrics.json").read_bytes())["step"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return step if isinstance(step, int) else None
 
 
 def _member(name: str, weights: Path, recipe: Recipe) -> Member:
@@ -210,7 +206,3 @@ def save_snapshot(
         raise
     sync(folder)
     return final
-
-
-def list_snapshots(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("cycle-*") if ".tmp-" not in p.name)

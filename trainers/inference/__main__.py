@@ -44,7 +44,7 @@ from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
-from bigbatch.trainers.inference.joined import check_joinable, features_of, make_joined
+from bigbatch.trainers.inference.joined import check_joinable, make_joined
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
@@ -307,7 +307,7 @@ def _joined(
             "choose them with --members"
         )
     check_joinable(members)
-    found = features_of(engine, members, fit_on.index, options.batch)
+    found = Forward(engine, members, batch=options.batch, features=True).gathered(fit_on.index)
     own: list[Logits] = []  # on rank 0
 
     def make() -> tuple[Member, Record]:

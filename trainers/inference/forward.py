@@ -23,6 +23,7 @@ from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import build_augmenter
+from bigbatch.trainers.models.joined import WHY
 from bigbatch.trainers.optim.groups import classifiers, linear_classifier
 
 Features = npt.NDArray[np.float32]  # [N, D]
@@ -47,7 +48,7 @@ class Outputs:
     samples: Positions  # int64 [n]
     logits: Logits  # float32 [M, n, C]
     bad: tuple[tuple[int, str], ...]
-    features: Features | None = None  # [n, D], of the only member
+    features: Features | None = None  # [n, D1 + D2 + ...], of one member beside the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +95,10 @@ class Forward:
         self.parameters = sum(p.numel() for m in self._loaded for p in m.model.parameters())
         looks = looks_of(self._loaded[0].augmenter.eval_view, tta)
         self.passes = len(looks) * max(1, mc_dropout)  # of each member, over each image
-        self._features: list[Tensor] = []
+        # What goes into each member's classifier, of one look after another.
+        self._features: list[list[Tensor]] = []
         if features:
-            _watch(self._loaded[0], self._features)
-        self._wants_features = features
+            self._features = [_watch(loaded) for loaded in self._loaded]
 
     def _load(self, member: Member) -> _Loaded:
         recipe, device = member.recipe, self.engine.device
@@ -154,7 +155,7 @@ class Forward:
                 first.samples,
                 logits,
                 tuple((entry["sample"], entry["reason"]) for entry in first.bad),
-                self._taken_features(len(first.samples)) if self._wants_features else None,
+                self._taken_features(len(first.samples)) if self._features else None,
             )
 
     def _fill(self, logits: Logits, places: list[int], batch: MicroBatch) -> None:
@@ -197,11 +198,14 @@ class Forward:
             )
 
     def _taken_features(self, count: int) -> Features:
-        taken, self._features[:] = list(self._features), []
-        if not taken:
-            return np.zeros((count, 0), np.float32)
-        rows = torch.cat([t.flatten(1).float() for t in taken])  # of one look after another
-        return rows.view(-1, count, rows.shape[1]).mean(0).cpu().numpy()
+        members = []
+        for taken in self._features:
+            if not taken:  # a batch of unreadable images
+                return np.zeros((count, 0), np.float32)
+            rows = torch.cat([t.flatten(1).float() for t in taken])
+            members.append(rows.view(-1, count, rows.shape[1]).mean(0).cpu().numpy())
+            taken.clear()
+        return np.concatenate(members, axis=1)
 
     def logits(self, index: Index) -> Logits | None:
         """Logits [M, N, C] of all samples on rank 0, in index order; None elsewhere. Collective."""
@@ -216,9 +220,7 @@ class Forward:
                 found.append(outputs)
                 progress.advance(len(outputs.samples))
         members, classes = len(self.members), self.classes
-        width = 0
-        if self._wants_features:
-            width = linear_classifier(self._loaded[0].model, "joining features")[1].in_features
+        width = sum(self._width(loaded) for loaded in self._loaded) if self._features else 0
         rows = [np.zeros((0, members * classes + width), np.float32)]
         for o in found:
             flat = o.logits.swapaxes(0, 1).reshape(-1, members * classes)
@@ -233,6 +235,13 @@ class Forward:
             features,
         )
 
+    def _width(self, loaded: _Loaded) -> int:
+        """How many features a member has: on a rank without a batch, too."""
+        try:
+            return linear_classifier(loaded.model, WHY)[1].in_features
+        except UserError as error:
+            raise UserError(f"member {loaded.member.name}: {error}") from None
+
 
 def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
     """Logits whose softmax is the mean of probabilities of several looks, [n, C]."""
@@ -241,12 +250,14 @@ def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[
     return mean
 
 
-def _watch(loaded: _Loaded, into: list[Tensor]) -> None:
-    """Keep what goes into the classifier at each forward pass."""
+def _watch(loaded: _Loaded) -> list[Tensor]:
+    """A list that takes what goes into the classifier at each forward pass."""
     found = classifiers(loaded.model)
     if len(found) != 1 or isinstance(found[0], nn.Identity):
         raise UserError(
             f"member {loaded.member.name}: {loaded.member.recipe.model.name} has no one classifier "
             "whose input could be its features; leave out --features"
         )
-    found[0].register_forward_pre_hook(lambda module, inputs: into.append(inputs[0].detach()))
+    taken: list[Tensor] = []
+    found[0].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].detach()))
+    return taken

@@ -10,12 +10,11 @@ import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
-from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits
 from bigbatch.trainers.ensemble.fit import fit_joined
 from bigbatch.trainers.ensemble.held_out import FitData, fold_of
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.inference.forward import Features, Forward
+from bigbatch.trainers.inference.forward import Features
 from bigbatch.trainers.models.joined import NAME, Joined, join
 from bigbatch.trainers.recovery.tensor_files import save_weights
 
@@ -42,24 +41,6 @@ def check_joinable(members: Sequence[Member]) -> None:
 def _look(member: Member) -> dict[str, Any]:
     own = {"crop": member.recipe.evaluate.crop_fraction, "precision": member.recipe.precision}
     return {k: v for k, v in vars(member.info).items() if k != "model"} | own
-
-
-def features_of(
-    engine: Engine, members: Sequence[Member], index: Any, batch: int | None
-) -> tuple[Logits, Features] | None:
-    """Logits [M, N, C] and joined features [N, D] on rank 0; None elsewhere. Collective."""
-    found = []
-    for member in members:
-        try:
-            found.append(Forward(engine, [member], batch=batch, features=True).gathered(index))
-        except UserError as error:
-            raise UserError(f"member {member.name}: {error}") from None
-    there = [both for both in found if both is not None]
-    if not there:
-        return None
-    return np.concatenate([both[0] for both in there]), np.concatenate(
-        [both[1] for both in there], axis=1
-    )
 
 
 def fit_head(

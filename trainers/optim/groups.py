@@ -42,8 +42,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
     Plain parameters take neither weight decay nor a layer-wise rate: those of norm layers and of
     modules that say `no_decay`, slopes of PReLU (arXiv:1502.01852, section 2.1), biases of any
     module, and what the model itself names in `no_weight_decay()` (timm's position tables and
-    tokens). A parameter shared by modules is
-    plain if any of them says so.
+    tokens). A parameter shared by modules is plain if any of them says so.
     """
     excluded = _excluded_by_model(model)
     plain = set()

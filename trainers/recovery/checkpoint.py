@@ -30,6 +30,7 @@ from bigbatch.trainers.recovery.stored import (
     OPTIMIZER,
     STATE,
     Retention,
+    checkpoint_path,
     prune,
 )
 from bigbatch.trainers.recovery.tensor_files import (
@@ -127,7 +128,7 @@ def write(
     onto the disk what the checkpoint must not outlive. Raises OSError; older checkpoints are
     then as they were. Needs no other rank, and may run in any thread.
     """
-    final = folder / f"step-{captured.step:08d}"
+    final = checkpoint_path(folder, captured.step)
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process's of the same number

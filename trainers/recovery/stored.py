@@ -82,6 +82,25 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished steps stands, or would."""
+    return folder / f"step-{step:08d}"
+
+
+def list_snapshots(folder: Path) -> list[Path]:
+    """Complete snapshots of cycles' ends, oldest first."""
+    return sorted(p for p in folder.glob("cycle-*") if ".tmp-" not in p.name)
+
+
+def snapshot_step(path: Path) -> int | None:
+    """After how many steps a snapshot was taken; None where it does not say."""
+    try:
+        step = parse_json((path / "metrics.json").read_bytes())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 def step_of(path: Path) -> int:
     """The number of finished steps that a checkpoint's name says."""
     return int(path.name.removeprefix("step-"))

@@ -18,7 +18,7 @@ from bigbatch.trainers.ensemble.held_out import FitData, fold_of
 from bigbatch.trainers.ensemble.members import Member, find_members
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference.forward import Forward
-from bigbatch.trainers.inference.joined import check_joinable, features_of, fit_head
+from bigbatch.trainers.inference.joined import check_joinable, fit_head
 from bigbatch.trainers.models.joined import WHY, Joined, join
 from bigbatch.trainers.optim.groups import linear_classifier
 from tests.helpers.ranks import run_ranks
@@ -75,7 +75,7 @@ def test_features_of_members_stand_side_by_side(
     engine: Engine, members: list[Member], digits: Path
 ) -> None:
     index = open_index(digits / "val")
-    found = features_of(engine, members, index, 64)
+    found = Forward(engine, members, batch=64, features=True).gathered(index)
     assert found is not None
     logits, features = found
     both = Forward(engine, members, batch=64).logits(index)

@@ -12,9 +12,10 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.ensemble import members
 from bigbatch.trainers.ensemble.combine import combine
-from bigbatch.trainers.ensemble.members import list_snapshots, save_snapshot
+from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.recovery import resume
 from bigbatch.trainers.recovery.resume import acquire_run_lock
+from bigbatch.trainers.recovery.stored import list_snapshots
 
 
 def test_a_snapshot_is_kept_where_a_killed_attempt_left_half_of_it(tmp_path):
