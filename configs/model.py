@@ -91,6 +91,11 @@ class Model(StrictModel):
             mode="json", exclude={"channels_last", "recompute"}, exclude_defaults=True
         )
 
+    def form(self) -> dict[str, Any]:
+        """The same without the rates at which it drops: two alike take the same weights."""
+        options = {key: value for key, value in self.options.items() if "drop" not in key}
+        return self.network() | {"options": options}
+
     def beyond_timm(self) -> list[str]:
         """Why timm alone cannot build this network."""
         if not self.from_timm:

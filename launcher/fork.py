@@ -180,13 +180,11 @@ def _check_network(
 
 def _network(recipe: Recipe) -> dict[str, Any]:
     """What decides which tensors a checkpoint holds, and by whom it was taught."""
-    model = recipe.model.network()
-    model["options"] = {k: v for k, v in recipe.model.options.items() if "drop" not in k}
     learned = "its centres" if recipe.loss.name == "center" else "nothing"
     distill = recipe.distill
     taught = {} if distill is None else distill.model_dump(exclude={"teacher", "cache", "cache_gb"})
     return {
-        "model": model,
+        "model": recipe.model.form(),
         "loss learns": learned,
         "channels": recipe.data.channels,
         "distill": taught,

@@ -105,11 +105,9 @@ def check_alike(members: Sequence[Member]) -> None:
 
 def _form(member: Member) -> dict[str, Any]:
     """What weights must have in common to be averaged."""
-    model, evaluate = member.recipe.model, member.recipe.evaluate
-    options = {key: value for key, value in model.options.items() if "drop" not in key}
-    network = {key: value for key, value in model.network().items() if key != "name"}
-    kind = {"options": options, "crop": evaluate.crop_fraction}
-    return vars(member.info) | network | kind
+    form = member.recipe.model.form()
+    del form["name"]  # the info's model
+    return vars(member.info) | form | {"crop": member.recipe.evaluate.crop_fraction}
 
 
 def _barriers(
