@@ -182,10 +182,10 @@ def is_finished(run: RunDir, peers: Peers | None) -> bool:
     return True
 
 
-def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> Recipe:
-    """Store a run's recipe with ``key=value`` changes that reach no weight; returns it.
+def changed_recipe(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> Recipe:
+    """A run's recipe with ``key=value`` changes that reach no weight; nothing is written.
 
-    One of several ranks writes it, and the others wait for it: each of them reads it again.
+    Raises UserError where a change would reach one, or nothing: a finished run trains no more.
     """
     before = run.recipe()
     changed = change_recipe(before, overrides, notice if should_report(peers) else None)
@@ -197,15 +197,34 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
         ]
         raise UserError(
             f"{' '.join(overrides)}: that changes what is computed ({summary(found)}), so this "
-            f"would not be the same run; you may change {', '.join(free)}, or start a new run"
+            f"would not be the same run; you may change {', '.join(free)}, go on in a new run by "
+            f"`bigbatch fork {run.path} KEY=VALUE`, or start one"
         )
+    if changed != before and run.summary.exists():
+        raise UserError(
+            f"{run.path} is finished, so {' '.join(overrides)} would have no effect; see "
+            f"{run.report}, or train on in a new run by `bigbatch fork {run.path} KEY=VALUE`"
+        )
+    return changed
+
+
+@contextmanager
+def stored(run: RunDir, changed: Recipe, peers: Peers | None) -> Iterator[None]:
+    """Store a run's changed recipe, and put the old one back where what follows is refused.
+
+    One of several ranks writes it, and the others wait for it: each of them reads it again.
+    """
+    old = run.recipe_file.read_text(encoding="utf-8")
+    if run.recipe() == changed:
+        yield
+        return
     if should_report(peers):
         try:
             write_atomically(run.recipe_file, dump_recipe(changed))
         except OSError as error:
             raise UserError(
                 f"cannot write {run.recipe_file}: {error}; free some space, or resume without "
-                f"{' '.join(overrides)}"
+                "KEY=VALUE"
             ) from None
     deadline = time.monotonic() + _WAIT_S
     while run.recipe() != changed:
@@ -215,7 +234,12 @@ def change_run(run: RunDir, overrides: tuple[str, ...], peers: Peers | None) -> 
                 "same command, on the same file system"
             )
         time.sleep(0.1)
-    return changed
+    try:
+        yield
+    except UserError:
+        if should_report(peers):
+            write_atomically(run.recipe_file, old)
+        raise
 
 
 def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:

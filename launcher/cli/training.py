@@ -196,18 +196,19 @@ def resume(
         if sbatch_arg and not slurm:
             raise UserError("--sbatch-arg needs --slurm, which submits the run again")
         found = find_run(run, runs_folder)
+        recipe = start.changed_recipe(found, overrides, peers) if overrides else found.recipe()
         if start.is_finished(found, peers):
             return
         if peers is None:
             see_that_no_job_lives(found)
-        recipe = start.change_run(found, overrides, peers) if overrides else found.recipe()
+        start.check_start(recipe, peers)
         if slurm:
-            start.check_start(recipe)
-            click.echo(resubmit(found, sbatch_arg))
+            with start.stored(found, recipe, peers):
+                click.echo(resubmit(found, sbatch_arg))
             return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
-        start.check_start(recipe, peers)
-        start.begin(found.path, peers, None if count is None else Launch(nproc=count))
+        with start.stored(found, recipe, peers):
+            start.begin(found.path, peers, None if count is None else Launch(nproc=count))
 
 
 @click.command(short_help="Prove that batches and weights depend on the recipe alone.")

@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.launcher import start
+from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.env import CHOSEN, Peers
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.launcher.start import (
     agent_command,
-    change_run,
+    changed_recipe,
     check_start,
     describe_start,
     join_run,
     one_voice,
     ranks_here,
     run_path,
+    stored,
 )
 
 DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
@@ -246,29 +249,66 @@ def test_one_rank_of_each_machine_speaks(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_run_that_exists_may_change_its_backend_and_nothing_that_it_computes(tmp_path) -> None:
     run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
-    changed = change_run(run, ("backend=zero1", "data.workers=1"), None)
+    before = run.recipe_file.read_bytes()
+    changed = changed_recipe(run, ("backend=zero1", "data.workers=1"), None)
     assert (changed.backend, changed.data.workers) == ("zero1", 1)
+    assert run.recipe_file.read_bytes() == before
+    with stored(run, changed, None):
+        assert run.recipe() == changed
     assert run.recipe() == changed
     said = (
         r"optimizer\.lr=3: that changes what is computed \(optimizer\.lr = 2\.0 there, 3\.0 here\)"
-        r".* you may change name, backend, log, checkpoint, recovery\.stall_s, data\.cache,"
+        r".* you may change name, backend, log, checkpoint, recovery\.stall_s, data\.cache,.*"
+        r"bigbatch fork"
     )
     with pytest.raises(UserError, match=said):
-        change_run(run, ("optimizer.lr=3",), None)
+        changed_recipe(run, ("optimizer.lr=3",), None)
     assert run.recipe() == changed
+
+
+def test_a_finished_run_changes_no_more(tmp_path) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
+    run.summary.write_text("{}")
+    assert changed_recipe(run, ("backend=ddp",), None) == run.recipe()  # says what there is
+    with pytest.raises(UserError, match="is finished, so backend=zero1 would have no effect"):
+        changed_recipe(run, ("backend=zero1",), None)
+
+
+def test_a_recipe_is_as_it_was_where_the_start_is_refused(tmp_path) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
+    before = run.recipe_file.read_bytes()
+    changed = changed_recipe(run, ("backend=zero1",), None)
+    with pytest.raises(UserError, match="sbatch"), stored(run, changed, None):
+        raise UserError("sbatch refused it")
+    assert run.recipe_file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.path=nowhere", "data.pathh=x", "optimizer.lr=3", "backend=zero9", "data.cache="],
+)
+def test_a_refused_resume_leaves_every_file_as_it_is(tmp_path, change: str) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits"))
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    result = CliRunner().invoke(cli, ["resume", str(run.path), change, "--nproc", "1"])
+    assert isinstance(result.exception, UserError), result
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
 
 
 def test_ranks_wait_for_the_one_that_changes_the_run(tmp_path) -> None:
     run = create_run(tmp_path / "run", load_recipe("digits", ["reduction=overlapped"]))
     found = []
-    waiting = threading.Thread(
-        target=lambda: found.append(
-            change_run(run, ("backend=fsdp2",), Peers("torchrun", 1, 1, 2, "a1b2"))
-        )
-    )
+    changed = changed_recipe(run, ("backend=fsdp2",), None)
+
+    def wait() -> None:
+        with stored(run, changed, Peers("torchrun", 1, 1, 2, "a1b2")):
+            found.append(run.recipe())
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     assert run.recipe().backend == "ddp"
-    assert change_run(run, ("backend=fsdp2",), TWO).backend == "fsdp2"
+    with stored(run, changed, TWO):
+        assert run.recipe().backend == "fsdp2"
     waiting.join(30)
     assert [recipe.backend for recipe in found] == ["fsdp2"]
 
@@ -281,6 +321,10 @@ def test_a_full_disk_changes_no_run(tmp_path, monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(start, "write_atomically", full)
-    with pytest.raises(UserError, match=r"No space left.*resume without backend=zero1"):
-        change_run(run, ("backend=zero1",), None)
+    changed = changed_recipe(run, ("backend=zero1",), None)
+    with (
+        pytest.raises(UserError, match=r"No space left.*resume without KEY=VALUE"),
+        stored(run, changed, None),
+    ):
+        pass
     assert run.recipe() == before
