@@ -116,17 +116,21 @@ def check_name(name: str) -> None:
         )
 
 
+class RunExists(UserError):
+    """The run directory is there already."""
+
+
 def create_run(path: Path, recipe: Recipe) -> RunDir:
     """Make a new run directory with the resolved recipe, its hash and the versions.
 
-    Raises UserError where a run is there already: nothing is ever overwritten.
+    Raises RunExists where a run is there already: nothing is ever overwritten.
     """
     check_name(path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
     except FileExistsError:
-        raise UserError(
+        raise RunExists(
             f"{path} exists already; go on with it by `bigbatch resume {path}`, "
             "or choose another name with --run"
         ) from None

@@ -14,7 +14,7 @@ import psutil
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.env import start_variables
+from bigbatch.launcher.env import forget_launch, start_variables
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.warm.parent import OF_A_RANK, OF_AN_END, Parent, Process, start_parent
 
@@ -38,6 +38,7 @@ class Children:
         self._modules = (*OF_A_RANK, *(OF_AN_END if to_the_end else ()), "bigbatch.trainers.agent")
         chosen = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._env = {**os.environ, **start_variables(nproc, 1, None, os.environ), **chosen}
+        forget_launch(self._env, None)
 
     @cached_property
     def parent(self) -> Parent:

@@ -11,13 +11,14 @@ Launch)"; slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES".
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.notices import notice
 
 # srun's step for the shell of `salloc` (SLURM_INTERACTIVE_STEP): a prompt, not a rank.
 _INTERACTIVE_STEP = 0xFFFFFFFA
@@ -25,6 +26,13 @@ _INTERACTIVE_STEP = 0xFFFFFFFA
 _FIRST_PORT, _PORTS = 10_000, 20_000
 # What is chosen here where the environment leaves it open.
 CHOSEN = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# What torchrun, deepspeed and MPI tell a rank; torch and accelerate ask nobody who has set it.
+_RENDEZVOUS = re.compile(
+    "(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)|LOCAL_SIZE"
+    "|(GROUP|ROLE)_(RANK|WORLD_SIZE|NAME)|PMI_(RANK|SIZE)|MPI_LOCAL(RANKID|NRANKS)"
+    "|(OMPI|MV2)_COMM_WORLD_.*"
+)
+_AGENT = re.compile("TORCHELASTIC_.*")
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,32 @@ def find_peers(env: Mapping[str, str]) -> Peers | None:
         prompt = "SLURM_PTY_PORT" in env or _number(env, "SLURM_STEP_ID") == _INTERACTIVE_STEP
         return None if prompt else _srun(env)
     return None
+
+
+def forget_launch(env: MutableMapping[str, str], peers: Peers | None) -> None:
+    """Remove what another launch has left in `env`, before ranks are started from it.
+
+    From what a person starts, with a word about it: a variable left from a container, an
+    interactive job or another program made a lone process wait for others for ever. A lone
+    rank of `peers` needs no rendezvous either, wherever the variables point to.
+    """
+    if peers is not None and peers.size > 1:
+        return
+    left = [name for name in env if _RENDEZVOUS.fullmatch(name)]
+    if peers is None:
+        left += [name for name in env if _AGENT.fullmatch(name)]
+        if left:
+            said = ", ".join(f"{name}={env[name]}" for name in sorted(left))
+            notice(f"{said}: left of another launch, not used for this one")
+    for name in left:
+        del env[name]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def default_nproc(env: Mapping[str, str]) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.planning.plan import Plan
 
@@ -42,7 +43,10 @@ def model_size(recipe: Recipe, classes: int) -> dict[str, Any] | str:
 def ask(
     module: str, *arguments: str, given: str = "", patience_s: float = _PATIENCE_S
 ) -> dict[str, Any] | str:
-    """What a module of trainers/models, started as a process, prints; or why there is no answer."""
+    """What a module of trainers/models, started as a process, prints; or why there is no answer.
+
+    Raises UserError where the module refuses what it was given: a run would be refused alike.
+    """
     if find_spec("torch") is None:
         return "no torch on this machine"
     command = [sys.executable, "-P", "-m", f"bigbatch.trainers.models.{module}", *arguments]
@@ -58,11 +62,15 @@ def ask(
             check=False,
             timeout=patience_s,
         )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {patience_s:.0f} s"
+    if done.returncode == 2:
+        raise UserError(done.stderr.strip())
+    try:
         answer: dict[str, Any] = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError) as error:
-        timeout = isinstance(error, subprocess.TimeoutExpired)
-        lines = [] if timeout else done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"no answer within {patience_s:.0f} s"
+    except ValueError:
+        lines = done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"no answer, and status {done.returncode}"
     return answer
 
 

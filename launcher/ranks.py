@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,17 @@ from types import FrameType
 from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.launcher.env import Peers, default_nproc, start_variables
+from bigbatch.launcher.env import (
+    Peers,
+    default_nproc,
+    forget_launch,
+    free_port,
+    start_variables,
+)
 from bigbatch.launcher.launchers import python
 from bigbatch.trainers.recovery.signals import catch
 from bigbatch.trainers.warm.parent import start_parent
 
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.05
 _GRACE_S = 10.0  # that ranks have to end by themselves once one has failed
 
@@ -35,33 +39,29 @@ def run_ranks(
                 f"--nproc {nproc}, but {peers.launcher} has started {peers.size} processes "
                 "already: drop --nproc to use those"
             )
-        _become(command, peers.variables)
+        env = {**os.environ, **peers.variables}
+        forget_launch(env, peers)
+        _become(command, env)
     count = nproc or default_nproc(os.environ)
-    variables = start_variables(count, 1, None, os.environ)
+    env = {**os.environ, **start_variables(count, 1, None, os.environ)}
+    forget_launch(env, None)
     if count == 1:
-        for name in _OF_A_RANK:  # left over from another launch
-            os.environ.pop(name, None)
-        _become(command, variables)
-    sys.exit(_run(command, [f"{module}.__main__"], count, variables))
+        _become(command, env)
+    sys.exit(_run(command, [f"{module}.__main__"], count, env))
 
 
-def _become(command: list[str], variables: Mapping[str, str]) -> NoReturn:
+def _become(command: list[str], env: Mapping[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], command, {**os.environ, **variables})
+    os.execvpe(command[0], command, env)
 
 
-def _run(
-    command: list[str], modules: Sequence[str], count: int, variables: Mapping[str, str]
-) -> int:
+def _run(command: list[str], modules: Sequence[str], count: int, env: Mapping[str, str]) -> int:
     """Start the ranks, wait for them, and end the others where one fails.
 
     They are forked from one process that imports `modules`: once, and not in each of them.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, **variables}
+    port = free_port()
     parent = start_parent(modules, env)
     ranks = []
     for rank in range(count):

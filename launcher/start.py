@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,14 @@ from bigbatch.configs.load import change_recipe, dump_recipe
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.launcher.env import CHOSEN, Peers, default_nproc, start_variables
+from bigbatch.launcher.env import (
+    CHOSEN,
+    Peers,
+    default_nproc,
+    forget_launch,
+    free_port,
+    start_variables,
+)
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.trainers.planning.environment import check_environment
 from bigbatch.trainers.planning.plan import check_world
@@ -251,10 +259,15 @@ def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
         assert peers is not None
         command, variables = worker_command(run), dict(peers.variables)
     else:
+        if launch.launcher == "deepspeed" and launch.endpoint is None and launch.most_nodes == 1:
+            # Its own choice is always 29500, which another run may have.
+            launch = replace(launch, endpoint=f"127.0.0.1:{free_port()}")
         command = launch_command(launch, run)
         # srun's tasks choose for themselves, on the machine on which they are.
         here = launch.nproc, launch.most_nodes, launch.endpoint
         variables = {} if launch.launcher == "srun" else start_variables(*here, os.environ)
+    env = {**os.environ, **variables}
+    forget_launch(env, peers if launch is None else None)
     if launch is not None and launch.launcher == "torchrun":  # ours: both listen later
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
     if should_report(peers):
@@ -262,7 +275,7 @@ def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execvpe(command[0], command, {**os.environ, **variables})
+        os.execvpe(command[0], command, env)
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on this machine; use another --launcher") from None
 

@@ -112,11 +112,12 @@ def _start(
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.configs.notices import notice
-    from bigbatch.configs.rundir import RunDir, create_run
+    from bigbatch.configs.rundir import RunDir
     from bigbatch.launcher import start
     from bigbatch.launcher.env import cpus_per_task, find_peers
     from bigbatch.launcher.launchers import Launch
     from bigbatch.launcher.members import run_members
+    from bigbatch.launcher.runs import registry
 
     peers = find_peers(os.environ)
     start.hold_signals(peers)
@@ -145,7 +146,7 @@ def _start(
         if not RunDir(path).summary.exists():  # a finished run needs its shards no more
             start.check_start(loaded, peers)
         if peers is None and not several:
-            create_run(path, loaded)
+            path = registry.new_run(path, loaded, made_up=run is None and run_dir is None).path
         else:
             joined = start.join_run(path, loaded)
             if start.is_finished(joined, peers):  # launchers repeat their command

@@ -17,11 +17,14 @@ from typing import Any
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.json_text import parse_json
-from bigbatch.configs.rundir import ENSEMBLE, RunDir
+from bigbatch.configs.notices import notice
+from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, create_run
+from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.squeue import QueuedJob
 from bigbatch.launcher.slurm.submit import job_of
+from bigbatch.launcher.start import unused_path
 from bigbatch.trainers.monitoring.alerts import TITLES
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 
@@ -148,12 +151,40 @@ def has_ended(run: RunDir) -> bool:
     return state_of(run) in ENDED
 
 
+def new_run(path: Path, recipe: Recipe, made_up: bool) -> RunDir:
+    """Create a run. One that failed before its first step gives its name back.
+
+    `made_up`: nobody has chosen the name, so the next free one does where another start was
+    faster. Raises RunExists for a chosen name that is taken.
+    """
+    while True:
+        try:
+            return create_run(path, recipe)
+        except RunExists:
+            there = RunDir(path)
+            if made_up:
+                path = unused_path(path.with_name(recipe.name))
+            elif there.recipe_file.is_file() and _never_trained(there):
+                remove(there)
+                notice(f"{path} failed before its first step; this start takes its place")
+            else:
+                raise
+
+
+def _never_trained(run: RunDir) -> bool:
+    """Whether a run failed before its first step, so that its directory holds no work."""
+    begun = any(e.get("kind") in ("start", "submitted") for e in read_jsonl(run.events))
+    return describe(run).state == "failed" and not begun and not run.checkpoints.exists()
+
+
 def status(run: RunDir) -> dict[str, Any]:
     """All that a person asks of one run, in plain values."""
     info = look_up(run)
     events = read_jsonl(run.events)
     starts = [e for e in events if e.get("kind") == "start"]
-    alerts = [e for e in events if e.get("kind") in TITLES and e["kind"] != "end"]
+    # The end of a start that failed says why.
+    told = (e for e in events if e.get("kind") != "end" or "error" in e)
+    alerts = [e for e in told if e.get("kind") in TITLES]
     records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
     last = records[-1] if records else {}
     left = None

@@ -11,6 +11,7 @@ from bigbatch.launcher.env import (
     Peers,
     default_nproc,
     find_peers,
+    forget_launch,
     hosts,
     interface_to,
     start_variables,
@@ -218,3 +219,36 @@ def test_one_process_per_visible_gpu() -> None:
     assert default_nproc({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
     assert default_nproc({"CUDA_VISIBLE_DEVICES": ""}) == 1
     assert default_nproc({"CUDA_VISIBLE_DEVICES": "-1"}) == 1
+
+
+LEFT = {
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "10.0.0.1",
+    "PMI_SIZE": "2",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "4711",
+}
+
+
+@pytest.mark.parametrize("name", sorted({*LEFT, *TORCHRUN, *DEEPSPEED}))
+def test_what_another_launch_has_left_is_not_used_and_that_is_said(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = {**LEFT, **TORCHRUN, **DEEPSPEED}[name] + "7"
+    env = {name: value, "PATH": "/bin", "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "2"}
+    forget_launch(env, None)
+    assert env == {"PATH": "/bin", "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "2"}
+    assert f"bigbatch: {name}={value}: left of another launch" in capsys.readouterr().err
+
+
+def test_a_lone_rank_meets_nobody_and_keeps_its_agent(capsys: pytest.CaptureFixture[str]) -> None:
+    env = {**LEFT, "RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "2"}
+    forget_launch(env, find_peers(env))
+    assert env == {"TORCHELASTIC_RUN_ID": "4711", "OMP_NUM_THREADS": "2"}
+    assert not capsys.readouterr().err
+
+
+def test_ranks_of_a_launch_keep_what_it_says() -> None:
+    env = dict(TORCHRUN)
+    forget_launch(env, find_peers(env))
+    assert env == TORCHRUN

@@ -58,7 +58,7 @@ finally:
     command = [sys.executable, "-P", str(tmp_path / "program.py"), str(tmp_path / "folder")]
     handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
     try:
-        assert ranks._run(command, [], 3, {}) == 128 + signal.SIGKILL
+        assert ranks._run(command, [], 3, os.environ) == 128 + signal.SIGKILL
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

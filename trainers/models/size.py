@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model
@@ -97,4 +98,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    print(to_json(_all(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))
+    try:
+        print(to_json(_all(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))
+    except UserError as wrong:
+        print(wrong, file=sys.stderr)
+        sys.exit(2)

@@ -2,11 +2,15 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError, is_refused
-from bigbatch.configs.redact import message
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.redact import message, redact
+from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.trainers.engine import Engine, is_lost_peer
+from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.recovery import oom
 
 Told = tuple[int, str] | None  # status and message; None: a defect, which keeps its traceback
@@ -52,12 +56,26 @@ def report(error: Exception, engine: Engine | None, run: Path | None = None) -> 
     `run` is the one that is trained, which may be resumed; None where nothing is.
     """
     known = _explain(error, engine, run)
+    if run is not None and (known is None or known[1] is not None):
+        _note_failed_start(RunDir(run), str(error) if known is None else str(known[1]))
     if known is None:
         raise error
     status, text = known
     if text is not None:
         print(f"bigbatch: {text}", file=sys.stderr, flush=True)
     return status
+
+
+def _note_failed_start(run: RunDir, text: str) -> None:
+    """Say in events.jsonl that a run ended before its first start could be recorded there.
+
+    Once that is recorded, the log says how each attempt ends (monitoring/log.py).
+    """
+    with suppress(OSError):  # what ends the run is said in any case
+        if not any(e.get("kind") in ("start", "end") for e in read_jsonl(run.events)):
+            file = JsonLines(run.events)
+            file.append(redact(event_record("end", 0, state="failed", error=text)))
+            file.close()
 
 
 def _explain(
