@@ -55,6 +55,11 @@ def usual_kind(place: Sequence[str]) -> Any:
     return next((f.default for f in names if not f.is_required()), None)
 
 
+def is_named(place: Sequence[str]) -> bool:
+    """Whether a recipe has a part at a place which says its kind, or its model, by `name`."""
+    return bool(place) and any("name" in m.model_fields for m in _parts_at(place))
+
+
 def keys_of_kind(place: Sequence[str], kind: Any) -> set[str] | None:
     """The keys of the part at a place in a recipe that calls itself `kind`; None where there is
     no such part."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from bigbatch.configs.explain import keys_of_kind, shortened, usual_kind
+from bigbatch.configs.explain import is_named, keys_of_kind, shortened, usual_kind
 from bigbatch.configs.files import to_json
 from bigbatch.configs.renamed import RENAMED, with_new_names
 
@@ -14,10 +14,22 @@ Place = tuple[str, ...]
 def canonical(tree: Mapping[str, Any]) -> tuple[Tree, list[str]]:
     """A layer in one form, today's names and parts as mappings, and what to say of old names."""
     renamed, found = with_new_names(tree)
-    data = renamed.get("data")
-    if isinstance(data, Mapping) and isinstance(data.get("sampling"), str):
-        renamed["data"] = {**data, "sampling": {"name": data["sampling"]}}
-    return renamed, [f"{old} is now called {RENAMED[old]}; write that" for old in found]
+    notes = [f"{old} is now called {RENAMED[old]}; write that" for old in found]
+    return _with_kinds(renamed, ()), notes
+
+
+def _with_kinds(tree: Mapping[str, Any], place: Place) -> Tree:
+    """A tree in which parts that are written by their name alone (`schedule: cosine`) say it."""
+    out = Tree()
+    for key, value in tree.items():
+        here = (*place, key)
+        if isinstance(value, Mapping):
+            out[key] = _with_kinds(value, here)
+        elif isinstance(value, str) and value != "none" and is_named(here):
+            out[key] = {"name": value}
+        else:
+            out[key] = value
+    return out
 
 
 def lay(

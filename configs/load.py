@@ -84,6 +84,10 @@ def find_recipe(name: str | Path) -> Path:
     elif (BUILTIN / f"{name}.yaml").is_file() and len(path.parts) == 1:
         return BUILTIN / f"{name}.yaml"
     known = builtin_recipes()
+    if path.suffix in (".yaml", ".yml"):
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))[:8])
+        near = f"; there are {there}" if there else ""
+        raise UserError(f"no file {str(name)!r} here ({Path.cwd()}){near}")
     near = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
@@ -209,13 +213,16 @@ def _overridden(tree: Tree, overrides: Iterable[str]) -> tuple[Tree, list[str]]:
             raise UserError(
                 f"override {text!r} is not of the form key=value, such as optimizer.lr=2"
             )
-        leaf: Any = _parse(value, f"override {text!r}")
+        written: Any = _parse(value, f"override {text!r}")
+        leaf = written
         for part in reversed(path):
             leaf = {part: leaf}
         layer, old_names = canonical(leaf)
         layers.append(layer)
         notes += old_names
-        # KEY={name: ...} is a part written as a whole, KEY.name=... names one and keeps the rest.
-        whole |= {place for place in named_parts(layer) if len(place) >= len(path)}
+        # KEY={name: ...} is a part written as a whole; KEY.name=NAME, or KEY=NAME, names one and
+        # keeps the rest.
+        if isinstance(written, dict):
+            whole |= {place for place in named_parts(layer) if len(place) >= len(path)}
     tree, more = lay(tree, layers, whole)
     return tree, [*notes, *more]

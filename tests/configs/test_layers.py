@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,6 +81,42 @@ def test_a_part_that_the_command_writes_as_a_whole_replaces_another_kind() -> No
     assert same.optimizer.weight_decay == 1e-4  # type: ignore[union-attr]
     earlier = ["optimizer.weight_decay=0.1", "optimizer={name: adamw, lr: 0.001}"]
     assert load_recipe("digits", earlier).optimizer.weight_decay == 0.1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["optimizer=adamw", "optimizer.name=adamw"])
+def test_a_part_may_be_written_by_its_name_alone(key: str) -> None:
+    recipe, said = load("digits", key)
+    assert (recipe.optimizer.name, recipe.optimizer.lr) == ("adamw", 2.0)
+    assert said[0].endswith("kept lr=2.0, weight_decay=0.0001")
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("schedule", "cosine"),
+        ("model", "resnet18"),
+        ("model.norm", "instance"),
+        ("model.init.weights", "he"),
+        ("loss", "hinge"),
+        ("loss.class_weights", "effective_number"),
+        ("data.sampling", "uniform"),
+        ("regularise.sharpness", "sam"),
+    ],
+)
+def test_any_part_may_be_written_by_its_name_alone(tmp_path: Path, place: str, kind: str) -> None:
+    keys = ["data.sampling={name: uniform}"]
+    assert load_recipe("digits", [*keys, f"{place}={kind}"]) == load_recipe(
+        "digits", [*keys, f"{place}.name={kind}"]
+    )
+    tree: object = kind
+    for part in reversed(place.split(".")):
+        tree = {part: tree}
+    assert isinstance(tree, dict)
+    written = {"base": "digits", "name": "digits", **tree}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(written))
+    from_file = load_recipe(tmp_path / "mine.yaml", keys)
+    assert from_file == load_recipe("digits", [*keys, f"{place}={kind}"])
+    assert load_recipe("digits", ["loss.class_weights=none"]).loss.class_weights is None  # type: ignore[union-attr]
 
 
 def test_free_options_called_name_are_no_kind() -> None:

@@ -226,3 +226,13 @@ def test_a_change_names_no_kind_where_the_recipe_leaves_it_to_the_default(tmp_pa
     assert changed.schedule == Cosine(name="cosine", warmup=Length(2, "steps"))
     constant = change_recipe(load_recipe(file), ["schedule.name=constant"])
     assert constant.schedule.name == "constant"
+
+
+def test_a_file_that_is_not_there_is_called_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: digits\n")
+    with pytest.raises(
+        UserError, match=r"^no file '.*mine2\.yaml' here \(.*\); there are mine\.yaml$"
+    ):
+        load_recipe(tmp_path / "mine2.yaml")
+    with pytest.raises(UserError, match=r"^no file 'nowhere/mine2\.yaml' here \([^;]*\)$"):
+        load_recipe("nowhere/mine2.yaml")

@@ -102,12 +102,19 @@ def see_teacher(distill: Distill) -> None:
 def open_split(data: Data, name: str) -> Index:
     """Open the index of a split, here or on remote storage."""
     if not is_url(data.path):
-        if name == data.test and not (Path(data.path) / name).exists():
+        root = Path(data.path)
+        if not (root / name).exists():
+            there = sorted(p.name for p in root.iterdir() if (p / "index").is_dir())
+            write = "write it by `bigbatch shard SOURCE DEST --split 0.8,0.1,0.1`"
+            remedies = {
+                data.test: "set data.test=null to train without one, or name one by data.test=NAME",
+                data.val: f"{write}, or name one by data.val=NAME",
+            }
             raise UserError(
-                f"{data.path} has no split {name}; set data.test=null to train without a test "
-                "split, or name another one"
+                f"{root} has no split {name}, but {', '.join(there) or 'none at all'}; "
+                f"{remedies.get(name, 'name one of them')}"
             )
-        return open_index(Path(data.path) / name)
+        return open_index(root / name)
     url = f"{data.path.rstrip('/')}/{name}"
     return open_remote(remote_at(url, data.cache, data.cache_gb))
 

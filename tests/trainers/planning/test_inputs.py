@@ -17,8 +17,13 @@ def test_a_data_set_without_a_test_split(tmp_path: Path) -> None:
     assert usual.notes == (
         f"{tmp_path / 'digits'} has no split test: the run reports scores of val alone",
     )
-    with pytest.raises(UserError, match=r"has no split exam; set data\.test=null to train without"):
+    with pytest.raises(UserError, match=r"has no split exam, but train, val; set data\.test=null"):
         open_inputs(load_recipe("digits", [*keys, "data.test=exam"]))
+    missing = r"has no split dev, but train, val; write it by `bigbatch shard SOURCE DEST --split"
+    with pytest.raises(UserError, match=missing):
+        open_inputs(load_recipe("digits", [*keys, "data.val=dev"]))
+    with pytest.raises(UserError, match=r"has no split other, but train, val; name one of them"):
+        open_inputs(load_recipe("digits", [*keys, "data.train=other"]))
     inputs = open_inputs(load_recipe("digits", [*keys, "data.test=null"]))
     assert list(inputs.splits) == ["train", "val"]
     assert inputs.notes == ()
