@@ -16,6 +16,7 @@ from bigbatch.configs import (
     recovery,
     regularise,
     stream,
+    transfer,
 )
 from bigbatch.configs.augment import Augment
 from bigbatch.configs.averaging import Average
@@ -34,6 +35,7 @@ from bigbatch.configs.part import Count, StrictModel
 from bigbatch.configs.recovery import Checkpoint, Recovery
 from bigbatch.configs.regularise import Regularise
 from bigbatch.configs.schedules import Cosine, Schedule
+from bigbatch.configs.transfer import Transfer
 
 # What keys of several parts may not ask for together; each rule stands beside its part.
 _RULES = tuple(
@@ -50,6 +52,7 @@ _RULES = tuple(
         losses,
         regularise,
         distill,
+        transfer,
     )
 )
 
@@ -76,6 +79,10 @@ class Recipe(StrictModel):
     clip: Clip | None = Field(None, description="gradient clipping: norm, value or adaptive")
     data: Data
     model: Model
+    transfer: Transfer | None = Field(
+        None,
+        description="what learns of weights to start from: head, all, frozen or gradual",
+    )
     loss: Loss = CrossEntropy()
     distill: Distill | None = Field(None, description="learn from a teacher too: soft or logits")
     optimizer: Optimizer

@@ -35,9 +35,9 @@ class Finding:
     text: str
 
 
-def model_size(recipe: Recipe, classes: int) -> dict[str, Any] | str:
+def model_size(recipe: Recipe, classes: int, epoch_samples: int = 1) -> dict[str, Any] | str:
     """Sizes as trainers/models/size.py finds them, or why they are not known here."""
-    return ask("size", str(classes), given=recipe.model_dump_json())
+    return ask("size", str(classes), str(epoch_samples), given=recipe.model_dump_json())
 
 
 def ask(
@@ -143,12 +143,14 @@ def signal_lead(save_s: float) -> int:
 class Estimate:
     """What was found, and the signal lead that follows: None where saving was not measured.
 
-    `layers` are how the fresh network passes variance on, as trainers/models/signal.py says.
+    `layers` are how the fresh network passes variance on, as trainers/models/signal.py says,
+    `rates` what learns at which rate (`rate_table` of trainers/optim/stages.py).
     """
 
     findings: list[Finding]
     lead: int | None
     layers: tuple[dict[str, Any], ...] = ()
+    rates: tuple[dict[str, Any], ...] = ()
 
 
 def look(
@@ -156,7 +158,7 @@ def look(
 ) -> Estimate:
     """Memory, disk and saving time for a run below `folder`, and whether wandb answers."""
     wandb = _wandb(recipe)
-    size = model_size(recipe, classes)
+    size = model_size(recipe, classes, epoch_samples)
     if isinstance(size, str):
         return Estimate([Finding("memory, disk, saving", "skipped", size), wandb], None)
     parts = memory(recipe, size)
@@ -164,7 +166,7 @@ def look(
     text = f"{size['parameters']:,} parameters; about {_gb(sum(parts.values()))} a rank: {each}"
     found = [Finding("memory", "ok", text)]
     first = size["signal"]
-    layers = tuple(first["layers"])
+    layers, rates = tuple(first["layers"]), tuple(size["rates"])
     found.append(Finding("first step", first["state"], first["text"]))
     need = disk_bytes(recipe, plan, epoch_samples, size)
     try:
@@ -172,7 +174,7 @@ def look(
         save_s = checkpoint_bytes(recipe, size) / write_speed(folder)
     except OSError as error:
         unwritable = Finding("disk", "warning", f"{folder} cannot be written: {error}")
-        return Estimate([*found, unwritable, wandb], None, layers)
+        return Estimate([*found, unwritable, wandb], None, layers, rates)
     text = f"{_gb(need)} needed under {folder}, {_gb(free)} free"
     if need > free:
         found.append(Finding("disk", "warning", f"{text}; free some, or lower checkpoint.keep"))
@@ -186,7 +188,7 @@ def look(
     else:
         text += f"; SLURM signals {lead or wanted} s before the time limit"
         found.append(Finding("saving", "ok", text))
-    return Estimate([*found, wandb], lead or wanted, layers)
+    return Estimate([*found, wandb], lead or wanted, layers, rates)
 
 
 def _wandb(recipe: Recipe) -> Finding:

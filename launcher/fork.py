@@ -99,12 +99,14 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     fingerprint["order_hash"] = "stream" if inputs.order is None else inputs.order.hash
     content |= {"step": step, "fingerprint": fingerprint}
     kept, notes = [MODEL, OPTIMIZER], list(inputs.notes)
-    if before.optimizer.name != recipe.optimizer.name:
-        notes.append(f"optimizer {recipe.optimizer.name} starts without state")
+    same_learning = before.transfer == recipe.transfer
+    if before.optimizer.name != recipe.optimizer.name or not same_learning:
+        why = "" if same_learning else ", for another transfer lets other weights learn"
+        notes.append(f"optimizer {recipe.optimizer.name} starts without state{why}")
         kept.remove(OPTIMIZER)
         content["optimizer"] = {}
     if content.get("averaged", 0):
-        if same_batch and before.average == recipe.average:
+        if same_batch and same_learning and before.average == recipe.average:
             kept.append(AVERAGE)
         else:
             content["averaged"] = 0

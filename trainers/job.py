@@ -22,6 +22,7 @@ from bigbatch.data.loader import train_batches
 from bigbatch.trainers.distillation.build import open_teacher
 from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.engine.freezing import Freezing
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.losses.build import (
     Objective,
@@ -37,6 +38,7 @@ from bigbatch.trainers.models.regularise import keep_within, regularise
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
+from bigbatch.trainers.optim.stages import fit_transfer, freeze, rate_table
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plan import check_world
 from bigbatch.trainers.planning.plateau import Evaluation
@@ -61,6 +63,8 @@ class Job:
     evaluator: Evaluator
     state: TrainState
     teacher: Teacher | None = None
+    freezing: Freezing | None = None  # where parts of the network begin to learn later
+    rates: tuple[dict[str, JsonValue], ...] = ()  # of a transfer: what learns at which rate
 
     def views(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """A micro-batch as the objective takes it: augmented images, and targets."""
@@ -168,6 +172,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         quiet=engine.rank != 0,
     )
+    learning = fit_transfer(recipe, model, inputs.epoch_samples)
+    freeze(model, learning)
     own = recipe.regularise
     regularise(model, own)
     teacher = open_teacher(recipe, inputs, engine, run.path.parent)
@@ -180,10 +186,14 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         objective = penalised(objective, model, own.l1, own.l2)
     probe(model, objective, recipe, classes)
     model.to(memory_format=choose_memory_format(recipe.model, engine.device))
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer, learning)
+    rates = rate_table(model, learning, optimizer, recipe.lr_scale) if recipe.transfer else []
     if own.max_norm is not None:
         keep_within(optimizer, model, own.max_norm)
     engine.prepare(model, optimizer, recipe.micro_batches)
+    freezing = None
+    if recipe.transfer is not None and recipe.transfer.name == "gradual":
+        freezing = Freezing(learning, engine, optimizer, engine.module)
     augmenter = build_augmenter(recipe, classes, engine.device)
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
@@ -208,7 +218,20 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         average=average,
     )
-    return Job(run, recipe, engine, inputs, model, objective, augmenter, evaluator, state, teacher)
+    return Job(
+        run,
+        recipe,
+        engine,
+        inputs,
+        model,
+        objective,
+        augmenter,
+        evaluator,
+        state,
+        teacher,
+        freezing,
+        tuple(rates),
+    )
 
 
 def head_prior(recipe: Recipe, inputs: Inputs) -> Tensor | None:

@@ -51,6 +51,8 @@ def train(attempt: Attempt) -> bool:
         set_lr(optimizer, lr_multiplier)
         if job.inputs.momentum is not None:
             set_momentum(optimizer, job.inputs.momentum(step))
+        if job.freezing is not None and (begun := job.freezing.begin(step)):
+            log.event("unfreeze", step=step, stages=begun)
 
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)

@@ -105,6 +105,8 @@ def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
         flops_per_image=monitor.flops,
         peak_flops=monitor.peak,
     )
+    if job.rates:
+        log.event("transfer", step=job.state.step, rates=list(job.rates))
     if job.teacher is not None:
         log.event("teacher", step=job.state.step, **job.teacher.described())
     if engine.rank == 0:

@@ -118,17 +118,19 @@ def check(
     findings = []
     if not quick:
         estimate = preflight.estimate(loaded, runs_folder)
-        found["layers"] = estimate.layers
+        found["layers"], found["rates"] = estimate.layers, estimate.rates
         findings = list(estimate.findings)
         findings.append(try_job(loaded, nodes, nproc or 1, runs_folder))
     if as_json:
         options.print_json({**found, "findings": [asdict(finding) for finding in findings]})
         return
-    from bigbatch.launcher.cli.render import show, two_columns
+    from bigbatch.launcher.cli.render import rates_table, show, two_columns
 
     marks = {"ok": "", "warning": "WARNING: ", "skipped": "skipped: "}
     needs = {finding.name: marks[finding.state] + finding.text for finding in findings}
     show(two_columns(_rows(found) | needs))
+    if found.get("rates"):
+        show(rates_table(found["rates"]))
 
 
 def _rows(found: dict[str, Any]) -> dict[str, str]:

@@ -109,6 +109,26 @@ def status_table(values: Mapping[str, Any]) -> Table:
     return two_columns(rows)
 
 
+def rates_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What learns at which rate, by stage from the lowest on; rates are before the schedule."""
+    table = Table(title="what learns, before the schedule", title_justify="left")
+    for title in ("stage", "tensors", "parameters", "rate", "weight decay", "learns"):
+        right = title not in ("stage", "learns")
+        table.add_column(title, justify="right" if right else "left")
+    for row in rows:
+        start = row["start"]
+        learns = f"from step {start:,}" if start else "from the start"
+        table.add_row(
+            row["stage"],
+            f"{row['tensors']:,}",
+            f"{row['parameters']:,}",
+            "" if row["lr"] is None else f"{row['lr']:.4g}",
+            "" if row["lr"] is None else f"{row['weight_decay']:g}",
+            "frozen" if row["lr"] is None else learns,
+        )
+    return table
+
+
 def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     """One table of the splits, one of their labels, and copies where there are any."""
     splits = Table(title=found["root"], title_justify="left")

@@ -2,9 +2,10 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class Engine(Collectives, ABC):
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self._norms = MicroBatchNorms(self.device)
+        self._frozen: frozenset[str] = frozenset()  # parameters that wait to learn
+        self._watched: set[str] = set()  # that have waited, and are held back where they do
 
     @abstractmethod
     def prepare(
@@ -108,6 +111,21 @@ class Engine(Collectives, ABC):
                 "were not touched. Set requires_grad before training starts, and start a new run "
                 "to train others"
             )
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Let these parameters, and no others of those trained, take no gradient until told anew.
+
+        Ranks exchange gradients of all that will ever be trained, so those of frozen ones are 0
+        from the start of their way: in norms, clipping and the exchange alike.
+        """
+        self._frozen = frozenset(names)
+        for name, parameter in self.module.named_parameters():
+            if name in self._frozen and name not in self._watched:
+                self._watched.add(name)
+                parameter.register_hook(partial(self._held_back, name))
+
+    def _held_back(self, name: str, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient) if name in self._frozen else gradient
 
     @property
     def scaler(self) -> Any | None:

@@ -1,7 +1,7 @@
 """DDP: every rank holds all parameters and all state, and gradients are averaged."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -46,7 +46,9 @@ class DdpEngine(Engine):
             self.model = self.accelerator.prepare_model(self.module, evaluation_mode=self.exact)
         self._stepper = self.accelerator.prepare_optimizer(optimizer)
         self._fix_parameters()
-        self._trained = [p for p in self.module.parameters() if p.requires_grad]
+        named = self.module.named_parameters()
+        self._names = {p: name for name, p in named if p.requires_grad}
+        self._trained = list(self._names)
         if self.exact:
             sizes = [p.numel() for p in self._trained]
             self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
@@ -54,6 +56,17 @@ class DdpEngine(Engine):
             self._sums = [part.as_strided(p.shape, p.stride()) for part, p in parts]
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             self.model.register_comm_hook(None, self._send)
+
+    def freeze(self, names: Collection[str]) -> None:
+        if self.model is not self.module:  # DDP waits for the gradient of each
+            super().freeze(names)
+            return
+        frozen = set(names)
+        for parameter, name in self._names.items():
+            parameter.requires_grad_(name not in frozen)
+            if name in frozen:
+                parameter.grad = None
+        self._fix_parameters()
 
     def zero_grad(self) -> None:
         self._stepper.zero_grad(set_to_none=False)

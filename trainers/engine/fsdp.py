@@ -1,8 +1,9 @@
 """FSDP2: parameters, gradients and optimizer state in rows (torch.distributed.fsdp)."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,29 @@ class FsdpEngine(ShardedEngine):
         for parameter, piece in self._sharded:
             parameter.grad = piece.tensor.grad = None
         self._norms.begin()
+
+    def freeze(self, names: Collection[str]) -> None:
+        self._frozen = frozenset(names)
+        if not self._frozen or self._watched:
+            return
+        places = {
+            (id(module), key): f"{path}.{key}" if path else key
+            for path, module in self.module.named_modules()
+            for key in module._parameters
+        }
+
+        def watch(unit: nn.Module, inputs: Any) -> None:
+            """Gradients are those of whole parameters, which FSDP2 has put here by now."""
+            for module in unit.modules():
+                for key, parameter in module._parameters.items():
+                    name = places[id(module), key]
+                    whole = parameter is not None and not isinstance(parameter, DTensor)
+                    if whole and parameter.requires_grad and name not in self._watched:
+                        self._watched.add(name)
+                        parameter.register_hook(partial(self._held_back, name))
+
+        for unit in self._units:
+            unit.register_forward_pre_hook(watch)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

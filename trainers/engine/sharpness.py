@@ -17,7 +17,7 @@ class Sharpness:
     """
 
     def __init__(self, config: SAM | ASAM, module: nn.Module) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        named = [*module.named_parameters()]
         self._weights = [p for _, p in named]
         self._config = config
         # The authors' code scales what is called weight, norms' too, and leaves biases as in SAM.
@@ -26,7 +26,11 @@ class Sharpness:
 
     def climb(self, loss: Tensor) -> None:
         """w + rho T^2 g / |T g|, g the gradient of `loss` and T 1, or |w| + eta under ASAM."""
-        found = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        learning = [w for w in self._weights if w.requires_grad]  # others wait to learn
+        known = dict(
+            zip(learning, torch.autograd.grad(loss, learning, allow_unused=True), strict=True)
+        )
+        found = [known.get(w) for w in self._weights]
         gradients = [
             torch.zeros_like(w) if g is None else g
             for w, g in zip(self._weights, found, strict=True)

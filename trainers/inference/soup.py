@@ -24,6 +24,7 @@ from bigbatch.trainers.inference.forward import autocast
 from bigbatch.trainers.job import training_batches
 from bigbatch.trainers.models.batch_stats import averaged_layers, recompute_statistics
 from bigbatch.trainers.models.build import build_augmenter
+from bigbatch.trainers.optim.stages import keep_statistics
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
@@ -153,6 +154,7 @@ class _Kitchen:
         self.engine, self._recipe = engine, member.recipe
         recipe = member.recipe
         self.model = member.build(engine.device)
+        keep_statistics(self.model, recipe.transfer)
         self._augmenter = build_augmenter(recipe, len(member.classes), engine.device)
         self._evaluator = Evaluator(engine, self._augmenter, recipe)
 

@@ -34,6 +34,7 @@ def averaged_layers(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(module, _AVERAGED)
         and module.running_var is not None
         and not isinstance(module, FrozenBatch)
+        and not getattr(module, "keeps_statistics", False)  # trainers/optim/stages.py, freeze
     ]
 
 
@@ -117,9 +118,15 @@ class StepStatistics:
         """Blend in the mean over all micro-batches; `total` is `local` summed over ranks."""
         self.discard()
         if self.layers:
-            # Counted in steps: counted in forward passes it would depend on the world size.
-            if self.counters:
-                torch._foreach_add_(self.counters, 1)
+            # Counted in steps: counted in forward passes it would depend on the world size. Not
+            # where a layer waits to learn: it stands in evaluation, and its statistics stay.
+            moving = [
+                counter
+                for layer in self.layers
+                if layer.training and (counter := getattr(layer, _COUNTER, None)) is not None
+            ]
+            if moving:
+                torch._foreach_add_(moving, 1)
             parts = total.div(micro_batches).split([s.numel() for s in self.sums])
             means = [p.view_as(b).to(b) for p, b in zip(parts, self.buffers, strict=True)]
             torch._foreach_lerp_(self.buffers, means, self.weights)

@@ -66,8 +66,9 @@ def keep_within(optimizer: torch.optim.Optimizer, model: nn.Module, limit: float
     bound = [w for w in weights - plain if w.requires_grad]
 
     def constrain(*step: Any) -> None:
+        learning = {p for group in optimizer.param_groups for p in group["params"]}
         with torch.no_grad():
-            for weight in bound:
+            for weight in filter(learning.__contains__, bound):  # not one that waits to learn
                 units = tuple(range(1, weight.ndim))
                 norm = torch.linalg.vector_norm(weight, dim=units, keepdim=True)
                 weight.mul_((limit / norm).clamp(max=1.0))  # norm 0: infinity, so 1

@@ -1,10 +1,11 @@
 """What a recipe's model takes: parameters, optimizer state, activations. Started by preflight.
 
-    python -m bigbatch.trainers.models.size CLASSES < recipe.json
+    python -m bigbatch.trainers.models.size CLASSES EPOCH_SAMPLES < recipe.json
 
 Nothing is allocated: the model and one training step of one image are built on the meta
 device. Prints JSON; bytes are those of one rank. Behind it, as "signal", is what
-trainers/models/signal.py finds of the first step, of models that are not too large.
+trainers/models/signal.py finds of the first step, of models that are not too large, and as
+"rates" what learns at which rate, where that is not the same for all.
 """
 
 import sys
@@ -20,11 +21,12 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.models.signal import look
 from bigbatch.trainers.optim import build_optimizer
+from bigbatch.trainers.optim.stages import Learning, fit_transfer, freeze, rate_table, stages_of
 
 _SAMPLES = 2  # BatchNorm wants more than one value per channel
 
 
-def measure(recipe: Recipe, classes: int) -> dict[str, int]:
+def measure(recipe: Recipe, classes: int, epoch_samples: int = 1) -> dict[str, Any]:
     """Sizes of `recipe`'s model with `classes` outputs; no weights are made or loaded.
 
     activation_bytes is for one image: what autograd keeps for the backward pass, in the
@@ -39,24 +41,41 @@ def measure(recipe: Recipe, classes: int) -> dict[str, int]:
             seed=0,
             image_size=recipe.data.image_size,
         )
+    learning = fit_transfer(recipe, model, epoch_samples)
+    freeze(model, learning)
     model.train()
     size = recipe.data.image_size
     images = torch.empty(_SAMPLES, recipe.data.channels, size, size, device="meta")
     kept = _saved_bytes(model, images) / _SAMPLES
     if recipe.precision != "fp32":
         kept /= 2
-    optimizer = build_optimizer(model, recipe.optimizer)
-    for parameter in model.parameters():
+    optimizer = build_optimizer(model, recipe.optimizer, learning)
+    rates = _rates(recipe, model, learning, optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     states = [t for state in optimizer.state.values() for t in state.values()]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": sum(_bytes(t) for t in model.state_dict().values()),
-        "gradient_bytes": sum(_bytes(p) for p in model.parameters()),
+        "gradient_bytes": sum(map(_bytes, trained)),
         "optimizer_bytes": sum(_bytes(t) for t in states if isinstance(t, Tensor)),
         "activation_bytes": round(kept),
+        "rates": rates,
     }
+
+
+def _rates(
+    recipe: Recipe, model: nn.Module, learning: Learning, optimizer: torch.optim.Optimizer
+) -> list[dict[str, Any]]:
+    """Rates by stage, where the recipe has several; [] where it has one for all."""
+    own = recipe.optimizer
+    if recipe.transfer is None:
+        if own.layer_decay == 1.0 and not getattr(own, "weight_decay_of", {}):
+            return []
+        learning = Learning(tuple(stages_of(model)))
+    return rate_table(model, learning, optimizer, recipe.lr_scale)
 
 
 def count_flops(model: nn.Module, channels: int, image_size: int) -> int:
@@ -83,8 +102,8 @@ def _saved_bytes(model: nn.Module, images: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def _all(recipe: Recipe, classes: int) -> dict[str, Any]:
-    size = measure(recipe, classes)
+def _all(recipe: Recipe, classes: int, epoch_samples: int) -> dict[str, Any]:
+    size = measure(recipe, classes, epoch_samples)
     try:
         found = look(recipe, classes, size["parameters"], size["activation_bytes"])
     except Exception as error:  # sizes are known all the same
@@ -99,7 +118,8 @@ def _bytes(tensor: Tensor) -> int:
 
 if __name__ == "__main__":
     try:
-        print(to_json(_all(Recipe.model_validate_json(sys.stdin.read()), int(sys.argv[1]))))
+        given = Recipe.model_validate_json(sys.stdin.read())
+        print(to_json(_all(given, int(sys.argv[1]), int(sys.argv[2]))))
     except UserError as wrong:
         print(wrong, file=sys.stderr)
         sys.exit(2)

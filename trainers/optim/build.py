@@ -11,20 +11,32 @@ from bigbatch.trainers.optim.groups import decay_by_layer, muon_groups, paramete
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 from bigbatch.trainers.optim.lbfgs import LBFGS
+from bigbatch.trainers.optim.stages import Learning
 from bigbatch.trainers.optim.state import parameter_names
 
 
-def build_optimizer(model: nn.Module, config: c.Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: c.Optimizer, learning: Learning | None = None
+) -> torch.optim.Optimizer:
     """The optimizer that a recipe names, over the trainable parameters of `model`.
 
     Norm layers and biases take neither weight decay nor a layer-wise rate. Each group keeps
-    its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. Raises UserError
+    its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. `learning` says what
+    has another rate, and what begins to learn later (`Waiting` keeps it out). Raises UserError
     where `layer_decay` is asked of a model whose layers timm cannot order, and where
     `weight_decay_of` names no layer.
     """
     decay = 0.0 if isinstance(config, c.SM3 | c.LBFGS) else config.weight_decay
     decays = getattr(config, "weight_decay_of", {})
-    groups = parameter_groups(model, decay, config.layer_decay, decay_by_layer(model, decays))
+    learning = learning or Learning()
+    groups = parameter_groups(
+        model,
+        decay,
+        config.layer_decay,
+        decay_by_layer(model, decays),
+        learning.factors,
+        learning.starts,
+    )
     for group in groups:
         group["lr"] = config.lr * group["lr_scale"]
     if isinstance(config, c.Muon):

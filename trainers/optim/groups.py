@@ -63,26 +63,31 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     decays: Mapping[nn.Parameter, float] | None = None,
+    factors: Mapping[str, float] | None = None,
+    starts: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: weights, and plain parameters without decay.
 
     `decays` are those of single weights, which form groups of their own. With `layer_decay`
     below 1 there are groups for each layer, and `lr_scale` is layer_decay^k for the k-th layer
-    from the top (BEiT, arXiv:2106.08254), else 1. `adapt` says whether a layer-wise optimizer
-    adapts the group. Empty groups are left out.
+    from the top (BEiT, arXiv:2106.08254), else 1; `factors` multiply it and `starts` are the
+    finished steps from which parameters learn, both by name. `adapt` says whether a layer-wise
+    optimizer adapts the group. Empty groups are left out.
     """
     depths = _depths(model) if layer_decay < 1.0 else {}
-    groups: dict[tuple[int, bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, float, float, float], dict[str, Any]] = {}
     for name, parameter, plain in named_parameters(model):
         depth = depths.get(name, 0)
         decay = 0.0 if plain else (decays or {}).get(parameter, weight_decay)
+        factor, start = (factors or {}).get(name, 1.0), (starts or {}).get(name, 0.0)
         group = groups.setdefault(
-            (depth, plain, decay),
+            (depth, plain, decay, -factor, start),
             {
                 "params": [],
                 "weight_decay": decay,
                 "adapt": not plain,
-                "lr_scale": layer_decay**depth,
+                "lr_scale": layer_decay**depth * factor,
+                "start": start,
             },
         )
         group["params"].append(parameter)
@@ -99,7 +104,7 @@ def decay_by_layer(model: nn.Module, decays: Mapping[str, float]) -> dict[nn.Par
     found: dict[nn.Parameter, float] = {}
     plain = {parameter for _, parameter, is_plain in named_parameters(model) if is_plain}
     for wanted, decay in decays.items():
-        matched = [m for path, m in model.named_modules() if path and _names(wanted, path, m)]
+        matched = named_layers(wanted, model)
         weights = [p for m in matched for p in m.parameters() if p.requires_grad]
         if not set(weights) - plain:
             paths = [path for path, _ in model.named_modules() if path]
@@ -115,6 +120,11 @@ def decay_by_layer(model: nn.Module, decays: Mapping[str, float]) -> dict[nn.Par
             )
         found.update(dict.fromkeys(set(weights) - plain, decay))
     return found
+
+
+def named_layers(wanted: str, model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that a path with *, or type:Conv2d, names."""
+    return [m for path, m in model.named_modules() if path and _names(wanted, path, m)]
 
 
 def _names(wanted: str, path: str, module: nn.Module) -> bool:
