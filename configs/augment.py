@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from bigbatch.configs import augment_ops as c
 from bigbatch.configs.part import Fraction, NonNegative, Positive, Range, Share, StrictModel
+from bigbatch.configs.size import height_width
 
 _LONGEST = 100  # times as wide as high: a crop beyond it is less than a pixel high
 _MOVING = (c.Rotate, c.Shear, c.Translate, c.Scale, c.Perspective, c.PadCrop)
@@ -14,7 +15,10 @@ _MOST = 10.0  # of a mean or std of pixels in [0, 1]; those of 0..255 are far ab
 
 
 class Crop(StrictModel):
-    """Random resized crop: area as a fraction of the image, aspect ratio log-uniform."""
+    """Random resized crop: area as a fraction of the image, aspect ratio log-uniform.
+
+    The ratio is relative to that of data.image_size.
+    """
 
     scale: tuple[Share, Share] = (0.35, 1.0)
     ratio: Range = (3 / 4, 4 / 3)
@@ -99,16 +103,15 @@ def refusals(recipe: Any) -> Iterator[str]:
                 f"micro-batch, and micro_batch is 1; set {name} to 0, or micro_batch to 2 or more"
             )
     for i, op in enumerate(recipe.augment.ops):
-        size = recipe.data.image_size
-        if isinstance(op, c.PadCrop) and op.padding >= size:
+        size = recipe.data.smallest_size
+        if isinstance(op, c.PadCrop) and op.padding >= min(height_width(size)):
             yield (
-                f"augment.ops.{i}.padding = {op.padding} is no less than data.image_size = {size}: "
-                "a crop may show nothing of the image; lower it"
+                f"augment.ops.{i}.padding = {op.padding} is no less than the images' {size} "
+                "pixels: a crop may show nothing of the image; lower it"
             )
-        if isinstance(op, c.Cutout) and op.size >= 2 * size:
+        if isinstance(op, c.Cutout) and op.size >= 2 * max(height_width(size)):
             yield (
-                f"augment.ops.{i}.size = {op.size} covers every image of data.image_size = {size}; "
-                "lower it"
+                f"augment.ops.{i}.size = {op.size} covers every image of {size} pixels; lower it"
             )
 
 

@@ -5,8 +5,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bigbatch.configs.part import Count, Positive, StrictModel
+from bigbatch.configs.durations import Duration, Length, Period
+from bigbatch.configs.part import Count, ImageSize, Positive, StrictModel
 from bigbatch.configs.sampling import Sampling, Uniform
+from bigbatch.configs.size import Size, height_width
+
+
+class Progressive(StrictModel):
+    """Smaller images at first: a side that grows linearly with the steps up to image_size.
+
+    Touvron et al. 2019 (arXiv:1906.06423) say why small images may do, Tan and Le 2021
+    (arXiv:2104.00298) let them grow; the schedule is that of ffcv-imagenet.
+    """
+
+    start: ImageSize = Field(description="size of the images of the first steps")
+    after: Duration = Field(Length(0, "steps"), description="it grows from here on")
+    until: Period = Field(description="from here on it is image_size")
+    multiple: Count = Field(32, description="sides in between are the nearest multiples of it")
 
 
 class Data(StrictModel):
@@ -25,6 +40,11 @@ class Data(StrictModel):
         "paths, URLs, or pipe:COMMAND; {000..099} stands for many. val and test come from path",
     )
     sampling: Sampling = Uniform()
+    repeats: Count = Field(
+        1,
+        description="views of each sample, in as many micro-batches after each other; an epoch "
+        "keeps its number of images, and so holds 1/repeats of the samples",
+    )
     lanes: Annotated[int, Field(ge=0)] = Field(
         0,
         description="0: full random order. L: for network storage, L streams that each read few "
@@ -35,7 +55,12 @@ class Data(StrictModel):
         None, description="folder for copies of remote shards; by default ~/.cache/bigbatch"
     )
     cache_gb: Positive = Field(100.0, description="size of the cache on each node, in 1e9 bytes")
-    image_size: Annotated[int, Field(ge=8, le=4096)] = 224
+    image_size: ImageSize = Field(
+        224, description="of what the model is trained on: a side in pixels, or [height, width]"
+    )
+    progressive: Progressive | None = Field(
+        None, description="train on smaller images at first, which grow to image_size"
+    )
     channels: Literal[1, 3] = 3
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         2, description="decoding processes per rank"
@@ -47,6 +72,11 @@ class Data(StrictModel):
         100, description="how many unreadable samples are substituted before the run stops"
     )
 
+    @property
+    def smallest_size(self) -> Size:
+        """Of the images that the model is trained on."""
+        return self.image_size if self.progressive is None else self.progressive.start
+
 
 def refusals(recipe: Any) -> Iterator[str]:
     """Why a recipe cannot read its splits, or not in lanes."""
@@ -57,6 +87,15 @@ def refusals(recipe: Any) -> Iterator[str]:
                 f"data.{role} {split!r} leads out of data.path; name a folder inside it, or set "
                 "data.path to where all splits are"
             )
+    yield from _repeated(recipe)
+    grows = recipe.data.progressive
+    last = height_width(recipe.data.image_size)
+    first = last if grows is None else height_width(grows.start)
+    if grows is not None and (first == last or first[0] > last[0] or first[1] > last[1]):
+        yield (
+            f"data.progressive.start = {grows.start} is no smaller than data.image_size = "
+            f"{recipe.data.image_size}, to which images grow; lower it, or drop data.progressive"
+        )
     lanes, sampling = recipe.data.lanes, recipe.data.sampling.name
     if lanes and sampling != "uniform":
         yield (
@@ -68,3 +107,27 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"data.lanes = {lanes} does not divide the {recipe.micro_batches} micro-batches of "
             "a step (global_batch / micro_batch); choose lanes that divide it"
         )
+
+
+def _repeated(recipe: Any) -> Iterator[str]:
+    """Beside what samples cannot be repeated."""
+    repeats, data = recipe.data.repeats, recipe.data
+    if repeats == 1:
+        return
+    if repeats > recipe.micro_batches:
+        yield (
+            f"data.repeats = {repeats}, and a step has {recipe.micro_batches} micro-batches "
+            "(global_batch / micro_batch), each of which shows a sample once; lower repeats or "
+            "micro_batch"
+        )
+    others = {
+        "data.stream": (data.stream is not None, "whose samples no order repeats"),
+        "data.lanes": (data.lanes > 0, "whose micro-batches read shards of their own"),
+        "data.sampling": (
+            data.sampling.name == "progressive",
+            "progressive, whose epochs would be `repeats` times as long",
+        ),
+    }
+    for key, (there, why) in others.items():
+        if there:
+            yield f"data.repeats = {repeats} does not go with {key}, {why}; set data.repeats to 1"

@@ -1,16 +1,37 @@
 """When and how a run measures itself; trainers/evaluation does it."""
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bigbatch.configs.durations import Length, Period
-from bigbatch.configs.part import Count, StrictModel
+from bigbatch.configs.part import Count, ImageSize, StrictModel
 
 
 class Evaluate(StrictModel):
     every: Period = Field(Length(1, "epochs"), description="and at the run's end")
     batch: Count = Field(256, description="images per evaluation batch, on each rank")
+    image_size: ImageSize | None = Field(
+        None, description="of what is evaluated, predicted and exported; null is data.image_size"
+    )
     crop_fraction: Annotated[float, Field(ge=0.1, le=1)] = Field(
         1.0, description="share of the image's short side in the centre crop"
     )
+    crop_mode: Literal["center", "squash"] = Field(
+        "center",
+        description="center: the largest part with the shape of the size; squash: the whole image, "
+        "stretched to it. Also of training without augment.crop",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.squash and self.crop_fraction != 1:
+            raise ValueError(
+                f"crop_fraction {self.crop_fraction:g} leaves out the edges that crop_mode squash "
+                "shows; set crop_fraction to 1, or crop_mode to center"
+            )
+        return self
+
+    @property
+    def squash(self) -> bool:
+        return self.crop_mode == "squash"

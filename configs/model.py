@@ -10,6 +10,7 @@ from bigbatch.configs.blocks import Activation, Attention, Pool
 from bigbatch.configs.init import Init
 from bigbatch.configs.norm import Head, Norm
 from bigbatch.configs.part import StrictModel
+from bigbatch.configs.size import height_width
 
 TEACHING = ("lenet5", "zfnet", "nin")  # small nets written here
 TORCHVISION = "torchvision:"
@@ -126,7 +127,7 @@ def refusals(recipe: Any) -> Iterator[str]:
                 "than 1"
             )
     written = options.get("img_size", size)
-    if written not in (size, [size, size]):
+    if written not in (size, list(height_width(size))):
         yield (
             f"model.options.img_size = {written} and data.image_size = {size} differ; set "
             "data.image_size to what the model shall see, and img_size likewise"

@@ -35,6 +35,7 @@ from bigbatch.configs.part import Count, StrictModel
 from bigbatch.configs.recovery import Checkpoint, Recovery
 from bigbatch.configs.regularise import Regularise
 from bigbatch.configs.schedules import Cosine, Schedule
+from bigbatch.configs.size import Size
 from bigbatch.configs.transfer import Transfer
 
 # What keys of several parts may not ask for together; each rule stands beside its part.
@@ -104,6 +105,11 @@ class Recipe(StrictModel):
     def micro_batches(self) -> int:
         """Micro-batches in one step: also the largest world size that can run the recipe."""
         return self.global_batch // self.micro_batch
+
+    @property
+    def eval_size(self) -> Size:
+        """The size of what the model sees after training, and in between: evaluation, export."""
+        return self.evaluate.image_size or self.data.image_size
 
     @property
     def lr_scale(self) -> float:

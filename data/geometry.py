@@ -1,19 +1,20 @@
 """Where each output pixel comes from: crops, flips and maps (data/maps.py) as one matrix.
 
 All coordinates are continuous: pixel i covers [i, i + 1], so its centre is i + 0.5. A
-matrix maps points of the output square, [0, out] x [0, out], to points of the source
+matrix maps points of the output, [0, width] x [0, height], to points of the source
 image, as (x, y, 1). Drawn in NumPy from keyed uniforms, so that a decoding worker and the
 training device see the same crop, whatever the hardware.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data.maps import Map, apply_maps, draw_maps, is_affine, jacobians
 from bigbatch.data.rng import uniforms
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # pydantic would double the time in which a decoding worker s
 
 Matrices = npt.NDArray[np.float64]  # [B, 3, 3]
 Boxes = npt.NDArray[np.float64]  # [B, 4]: left, top, width, height in source pixels
+Growth = tuple[tuple[int, Size], ...]  # first steps, rising from 0, and the size from each on
 _CROP_TRIES = 10
 _SLACK = 1e-6  # what arithmetic may have taken from a crop of just the right size
 # Where the stored pixels of an image lie in it. It was reduced by `factor`, to the size of
@@ -43,8 +45,8 @@ class View:
     a decoding worker chooses the resolution by it, the trainer's device cuts by it.
     """
 
-    out: int
-    fraction: float  # of the short side, that the centre crop takes where there is no `crop`
+    out: Size
+    fraction: float  # of the largest centre crop, that is taken where there is no `crop`
     crop: Crop | None = None
     affine: Affine | None = None
     flip: float = 0.0
@@ -52,6 +54,15 @@ class View:
     place: tuple[float, float] = (0.5, 0.5)  # of the centre crop, from (0, 0), top left, to (1, 1)
     maps: tuple[Map, ...] = ()  # follow crop, affine and flip, in this order
     border: str = "edge"  # what shows beyond an image: edge, reflect, mean or black
+    squash: bool = False  # the centre crop has the image's shape, not that of `out`
+    growth: Growth = ()  # `out` by step, where it changes; `out` is the last one
+
+    def at(self, step: int) -> View:
+        """The view of one step."""
+        if not self.growth:
+            return self
+        out = [size for first, size in self.growth if first <= step][-1]
+        return replace(self, out=out, growth=())
 
     @property
     def is_random(self) -> bool:
@@ -61,11 +72,11 @@ class View:
     def boxes(self, sizes: npt.NDArray[np.integer], step: int, index: int) -> Boxes:
         """The crop of each image, sizes [B, 2] (h, w)."""
         if self.crop is None:
-            return centre_boxes(sizes, self.fraction, self.place)
-        return random_boxes(self.crop, sizes, self.seed, step, index)
+            return centre_boxes(sizes, self.fraction, self.place, None if self.squash else self.out)
+        return random_boxes(self.crop, sizes, self.seed, step, index, out=self.out)
 
     def warps(self, count: int, step: int, index: int) -> Matrices:
-        """The flips and maps of the output square, which precede the crops."""
+        """The flips and maps of the output, which precede the crops."""
         key = (self.seed, step, index)
         matrices = affine_matrices(self.affine, self.flip, count, self.out, *key)
         for one in self.maps:
@@ -87,16 +98,19 @@ class View:
         in whatever direction the warp is narrowest. An image that would still be longer than
         `longest` is stored as far as it is seen, and a pixel more for the interpolation.
         """
+        if self.growth:
+            return self.at(step).frames(sizes, rows, count, longest, step, index)
         everyone = np.ones((count, 2), np.int64)
         everyone[rows] = sizes
         boxes = self.boxes(everyone, step, index)[rows]
         maps = box_matrices(boxes, self.out) @ self.warps(count, step, index)[rows]
-        square = np.array([[0, self.out, 0, self.out], [0, 0, self.out, self.out]], float)
-        slopes = jacobians(maps, square)  # [n, 4, 2, 2]
+        height, width = height_width(self.out)
+        ends = np.array([[0, width, 0, width], [0, 0, height, height]], float)
+        slopes = jacobians(maps, ends)  # [n, 4, 2, 2]
         density = np.linalg.svd(slopes, compute_uv=False)[..., 1].min(1) * (1 + _SLACK)
         factor = 2 ** np.clip(np.floor(np.log2(density)), 0, 3).astype(np.int64)
         frames = whole_frames(sizes, factor)
-        corners = apply_maps(maps, square) / factor[:, None, None]  # [n, 2 (x, y), 4]
+        corners = apply_maps(maps, ends) / factor[:, None, None]  # [n, 2 (x, y), 4]
         largest = np.stack([frames["width"], frames["height"]], 1)
         low, high = corners.min(2), corners.max(2)
         if self.border == "reflect":  # what is mirrored must be there
@@ -129,20 +143,38 @@ def into_frames(boxes: Boxes, frames: Frames) -> Boxes:
 
 
 def centre_boxes(
-    sizes: npt.NDArray[np.integer], fraction: float, place: tuple[float, float] = (0.5, 0.5)
+    sizes: npt.NDArray[np.integer],
+    fraction: float,
+    place: tuple[float, float] = (0.5, 0.5),
+    out: Size | None = 1,
 ) -> Boxes:
-    """The square whose side is `fraction` of the short side; sizes [B, 2] (h, w).
+    """`fraction`, of each side, of the largest box with the shape of `out`, or of the image itself;
+    sizes [B, 2] (h, w).
 
-    `place` is (x, y): of what is left beside it, the share to its left and above it.
+    Of a square its side is `fraction` of the short side. `place` is (x, y): of what is left beside
+    it, the share to its left and above it.
     """
     height, width = sizes[:, 0].astype(float), sizes[:, 1].astype(float)
-    side = np.minimum(height, width) * fraction
+    if out is None:
+        w, h = width * fraction, height * fraction
+    else:
+        w = np.minimum(height * _aspect(out), width) * fraction
+        h = np.minimum(height, width / _aspect(out)) * fraction
     x, y = place
-    return np.stack([(width - side) * x, (height - side) * y, side, side], axis=1)
+    return np.stack([(width - w) * x, (height - h) * y, w, h], axis=1)
 
 
-def random_boxes(crop: Crop, sizes: npt.NDArray[np.integer], *key: int | str) -> Boxes:
+def _aspect(out: Size) -> float:
+    height, width = height_width(out)
+    return width / height
+
+
+def random_boxes(
+    crop: Crop, sizes: npt.NDArray[np.integer], *key: int | str, out: Size = 1
+) -> Boxes:
     """Random resized crops (Szegedy et al. 2015): area and log aspect ratio uniform.
+
+    The ratio is that of a crop to `out`: at 1, it shows without distortion.
 
     Up to ten draws each, as torchvision's RandomResizedCrop makes; where none fits into the
     image, the largest centred box with the nearest allowed aspect ratio.
@@ -151,36 +183,39 @@ def random_boxes(crop: Crop, sizes: npt.NDArray[np.integer], *key: int | str) ->
     draw = uniforms((len(sizes), _CROP_TRIES, 4), *key, "crop")
     area = height * width * (crop.scale[0] + draw[..., 0] * (crop.scale[1] - crop.scale[0]))
     low, high = np.log(crop.ratio)
-    ratio = np.exp(low + draw[..., 1] * (high - low))
+    aspect = _aspect(out)
+    ratio = np.exp(low + draw[..., 1] * (high - low)) * aspect
     w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)  # [B, tries]
     fits = (w <= width) & (h <= height)
     first = fits.argmax(axis=1)
     rows = np.arange(len(sizes))
     w, h, u, v = w[rows, first], h[rows, first], draw[rows, first, 2], draw[rows, first, 3]
     boxes = np.stack([u * (width[:, 0] - w), v * (height[:, 0] - h), w, h], axis=1)
-    return np.where(fits.any(axis=1)[:, None], boxes, _largest_boxes(crop, height, width))
+    return np.where(fits.any(axis=1)[:, None], boxes, _largest_boxes(crop, height, width, aspect))
 
 
-def _largest_boxes(crop: Crop, height: Matrices, width: Matrices) -> Boxes:
-    ratio = np.clip(width / height, *crop.ratio)
+def _largest_boxes(crop: Crop, height: Matrices, width: Matrices, aspect: float) -> Boxes:
+    ratio = np.clip(width / height / aspect, *crop.ratio) * aspect
     w, h = np.minimum(width, height * ratio), np.minimum(height, width / ratio)
     return np.concatenate([(width - w) / 2, (height - h) / 2, w, h], axis=1)
 
 
-def box_matrices(boxes: Boxes, out: int) -> Matrices:
-    """Maps that stretch each box over the whole output square of side `out`."""
+def box_matrices(boxes: Boxes, out: Size) -> Matrices:
+    """Maps that stretch each box over the whole output."""
+    rows, columns = height_width(out)
     left, top, width, height = boxes.T
     matrices = np.zeros((len(boxes), 3, 3))
-    matrices[:, 0, 0], matrices[:, 0, 2] = width / out, left
-    matrices[:, 1, 1], matrices[:, 1, 2] = height / out, top
+    matrices[:, 0, 0], matrices[:, 0, 2] = width / columns, left
+    matrices[:, 1, 1], matrices[:, 1, 2] = height / rows, top
     matrices[:, 2, 2] = 1
     return matrices
 
 
 def affine_matrices(
-    affine: Affine | None, flip: float, count: int, out: int, *key: int | str
+    affine: Affine | None, flip: float, count: int, out: Size, *key: int | str
 ) -> Matrices:
-    """Random flips and small affine maps of the output square about its centre."""
+    """Random flips and small affine maps of the output about its centre."""
+    height, width = height_width(out)
     matrices = np.tile(np.eye(3), (count, 1, 1))
     if affine is not None:
         signed = uniforms((6, count), *key, "affine") * 2 - 1
@@ -189,24 +224,25 @@ def affine_matrices(
         cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
         matrices[:, 0, 0], matrices[:, 0, 1] = cos, cos * np.tan(shear) - sin
         matrices[:, 1, 0], matrices[:, 1, 1] = sin, sin * np.tan(shear) + cos
-        matrices[:, 0, 2] = signed[3] * affine.translate * out
-        matrices[:, 1, 2] = signed[4] * affine.translate * out
+        matrices[:, 0, 2] = signed[3] * affine.translate * width
+        matrices[:, 1, 2] = signed[4] * affine.translate * height
     if flip > 0:
         mirrored = uniforms((count,), *key, "flip") < flip
         matrices[mirrored, :, 0] *= -1
-    centre = np.array([[1, 0, out / 2], [0, 1, out / 2], [0, 0, 1]])
-    back = np.array([[1, 0, -out / 2], [0, 1, -out / 2], [0, 0, 1]])
+    centre = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
+    back = np.array([[1, 0, -width / 2], [0, 1, -height / 2], [0, 0, 1]])
     return centre @ matrices @ back
 
 
-def to_theta(matrices: Matrices, out: int, canvas: tuple[int, int]) -> npt.NDArray[np.float32]:
+def to_theta(matrices: Matrices, out: Size, canvas: tuple[int, int]) -> npt.NDArray[np.float32]:
     """Normalised maps for `sampling_grid`: [B, 2, 3], or [B, 3, 3] where one is no affine map.
 
     `canvas` is (height, width) of the padded source. torch's grids run over [-1, 1] from
     edge to edge (align_corners=False).
     """
     height, width = canvas
+    rows, columns = height_width(out)
     source = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]])
-    output = np.array([[out / 2, 0, out / 2], [0, out / 2, out / 2], [0, 0, 1]])
+    output = np.array([[columns / 2, 0, columns / 2], [0, rows / 2, rows / 2], [0, 0, 1]])
     theta: npt.NDArray[np.float32] = (source @ matrices @ output).astype(np.float32)
     return theta[:, :2] if is_affine(matrices) else theta

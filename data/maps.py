@@ -1,6 +1,6 @@
 """Geometric operations as matrices: each map leads from a point that is shown to its source.
 
-Of the square of the model's input, [0, out] x [0, out], in continuous coordinates (pixel i
+Of the rectangle of the model's input, [0, width] x [0, height], in continuous coordinates (pixel i
 covers [i, i + 1]), as (x, y, 1). No torch: a decoding worker needs them as well.
 """
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data.rng import uniforms
 
 Matrices = npt.NDArray[np.float64]  # [B, 3, 3]
@@ -25,8 +26,10 @@ class Map(NamedTuple):
     values: tuple[float, ...]
 
 
-def draw_maps(one: Map, count: int, out: int, *key: int | str) -> Matrices:
+def draw_maps(one: Map, count: int, out: Size, *key: int | str) -> Matrices:
     """The map of each of `count` images, drawn by (key, name, occurrence); some are no map."""
+    height, width = height_width(out)
+    centre = width / 2, height / 2
     place = (*key, one.name, one.occurrence) if one.occurrence else (*key, one.name)
     chance, *u = uniforms((9, count), *place)
     low_high = [2 * x - 1 for x in u]
@@ -35,19 +38,20 @@ def draw_maps(one: Map, count: int, out: int, *key: int | str) -> Matrices:
             found = rotation(low_high[0] * degrees, out)
         case "shear", (x, y):
             slopes = np.tan(np.deg2rad([low_high[0] * x, low_high[1] * y]))
-            found = about((out / 2, out / 2), linear(1, slopes[0], slopes[1], 1))
+            found = about(centre, linear(1, slopes[0], slopes[1], 1))
         case "translate", (x, y):
-            found = translation(low_high[0] * x * out, low_high[1] * y * out)
+            found = translation(low_high[0] * x * width, low_high[1] * y * height)
         case "scale", (low, high):
             zoom = np.exp(-(np.log(low) + u[0] * np.log(high / low)))
-            found = about((out / 2, out / 2), linear(zoom, 0, 0, zoom))
+            found = about(centre, linear(zoom, 0, 0, zoom))
         case "vertical_flip", ():
-            found = about((out / 2, out / 2), linear(1, 0, 0, np.full(count, -1.0)))
+            found = about(centre, linear(1, 0, 0, np.full(count, -1.0)))
         case "pad_crop", (padding,):
             shifts = np.floor(np.array(u[:2]) * (2 * padding + 1)) - padding
             found = translation(shifts[0], shifts[1])
         case "perspective", (distortion,):
-            found = perspective(np.array(u) * distortion * out / 2, out)
+            sides = np.tile([[width], [height]], (4, 1))  # of x and y of each corner
+            found = perspective(np.array(u) * distortion * sides / 2, out)
         case _:
             raise ValueError(one)
     return np.where((chance < one.p)[:, None, None], found, np.eye(3))
@@ -80,18 +84,19 @@ def about(centre: tuple[float, float], matrices: Matrices) -> Matrices:
     return found
 
 
-def rotation(degrees: Values, out: int) -> Matrices:
+def rotation(degrees: Values, out: Size) -> Matrices:
     """Images turned to the left about their centre, as Pillow's `rotate`."""
     angle = np.deg2rad(degrees)
     cos, sin = np.cos(angle), np.sin(angle)
-    return about((out / 2, out / 2), linear(cos, -sin, sin, cos))
+    height, width = height_width(out)
+    return about((width / 2, height / 2), linear(cos, -sin, sin, cos))
 
 
-def perspective(inwards: npt.NDArray[np.float64], out: int) -> Matrices:
+def perspective(inwards: npt.NDArray[np.float64], out: Size) -> Matrices:
     """Where each corner appears `inwards` [8, B] pixels, (x, y) of each, clockwise from the
     top left one."""
-    side = float(out)
-    source = np.array([[0, 0], [side, 0], [side, side], [0, side]])
+    height, width = (float(side) for side in height_width(out))
+    source = np.array([[0, 0], [width, 0], [width, height], [0, height]])
     towards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     shown = source + towards * inwards.T.reshape(-1, 4, 2)  # [B, 4, 2]
     x, y = shown[..., 0], shown[..., 1]

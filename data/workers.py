@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.size import Size
 from bigbatch.data.decode_batch import BYTE_RANGE, BatchDecoder, ByteRanges, Decoded, Key, Source
 from bigbatch.data.geometry import FRAME, Frames, View
 from bigbatch.data.maps import Map
@@ -209,7 +210,13 @@ def _view(plain: dict[str, Any]) -> View:
     # The recipe's own classes would need pydantic here; geometry only reads their fields.
     parts = {name: plain[name] and SimpleNamespace(**plain[name]) for name in ("crop", "affine")}
     maps = tuple(Map(name, place, p, tuple(values)) for name, place, p, values in plain["maps"])
-    return View(**{**plain, **parts, "maps": maps})
+    growth = tuple((step, _size(size)) for step, size in plain["growth"])
+    changed = {**parts, "maps": maps, "growth": growth, "out": _size(plain["out"])}
+    return View(**{**plain, **changed})
+
+
+def _size(plain: Any) -> Size:
+    return plain if isinstance(plain, int) else (plain[0], plain[1])
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Free of torch: what needs it runs as a process, and is skipped, with the reason,
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import height_width
 from bigbatch.trainers.planning.plan import Plan
 
 _PROBE_BYTES = 32 << 20
@@ -81,7 +83,7 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
     warp. Workspaces of kernels and the allocator's own losses come on top.
     """
     data, micro = recipe.data, recipe.micro_batch
-    image = 4 * data.channels * data.image_size**2
+    image = 4 * data.channels * math.prod(height_width(data.image_size))
     parts = {
         "weights": size["weight_bytes"],
         "gradients": size["gradient_bytes"],

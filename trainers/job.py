@@ -1,5 +1,6 @@
 """Everything that a run is built from, put together once from its recipe."""
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -14,6 +15,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import height_width
 from bigbatch.data.augment.pipeline import Augmenter, contact_sheet
 from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.geometry import View
@@ -33,6 +35,7 @@ from bigbatch.trainers.losses.penalty import penalised
 from bigbatch.trainers.losses.priors import ClassCounts
 from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
+from bigbatch.trainers.models.convert import check_sizes
 from bigbatch.trainers.models.initialise import prior_bias
 from bigbatch.trainers.models.regularise import keep_within, regularise
 from bigbatch.trainers.models.weights_file import describe
@@ -84,7 +87,7 @@ class Job:
     ) -> Iterator[MicroBatch]:
         recipe, view = self.recipe, self.augmenter.view
         if self.teacher is not None:
-            view = replace(view, out=self.teacher.decoded_size)
+            view = replace(view, out=self.teacher.decoded_size, growth=())
         plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
         return training_batches(recipe, self.inputs, plan, view, self.engine.device, journal)
 
@@ -111,7 +114,7 @@ class Job:
         first = here._batches(0, 1, 0, recipe.micro_batches, None)
         sheet = contact_sheet(self.augmenter.images(next(first))[:_SHOWN_IMAGES])
         picture = Image.fromarray(sheet[..., 0] if data.channels == 1 else sheet)
-        zoom = max(1, 96 // data.image_size)
+        zoom = max(1, 96 // min(height_width(self.augmenter.view.at(0).out)))
         size = picture.width * zoom, picture.height * zoom
         content = BytesIO()
         picture.resize(size, Image.Resampling.NEAREST).save(content, "PNG")
@@ -135,7 +138,7 @@ def training_batches(
     """
     data = recipe.data
     decoding = Decoding(
-        image_size=view.out,
+        image_size=max(height_width(view.out)),
         channels=data.channels,
         workers=data.workers,
         threads=data.threads,
@@ -172,6 +175,16 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         info=info,
         quiet=engine.rank != 0,
     )
+    check_sizes(
+        model,
+        data.channels,
+        data.image_size,
+        [
+            ("evaluate.image_size", recipe.eval_size),
+            *(("data.progressive", size) for _, size in inputs.sizes),
+        ],
+        recipe.model.name,
+    )
     learning = fit_transfer(recipe, model, inputs.epoch_samples)
     freeze(model, learning)
     own = recipe.regularise
@@ -194,7 +207,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     freezing = None
     if recipe.transfer is not None and recipe.transfer.name == "gradual":
         freezing = Freezing(learning, engine, optimizer, engine.module)
-    augmenter = build_augmenter(recipe, classes, engine.device)
+    augmenter = build_augmenter(recipe, classes, engine.device, inputs.sizes)
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
     fingerprint: dict[str, JsonValue] = {
@@ -251,9 +264,9 @@ def class_counts(inputs: Inputs) -> ClassCounts | None:
 
 def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) -> None:
     """Raise UserError where a forward pass changes state that ranks cannot agree on."""
-    size, count = recipe.data.image_size, min(2, recipe.micro_batch)
-    images = torch.linspace(-1, 1, count * recipe.data.channels * size * size)
-    images = images.view(count, recipe.data.channels, size, size)
+    count = min(2, recipe.micro_batch)
+    shape = count, recipe.data.channels, *height_width(recipe.data.image_size)
+    images = torch.linspace(-1, 1, math.prod(shape)).view(shape)
     targets = images.new_full((count, classes), 1 / classes)
     if recipe.distill is not None:
         hint = recipe.distill.hint

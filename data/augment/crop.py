@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data.augment.memory import Memory
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import Boxes
@@ -17,17 +18,18 @@ LEAST_PIXEL = 1e-6  # of a pixel, that does not count as one: what arithmetic ma
 def crop_resize(
     batch: MicroBatch,
     boxes: Boxes,
-    out: int,
+    out: Size,
     mirrored: npt.NDArray[np.bool_] | None = None,
     memory: Memory | None = None,
 ) -> Tensor:
-    """Each image's box [left, top, width, height] in [0, 1]: float32 [B, C, out, out].
+    """Each image's box [left, top, width, height] in [0, 1]: float32 [B, C, *out].
 
     Boxes are widened to whole pixels; `mirrored` [B] ones come left to right. Bilinear,
     antialiased as Pillow does it: torch has vector code for just this, on uint8, which is
     faster than decoding a small JPEG.
     """
-    result = (memory or Memory()).empty(len(boxes), batch.channels, out, out)
+    size = height_width(out)
+    result = (memory or Memory()).empty(len(boxes), batch.channels, *size)
     flips = np.zeros(len(boxes), bool) if mirrored is None else mirrored
     first, last = (corners.tolist() for corners in _whole_pixels(boxes))
     for place, image, (left, top), (right, bottom), flip in zip(
@@ -36,7 +38,7 @@ def crop_resize(
         # Copied first: torch's vector code takes only what has no gaps, and its own copy of
         # the part is slower.
         part = image[top:bottom, left:right].contiguous().permute(2, 0, 1)[None]
-        small = F.interpolate(part, size=(out, out), mode="bilinear", antialias=True)[0]
+        small = F.interpolate(part, size=size, mode="bilinear", antialias=True)[0]
         torch.div(small.flip(2) if flip else small, 255, out=place)
     return result
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.configs.size import Size, height_width
+
 Values = npt.NDArray[np.float64]  # [n]
 
 _PLAIN = ("identity", "autocontrast", "equalize", "invert")  # without a magnitude
@@ -46,12 +48,12 @@ WIDE = Space(0.99, 32, 135, 0.99, (8, 2))  # TrivialAugmentWide
 MIXED = Space(0.3, 1 / 3, 30, 0.9, (4, 0))  # AugMix
 
 
-def torchvision(name: str, share: Values, sign: Values, space: Space, side: int) -> Values:
+def torchvision(name: str, share: Values, sign: Values, space: Space, size: Size) -> Values:
     """Values at `share` of the largest magnitude, of torchvision's operations."""
     if name in ("shear_x", "shear_y"):
         return sign * share * space.shear
     if name in ("translate_x", "translate_y"):
-        reach = space.translate * (1 if space.translate > 1 else side)
+        reach = space.translate * (1 if space.translate > 1 else _side(name, size))
         return np.trunc(sign * share * reach)
     if name == "rotate":
         return sign * share * space.rotate
@@ -65,13 +67,13 @@ def torchvision(name: str, share: Values, sign: Values, space: Space, side: int)
     return _none(name, share)
 
 
-def timm(name: str, level: Values, sign: Values, increasing: bool, side: int) -> Values:
+def timm(name: str, level: Values, sign: Values, increasing: bool, size: Size) -> Values:
     """Values at levels 0 to 10 of timm's operations; `increasing` is its inc1."""
     share = level / 10
     if name in ("shear_x", "shear_y"):
         return sign * share * 0.3
     if name in ("translate_x", "translate_y"):
-        return sign * share * 0.45 * side
+        return sign * share * 0.45 * _side(name, size)
     if name == "rotate":
         return sign * share * 30
     if name in _BLENDS:
@@ -85,6 +87,12 @@ def timm(name: str, level: Values, sign: Values, increasing: bool, side: int) ->
     if name == "solarize_add":
         return np.minimum(128, np.trunc(share * 110))
     return _none(name, share)
+
+
+def _side(name: str, size: Size) -> int:
+    """The one along which a translation moves."""
+    height, width = height_width(size)
+    return width if name == "translate_x" else height
 
 
 def _none(name: str, share: Values) -> Values:

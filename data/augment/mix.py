@@ -3,6 +3,7 @@
 The partners are a permutation: an image meets itself as often as chance has it, once in B.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bigbatch.configs.augment import Augment
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data.augment.memory import Memory
-from bigbatch.data.augment.operation import Draws, Mixing, per_image
+from bigbatch.data.augment.operation import Draws, Mixing, per_image, size_of
 
 Boxes = npt.NDArray[np.int64]  # [B, 4]: left, top, right, bottom in pixels; maybe empty
 Partners = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]  # of each image; its own weight
@@ -45,8 +47,8 @@ def cutmix(
 
     A label's weight is the share of pixels that its image has, of the box as it was cut off.
     """
-    partner, boxes = draw_cutmix(draws, len(images), alpha, images.shape[-1])
-    weight = _left(boxes, images.shape[-1])
+    partner, boxes = draw_cutmix(draws, len(images), alpha, size_of(images))
+    weight = _left(boxes, size_of(images))
     return _mix(images, targets, partner, weight, boxes, memory)
 
 
@@ -54,13 +56,13 @@ def mixture(
     images: Tensor, targets: Tensor, draws: Draws, config: Augment, memory: Memory | None = None
 ) -> tuple[Tensor, Tensor]:
     """One of both for each image: cutmix for a share `mix_switch` of them, mixup for the rest."""
-    count, side = len(images), images.shape[-1]
+    count, size = len(images), size_of(images)
     switch = 0.5 if config.mix_switch is None else config.mix_switch
     cut = draws.uniforms(count) < switch
     partner, weight = draw_mixup(replace(draws, name="mixup"), count, config.mixup)
-    other, boxes = draw_cutmix(replace(draws, name="cutmix"), count, config.cutmix, side)
+    other, boxes = draw_cutmix(replace(draws, name="cutmix"), count, config.cutmix, size)
     boxes[~cut] = 0
-    weight = np.where(cut, _left(boxes, side), weight)
+    weight = np.where(cut, _left(boxes, size), weight)
     return _mix(images, targets, np.where(cut, other, partner), weight, boxes, memory, cut)
 
 
@@ -71,21 +73,23 @@ def draw_mixup(draws: Draws, count: int, alpha: float) -> Partners:
 
 
 def draw_cutmix(
-    draws: Draws, count: int, alpha: float, side: int
+    draws: Draws, count: int, alpha: float, size: Size
 ) -> tuple[npt.NDArray[np.int64], Boxes]:
-    """Partners, and squares of area 1 - lambda about any pixel, cut off at the edges."""
+    """Partners, and boxes of the images' shape and 1 - lambda of their area about any pixel, cut
+    off at the edges."""
     order, x, y = draws.uniforms(3, count)
     share = draws.generator().beta(alpha, alpha, count)
-    half = np.floor(side * np.sqrt(1 - share)).astype(np.int64) // 2
-    centres = np.floor(np.stack([x, y], 1) * side).astype(np.int64)
-    boxes = np.concatenate([centres - half[:, None], centres + half[:, None]], 1).clip(0, side)
+    ends = np.array(height_width(size)[::-1])  # (x, y)
+    half = np.floor(ends * np.sqrt(1 - share)[:, None]).astype(np.int64) // 2
+    centres = np.floor(np.stack([x, y], 1) * ends).astype(np.int64)
+    boxes = np.concatenate([centres - half, centres + half], 1).clip(0, np.tile(ends, 2))
     return np.argsort(order), boxes
 
 
-def _left(boxes: Boxes, side: int) -> npt.NDArray[np.float32]:
+def _left(boxes: Boxes, size: Size) -> npt.NDArray[np.float32]:
     """The share of pixels outside each box."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    left: npt.NDArray[np.float32] = (1 - area / side**2).astype(np.float32)
+    left: npt.NDArray[np.float32] = (1 - area / math.prod(height_width(size))).astype(np.float32)
     return left
 
 

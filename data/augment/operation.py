@@ -53,6 +53,11 @@ def per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+def size_of(images: Tensor) -> tuple[int, int]:
+    """Height and width of images [B, C, H, W]."""
+    return images.shape[2], images.shape[3]
+
+
 def few_of(images: Tensor) -> int:
     """How many of a batch are changed together."""
     if images.device.type != "cpu":

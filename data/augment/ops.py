@@ -11,7 +11,7 @@ from torch import Tensor
 from bigbatch.configs import augment_ops as c
 from bigbatch.configs.augment import Augment
 from bigbatch.data.augment import colour, erase, filters, noise, tone
-from bigbatch.data.augment.operation import Draws, Operation, on_rows, per_image
+from bigbatch.data.augment.operation import Draws, Operation, on_rows, per_image, size_of
 from bigbatch.data.augment.policies import apply_policy
 from bigbatch.data.maps import Map
 
@@ -154,12 +154,12 @@ def _erase(op: c.Erasing | c.Cutout, mean: Tensor, std: Tensor) -> Apply:
         return erase.erase(images, rectangles, inside)
 
     def apply(images: Tensor, draws: Draws) -> Tensor:
-        count, side = len(images), images.shape[-1]
+        count, size = len(images), size_of(images)
         rows = np.flatnonzero(draws.uniforms(count) < op.p)
         if isinstance(op, c.Cutout):
-            rectangles = erase.cutout_rectangles(op, draws, count, side)
+            rectangles = erase.cutout_rectangles(op, draws, count, size)
         else:
-            rectangles = erase.erasing_rectangles(op, draws, count, side)
+            rectangles = erase.erasing_rectangles(op, draws, count, size)
         return on_rows(images, rows, change, rectangles[rows], draws.keys(count)[rows])
 
     return apply

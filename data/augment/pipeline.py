@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbatch.configs.augment import Augment
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data import geometry
 from bigbatch.data.augment import colour, mix, ops
 from bigbatch.data.augment.crop import crop_resize, nearly_whole
@@ -32,23 +33,26 @@ _TAKEN = ("crop", "affine", "flip", "partner")
 
 
 class Augmenter:
-    """Turns canvases of uint8 into normalised float images [B, C, out, out] on a device.
+    """Turns canvases of uint8 into normalised float images [B, C, *out] on a device.
 
-    `memory_format` is that of what `train` and `evaluate` give.
+    `eval_size` is that of `evaluate`, by default `image_size`; `growth` are those of `train` by
+    step, by default `image_size` throughout. `memory_format` is that of what both give.
     """
 
     def __init__(
         self,
         augment: Augment,
         *,
-        image_size: int,
+        image_size: Size,
         crop_fraction: float,
+        squash: bool = False,
         classes: int,
         seed: int,
         device: torch.device,
+        eval_size: Size | None = None,
+        growth: geometry.Growth = (),
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.image_size = image_size
         self.mean = torch.tensor(augment.mean, device=device)
         self.std = torch.tensor(augment.std, device=device)
         seen = Counter(_TAKEN)
@@ -61,8 +65,10 @@ class Augmenter:
             seed,
             maps=ops.maps_of(augment, seen),
             border=augment.border,
+            squash=squash,
+            growth=growth,
         )
-        self.eval_view = geometry.View(image_size, crop_fraction)
+        self.eval_view = geometry.View(eval_size or image_size, crop_fraction, squash=squash)
         self._memory, mixed = Memory(), Memory()
         pixels = [*colour.operations(augment), *ops.operations(augment, self.mean, self.std)]
         self._operations = _numbered(pixels, seen)
@@ -73,7 +79,7 @@ class Augmenter:
         self.memory_format = memory_format
 
     def train(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Augmented images [B, C, out, out] and soft targets [B, classes]."""
+        """Augmented images [B, C, *out] and soft targets [B, classes]."""
         with self._float32():
             images = self.images(batch)
             labels = batch.labels.to(self.device, non_blocking=True)
@@ -98,10 +104,10 @@ class Augmenter:
         `batch` is stored for the view of training; `whole` has the same images, all of them.
         """
         with self._float32():
-            plain = self.crop_and_warp(whole, self.eval_view)
+            yield "evaluation", self.crop_and_warp(whole, self.eval_view)
+            view = self.view.at(batch.step)
+            plain = self.crop_and_warp(whole, replace(self.eval_view, out=view.out))
             none = plain.new_zeros((len(plain), 1))  # targets, of which nothing is shown
-            yield "evaluation", plain.clone()
-            view = self.view
             bare = replace(view, crop=None, affine=None, flip=0.0, maps=())
             alone = {
                 "crop": view.crop and replace(bare, crop=view.crop),
@@ -130,12 +136,12 @@ class Augmenter:
             return self.normalise(self.crop_and_warp(batch, self.eval_view))
 
     def crop_and_warp(self, batch: MicroBatch, view: geometry.View) -> Tensor:
-        """What the view shows of the images: [B, C, out, out] in [0, 1]. Not under autocast.
+        """What the view shows of the images: [B, C, *out] in [0, 1]. Not under autocast.
 
         A micro-batch of training is resampled in one way. Where nothing is random, each image
         is as it would be alone, whatever the others of its batch need.
         """
-        key, frames = (batch.step, batch.index), batch.frames
+        key, frames, view = (batch.step, batch.index), batch.frames, view.at(batch.step)
         sizes = np.stack([frames["full_height"], frames["full_width"]], 1)
         boxes = geometry.into_frames(view.boxes(sizes, *key), frames)
         matrices = geometry.box_matrices(boxes, view.out) @ view.warps(len(sizes), *key)
@@ -150,7 +156,7 @@ class Augmenter:
         ways = np.unique(grids).tolist()
         if len(ways) == 1:
             return self._resample(batch, boxes, matrices, view, on_host=ways[0] == 0)
-        shape = len(boxes), batch.channels, view.out, view.out
+        shape = len(boxes), batch.channels, *height_width(view.out)
         images = torch.empty(shape, device=self.device)
         for way in ways:
             rows = np.flatnonzero(grids == way)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.configs.augment_ops import AugMix, AutoAugment, Policy, RandAugment, TrivialAugment
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data import maps
 from bigbatch.data.augment import magnitudes, tone
 from bigbatch.data.augment.autoaugment import POLICIES
@@ -25,6 +26,7 @@ from bigbatch.data.augment.operation import (
     few_of,
     keep,
     per_image,
+    size_of,
     to_device,
 )
 from bigbatch.data.augment.warp import shift_images, warp_images
@@ -45,48 +47,48 @@ class Steps(NamedTuple):
 
 
 def apply_policy(images: Tensor, draws: Draws, policy: Policy, fill: Tensor) -> Tensor:
-    """Images [B, C, S, S] in [0, 1], overwritten; `fill` [C, 1, 1] where one was moved away."""
-    count, side = len(images), images.shape[-1]
+    """Images [B, C, H, W] in [0, 1], overwritten; `fill` [C, 1, 1] where one was moved away."""
+    count, size = len(images), size_of(images)
     match policy:
         case RandAugment():
-            return apply_steps(images, rand_augment(policy, draws, count, side), fill)
+            return apply_steps(images, rand_augment(policy, draws, count, size), fill)
         case TrivialAugment():
-            return apply_steps(images, trivial_augment(draws, count, side), fill)
+            return apply_steps(images, trivial_augment(draws, count, size), fill)
         case AutoAugment():
-            return apply_steps(images, auto_augment(policy, draws, count, side), fill)
+            return apply_steps(images, auto_augment(policy, draws, count, size), fill)
         case AugMix():
             return _augmix(images, policy, draws, fill)
 
 
-def rand_augment(policy: RandAugment, draws: Draws, count: int, side: int) -> Steps:
+def rand_augment(policy: RandAugment, draws: Draws, count: int, size: Size) -> Steps:
     """Cubuk et al. 2020, with the set and the magnitudes of timm or of torchvision."""
     pick, chance, sign = draws.uniforms(3, policy.n, count)
     signs = _signs(sign)
     if policy.convention == "torchvision":
         share = np.full((policy.n, count), policy.magnitude / (_BINS - 1))
         picks = _floor(pick, len(magnitudes.TORCHVISION))
-        return _torchvision(magnitudes.TORCHVISION, picks, share, signs, magnitudes.STANDARD, side)
+        return _torchvision(magnitudes.TORCHVISION, picks, share, signs, magnitudes.STANDARD, size)
     noise = draws.generator().standard_normal((policy.n, count))
     std = 0.5 if policy.std is None else policy.std
     levels = np.clip(policy.magnitude + std * noise, 0, 10)
     picks = np.where(chance < _CHANCE, _floor(pick, len(magnitudes.TIMM)), -1)
 
     def value(name: str, at: npt.NDArray[np.bool_]) -> Floats:
-        return magnitudes.timm(name, levels[at], signs[at], policy.increasing is not False, side)
+        return magnitudes.timm(name, levels[at], signs[at], policy.increasing is not False, size)
 
     return _steps(magnitudes.TIMM, picks, value)
 
 
-def trivial_augment(draws: Draws, count: int, side: int) -> Steps:
+def trivial_augment(draws: Draws, count: int, size: Size) -> Steps:
     """Mueller and Hutter 2021, with torchvision's wide ranges."""
     pick, magnitude, sign = draws.uniforms(3, 1, count)
     share = _floor(magnitude, _BINS) / (_BINS - 1)
     names = magnitudes.TORCHVISION
     picks = _floor(pick, len(names))
-    return _torchvision(names, picks, share, _signs(sign), magnitudes.WIDE, side)
+    return _torchvision(names, picks, share, _signs(sign), magnitudes.WIDE, size)
 
 
-def auto_augment(policy: AutoAugment, draws: Draws, count: int, side: int) -> Steps:
+def auto_augment(policy: AutoAugment, draws: Draws, count: int, size: Size) -> Steps:
     """Cubuk et al. 2019: one of the pairs for each image, each operation with its probability."""
     pairs = POLICIES[policy.policy]
     names = tuple(sorted({step.name for pair in pairs for step in pair}))
@@ -95,12 +97,12 @@ def auto_augment(policy: AutoAugment, draws: Draws, count: int, side: int) -> St
     chosen = table[_floor(u[0], len(pairs))]  # [B, 2, 3]
     number, chance, level = np.moveaxis(chosen, 0, 2).transpose(1, 0, 2)  # each [2, B]
     picks = np.where(u[1:3] < chance, number.astype(np.int64), -1)
-    return _torchvision(names, picks, level / 9, _signs(u[3:5]), magnitudes.STANDARD, side)
+    return _torchvision(names, picks, level / 9, _signs(u[3:5]), magnitudes.STANDARD, size)
 
 
 def _augmix(images: Tensor, policy: AugMix, draws: Draws, fill: Tensor) -> Tensor:
     """Hendrycks et al. 2020, algorithm 1, with torchvision's magnitudes."""
-    own, weights, chains = augmix(policy, draws, len(images), images.shape[-1])
+    own, weights, chains = augmix(policy, draws, len(images), size_of(images))
     shares = torch.from_numpy(np.stack([own, *weights]).astype(np.float32)).to(images.device)
     mixed = images * per_image(shares[0])
     for share, steps in zip(shares[1:], chains, strict=True):
@@ -109,7 +111,7 @@ def _augmix(images: Tensor, policy: AugMix, draws: Draws, fill: Tensor) -> Tenso
 
 
 def augmix(
-    policy: AugMix, draws: Draws, count: int, side: int
+    policy: AugMix, draws: Draws, count: int, size: Size
 ) -> tuple[Floats, list[Floats], list[Steps]]:
     """The share of the image itself [B], that of each chain [B], and the chains."""
     names = magnitudes.AUGMIX if policy.all_ops else magnitudes.AUGMIX[: magnitudes.AUGMIX_OWN]
@@ -124,7 +126,7 @@ def augmix(
         depth = np.full(count, deepest) if policy.depth else 1 + _floor(one[0], 3)
         picks = np.where(np.arange(deepest)[:, None] < depth, _floor(pick, len(names)), -1)
         share = _floor(magnitude, policy.severity) / 9
-        steps = _torchvision(names, picks, share, _signs(sign), magnitudes.MIXED, side)
+        steps = _torchvision(names, picks, share, _signs(sign), magnitudes.MIXED, size)
         chains.append(steps)
     return 1 - mixed, list(weights.T), chains
 
@@ -132,7 +134,7 @@ def augmix(
 def apply_steps(images: Tensor, steps: Steps, fill: Tensor) -> Tensor:
     """The steps, one after another; in each, the images of one operation together."""
     values = to_device(steps.values, images.device)
-    maps = to_device(_maps(steps, images.shape[-1]), images.device)
+    maps = to_device(_maps(steps, size_of(images)), images.device)
     few = few_of(images)
     if few == 1:
         for row, picks in enumerate(steps.picks.T.tolist()):
@@ -153,13 +155,14 @@ def apply_steps(images: Tensor, steps: Steps, fill: Tensor) -> Tensor:
     return images
 
 
-def _maps(steps: Steps, side: int) -> npt.NDArray[np.float32]:
+def _maps(steps: Steps, size: Size) -> npt.NDArray[np.float32]:
     """Of geometric operations, as `warp_images` takes them: [steps, B, 2, 3]."""
     maps = np.zeros((*steps.picks.shape, 2, 3), np.float32)
     for number, name in enumerate(steps.names):
         at = steps.picks == number
         if name in _GEOMETRIC and at.any():
-            maps[at] = to_theta(policy_map(name, steps.values[at], side), side, (side, side))
+            found = policy_map(name, steps.values[at], size)
+            maps[at] = to_theta(found, size, height_width(size))
     return maps
 
 
@@ -167,7 +170,7 @@ _GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
 def _change(name: str, fill: Tensor, images: Tensor, values: Tensor, maps: Tensor) -> Tensor:
-    """One operation on images [n, C, S, S], overwritten, by values [n] or maps [n, 2, 3]."""
+    """One operation on images [n, C, H, W], overwritten, by values [n] or maps [n, 2, 3]."""
     if name == "identity":
         return images
     if name in _PLAIN:
@@ -195,7 +198,7 @@ _VALUED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def policy_map(name: str, values: Floats, side: int) -> maps.Matrices:
+def policy_map(name: str, values: Floats, size: Size) -> maps.Matrices:
     """Where each pixel comes from; shears leave the top left corner in its place."""
     if name == "shear_x":
         return maps.linear(1, values, 0, 1)
@@ -205,7 +208,7 @@ def policy_map(name: str, values: Floats, side: int) -> maps.Matrices:
         return maps.translation(values, 0)
     if name == "translate_y":
         return maps.translation(0, values)
-    return maps.rotation(values, side)
+    return maps.rotation(values, size)
 
 
 def _torchvision(
@@ -214,10 +217,10 @@ def _torchvision(
     share: Floats,
     signs: Floats,
     space: magnitudes.Space,
-    side: int,
+    size: Size,
 ) -> Steps:
     def value(name: str, at: npt.NDArray[np.bool_]) -> Floats:
-        return magnitudes.torchvision(name, share[at], signs[at], space, side)
+        return magnitudes.torchvision(name, share[at], signs[at], space, size)
 
     return _steps(names, picks, value)
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigbatch.configs.size import Size, height_width
+from bigbatch.data.augment.operation import size_of
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.geometry import Matrices, to_theta
 from bigbatch.data.maps import HORIZON, jacobians
@@ -25,12 +27,12 @@ _EDGE_SLACK = 2e-4  # of a pixel: what float32 may have added to a grid
 def warp(
     batch: MicroBatch,
     matrices: Matrices,
-    out: int,
+    out: Size,
     device: torch.device,
     border: str = "edge",
     fill: Tensor | None = None,
 ) -> Tensor:
-    """Images [B, C, out, out] in [0, 1], pixel by pixel from where the matrices say.
+    """Images [B, C, *out] in [0, 1], pixel by pixel from where the matrices say.
 
     All on the finest grid that one of them needs. Beyond an image is what `border` says: edge,
     reflect, or else `fill` [C].
@@ -43,17 +45,18 @@ def warp(
     )
     finer = int(finer_grids(matrices, out).max(initial=1))
     canvas = canvas.permute(0, 3, 1, 2).float().div_(255)
-    grid = sampling_grid(theta, out * finer)
+    height, width = height_width(out)
+    grid = sampling_grid(theta, (height * finer, width * finer))
     images = sample(canvas, grid, batch.sizes.flip(1), border, fill)
     return F.avg_pool2d(images, finer) if finer > 1 else images
 
 
 def warp_images(images: Tensor, theta: Tensor, fill: Tensor) -> Tensor:
-    """Images [B, C, S, S], overwritten, resampled by maps of their own square: theta [B, 2, 3].
+    """Images [B, C, H, W], overwritten, resampled by maps of their own area: theta [B, 2, 3].
 
     Beyond them is `fill` [C, 1, 1], into which their edges run over one pixel, as torchvision's.
     """
-    grid = sampling_grid(theta, images.shape[-1])
+    grid = sampling_grid(theta, size_of(images))
     found = F.grid_sample(images.sub_(fill), grid, mode="bilinear", align_corners=False)
     return torch.add(found, fill, out=images)
 
@@ -105,26 +108,27 @@ def sample(canvas: Tensor, grid: Tensor, sizes: Tensor, border: str, fill: Tenso
     return images
 
 
-def finer_grids(matrices: Matrices, out: int) -> npt.NDArray[np.int64]:
+def finer_grids(matrices: Matrices, out: Size) -> npt.NDArray[np.int64]:
     """How many times as fine a grid as the output's each image needs, [B].
 
     Antialiasing: the finer grid is sampled, then averaged. 1 in almost every training batch.
     Of a perspective, what its centre needs.
     """
-    slopes = jacobians(matrices, np.full((2, 1), out / 2))[:, 0]
+    height, width = height_width(out)
+    slopes = jacobians(matrices, np.array([[width / 2], [height / 2]]))[:, 0]
     shrink = np.linalg.norm(slopes, axis=1).max(axis=1)
     return np.where(shrink > MAX_SHRINK, shrink.round(), 1).astype(np.int64)
 
 
-def sampling_grid(theta: Tensor, out: int) -> Tensor:
-    """Where maps [B, 2, 3] or [B, 3, 3] lead the centres of [out, out] pixels:
-    [B, out, out, 2] as (x, y).
+def sampling_grid(theta: Tensor, out: Size) -> Tensor:
+    """Where maps [B, 2, 3] or [B, 3, 3] lead the centres of pixels of an area of size `out`:
+    [B, height, width, 2] as (x, y).
 
     torch's affine_grid (align_corners=False), term by term. That one multiplies matrices, in
     TF32 or bfloat16 wherever a switch of the process or the environment says so for products.
     """
-    centres = _centres(out, theta.device)
-    x, y = centres[None, None, :, None], centres[None, :, None, None]
+    rows, columns = (_centres(side, theta.device) for side in height_width(out))
+    x, y = columns[None, None, :, None], rows[None, :, None, None]
     across, down, shift = theta[:, None, None].unbind(-1)  # each [B, 1, 1, 2 or 3]
     if theta.shape[1] == 3:
         grid = (across * x + down * y).add_(shift)

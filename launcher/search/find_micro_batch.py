@@ -60,7 +60,8 @@ def probe_recipe(recipe: Recipe, micro_batch: int, world: int) -> Recipe:
     tree = bare_recipe(recipe, _STEPS)
     tree["micro_batch"] = micro_batch
     tree["global_batch"] = micro_batch * world * each
-    tree["data"]["lanes"] = 0  # they decide which samples come, and must divide the step
+    # They decide which samples come, and must fit the step.
+    tree["data"] |= {"lanes": 0, "repeats": 1}
     tree["optimizer"]["lr"] *= 1e-6  # the loss is of no interest, but must stay finite
     tree["schedule"] = {"name": "constant"}
     return parse_recipe(tree, "of the probe")

@@ -236,3 +236,14 @@ def test_a_file_that_is_not_there_is_called_a_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "mine2.yaml")
     with pytest.raises(UserError, match=r"^no file 'nowhere/mine2\.yaml' here \([^;]*\)$"):
         load_recipe("nowhere/mine2.yaml")
+
+
+def test_a_size_is_a_side_or_height_and_width() -> None:
+    """Two equal sides are one, so that recipes which mean the same have one hash."""
+    square = load_recipe("digits", ["data.image_size=[32, 32]"])
+    assert square == load_recipe("digits", ["data.image_size=32"])
+    recipe = load_recipe("digits", ["data.image_size=[32, 256]"])
+    assert recipe.data.image_size == recipe.eval_size == (32, 256)
+    assert recipe.model_dump(mode="json")["data"]["image_size"] == [32, 256]
+    assert parse_recipe(recipe.model_dump(mode="json"), "again") == recipe
+    assert load_recipe("digits", ["evaluate.image_size=48"]).eval_size == 48

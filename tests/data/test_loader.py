@@ -130,6 +130,23 @@ def test_what_is_stored_depends_on_the_place_in_the_run_alone(large):
     assert later == {place: b for place, b in expected.items() if place[0] == 1}
 
 
+def test_small_images_of_the_first_steps_are_stored_small(large):
+    """Each step as if all were of its size, in this process and in others."""
+    grows = replace(SEEN, growth=((0, 12), (1, SIZE)))
+    sizes = {0: replace(SEEN, out=12), 1: SEEN}
+    expected = {
+        place: content
+        for step, view in sizes.items()
+        for place, content in framed(batches_of(large, view=view)).items()
+        if place[0] == step
+    }
+    assert framed(batches_of(large, view=grows)) == expected
+    assert framed(batches_of(large, view=grows, workers=1)) == expected
+    later = framed(batches_of(large, view=grows, start_step=1))
+    assert later == {place: b for place, b in expected.items() if place[0] == 1}
+    assert expected[0, 0] != framed(batches_of(large, view=SEEN, stop_step=1))[0, 0]
+
+
 def test_a_substitute_is_stored_as_its_place_asks(large, tmp_path):
     root = tmp_path / "train"
     shutil.copytree(large.root, root)

@@ -17,9 +17,11 @@ from bigbatch.launcher.start import agent_command
 def test_a_bare_run_has_no_schedule_of_the_whole_one() -> None:
     momentum = "{name: constant, warmup: 3 epochs, warmup_start: 0.9}"
     keys = ["optimizer={name: sgd, lr: 1}", f"optimizer.momentum_schedule={momentum}"]
+    keys.append("data.progressive={start: 16, until: 9 epochs}")
     recipe = load_recipe("digits", [*keys, "average={name: ema, half_life: 9 epochs}"])
     tree = bare_recipe(recipe, 4)
     assert "momentum_schedule" not in tree["optimizer"]
+    assert tree["data"]["progressive"] is None
     assert tree["average"]["half_life"] == "1 steps"
 
 

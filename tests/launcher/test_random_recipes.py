@@ -64,6 +64,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "clip": ("null", "{name: norm, limit: 1}"),
     "average": ("", "{name: ema, half_life: 3 steps}"),
     "data.sampling": ("uniform", "uniform", "balanced"),
+    "data.repeats": ("", "", "2"),
+    "data.image_size": ("", "", "", "[24, 40]"),
+    "evaluate.crop_mode": ("", "", "squash"),
+    "data.progressive": ("", "", "{start: 16, until: 2 steps, multiple: 8}"),
+    "evaluate.image_size": ("", "", "40"),
     "regularise": (
         *("", "", "{l1: 1e-5}", "{max_norm: 3}", "{drop_connect: 0.2}", "{input_noise: 0.1}"),
         *("{sharpness: {name: sam}}", "{sharpness: {name: asam}, input_noise: 0.1}"),

@@ -50,7 +50,8 @@ def test_images_are_decoded_for_the_largest_of_student_and_teacher(
         "bigbatch.trainers.job.train_batches", lambda *parts: iter(made.append(parts[-1]) or ())
     )
     recipe = load_recipe("digits", [f"data.path={digits}", "augment.crop={}"])
-    view = View(32, 1.0, recipe.augment.crop, seed=recipe.seed)
+    growth = ((0, 16), (3, 32))  # of the student alone
+    view = View(32, 1.0, recipe.augment.crop, seed=recipe.seed, growth=growth)
     nothing: Any = SimpleNamespace()
     cpu = SimpleNamespace(rank=0, world=1, device=SimpleNamespace(type="cpu"))
     job = Job(
@@ -62,6 +63,7 @@ def test_images_are_decoded_for_the_largest_of_student_and_teacher(
     (decoding,) = made
     assert decoding.view is not None
     assert (decoding.image_size, decoding.view.out) == (size, size)
+    assert decoding.view.at(0).out == (16 if teacher is None else size)
     sizes = np.array([[8, 8], [30, 20]])
     np.testing.assert_array_equal(decoding.view.boxes(sizes, 3, 1), view.boxes(sizes, 3, 1))
 

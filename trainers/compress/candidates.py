@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigbatch.configs.durations import Length
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
+from bigbatch.configs.size import height_width
 from bigbatch.trainers.compress.codebook import encode
 from bigbatch.trainers.compress.finetune import finetune
 from bigbatch.trainers.compress.int8 import quantise
@@ -114,8 +115,8 @@ def _network(
         return factorise(model, share=variant.share, energy=variant.energy), None
     assert variant.share is not None
     if variant.method == "structured":
-        data, batches = member.recipe.data, images if settings.taylor else ()
-        size = 2, data.channels, data.image_size, data.image_size
+        recipe, batches = member.recipe, images if settings.taylor else ()
+        size = 2, recipe.data.channels, *height_width(recipe.eval_size)
         example = torch.linspace(-1, 1, math.prod(size)).view(size)
         return prune_channels(model, member.build(), variant.share, example, batches), None
     scores = taylor_scores(model, images) if settings.taylor else magnitudes(model)
@@ -129,7 +130,7 @@ def write_onnx(
     """Write a member as an ONNX file, and as one whose network is quantised."""
     recipe = member.recipe
     metadata = as_texts(describe([member], Combination(), [data_hash(member)]))
-    network = network_part(member.build(), recipe.data.channels, recipe.data.image_size)
+    network = network_part(member.build(), recipe.data.channels, recipe.eval_size)
     small = quantise(network, [batch.numpy() for batch, _ in images], settings.calibration)
     before, after = other_parts(member)
     for path, part in ((float32, network), (int8, small)):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from bigbatch.configs.size import Size
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, score
@@ -28,7 +29,7 @@ def sizes(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "gzip_bytes": packed + len(compressor.flush())}
 
 
-def counts(model: nn.Module, channels: int, image_size: int) -> dict[str, int]:
+def counts(model: nn.Module, channels: int, image_size: Size) -> dict[str, int]:
     """Parameters, how many are not 0, and FLOPs of a forward pass of one image.
 
     A multiplication and its addition count as two; multiplications by 0 count, as they are done.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.size import Size, height_width
 from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
@@ -27,12 +28,12 @@ OUTPUTS = ("probabilities", "label")
 _NEVER_REDUCED = 1 << 30  # an image size of which no image is a multiple
 
 
-def network_part(network: nn.Module, channels: int, image_size: int) -> bytes:
-    """The network alone: images float32 [N, C, image_size, image_size] -> logits [N, classes].
+def network_part(network: nn.Module, channels: int, image_size: Size) -> bytes:
+    """The network alone: images float32 [N, C, *image_size] -> logits [N, classes].
 
     Raises UserError where torch cannot trace it, or ONNX has not all of its operations.
     """
-    example = torch.zeros(2, channels, image_size, image_size)
+    example = torch.zeros(2, channels, *height_width(image_size))
     return _part(network, example, {IMAGES: {0: "N"}}, [LOGITS])
 
 
@@ -81,7 +82,9 @@ class _Before(nn.Module):
         super().__init__()
         recipe = member.recipe
         self.channels = recipe.data.channels
-        self.crop = CentreCrop(recipe.data.image_size, recipe.evaluate.crop_fraction)
+        self.crop = CentreCrop(
+            recipe.eval_size, recipe.evaluate.crop_fraction, recipe.evaluate.squash
+        )
         self.register_buffer("mean", torch.tensor(recipe.augment.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(recipe.augment.std)[:, None, None])
 

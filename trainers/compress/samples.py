@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.size import height_width
 from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index, some_samples
 from bigbatch.data.loader import eval_batches
@@ -26,7 +27,7 @@ def training_images(member: Member, index: Index, count: int) -> list[Batch]:
     chosen = np.sort(np.argsort(drawn, kind="stable")[:count])
     augmenter = build_augmenter(recipe, len(member.classes), torch.device("cpu"))
     decoding = Decoding(
-        image_size=recipe.data.image_size,
+        image_size=max(height_width(recipe.eval_size)),
         channels=recipe.data.channels,
         workers=0,
         threads=recipe.data.threads,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.notices import notice
+from bigbatch.configs.size import height_width
 from bigbatch.data.index import Index
 from bigbatch.trainers.compress import measure
 from bigbatch.trainers.compress.candidates import (
@@ -174,10 +175,10 @@ def _row(variant: Variant, settings: Settings, runtime: str) -> Row:
 def _measure_networks(
     engine: Engine, members: Sequence[Member], rows: list[Row], splits: dict[str, Index]
 ) -> None:
-    data = members[0].recipe.data
+    recipe = members[0].recipe
     for member, row in zip(members, rows, strict=True):
         row |= measure.sizes(member.weights)
-        row |= measure.counts(member.build(), data.channels, data.image_size)
+        row |= measure.counts(member.build(), recipe.data.channels, recipe.eval_size)
     forward = Forward(engine, members)
     for role, index in splits.items():
         logits = forward.logits(index)
@@ -218,14 +219,15 @@ def _time(
 ) -> None:
     """Medians, and how many times as fast as float32 of the same runtime: a median as well, of
     the ratios within a round."""
-    data = members[0].recipe.data
+    recipe = members[0].recipe
+    channels, size = recipe.data.channels, height_width(recipe.eval_size)
     networks = [member.build().to(engine.device) for member in members]
     sessions = [open_session(path.read_bytes(), torch.get_num_threads()) for path in files]
     for row in rows:
         row |= {"latency_ms": {}, "fastest_ms": {}, "speedup": {}}
     for batch in BATCHES:
-        images = torch.rand(batch, data.channels, data.image_size, data.image_size)
-        pixels = np.full((batch, data.image_size, data.image_size, data.channels), 128, np.uint8)
+        images = torch.rand(batch, channels, *size)
+        pixels = np.full((batch, *size, channels), 128, np.uint8)
         runs = [partial(_pass, network, images.to(engine.device)) for network in networks]
         runs += [partial(session.run, ["probabilities"], {INPUT: pixels}) for session in sessions]
         with torch.inference_mode(), engine.autocast():

@@ -23,10 +23,10 @@ _NO_VIEW: dict[str, Any] = {
     **dict.fromkeys(("recovery", "regularise", "ensemble", "log"), True),
     "data": {
         *("path", "train", "val", "test", "cache", "cache_gb", "workers", "threads"),
-        *("bad_samples", "image_size"),
+        *("bad_samples", "image_size", "progressive"),
     },
     "augment": {"mean", "std"},
-    "evaluate": {"every", "batch"},
+    "evaluate": {"every", "batch", "image_size"},
 }
 
 

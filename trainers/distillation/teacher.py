@@ -1,8 +1,9 @@
 """A teacher: what the members of an ensemble say, together, of a student's micro-batches.
 
 Members see what the student sees: the same crops, flips, colours and mixtures, drawn by the
-student's keys, at their own size and normalised by their own mean and std. A micro-batch is the
-unit here too, so the outputs follow from (recipe, step, micro-batch), whoever computes them.
+student's keys, at the size that each was trained on, since these are views of training, and
+normalised by their own mean and std. A micro-batch is the unit here too, so the outputs follow from
+(recipe, step, micro-batch), whoever computes them.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.notices import notice
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import largest
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.distillation.kept import KeptOutputs, OutputType
@@ -62,8 +64,8 @@ class Teacher:
         self.kind = kind
         self.hint = hint
         self.width = len(ensemble.classes) + (hint[1] ** 2 if hint is not None else 0)
-        sizes = [member.recipe.data.image_size for member in ensemble.members]
-        self.decoded_size = max(recipe.data.image_size, *sizes)
+        sizes = [recipe.data.image_size, *(m.recipe.data.image_size for m in ensemble.members)]
+        self.decoded_size = largest(sizes)
         self.computed = 0
         self._engine = engine
         self._kept: KeptOutputs | None = None
@@ -81,6 +83,7 @@ class Teacher:
                     recipe.augment.model_copy(update={"mean": list(mean), "std": list(std)}),
                     image_size=size,
                     crop_fraction=recipe.evaluate.crop_fraction,
+                    squash=recipe.evaluate.squash,
                     classes=len(ensemble.classes),
                     seed=recipe.seed,
                     device=engine.device,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import height_width
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index
@@ -52,7 +53,7 @@ class Evaluator:
         engine, data = self.engine, self.data
         share = -(-len(index) // engine.world)
         decoding = Decoding(
-            image_size=data.image_size,
+            image_size=max(height_width(self.augmenter.eval_view.out)),
             channels=data.channels,
             workers=data.workers if share > FEW_IMAGES else 0,
             threads=data.threads,

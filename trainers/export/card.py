@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from bigbatch.configs.size import height_width
 from bigbatch.trainers.evaluation.accuracy import LEVEL, wilson
 from bigbatch.trainers.export.timm_weights import config_path
 
@@ -93,9 +94,8 @@ def _summary(description: Mapping[str, Any]) -> str:
     for m in members:
         data = f"index `{m['data_hash']}`" if m["data_hash"] else "not known"
         rows.append(
-            f"| {m['name']} | {m['model']} | {m['image_size']} | {m['crop_fraction']:g} of the "
-            f"short side | {_numbers(m['mean'])} | {_numbers(m['std'])} | `{m['recipe_hash']}` "
-            f"| {data} |"
+            f"| {m['name']} | {m['model']} | {_size(m['image_size'])} | {_crop(m)} "
+            f"| {_numbers(m['mean'])} | {_numbers(m['std'])} | `{m['recipe_hash']}` | {data} |"
         )
     temperature, threshold = description["temperature"], description["reject_below"]
     if temperature != 1:
@@ -103,6 +103,19 @@ def _summary(description: Mapping[str, Any]) -> str:
     if threshold is not None:
         rows += ["", f"Predictions with a probability below {threshold:g} count as rejected."]
     return "\n".join(rows)
+
+
+def _size(size: Any) -> str:
+    height, width = height_width(size)
+    return f"{height}" if height == width else f"{height} x {width}"
+
+
+def _crop(member: Mapping[str, Any]) -> str:
+    fraction, squashed = member["crop_fraction"], member["crop_mode"] == "squash"
+    if squashed:
+        return f"{fraction:g} of both sides"
+    square = isinstance(member["image_size"], int)
+    return f"{fraction:g} of the {'short side' if square else 'largest part of this shape'}"
 
 
 _HOW = {
@@ -171,7 +184,8 @@ from PIL import Image, ImageOps
 config = json.load(open("CONFIG"))
 options = {"num_classes": config["num_classes"], **config["model_args"]}
 model = timm.create_model(config["architecture"], checkpoint_path="FILE", **options).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]))
+seen = timm.data.resolve_data_config({}, config["pretrained_cfg"], use_test_size=True)
+transform = timm.data.create_transform(**seen)
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("MODE")
 probabilities = model(transform(image)[None]).softmax(1)[0]
 print(config["label_names"][probabilities.argmax()], probabilities.max().item())

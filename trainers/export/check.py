@@ -16,6 +16,7 @@ import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
+from bigbatch.configs.size import height_width
 from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.geometry import View
 from bigbatch.data.index import Index
@@ -144,7 +145,7 @@ def _samples(index: Index, member: Member, stride: int, view: View | None) -> It
     """Every `stride`-th sample as a batch of its own: as `view` reads it, or whole."""
     data = member.recipe.data
     decoding = Decoding(
-        image_size=_NEVER_REDUCED if view is None else data.image_size,
+        image_size=_NEVER_REDUCED if view is None else max(height_width(view.out)),
         channels=data.channels,
         workers=0,
         threads=1,

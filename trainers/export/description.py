@@ -29,8 +29,9 @@ def describe(
         {
             "name": member.name,
             "model": member.recipe.model.name,
-            "image_size": member.recipe.data.image_size,
+            "image_size": member.recipe.eval_size,
             "crop_fraction": member.recipe.evaluate.crop_fraction,
+            "crop_mode": member.recipe.evaluate.crop_mode,
             "mean": member.recipe.augment.mean,
             "std": member.recipe.augment.std,
             "recipe": member.recipe.model_dump(mode="json"),

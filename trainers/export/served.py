@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bigbatch.configs.size import Size
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.export.combine import Combine
 from bigbatch.trainers.export.preprocess import CentreCrop
@@ -15,14 +16,19 @@ INPUT = "pixels"
 
 @dataclass(frozen=True)
 class ServedMember:
-    """A network, images [N, C, image_size, image_size] to logits, and what its images are."""
+    """A network, images [N, C, *image_size] to logits, and what its images are."""
 
     name: str
     network: nn.Module
-    image_size: int
+    image_size: Size
     crop_fraction: float
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
+    squash: bool = False
+
+    @property
+    def crop(self) -> tuple[Size, float, bool]:
+        return self.image_size, self.crop_fraction, self.squash
 
 
 class Served(nn.Module):
@@ -44,14 +50,15 @@ class Served(nn.Module):
             raise ValueError(f"members see {[len(m.mean) for m in members]} channels; one wanted")
         if combination.members not in (None, len(members)):
             raise ValueError(f"{len(members)} members; combined are {combination.members}")
-        crops = dict.fromkeys((m.image_size, m.crop_fraction) for m in members)
-        looks = dict.fromkeys((m.image_size, m.crop_fraction, m.mean, m.std) for m in members)
-        self._crop_of = [list(crops).index(look[:2]) for look in looks]
-        self._look_of = [
-            list(looks).index((m.image_size, m.crop_fraction, m.mean, m.std)) for m in members
-        ]
+        crops = dict.fromkeys(m.crop for m in members)
+        looks = dict.fromkeys((m.crop, m.mean, m.std) for m in members)
+        self._crop_of = [list(crops).index(look[0]) for look in looks]
+        self._look_of = [list(looks).index((m.crop, m.mean, m.std)) for m in members]
         self.crops = nn.ModuleList(CentreCrop(*crop) for crop in crops)
-        for name, values in (("mean", [k[2] for k in looks]), ("std", [k[3] for k in looks])):
+        for name, values in (
+            ("mean", [look[1] for look in looks]),
+            ("std", [look[2] for look in looks]),
+        ):
             self.register_buffer(name, torch.tensor(values)[:, None, :, None, None])
         self.networks = nn.ModuleList(member.network for member in members)
         self.combine = Combine(combination, len(members))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.size import height_width
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.models.compressed import compression_of
@@ -56,8 +57,10 @@ def timm_config(member: Member, network: nn.Module) -> dict[str, Any]:
             f"member {member.name} has {' and '.join(beyond)}, which timm cannot build, "
             "so that its weights alone would be of no use; export .onnx or .pt2"
         )
-    size, channels = recipe.data.image_size, recipe.data.channels
+    channels = recipe.data.channels
+    size, seen = ([channels, *height_width(s)] for s in (recipe.data.image_size, recipe.eval_size))
     architecture, _, _ = recipe.model.name.partition(".")
+    other = {"test_input_size": seen} if seen != size else {}
     given = getattr(network, "pretrained_cfg", {})
     return {
         "architecture": architecture,
@@ -67,11 +70,12 @@ def timm_config(member: Member, network: nn.Module) -> dict[str, Any]:
         "model_args": {**recipe.model.options, "in_chans": channels},
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [channels, size, size],
+            "input_size": size,
+            **other,
             "fixed_input_size": given.get("fixed_input_size", False),
             "interpolation": "bilinear",
             "crop_pct": recipe.evaluate.crop_fraction,
-            "crop_mode": "center",
+            "crop_mode": recipe.evaluate.crop_mode,
             "mean": recipe.augment.mean,
             "std": recipe.augment.std,
             "num_classes": len(member.classes),

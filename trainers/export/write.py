@@ -83,8 +83,9 @@ def served(members: Sequence[Member], combination: Combination) -> Served:
             ServedMember(
                 name=member.name,
                 network=member.build(),
-                image_size=member.recipe.data.image_size,
+                image_size=member.recipe.eval_size,
                 crop_fraction=member.recipe.evaluate.crop_fraction,
+                squash=member.recipe.evaluate.squash,
                 mean=tuple(member.recipe.augment.mean),
                 std=tuple(member.recipe.augment.std),
             )

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             f"{recipe.micro_batch}; give at most that, or a larger micro_batch"
         )
     inputs, device = open_inputs(recipe), torch.device("cpu")
-    augmenter = build_augmenter(recipe, len(inputs.classes), device)
+    augmenter = build_augmenter(recipe, len(inputs.classes), device, inputs.sizes)
     first = (recipe.micro_batches, options.step, options.step + 1)  # micro-batch 0 alone
     plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, *first)
     batches = [
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         sheet = contact_sheet(images[: options.images], columns=options.images)
         rows.append((name if place == 1 else f"{name}-{place}", sheet))
     content = BytesIO()
-    draw(rows, recipe.data.image_size).save(content, "PNG")
+    draw(rows).save(content, "PNG")
     try:
         write_atomically(options.out, content.getvalue())
     except OSError as error:
@@ -85,18 +85,26 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def draw(rows: Sequence[tuple[str, np.ndarray]], side: int) -> Image.Image:
-    """A picture of rows of images [side, columns * side, C], each under its name."""
-    zoom = max(1, -(-_SMALLEST // side))
-    height, width = side * zoom, rows[0][1].shape[1] * zoom
-    sheet = Image.new("RGB", (width, len(rows) * (height + _LINE)), "white")
+def draw(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+    """A picture of rows of images [side, columns * side, C], each under its name.
+
+    Evaluation may have another side than training.
+    """
+    pictures = []
+    for _, row in rows:
+        height, width, channels = row.shape
+        zoom = max(1, -(-_SMALLEST // height))
+        picture = Image.fromarray(row[..., 0] if channels == 1 else row)
+        size = (width * zoom, height * zoom)
+        pictures.append(picture.resize(size, Image.Resampling.NEAREST).convert("RGB"))
+    largest = max(picture.width for picture in pictures)
+    height = sum(picture.height + _LINE for picture in pictures)
+    sheet, top = Image.new("RGB", (largest, height), "white"), 0
     pen = ImageDraw.Draw(sheet)
-    for number, (name, row) in enumerate(rows):
-        top = number * (height + _LINE)
+    for (name, _), picture in zip(rows, pictures, strict=True):
         pen.text((4, top + 4), name, fill="black")
-        picture = Image.fromarray(row[..., 0] if row.shape[2] == 1 else row)
-        picture = picture.resize((width, height), Image.Resampling.NEAREST).convert("RGB")
         sheet.paste(picture, (0, top + _LINE))
+        top += picture.height + _LINE
     return sheet
 
 

@@ -23,11 +23,11 @@ def cost_of(forward: Forward, images: int, seconds: float) -> dict[str, Any]:
     for member in forward.members:
         recipe, data = member.recipe, member.recipe.data
         if compression_of(member.weights) is not None:  # the recipe's model is larger
-            flops.append(count_flops(member.build(), data.channels, data.image_size))
+            flops.append(count_flops(member.build(), data.channels, recipe.eval_size))
             continue
-        key = to_json([recipe.model.model_dump(), data.image_size])
+        key = to_json([recipe.model.model_dump(), recipe.eval_size])
         if key not in counted:
-            counted[key] = forward_flops(recipe, forward.classes)
+            counted[key] = forward_flops(recipe, forward.classes, recipe.eval_size)
         flops.append(counted[key])
     known = [count for count in flops if count is not None]
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.size import height_width
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.geometry import View
@@ -20,7 +21,7 @@ from bigbatch.trainers.ensemble.combination import Logits, log_softmax
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, gather_in_order, in_parts
 from bigbatch.trainers.inference.dropout import drop, let_drop
-from bigbatch.trainers.inference.looks import looks_of
+from bigbatch.trainers.inference.looks import looks_of, view_of
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.build import build_augmenter
 from bigbatch.trainers.models.joined import WHY
@@ -85,11 +86,9 @@ class Forward:
         self.data = first.data
         self.batch = batch or first.evaluate.batch
         self.tta, self.mc_dropout = tta, mc_dropout
-        groups: dict[tuple[int, float], list[int]] = {}
+        groups: dict[View, list[int]] = {}
         for place, member in enumerate(members):
-            recipe = member.recipe
-            key = recipe.data.image_size, recipe.evaluate.crop_fraction
-            groups.setdefault(key, []).append(place)
+            groups.setdefault(view_of(member.recipe), []).append(place)
         self._groups = groups
         self._loaded = [self._load(member) for member in members]
         self.parameters = sum(p.numel() for m in self._loaded for p in m.model.parameters())
@@ -116,10 +115,9 @@ class Forward:
         """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""
         few = -(-len(index) // self.engine.world) <= FEW_IMAGES
         streams = []
-        for size, fraction in self._groups:
-            view = View(size, fraction)
+        for view in self._groups:
             decoding = Decoding(
-                image_size=size,
+                image_size=max(height_width(view.out)),
                 channels=self.data.channels,
                 workers=0 if few else self.data.workers,
                 threads=max(self.data.threads, torch.get_num_threads() if few else 1),

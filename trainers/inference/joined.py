@@ -39,7 +39,9 @@ def check_joinable(members: Sequence[Member]) -> None:
 
 
 def _look(member: Member) -> dict[str, Any]:
-    own = {"crop": member.recipe.evaluate.crop_fraction, "precision": member.recipe.precision}
+    recipe = member.recipe
+    own: dict[str, Any] = {"crop": recipe.evaluate.crop_fraction, "precision": recipe.precision}
+    own |= {"evaluate.image_size": recipe.eval_size, "crop_mode": recipe.evaluate.crop_mode}
     return {k: v for k, v in vars(member.info).items() if k != "model"} | own
 
 

@@ -13,6 +13,12 @@ _CORNERS = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 _SMALLEST = 0.875  # side of five crops of a view that shows the whole short side
 
 
+def view_of(recipe: Recipe) -> View:
+    """What a recipe's evaluation sees of an image."""
+    evaluate = recipe.evaluate
+    return View(recipe.eval_size, evaluate.crop_fraction, squash=evaluate.squash)
+
+
 def looks_of(view: View, tta: str) -> list[View]:
     """The looks of one image, the plain one first.
 

@@ -108,7 +108,10 @@ def _form(member: Member) -> dict[str, Any]:
     """What weights must have in common to be averaged."""
     form = member.recipe.model.form()
     del form["name"]  # the info's model
-    return vars(member.info) | form | {"crop": member.recipe.evaluate.crop_fraction}
+    recipe = member.recipe
+    seen: dict[str, Any] = {"crop": recipe.evaluate.crop_fraction}
+    seen |= {"evaluate.image_size": recipe.eval_size, "crop_mode": recipe.evaluate.crop_mode}
+    return vars(member.info) | form | seen
 
 
 def _barriers(

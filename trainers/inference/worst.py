@@ -10,14 +10,16 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from bigbatch.configs.files import write_atomically
+from bigbatch.configs.size import height_width
 from bigbatch.data.augment.crop import crop_resize
 from bigbatch.data.batch import Decoding
-from bigbatch.data.geometry import View, into_frames
+from bigbatch.data.geometry import into_frames
 from bigbatch.data.index import Index, some_samples
 from bigbatch.data.listing import Listing
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
+from bigbatch.trainers.inference.looks import view_of
 
 _MOST, _COLUMNS = 24, 6
 _CELL, _TEXT, _GAP = 150, 36, 12  # pixels: the side of an image, the lines above it, between them
@@ -65,8 +67,10 @@ def _grid(images: Sequence[npt.NDArray[np.uint8]], lines: Sequence[tuple[str, st
         draw.text((left, top), _fitting(said, font), _INK, font)
         draw.text((left, top + _TEXT // 2), _fitting(truth, font), _MUTED, font)
         # Small images stay as sharp as their pixels are.
-        how = Image.Resampling.NEAREST if len(image) < _CELL else Image.Resampling.LANCZOS
-        sheet.paste(Image.fromarray(image).resize((_CELL, _CELL), how), (left, top + _TEXT))
+        longest = max(image.shape[:2])
+        how = Image.Resampling.NEAREST if longest < _CELL else Image.Resampling.LANCZOS
+        height, width = (max(1, round(side * _CELL / longest)) for side in image.shape[:2])
+        sheet.paste(Image.fromarray(image).resize((width, height), how), (left, top + _TEXT))
     return sheet
 
 
@@ -94,9 +98,11 @@ def _look(
 ) -> list[npt.NDArray[np.uint8]]:
     """What the first member sees of samples: arrays [H, W] or [H, W, 3]."""
     recipe = ensemble.members[0].recipe
-    view = View(recipe.data.image_size, recipe.evaluate.crop_fraction)
+    view = view_of(recipe)
     few = some_samples(index, samples)
-    decoding = Decoding(view.out, recipe.data.channels, workers=0, threads=1, view=view)
+    decoding = Decoding(
+        max(height_width(view.out)), recipe.data.channels, workers=0, threads=1, view=view
+    )
     (batch,) = eval_batches(few, decoding, batch=len(samples), rank=0, world=1)
     frames = batch.frames
     sizes = np.stack([frames["full_height"], frames["full_width"]], 1)

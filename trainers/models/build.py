@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import Size
 from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.geometry import Growth
 from bigbatch.data.rng import key64
 from bigbatch.trainers.models.convert import check_output, convert, example_images, see_classifier
 from bigbatch.trainers.models.initialise import initialise
@@ -26,7 +28,7 @@ def build_model(
     classes: int,
     channels: int,
     seed: int,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     head_prior: Tensor | None = None,
     info: WeightsInfo | None = None,
     quiet: bool = False,
@@ -79,12 +81,20 @@ def build_model(
     return model
 
 
-def build_augmenter(recipe: Recipe, classes: int, device: torch.device) -> Augmenter:
-    """What a recipe's model sees of images on a device, in training and in evaluation."""
+def build_augmenter(
+    recipe: Recipe, classes: int, device: torch.device, growth: Growth = ()
+) -> Augmenter:
+    """What a recipe's model sees of images on a device, in training and in evaluation.
+
+    `growth` are the sizes of a training run by step, where they change.
+    """
     return Augmenter(
         recipe.augment,
         image_size=recipe.data.image_size,
+        eval_size=recipe.eval_size,
+        growth=growth,
         crop_fraction=recipe.evaluate.crop_fraction,
+        squash=recipe.evaluate.squash,
         classes=classes,
         seed=recipe.seed,
         device=device,

@@ -5,7 +5,7 @@ in it, so that weights trained either way fit as far as they can.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bigbatch.configs import norm as options
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
+from bigbatch.configs.size import Size, height_width
 from bigbatch.trainers.models import norm_layers as layers
 from bigbatch.trainers.models.blocks import (
     add_attention,
@@ -213,12 +214,11 @@ def _change_head(model: nn.Module, head: options.Head, name: str) -> None:
     model.set_submodule(path, new)
 
 
-def example_images(model: nn.Module, channels: int, image_size: int) -> Tensor:
-    """Two images [2, C, S, S] on the model's device."""
-    count = 2 * channels * image_size**2
+def example_images(model: nn.Module, channels: int, image_size: Size) -> Tensor:
+    """Two images [2, C, H, W] on the model's device."""
+    shape = 2, channels, *height_width(image_size)
     device = next(_tensors(model)).device
-    images = torch.linspace(-1, 1, count, device=device)
-    return images.view(2, channels, image_size, image_size)
+    return torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -244,6 +244,29 @@ def see_classifier(model: nn.Module, images: Tensor) -> None:
     if not (len(seen) == 1 and isinstance(output, Tensor) and torch.equal(seen[0], output)):
         unnamed: Any = model
         unnamed.get_classifier = list
+
+
+def check_sizes(
+    model: nn.Module, channels: int, trained: Size, others: Iterable[tuple[str, Size]], name: str
+) -> None:
+    """Raise UserError where a model of `trained` pixels cannot take images of another size.
+
+    `others` are sizes behind the key of the recipe that asks for them.
+    """
+    for key, size in others:
+        if size == trained:
+            continue
+        images = example_images(model, channels, size)
+        try:
+            with torch.no_grad(), _evaluating(model), torch.random.fork_rng(devices=[]):
+                model(images)
+        except Exception as error:  # each model says it in its own way
+            reason = str(error).strip().partition(chr(10))[0] or type(error).__name__
+            raise UserError(
+                f"{key} = {size}: model {name} takes images of {trained} alone ({reason:.200}); "
+                f"leave {key} out, or let the model take any size, as timm's transformers do by "
+                "model.options.dynamic_img_size=true"
+            ) from error
 
 
 def check_output(model: nn.Module, images: Tensor, classes: int, name: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.configs.model import Model
+from bigbatch.configs.size import Size
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.optim.groups import linear_classifier
 
@@ -25,9 +26,9 @@ class Joined(nn.Module):
         num_classes: int,
         in_chans: int,
         members: Sequence[dict[str, Any]],
-        image_size: int | None = None,
+        image_size: Size | None = None,
     ) -> None:
-        """`members` are networks as recipes write them (`Model.network`), of `image_size` pixels.
+        """`members` are networks as recipes write them (`Model.network`), of this size of images.
 
         Raises UserError where one has no one linear classifier.
         """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import height_width
 from bigbatch.data.rng import key64
 from bigbatch.trainers.models.build import build_model
 
@@ -127,7 +128,7 @@ def look(recipe: Recipe, classes: int, parameters: int, activation_bytes: int) -
         head_prior=torch.zeros(classes),
     )
     generator = torch.Generator().manual_seed(key64(recipe.seed, "signal"))
-    size = count, recipe.data.channels, recipe.data.image_size, recipe.data.image_size
+    size = count, recipe.data.channels, *height_width(recipe.data.image_size)
     images = torch.randn(size, generator=generator)
     labels = torch.randint(classes, (count,), generator=generator)
     torch.manual_seed(key64(recipe.seed, "signal", "model"))  # dropout

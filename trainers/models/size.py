@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import Size, height_width
 from bigbatch.trainers.models.build import build_model
+from bigbatch.trainers.models.convert import check_sizes
 from bigbatch.trainers.models.signal import look
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.stages import Learning, fit_transfer, freeze, rate_table, stages_of
@@ -41,11 +43,14 @@ def measure(recipe: Recipe, classes: int, epoch_samples: int = 1) -> dict[str, A
             seed=0,
             image_size=recipe.data.image_size,
         )
+    others = [("evaluate.image_size", recipe.eval_size)]
+    others.append(("data.progressive", recipe.data.smallest_size))
+    check_sizes(model, recipe.data.channels, recipe.data.image_size, others, recipe.model.name)
     learning = fit_transfer(recipe, model, epoch_samples)
     freeze(model, learning)
     model.train()
-    size = recipe.data.image_size
-    images = torch.empty(_SAMPLES, recipe.data.channels, size, size, device="meta")
+    size = height_width(recipe.data.image_size)
+    images = torch.empty(_SAMPLES, recipe.data.channels, *size, device="meta")
     kept = _saved_bytes(model, images) / _SAMPLES
     if recipe.precision != "fp32":
         kept /= 2
@@ -78,10 +83,10 @@ def _rates(
     return rate_table(model, learning, optimizer, recipe.lr_scale)
 
 
-def count_flops(model: nn.Module, channels: int, image_size: int) -> int:
+def count_flops(model: nn.Module, channels: int, image_size: Size) -> int:
     """Those of a forward pass of one image by a network, counted while it makes one."""
     device = next(model.parameters()).device
-    images = torch.zeros(_SAMPLES, channels, image_size, image_size, device=device)
+    images = torch.zeros(_SAMPLES, channels, *height_width(image_size), device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return int(counter.get_total_flops()) // _SAMPLES

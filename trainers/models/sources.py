@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import TORCHVISION, Model
+from bigbatch.configs.size import Size
 from bigbatch.trainers.models.teaching import NETS
 from bigbatch.trainers.optim.groups import classifiers
 
@@ -23,10 +24,10 @@ _SOURCES = {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_ov
 _ONE_HEAD = {"aux_logits": False, "init_weights": True}
 
 
-def find_source(config: Model, *, classes: int, channels: int, image_size: int | None) -> Create:
+def find_source(config: Model, *, classes: int, channels: int, image_size: Size | None) -> Create:
     """What builds a recipe's network of `classes` outputs, before anything in it is changed.
 
-    It draws from torch's stream alone. `image_size`, in pixels, may be None for what does not
+    It draws from torch's stream alone. `image_size` may be None for what does not
     depend on it. Raises UserError for a name that leads nowhere.
     """
     name, options = config.name, dict(config.options)
@@ -63,7 +64,7 @@ def _timm(name: str, options: dict[str, Any], classes: int, channels: int) -> Cr
 
 
 def _teaching(
-    name: str, options: dict[str, Any], classes: int, channels: int, image_size: int | None
+    name: str, options: dict[str, Any], classes: int, channels: int, image_size: Size | None
 ) -> Create:
     net: Any = NETS[name]
     size = {} if image_size is None else {"image_size": image_size}

@@ -4,6 +4,8 @@ import math
 
 from torch import Tensor, nn
 
+from bigbatch.configs.size import Size, height_width
+
 _SMALL = 64  # pixels below which ZFNet's first layers would leave nothing
 
 
@@ -12,12 +14,13 @@ class LeNet5(nn.Sequential):
 
     At 32 x 32 the paper's sizes: 6 maps of 28, 16 of 10, 120, 84. As is usual today, subsampling
     is a mean without weights, C3 sees all maps of S2, and the output is linear. Below 28 pixels
-    the convolutions are padded, so that maps last. Images [B, in_chans, S, S] -> [B, num_classes].
+    the convolutions are padded, so that maps last. Images [B, in_chans, H, W] -> [B, num_classes].
     """
 
-    def __init__(self, num_classes: int, in_chans: int = 1, image_size: int = 32) -> None:
-        padding = 0 if image_size >= 28 else 2
-        last = ((image_size - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2
+    def __init__(self, num_classes: int, in_chans: int = 1, image_size: Size = 32) -> None:
+        sides = height_width(image_size)
+        padding = 0 if min(sides) >= 28 else 2
+        last = [((side - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2 for side in sides]
         super().__init__(
             nn.Conv2d(in_chans, 6, 5, padding=padding),
             nn.Tanh(),
@@ -26,7 +29,7 @@ class LeNet5(nn.Sequential):
             nn.Tanh(),
             nn.AvgPool2d(2),
             nn.Flatten(),
-            nn.Linear(16 * last**2, 120),
+            nn.Linear(16 * math.prod(last), 120),
             nn.Tanh(),
             nn.Linear(120, 84),
             nn.Tanh(),
@@ -42,16 +45,20 @@ class ZFNet(nn.Sequential):
     """
 
     def __init__(
-        self, num_classes: int, in_chans: int = 3, image_size: int = 224, hidden: int = 4096
+        self, num_classes: int, in_chans: int = 3, image_size: Size = 224, hidden: int = 4096
     ) -> None:
-        if image_size < _SMALL:
+        sides = height_width(image_size)
+        last: list[int] = []
+        small = min(sides) < _SMALL
+        if small:
             first = nn.Conv2d(in_chans, 96, 3, padding=1), nn.Conv2d(96, 256, 3, padding=1)
-            last = math.ceil(image_size / 8)
+            last = [math.ceil(side / 8) for side in sides]
         else:
             first = nn.Conv2d(in_chans, 96, 7, 2, padding=1), nn.Conv2d(96, 256, 5, 2)
-            size = _pooled((image_size - 5) // 2 + 1)
-            last = (_pooled((size - 5) // 2 + 1) - 3) // 2 + 1
-        padding = 1 if image_size < _SMALL else 0
+            for side in sides:
+                size = _pooled((side - 5) // 2 + 1)
+                last.append((_pooled((size - 5) // 2 + 1) - 3) // 2 + 1)
+        padding = 1 if small else 0
         super().__init__(
             first[0],
             nn.ReLU(),
@@ -69,7 +76,7 @@ class ZFNet(nn.Sequential):
             nn.ReLU(),
             nn.MaxPool2d(3, 2, padding=padding),
             nn.Flatten(),
-            nn.Linear(256 * last**2, hidden),
+            nn.Linear(256 * math.prod(last), hidden),
             nn.ReLU(),
             nn.Dropout(),
             nn.Linear(hidden, hidden),
@@ -91,7 +98,7 @@ class NIN(nn.Sequential):
     it has no ReLU behind it, by which a class could die. Sizes from 4 pixels.
     """
 
-    def __init__(self, num_classes: int, in_chans: int = 3, image_size: int = 32) -> None:
+    def __init__(self, num_classes: int, in_chans: int = 3, image_size: Size = 32) -> None:
         super().__init__(
             *_mlpconv(in_chans, 192, 160, 96, kernel=5),
             nn.MaxPool2d(3, 2, padding=1),

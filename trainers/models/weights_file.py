@@ -15,6 +15,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import Size
 
 METADATA = "__metadata__"
 COMPRESSION = "compression"  # of the metadata: by which method; absent from a model's plain weights
@@ -37,7 +38,7 @@ class WeightsInfo:
     classes: tuple[str, ...]  # by number
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    image_size: int
+    image_size: Size  # of training
     channels: int
 
 
@@ -136,10 +137,14 @@ def read_info(header: Header) -> WeightsInfo | None:
     found = {name: found[name] for name in names}  # a later version may say more
     texts = isinstance(found["model"], str) and _list_of(found["classes"], str)
     numbers = _list_of(found["mean"], float | int) and _list_of(found["std"], float | int)
-    if not (texts and numbers and _counts([found["image_size"], found["channels"]])):
+    if not (texts and numbers and _counts([*_sides(found["image_size"]), found["channels"]])):
         raise ValueError("its description of what weights are trained for is damaged")
     lists: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
     return WeightsInfo(**lists)
+
+
+def _sides(size: Any) -> list[Any]:
+    return size if isinstance(size, list) and len(size) == 2 else [size]
 
 
 def _list_of(value: Any, kind: Any) -> bool:
@@ -182,7 +187,7 @@ def differences(there: WeightsInfo, here: WeightsInfo) -> list[str]:
                 f"shift; set augment.{name}={then}, unless that is wanted"
             )
     for name in ("channels", "image_size"):
-        then, now = getattr(there, name), getattr(here, name)
+        then, now = (_plain(getattr(info, name)) for info in (there, here))
         if then != now:
             found.append(
                 f"they were trained with data.{name} = {then}, this run has {now}; set "
@@ -191,6 +196,11 @@ def differences(there: WeightsInfo, here: WeightsInfo) -> list[str]:
     if problem := other_classes(there, here):
         found.append(problem)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """As a recipe writes it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def unlike(there: Sequence[str], here: Sequence[str], whose: str) -> str | None:

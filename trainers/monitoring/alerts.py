@@ -48,6 +48,11 @@ class Alerts:
         """
         return [*self._spike(loss), *self._speed(images_per_s)]
 
+    def forget_speed(self) -> None:
+        """Steps from here on take another time, as they should."""
+        self._seconds.clear()
+        self._slow = False
+
     def _spike(self, loss: float) -> list[tuple[str, dict[str, Any]]]:
         if not math.isfinite(loss):
             return []  # an event of its own

@@ -10,6 +10,7 @@ import re
 import torch
 
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import Size
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.models.size import count_flops
 
@@ -51,25 +52,29 @@ def flops_per_image(recipe: Recipe, classes: int) -> int | None:
     grouped convolution for a full one (EfficientNet-B0: 32 GFLOPs instead of 2.3). SAM makes
     both passes twice.
     """
-    forward = forward_flops(recipe, classes)
+    forward = forward_flops(recipe, classes, recipe.data.image_size)
     passes = 1 if recipe.regularise.sharpness is None else 2
     return None if forward is None else 3 * passes * forward
 
 
-def forward_flops(recipe: Recipe, classes: int) -> int | None:
-    """Floating-point operations of the forward pass for one image.
+def forward_flops(recipe: Recipe, classes: int, size: Size) -> int | None:
+    """Floating-point operations of the forward pass for one image of this size.
 
     A multiplication and its addition count as two. Counted by torch, on a model that has shapes
     and no values, so nothing is computed. None for a model that cannot run without values.
     """
-    size, channels = recipe.data.image_size, recipe.data.channels
+    data = recipe.data
     fresh = recipe.model.without_weights()
     try:
         with torch.device("meta"):
             model = build_model(
-                fresh, classes=classes, channels=channels, seed=recipe.seed, image_size=size
+                fresh,
+                classes=classes,
+                channels=data.channels,
+                seed=recipe.seed,
+                image_size=data.image_size,
             )
-            return count_flops(model, channels, size)
+            return count_flops(model, data.channels, size)
     except (RuntimeError, NotImplementedError):
         return None
 

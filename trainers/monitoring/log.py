@@ -19,6 +19,7 @@ from bigbatch.trainers.monitoring.progress import Progress
 from bigbatch.trainers.monitoring.prometheus import TextFile
 from bigbatch.trainers.monitoring.tensorboard_view import TensorBoardView
 from bigbatch.trainers.monitoring.wandb_view import WandbView, open_wandb
+from bigbatch.trainers.planning.sizes import image_sizes
 
 
 class Log:
@@ -57,6 +58,7 @@ class Log:
         self._ended = False
         self._closed = False
         self._alerts = Alerts()
+        self._resized = {first + 1 for first, _ in image_sizes(recipe, epoch_samples)}
 
     @property
     def wandb_path(self) -> Path | None:
@@ -78,6 +80,8 @@ class Log:
             self._progress.train(step, values)
         if self.due(step):
             self._record("train", step, values)
+        if step in self._resized:
+            self._alerts.forget_speed()
         if self._events and "images_per_s" in values:
             for kind, fields in self._alerts.update(values["loss"], values["images_per_s"]):
                 self.event(kind, **fields)

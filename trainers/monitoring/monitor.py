@@ -35,9 +35,10 @@ class Monitor:
         self.flops: int | None = None  # of one image, forward and backward
         self.peak: float | None = None  # FLOP/s of all ranks' devices together
         if engine.rank == 0:
-            self.flops = flops_per_image(recipe, classes)
+            self.flops = flops_per_image(recipe, classes)  # while images grow, of the last ones
             peak = peak_flops(engine.device, recipe.precision)
             self.peak = peak * engine.world if peak else None
+        self._grows = recipe.data.progressive is not None
 
     def table(self, step: int) -> Tensor:
         """This rank's part of what `step` finished steps will record: empty where nothing."""
@@ -60,7 +61,7 @@ class Monitor:
             }
             if slowest.shard is not None:
                 values["slowest"]["shard"] = self._shards[slowest.shard]
-        if self.flops and self.peak:
+        if self.flops and self.peak and not self._grows:
             values["mfu"] = self.flops * images_per_s / self.peak
         return values
 

@@ -10,14 +10,17 @@ from bigbatch.configs.distill import Distill
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import ENSEMBLE
 from bigbatch.configs.schema import Recipe
+from bigbatch.data.geometry import Growth
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, build_order
 from bigbatch.data.remote import open_remote, remote_at
+from bigbatch.data.repeats import RepeatedOrder
 from bigbatch.data.staging import is_url
 from bigbatch.trainers.planning.plan import Plan, make_plan
 from bigbatch.trainers.planning.plateau import Evaluations
 from bigbatch.trainers.planning.schedules import build_schedule
+from bigbatch.trainers.planning.sizes import image_sizes
 
 Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
@@ -33,6 +36,7 @@ class Inputs:
     epoch_samples: int  # of a stream: of the whole run
     plan: Plan
     schedule: Schedule
+    sizes: Growth = ()  # of images by step, where they change
     momentum: Schedule | None = None  # of the optimizer, after s finished steps
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is refused
 
@@ -75,12 +79,18 @@ def open_inputs(
     if data.stream is None:
         order = open_order(recipe, splits["train"])
         epoch_samples = order.epoch_samples
+        if data.repeats > 1:
+            notes.append(
+                f"data.repeats = {data.repeats}: an epoch of {epoch_samples:,} images shows "
+                f"{epoch_samples // data.repeats:,} samples, each in {data.repeats} views"
+            )
     else:  # no duration is in epochs, so that the whole run may stand for one
         order = None
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
     momentum = momentum_schedule(recipe, plan.total, epoch_samples)
-    return Inputs(splits, order, epoch_samples, plan, schedule, momentum, tuple(notes))
+    sizes = image_sizes(recipe, epoch_samples)
+    return Inputs(splits, order, epoch_samples, plan, schedule, sizes, momentum, tuple(notes))
 
 
 def see_teacher(distill: Distill) -> None:
@@ -123,7 +133,10 @@ def open_order(recipe: Recipe, index: Index) -> Order:
     """The order in which a recipe goes through an index."""
     data = recipe.data
     if not data.lanes:
-        return build_order(data.sampling, index, recipe.seed)
+        order = build_order(data.sampling, index, recipe.seed)
+        if data.repeats > 1:
+            return RepeatedOrder(order, data.repeats, recipe.micro_batch)
+        return order
     return LaneOrder(
         index, recipe.seed, lanes=data.lanes, window=data.window, micro_batch=recipe.micro_batch
     )

@@ -196,3 +196,17 @@ def test_the_memory_order_of_images_changes_none():
         assert a.is_contiguous()
         assert b.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a, b)
+
+
+def test_each_step_trains_on_images_of_its_size_and_evaluation_has_its_own():
+    """Of the same draws: a step is what it would be if all were of its size."""
+    grows = augmenter(ALL, 16, eval_size=24, growth=((0, 8), (3, 12), (5, 16)))
+    for step, out in ((0, 8), (2, 8), (3, 12), (4, 12), (5, 16), (900, 16)):
+        batch = batch_of([(40, 30), (20, 50)] * 2, step=step)
+        images, targets = grows.train(batch)
+        wanted, same = augmenter(ALL, out).train(batch)
+        assert images.shape == (4, 3, out, out)
+        assert torch.equal(images, wanted)
+        assert torch.equal(targets, same)
+        seen = grows.evaluate(batch)
+        assert torch.equal(seen, augmenter(ALL, 24).evaluate(batch))

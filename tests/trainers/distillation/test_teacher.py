@@ -295,10 +295,10 @@ def test_each_key_of_a_recipe_counts_in_a_view_or_is_known_not_to() -> None:
     assert whole <= Recipe.model_fields.keys()
     counted = {"seed", "global_batch", "micro_batch", "precision", "data", "augment", "evaluate"}
     assert Recipe.model_fields.keys() - whole == counted
-    inner = {"data": {"stream", "sampling", "lanes", "window", "channels"},
+    inner = {"data": {"stream", "sampling", "repeats", "lanes", "window", "channels"},
              "augment": {"crop", "affine", "flip", "jitter", "mixup", "cutmix", "mix_switch",
                          "ops", "border"},
-             "evaluate": {"crop_fraction"}}  # fmt: skip
+             "evaluate": {"crop_fraction", "crop_mode"}}  # fmt: skip
     for part, keys in inner.items():
         model = {"data": Data, "augment": Augment, "evaluate": Evaluate}[part]
         assert model.model_fields.keys() - _NO_VIEW[part] == keys

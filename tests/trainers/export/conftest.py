@@ -46,7 +46,7 @@ def members(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Memb
         make_member(folder, "cycle-01", classes, 1, *shared),
         make_member(
             folder, "cycle-02", classes, 2, *shared,
-            "data.image_size=24", "evaluate.crop_fraction=0.9",
+            "data.image_size=24", "evaluate.image_size=28", "evaluate.crop_fraction=0.9",
             "augment.mean=[0.2]", "augment.std=[0.3]",
         ),
     ]  # fmt: skip

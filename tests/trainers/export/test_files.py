@@ -90,7 +90,7 @@ def test_metadata_say_how_to_use_it_and_where_it_came_from(
         assert entry["name"] == one.name
         assert entry["mean"] == one.recipe.augment.mean
         assert entry["std"] == one.recipe.augment.std
-        assert entry["image_size"] == one.recipe.data.image_size
+        assert entry["image_size"] == one.recipe.eval_size
         assert entry["crop_fraction"] == one.recipe.evaluate.crop_fraction
         assert Recipe.model_validate(entry["recipe"]) == one.recipe
         assert entry["recipe_hash"] == recipe_hash(one.recipe)

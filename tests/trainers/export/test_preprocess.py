@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bigbatch.configs.augment import Augment
+from bigbatch.configs.size import Size
 from bigbatch.data.augment.crop import nearly_whole
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
@@ -19,13 +20,14 @@ from bigbatch.trainers.export.preprocess import CentreCrop
 SAMPLED = 2e-5
 
 
-def evaluated(pixels: Tensor, out: int, fraction: float) -> Tensor:
+def evaluated(pixels: Tensor, out: Size, fraction: float, squash: bool = False) -> Tensor:
     """What evaluation makes of uint8 [N, H, W, C], before mean and std."""
     count, height, width, channels = pixels.shape
     augmenter = Augmenter(
         Augment(mean=[0.0] * channels, std=[1.0] * channels),
         image_size=out,
         crop_fraction=fraction,
+        squash=squash,
         classes=2,
         seed=0,
         device=torch.device("cpu"),
@@ -85,6 +87,33 @@ def test_small_crops_between_pixels_are_sampled_as_evaluation_does(
     pixels = noise(2, height, width, 3)
     found = CentreCrop(out, fraction)(pixels)
     torch.testing.assert_close(found, evaluated(pixels, out, fraction), rtol=0, atol=SAMPLED)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 260),
+    width=st.integers(1, 260),
+    out=st.tuples(st.integers(8, 64), st.integers(8, 64)),
+    fraction=st.floats(0.1, 1),
+    squash=st.booleans(),
+)
+def test_rectangles_of_any_size_and_fraction(
+    height: int, width: int, out: tuple[int, int], fraction: float, squash: bool
+) -> None:
+    """With squash of the whole image: all of its pixels are whole."""
+    fraction = 1.0 if squash else fraction
+    pixels = noise(1, height, width, 1)
+    found, expected = (
+        CentreCrop(out, fraction, squash)(pixels),
+        evaluated(pixels, out, fraction, squash),
+    )
+    assert found.shape == (1, 1, *out)
+    difference = (found - expected).abs()
+    boxes = centre_boxes(np.array([[height, width]]), fraction, out=None if squash else out)
+    shrink = max(boxes[0, 3] / out[0], boxes[0, 2] / out[1])
+    rare = (difference > SAMPLED).float().mean()
+    assert rare <= (1e-3 if nearly_whole(boxes) and shrink > 8 else 0)
+    assert difference.max() <= 1.001 / 255
 
 
 @settings(max_examples=60, deadline=None)

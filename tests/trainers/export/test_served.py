@@ -72,7 +72,7 @@ def by_hand(members: list[ServedMember], combination: Combination, pixels: Tenso
     """Probabilities float64 [N, C], by evaluation's own parts."""
     logits = []
     for m in members:
-        images = evaluated(pixels, m.image_size, m.crop_fraction)
+        images = evaluated(pixels, m.image_size, m.crop_fraction, m.squash)
         mean, std = (torch.tensor(values)[:, None, None] for values in (m.mean, m.std))
         with torch.no_grad():
             logits.append(m.network((images - mean) / std).numpy())
@@ -108,6 +108,8 @@ def test_members_see_their_own_images() -> None:
         member(1),
         member(2, mean=(0.1, 0.2, 0.3)),
         member(3, image_size=40, crop_fraction=1.0),
+        member(4, image_size=(24, 40), crop_fraction=1.0, squash=True),
+        member(5, image_size=(24, 40), crop_fraction=1.0),
     ]
     for shape in ((3, 50, 70, 3), (1, 31, 24, 3)):
         pixels = noise(*shape)
@@ -128,7 +130,7 @@ def test_what_members_see_alike_is_computed_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(CentreCrop, "forward", counted)
     members = [member(1), member(2), member(3, mean=(0.0, 0.0, 0.0)), member(4, image_size=40)]
     Served(members, Combination())(noise(1, 50, 50, 3))
-    assert sorted(calls) == [24, 40]
+    assert sorted(calls) == [(24, 24), (40, 40)]
 
 
 def test_one_member_and_one_channel() -> None:

@@ -100,6 +100,8 @@ def test_timm_loads_a_network_by_its_config(members: list[Member], tmp_path: Pat
     data = timm.data.resolve_model_data_config(by_folder)
     recipe = member.recipe
     assert data["input_size"] == (1, 24, 24)
+    evaluated = timm.data.resolve_model_data_config(by_folder, use_test_size=True)
+    assert evaluated["input_size"] == (1, 28, 28)
     assert list(data["mean"]) == recipe.augment.mean
     assert list(data["std"]) == recipe.augment.std
     assert data["crop_pct"] == recipe.evaluate.crop_fraction

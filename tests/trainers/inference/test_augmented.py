@@ -70,7 +70,7 @@ def test_what_cannot_be_drawn(digits: Path, tmp_path: Path, capfd, out, more, sa
 
 def test_names_stand_above_their_rows() -> None:
     row = np.full((8, 16, 3), 100, np.uint8)
-    sheet = np.asarray(draw([("a", row), ("b", row[..., :1])], 8))
+    sheet = np.asarray(draw([("a", row), ("b", row[..., :1])]))
     assert sheet.shape == (2 * (20 + 96), 2 * 96, 3)
     for top in (0, 116):
         assert sheet[top : top + 20].min() < 60  # letters

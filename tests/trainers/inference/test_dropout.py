@@ -134,7 +134,7 @@ def test_the_command_says_passes_and_cost(
     result = json.loads(capsys.readouterr().out)
     assert (result["mc_dropout"], result["tta"]) == (2, "scales")
     cost, recipe = result["cost"], members[0].recipe
-    own = forward_flops(recipe, 10)
+    own = forward_flops(recipe, 10, recipe.eval_size)
     assert cost["flops_per_image"] == 2 * 3 * own
     assert flops_per_image(recipe, 10) == 3 * own
     assert cost["parameters"] == sum(p.numel() for p in members[0].build().parameters())

@@ -35,6 +35,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
+# Of training, and of evaluation.
+SIZES = ["data.image_size=[24, 32]", "evaluate.image_size=[28, 40]", "evaluate.crop_mode=squash"]
 MODULE = Path(__file__).parents[3] / "trainers" / "inference" / "__main__.py"
 
 
@@ -49,7 +51,7 @@ def ensemble(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ensemble
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         untrained_run(folder / "a", digits, CLASSES),
-        untrained_run(folder / "b", digits, CLASSES, ["data.image_size=24"], 1, seed=1),
+        untrained_run(folder / "b", digits, CLASSES, SIZES, 1, seed=1),
         untrained_run(
             folder / "c", digits, CLASSES, ["augment.mean=[0.4]", "evaluate.crop_fraction=0.8"], 1
         ),
@@ -63,6 +65,8 @@ def own_logits(engine: Any, member: Member, digits: Path) -> np.ndarray:
     augmenter = Augmenter(
         recipe.augment,
         image_size=recipe.data.image_size,
+        eval_size=recipe.eval_size,
+        squash=recipe.evaluate.squash,
         crop_fraction=recipe.evaluate.crop_fraction,
         classes=10,
         seed=0,

@@ -11,7 +11,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.trainers.models import norm_layers as layers
 from bigbatch.trainers.models.build import build_model
-from bigbatch.trainers.models.convert import check_output, convert
+from bigbatch.trainers.models.convert import check_output, check_sizes, convert
 from bigbatch.trainers.optim.groups import named_parameters
 
 GROUP = {"name": "group", "groups": 8}
@@ -124,3 +124,26 @@ def test_a_size_is_asked_for_where_it_matters() -> None:
     norm = {"name": "filter_response"}
     with pytest.raises(UserError, match="needs the images' size"):
         convert(model, Model.model_validate({"name": "own:net", "norm": norm}), None)
+
+
+def test_a_model_of_one_size_takes_no_other() -> None:
+    """timm's transformers, unless they are told to; convolutions with a mean take any."""
+    sizes = [("evaluate.image_size", 48)]
+    options = {"img_size": 32, "patch_size": 8, "dynamic_img_size": False}
+    vit = built("test_vit", options=options)
+    check_sizes(built(), 3, 32, sizes, "test_resnet")
+    check_sizes(vit, 3, 32, [("evaluate.image_size", 32)], "test_vit")
+    with pytest.raises(
+        UserError,
+        match=r"^evaluate.image_size = 48: model test_vit takes images of 32 alone \(.*48.*32.*\); "
+        "leave evaluate.image_size out, or .*dynamic_img_size=true",
+    ):
+        check_sizes(vit, 3, 32, sizes, "test_vit")
+    with torch.device("meta"):
+        there = built("test_vit", options=options)
+    with pytest.raises(UserError, match="takes images of 32 alone"):
+        check_sizes(there, 3, 32, sizes, "test_vit")
+    any_size = built("test_vit", options=options | {"dynamic_img_size": True})
+    check_sizes(any_size, 3, 32, sizes, "test_vit")
+    with pytest.raises(UserError, match="model lenet5 takes images of 32 alone"):
+        check_sizes(built("lenet5"), 3, 32, sizes, "lenet5")

@@ -43,6 +43,15 @@ def test_low_throughput_is_said_once_until_it_recovers() -> None:
     assert 460 < found[1][0] < 480
 
 
+def test_larger_images_may_take_longer() -> None:
+    alerts, found = Alerts(), []
+    for step in range(500):
+        if step == 300:
+            alerts.forget_speed()
+        found += alerts.update(1.0, 1000.0 if step < 300 else 500.0)
+    assert found == []
+
+
 def test_one_slow_step_is_no_alert() -> None:
     speeds = [1000.0] * 300
     speeds[200] = 200.0
