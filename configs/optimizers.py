@@ -187,18 +187,67 @@ class Lion(Decaying):
     betas: Betas = (0.9, 0.99)
 
 
-class Muon(Decaying):
-    """Jordan et al. 2024: orthogonal steps for hidden matrices, AdamW for everything else."""
+Rest = Annotated[LAMB | AdamW | SGD, Field(discriminator="name")]
+_ADAMW_KEYS = ("adamw_lr", "adamw_betas", "adamw_eps")
+
+
+class Muon(_Momentum):
+    """Jordan et al. 2024: orthogonal steps for hidden matrices, another optimizer for the rest.
+
+    Hidden are the weights of linear layers and convolutions, but for the classifier's and patch
+    embeddings.
+    """
 
     name: Literal["muon"]
     momentum: Beta = 0.95
     nesterov: bool = True
-    match_adamw: bool = Field(
-        False, description="scale steps to AdamW's size (Liu et al. 2025), so its rates carry over"
+    adjust_lr: Literal["original", "match_rms"] = Field(
+        "original",
+        description="of a matrix of out x in: original: lr sqrt(max(1, out / in)) (Jordan et al.); "
+        "match_rms: lr 0.2 sqrt(max(out, in)), steps of AdamW's size, so its rates carry over "
+        "(Liu et al. 2025)",
     )
-    adamw_lr: Positive = Field(3e-4, description="rate of all but the hidden matrices")
-    adamw_betas: Betas = (0.9, 0.95)
-    adamw_eps: Positive = 1e-10
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
+        5, description="Newton-Schulz iterations that make a step orthogonal"
+    )
+    ns_precision: Literal["fp32", "bf16"] = Field("fp32", description="what they are computed in")
+    rest: Rest = Field(
+        AdamW(name="adamw", lr=3e-4, betas=(0.9, 0.95), eps=1e-10),
+        description="the optimizer of everything else, with its own lr and weight_decay; "
+        "schedule, scale and layer_decay hold for both",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, tree: Any) -> Any:
+        """Recipes of 0.1 have AdamW's settings beside Muon's."""
+        if not isinstance(tree, dict) or tree.keys().isdisjoint({*_ADAMW_KEYS, "match_adamw"}):
+            return tree
+        new = {k: v for k, v in tree.items() if k not in (*_ADAMW_KEYS, "match_adamw")}
+        for old, key in (*((k, "rest") for k in _ADAMW_KEYS), ("match_adamw", "adjust_lr")):
+            if old in tree and key in new:
+                raise ValueError(f"{old} is an old key that {key} takes the place of; remove {old}")
+        if tree.get("match_adamw"):
+            new["adjust_lr"] = "match_rms"
+        adamw = {k.removeprefix("adamw_"): tree[k] for k in _ADAMW_KEYS if k in tree}
+        if adamw:
+            decay = tree.get("weight_decay", 0.0)
+            first = {"name": "adamw", "lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10}
+            new["rest"] = first | {"weight_decay": decay} | adamw
+        return new
+
+    @model_validator(mode="after")
+    def _check_rest(self) -> Self:
+        shared = {
+            "scale": None,
+            "layer_decay": 1.0,
+            "weight_decay_of": {},
+            "momentum_schedule": None,
+        }
+        for key, unsaid in shared.items():
+            if getattr(self.rest, key, unsaid) != unsaid:
+                raise ValueError(f"rest.{key}: say it once, of muon itself; remove it from rest")
+        return self
 
 
 class LBFGS(OptimizerBase):
@@ -235,9 +284,11 @@ Optimizer = Annotated[
     Field(discriminator="name"),
 ]
 
-# Exact on pieces of layers: those that treat each element alone, and our two, which add up
-# their norms across pieces.
-SHARDABLE = ("sgd", "lars", "lamb", "adam", "adamw", "adagrad", "adadelta", "rmsprop", "lion")
+# Exact on pieces of layers: those that treat each element alone, and our three: LARS and LAMB add
+# up their norms across pieces, Muon puts layers together.
+SHARDABLE = (
+    *("sgd", "lars", "lamb", "adam", "adamw", "adagrad", "adadelta", "rmsprop", "lion", "muon"),
+)
 
 
 def refusals(recipe: Any) -> Iterator[str]:

@@ -59,7 +59,8 @@ def refusals(recipe: Any) -> Iterator[str]:
     """What a recipe's regularisation cannot stand beside."""
     own, optimizer, backend = recipe.regularise, recipe.optimizer, recipe.backend
     by_layer = getattr(optimizer, "weight_decay_of", {}).values()
-    decay = max(getattr(optimizer, "weight_decay", 0.0), *by_layer, 0.0)
+    of_rest = getattr(getattr(optimizer, "rest", None), "weight_decay", 0.0)
+    decay = max(getattr(optimizer, "weight_decay", 0.0), of_rest, *by_layer, 0.0)
     if own.l2 and decay:
         yield (
             f"regularise.l2 = {own.l2:g} and a decay of {decay:g} (optimizer.weight_decay, "

@@ -27,8 +27,8 @@ def sweep_recipe(recipe: Recipe, low: float, high: float, steps: int) -> Recipe:
         raise UserError(f"--steps {steps}: a sweep needs at least 20 steps to show a curve")
     tree = bare_recipe(recipe, steps)
     optimizer = tree["optimizer"]
-    if "adamw_lr" in optimizer:  # Muon's second rate keeps its ratio to the first
-        optimizer["adamw_lr"] *= high / optimizer["lr"]
+    if "rest" in optimizer:  # Muon's second rate keeps its ratio to the first
+        optimizer["rest"]["lr"] *= high / optimizer["lr"]
     optimizer["lr"] = high
     tree["schedule"] = {
         "name": "constant",
@@ -85,6 +85,6 @@ def overrides(recipe: Recipe, lr: float) -> list[str]:
     changes = [f"optimizer.lr={lr:.3g}"]
     if recipe.optimizer.name == "muon":
         changes.append(
-            f"optimizer.adamw_lr={recipe.optimizer.adamw_lr * lr / recipe.optimizer.lr:.3g}"
+            f"optimizer.rest.lr={recipe.optimizer.rest.lr * lr / recipe.optimizer.lr:.3g}"
         )
     return changes

@@ -106,7 +106,7 @@ def test_bad_values_name_the_place_the_rule_and_the_remedy(override, words):
         (["backend=zero3"], ["zero3", "set backend to fsdp2"]),
         (["backend=zero1", "reduction=exact"], ["exact", "overlapped", "ddp"]),
         (["backend=zero2", "optimizer={name: novograd, lr: 1}"], ["novograd", "lamb", "ddp"]),
-        (["backend=fsdp2", "optimizer={name: muon, lr: 1}"], ["muon", "lars", "ddp"]),
+        (["backend=fsdp2", "optimizer={name: adafactor, lr: 1}"], ["adafactor", "muon", "ddp"]),
         (["backend=fsdp2", "clip={name: adaptive}"], ["adaptively", "norm", "ddp"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""LARS and LAMB written out in NumPy float64, one layer at a time, from the papers' formulas.
+"""LARS, LAMB and Muon written out in NumPy float64, one layer at a time, from their formulas.
 
 Written apart from the implementation, in scalars and plain arrays, so that agreement means
 something.
@@ -105,6 +105,44 @@ class ReferenceLAMB:
             if self.bounds is not None:
                 self.ratio = min(max(self.ratio, self.bounds[0]), self.bounds[1])
         self.w = self.w - lr * self.ratio * u
+
+
+class ReferenceMuon:
+    """Jordan et al. 2024 and Liu et al. 2025 for one layer, by its singular values."""
+
+    def __init__(
+        self,
+        w: Array,
+        *,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool,
+        adjust_lr: str,
+        ns_steps: int = 5,
+    ) -> None:
+        self.w, self.v = w.copy(), np.zeros_like(w)
+        self.momentum, self.weight_decay, self.nesterov = momentum, weight_decay, nesterov
+        self.adjust_lr, self.ns_steps = adjust_lr, ns_steps
+
+    def step(self, g: Array, lr: float) -> None:
+        m = self.momentum
+        self.v = m * self.v + (1 - m) * g
+        u = (1 - m) * g + m * self.v if self.nesterov else self.v
+        rows, columns = len(u), u[0].size
+        scale = 0.2 * max(rows, columns) ** 0.5
+        if self.adjust_lr == "original":
+            scale = max(1.0, rows / columns) ** 0.5
+        o = orthogonal(u.reshape(rows, columns), self.ns_steps).reshape(u.shape)
+        self.w = self.w - lr * self.weight_decay * self.w - lr * scale * o
+
+
+def orthogonal(matrix: Array, steps: int) -> Array:
+    """What `steps` Newton-Schulz iterations make of a matrix, by its singular values."""
+    u, s, vt = np.linalg.svd(matrix / max(1e-7, np.sqrt((matrix**2).sum())), full_matrices=False)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    made: Array = (u * s) @ vt
+    return made
 
 
 SHAPES = {"conv": (6, 3, 3, 3), "linear": (10, 6), "vector": (7,), "zeros": (4, 5)}

@@ -14,8 +14,10 @@ import torch.distributed as dist
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from bigbatch.trainers.engine.whole_layers import WholeLayers
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.optim.layerwise import LayerwiseOptimizer
+from bigbatch.trainers.optim.muon import Muon, work
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,17 @@ class Pieces:
             group["params"] = [pieces[p].tensor for p in group["params"]]
         if isinstance(optimizer, LayerwiseOptimizer):
             optimizer.sum_over_ranks = _sum
+        elif isinstance(optimizer, Muon):
+            optimizer.take_pieces(self._whole_layers(optimizer), _sum)
         self.optimizer = optimizer
+
+    def _whole_layers(self, muon: Muon) -> WholeLayers:
+        """Where Muon's matrices are put together, each on one rank."""
+        numbers = {piece.tensor: number for number, piece in enumerate(self.pieces)}
+        own = [numbers[p] for g in muon.param_groups if g["use_muon"] for p in g["params"]]
+        shapes = [self.pieces[n].whole for n in own]
+        ranges = [[of_rank[n] for n in own] for of_rank in self._ranges]
+        return WholeLayers(shapes, ranges, [work(shape) for shape in shapes], dist.get_rank())
 
     # Whole tensors from pieces, and back. Every rank calls these in the same step.
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.configs import optimizers as c
-from bigbatch.trainers.optim.groups import decay_by_layer, muon_groups, parameter_groups
+from bigbatch.configs.errors import UserError
+from bigbatch.trainers.optim.groups import decay_by_layer, hidden_matrices, parameter_groups
 from bigbatch.trainers.optim.lamb import LAMB
 from bigbatch.trainers.optim.lars import LARS
 from bigbatch.trainers.optim.lbfgs import LBFGS
+from bigbatch.trainers.optim.muon import Muon
 from bigbatch.trainers.optim.stages import Learning
 from bigbatch.trainers.optim.state import parameter_names
 
@@ -23,28 +25,59 @@ def build_optimizer(
     Norm layers and biases take neither weight decay nor a layer-wise rate. Each group keeps
     its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. `learning` says what
     has another rate, and what begins to learn later (`Waiting` keeps it out). Raises UserError
-    where `layer_decay` is asked of a model whose layers timm cannot order, and where
-    `weight_decay_of` names no layer.
+    where `layer_decay` is asked of a model whose layers timm cannot order, where
+    `weight_decay_of` names no layer, and where Muon finds no matrix.
     """
     decay = 0.0 if isinstance(config, c.SM3 | c.LBFGS) else config.weight_decay
-    decays = getattr(config, "weight_decay_of", {})
+    decays = decay_by_layer(model, getattr(config, "weight_decay_of", {}))
     learning = learning or Learning()
-    groups = parameter_groups(
-        model,
-        decay,
-        config.layer_decay,
-        decay_by_layer(model, decays),
-        learning.factors,
-        learning.starts,
-    )
-    for group in groups:
-        group["lr"] = config.lr * group["lr_scale"]
     if isinstance(config, c.Muon):
-        groups = muon_groups(model, groups, config.adamw_lr)
-    optimizer = _build(groups, config)
+        optimizer: torch.optim.Optimizer = _build_muon(model, config, decays, learning)
+    else:
+        groups = parameter_groups(
+            model, decay, config.layer_decay, decays, learning.factors, learning.starts
+        )
+        optimizer = _build(_with_rate(groups, config.lr), config)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
+
+
+def _with_rate(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    return [group | {"lr": lr * group["lr_scale"]} for group in groups]
+
+
+def _build_muon(
+    model: nn.Module, config: c.Muon, decays: dict[nn.Parameter, float], learning: Learning
+) -> Muon:
+    """Muon over hidden matrices, and over the rest the optimizer that the recipe names for it."""
+    hidden = hidden_matrices(model)
+    if not hidden:
+        raise UserError(
+            f"optimizer muon: {type(model).__name__} has no linear layer or convolution to train "
+            "but its classifier; choose another optimizer, such as lamb"
+        )
+    others = {p for p in model.parameters() if p not in hidden}
+    decays = dict.fromkeys(others, config.rest.weight_decay) | decays
+    groups = parameter_groups(
+        model, config.weight_decay, config.layer_decay, decays, learning.factors, learning.starts
+    )
+
+    def of(chosen: set[nn.Parameter]) -> list[dict[str, Any]]:
+        parts = [g | {"params": [p for p in g["params"] if p in chosen]} for g in groups]
+        return [part for part in parts if part["params"]]
+
+    rest = of(others)
+    return Muon(
+        _with_rate(of(hidden), config.lr),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        adjust_lr=config.adjust_lr,
+        ns_steps=config.ns_steps,
+        ns_precision=config.ns_precision,
+        rest=_build(_with_rate(rest, config.rest.lr), config.rest) if rest else None,
+    )
 
 
 def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Optimizer:
@@ -88,11 +121,9 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
                 history_size=config.history,
                 line_search_fn=None if config.line_search == "none" else config.line_search,
             )
-        case c.NovoGrad() | c.SM3() | c.Lion() | c.Muon():
+        case c.NovoGrad() | c.SM3() | c.Lion():
             import pytorch_optimizer  # takes a second, which the others need not wait
 
-            if isinstance(config, c.Muon):
-                options["use_adjusted_lr"] = options.pop("match_adamw")
             kind = getattr(pytorch_optimizer, type(config).__name__)
             optimizer: torch.optim.Optimizer = kind(groups, **options)
             return optimizer
@@ -112,9 +143,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr_multiplier: float) -> None:
 
 
 def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
-    """Set the momentum of the coming step, for SGD and LARS."""
+    """Set the momentum of the coming step, for SGD, LARS and Muon (not for Muon's `rest`)."""
     for group in optimizer.param_groups:
-        group["momentum"] = momentum
+        if group.get("use_muon", True):
+            group["momentum"] = momentum
 
 
 def trust_ratios(

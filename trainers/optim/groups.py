@@ -22,6 +22,7 @@ TIMM_NORMS = frozenset(
     f"timm.layers.{name}"
     for name in ("evo_norm", "filter_response_norm", "grn", "layer_scale", "norm", "norm_act")
 )
+_TIMM_EMBEDDINGS = "timm.layers.patch_embed"
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -136,27 +137,15 @@ def _names(wanted: str, path: str, module: nn.Module) -> bool:
     return len(parts) == len(pattern) and all(q in ("*", p) for p, q in pairs)
 
 
-def muon_groups(
-    model: nn.Module, groups: list[dict[str, Any]], adamw_lr: float
-) -> list[dict[str, Any]]:
-    """Split the groups by `use_muon`: true for the weights of linear and convolution layers,
-    apart from the classifier; the rest is for AdamW, at `adamw_lr` (Jordan et al. 2024)."""
-    matrices = {
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    }
-    matrices -= {p for module in classifiers(model) for p in module.parameters()}
-    split = []
-    for group in groups:
-        hidden = [p for p in group["params"] if p in matrices]
-        others = [p for p in group["params"] if p not in matrices]
-        if hidden:
-            split.append(group | {"params": hidden, "use_muon": True})
-        if others:
-            lr = adamw_lr * group["lr_scale"]
-            split.append(group | {"params": others, "use_muon": False, "lr": lr})
-    return split
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """What Muon takes (Jordan et al. 2024): trainable weights of linear layers and convolutions,
+    apart from the classifier's and timm's patch embeddings, which take in the pixels of a ViT."""
+    layers = nn.Linear | nn.modules.conv._ConvNd
+    found = {module.weight for module in model.modules() if isinstance(module, layers)}
+    embeddings = [m for m in model.modules() if type(m).__module__ == _TIMM_EMBEDDINGS]
+    for module in (*classifiers(model), *embeddings):
+        found -= set(module.parameters())
+    return {p for p in found if p.requires_grad}
 
 
 def _depths(model: nn.Module) -> dict[str, int]:

@@ -38,10 +38,10 @@ def test_an_average_that_starts_after_the_sweep_is_no_obstacle() -> None:
 
 
 def test_muons_second_rate_keeps_its_ratio() -> None:
-    muon = "optimizer={name: muon, lr: 0.02, adamw_lr: 0.001}"
+    muon = "optimizer={name: muon, lr: 0.02, rest: {name: lamb, lr: 0.001}}"
     recipe = load_recipe("digits", [muon])
-    assert sweep_recipe(recipe, 0.01, 0.2, 50).optimizer.adamw_lr == pytest.approx(0.01)  # type: ignore[union-attr]
-    assert overrides(recipe, 0.04) == ["optimizer.lr=0.04", "optimizer.adamw_lr=0.002"]
+    assert sweep_recipe(recipe, 0.01, 0.2, 50).optimizer.rest.lr == pytest.approx(0.01)  # type: ignore[union-attr]
+    assert overrides(recipe, 0.04) == ["optimizer.lr=0.04", "optimizer.rest.lr=0.002"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ ALL: dict[str, dict[str, Any]] = {
     "adafactor": {"lr": 0.05},
     "sm3": {"lr": 0.1},
     "lion": {"lr": 0.003},
-    "muon": {"lr": 0.02, "adamw_lr": 0.01},
+    "muon": {"lr": 0.02, "rest": {"name": "lamb", "lr": 0.01}},
     "lbfgs": {"lr": 0.5},
 }
 

@@ -12,9 +12,9 @@ from bigbatch.configs.errors import UserError
 from bigbatch.trainers.optim.groups import (
     TIMM_NORMS,
     decay_by_layer,
+    hidden_matrices,
     is_bias,
     is_norm,
-    muon_groups,
     named_parameters,
     parameter_groups,
 )
@@ -129,14 +129,18 @@ def test_layer_decay_of_an_unordered_model_is_one_clear_error():
 
 
 def test_muon_takes_hidden_matrices_only():
-    model = create("vit_tiny_patch16_224")
-    groups = muon_groups(model, parameter_groups(model, 0.05), 3e-4)
-    hidden = {p for g in groups if g["use_muon"] for p in g["params"]}
-    assert model.blocks[3].mlp.fc1.weight in hidden
-    assert model.patch_embed.proj.weight in hidden
-    assert not {model.head.weight, model.pos_embed, model.norm.weight} & hidden
-    assert all(g["lr"] == 3e-4 for g in groups if not g["use_muon"])
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    vit = create("vit_tiny_patch16_224")
+    hidden = hidden_matrices(vit)
+    assert {vit.blocks[3].mlp.fc1.weight, vit.blocks[0].attn.qkv.weight} < hidden
+    assert (
+        not {vit.head.weight, vit.pos_embed, vit.norm.weight, vit.patch_embed.proj.weight} & hidden
+    )
+    resnet = create("resnet18")
+    for parameter in resnet.layer1.parameters():
+        parameter.requires_grad = False
+    matrices = {name for name, p in resnet.named_parameters() if p in hidden_matrices(resnet)}
+    assert {"conv1.weight", "layer4.1.conv2.weight", "layer2.0.downsample.0.weight"} < matrices
+    assert not [name for name in matrices if "layer1" in name or "fc" in name or "bn" in name]
 
 
 def decays_of(model, decays):
