@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from bigbatch.configs.durations import Length, Period
 from bigbatch.configs.part import Count, ImageSize, StrictModel
 
+_MANY_STEPS = 500  # behind which BatchNorm has long forgotten where it started
+
 
 class Evaluate(StrictModel):
     every: Period = Field(Length(1, "epochs"), description="and at the run's end")
@@ -23,6 +25,17 @@ class Evaluate(StrictModel):
         "stretched to it. Also of training without augment.crop",
     )
 
+    precise_bn: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="evaluate and keep weights with BatchNorm statistics of their own, made anew "
+        f"from training images; auto: while fewer than {_MANY_STEPS} steps lie behind",
+    )
+    precise_bn_images: Count = Field(
+        8192,
+        description="training images that those are made from, at most an epoch's; also those of "
+        "averaged weights",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.squash and self.crop_fraction != 1:
@@ -35,3 +48,7 @@ class Evaluate(StrictModel):
     @property
     def squash(self) -> bool:
         return self.crop_mode == "squash"
+
+    def is_precise(self, step: int) -> bool:
+        """Whether weights after `step` steps are evaluated with statistics made for them."""
+        return self.precise_bn == "always" or (self.precise_bn == "auto" and step < _MANY_STEPS)

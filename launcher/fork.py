@@ -24,6 +24,7 @@ from bigbatch.trainers.recovery.stored import (
     MODEL,
     OPTIMIZER,
     STATE,
+    STATISTICS,
     CorruptCheckpoint,
     checkpoint_path,
     list_checkpoints,
@@ -99,6 +100,8 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     fingerprint["order_hash"] = "stream" if inputs.order is None else inputs.order.hash
     content |= {"step": step, "fingerprint": fingerprint}
     kept, notes = [MODEL, OPTIMIZER], list(inputs.notes)
+    if content.get("precise_bn", False):
+        kept.append(STATISTICS)
     same_learning = before.transfer == recipe.transfer
     if before.optimizer.name != recipe.optimizer.name or not same_learning:
         why = "" if same_learning else ", for another transfer lets other weights learn"

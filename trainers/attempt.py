@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.ensemble.members import save_snapshot
@@ -16,6 +17,7 @@ from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.planning.plateau import Evaluation
+from bigbatch.trainers.precise_bn import precise
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.signals import StopFlag
@@ -36,25 +38,37 @@ class Attempt:
     stop: StopFlag
     batches: Iterator[MicroBatch]  # this rank's, from the state's step on
 
-    def evaluate(self) -> dict[str, float]:
-        """Scores of the validation split, the same on every rank. Collective."""
-        job = self.job
+    def evaluate(self, *, snapshot: bool = False) -> dict[str, float]:
+        """Scores of the validation split, the same on every rank. Collective.
+
+        With `snapshot` the weights are kept, with these scores and the statistics that gave them.
+        """
+        job, state = self.job, self.job.state
         val = job.inputs.splits["val"]
-        with job.engine.full_model() as model:
+        with self._evaluated_model() as model:
             logits = job.evaluator.logits(model, val)
-        found = None if logits is None else score(softmax(logits), val.label.astype(np.int64))
-        scores: dict[str, float] = job.engine.from_main(found)
-        job.state.evaluations.append(Evaluation(job.state.step, scores))
+            found = None if logits is None else score(softmax(logits), val.label.astype(np.int64))
+            scores: dict[str, float] = job.engine.from_main(found)
+            if snapshot and job.engine.rank == 0:
+                number = sorted(job.inputs.plan.snapshots).index(state.step) + 1
+                save_snapshot(job.run.snapshots, number, state.step, model, scores, state.info)
+        if snapshot:
+            job.engine.barrier()
+        state.evaluations.append(Evaluation(state.step, scores))
         return scores
 
-    def snapshot(self, scores: dict[str, float]) -> None:
-        """Keep the weights of a cycle's end, with their validation scores. Collective."""
-        job, step = self.job, self.job.state.step
-        number = sorted(job.inputs.plan.snapshots).index(step) + 1
+    @contextmanager
+    def _evaluated_model(self) -> Iterator[nn.Module]:
+        """A plain model with whole weights, and statistics of its own where the recipe says so;
+        the state keeps those for the checkpoint of this step. Training's own stay as they are."""
+        job, state = self.job, self.job.state
         with job.engine.full_model() as model:
-            if job.engine.rank == 0:
-                save_snapshot(job.run.snapshots, number, step, model, scores, job.state.info)
-        job.engine.barrier()
+            if not job.recipe.evaluate.is_precise(state.step):
+                yield model
+                return
+            with precise(model, job.engine, job.recipe, job.inputs, job.augmenter) as statistics:
+                state.evaluated = (state.step, statistics)
+                yield model
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """The end of a run: the average and the snapshots scored, the summary, the report."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from bigbatch.configs.files import read_jsonl, to_json, write_atomically
@@ -17,15 +16,12 @@ from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.centres import remove_centres
-from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
+from bigbatch.trainers.precise_bn import recompute
 from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
 from bigbatch.trainers.recovery.tensor_files import load_weights
 from bigbatch.trainers.report.results import final_table
-
-# Enough images to settle the BatchNorm statistics of averaged weights.
-_RECOMPUTE_IMAGES = 16_384
 
 
 def finish(job: Job, log: Log) -> None:
@@ -35,17 +31,11 @@ def finish(job: Job, log: Log) -> None:
     if recipe.regularise.early_stop is not None:
         keep_best(job, log)
     splits = {role: index for role, index in job.inputs.splits.items() if role != "train"}
-    images = min(_RECOMPUTE_IMAGES, job.inputs.epoch_samples)
-    steps = -(-images // recipe.global_batch)
 
-    def recompute_images() -> Iterator[torch.Tensor]:
-        return (job.augmenter.train(batch)[0] for batch in job.batches(0, steps))
+    def own_statistics() -> None:
+        recompute(engine.module, engine, recipe, job.inputs, job.augmenter)
 
-    def recompute() -> None:
-        batches = steps * recipe.micro_batches
-        recompute_statistics(engine.module, recompute_images(), batches, engine.sum)
-
-    averaged = finish_average(job, log, splits, recompute)
+    averaged = finish_average(job, log, splits, own_statistics)
     remove_centres(engine.module)
     log.phase("combining snapshots")
     scores = combine(
@@ -55,8 +45,7 @@ def finish(job: Job, log: Log) -> None:
         job.evaluator,
         splits,
         len(_expected_snapshots(job)),
-        recompute_images=recompute_images,
-        recompute_batches=steps * recipe.micro_batches,
+        recompute=own_statistics,
     )
     if scores is None:  # not rank 0
         log.close("finished")

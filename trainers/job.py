@@ -33,7 +33,7 @@ from bigbatch.trainers.losses.build import (
 )
 from bigbatch.trainers.losses.penalty import penalised
 from bigbatch.trainers.losses.priors import ClassCounts
-from bigbatch.trainers.models.batch_stats import check_state
+from bigbatch.trainers.models.batch_stats import averaged_layers, check_state
 from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
 from bigbatch.trainers.models.convert import check_sizes
 from bigbatch.trainers.models.initialise import prior_bias
@@ -203,6 +203,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     rates = rate_table(model, learning, optimizer, recipe.lr_scale) if recipe.transfer else []
     if own.max_norm is not None:
         keep_within(optimizer, model, own.max_norm)
+    check_precise(recipe, model)
     engine.prepare(model, optimizer, recipe.micro_batches)
     freezing = None
     if recipe.transfer is not None and recipe.transfer.name == "gradual":
@@ -273,6 +274,15 @@ def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) 
         attention = targets.new_zeros((count, 0 if hint is None else hint.grid**2))
         targets = torch.cat([targets, targets.log(), attention], 1)
     check_state(model, lambda network, x: objective(network, x, targets), images)
+
+
+def check_precise(recipe: Recipe, model: nn.Module) -> None:
+    """Raise UserError where precise statistics are asked of a model that keeps none."""
+    if recipe.evaluate.precise_bn == "always" and not averaged_layers(model):
+        raise UserError(
+            f"evaluate.precise_bn: always needs BatchNorm's running statistics, and "
+            f"{recipe.model.name} keeps none; set it to auto or never, or choose another model"
+        )
 
 
 def check_same_data(inputs: Inputs, engine: Engine) -> None:

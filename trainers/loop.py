@@ -169,12 +169,10 @@ def train(attempt: Attempt) -> bool:
         if plan.evaluates(state.step) or cycle_end:
             watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
-            scores = attempt.evaluate()
+            scores = attempt.evaluate(snapshot=cycle_end)
             log.evaluation(state.step, "val", **scores)
             accuracy = scores["accuracy"]
             done = stops(early_stop, state.evaluations)
-            if cycle_end:
-                attempt.snapshot(scores)
         leaving = agreed["stops"][0] > 0
         last = leaving or done or state.step == plan.stop
         if plan.saves(state.step) or last:

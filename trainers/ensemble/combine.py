@@ -1,11 +1,10 @@
 """Members scored, selected and combined: a mean of probabilities, and a soup of weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.errors import UserError
@@ -22,7 +21,6 @@ from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import Labels, confusion, score, softmax
 from bigbatch.trainers.evaluation.record import write_evaluation
-from bigbatch.trainers.models.batch_stats import recompute_statistics
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.recovery.stored import MODEL, list_snapshots
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
@@ -36,13 +34,13 @@ def combine(
     splits: dict[str, Index],
     snapshots: int,
     *,
-    recompute_images: Callable[[], Iterator[Tensor]],
-    recompute_batches: int,
+    recompute: Callable[[], None],
 ) -> dict[str, dict[str, Any]] | None:
     """Score every snapshot, select members, and build the ensemble and the soup.
 
     `splits` holds the validation split first: it alone decides on members and soup; the
-    other splits are only reported. Collective; the result, scores by split of members,
+    other splits are only reported. `recompute` makes running statistics of the weights that
+    `engine.module` then has. Collective; the result, scores by split of members,
     ensemble and soup, is rank 0's, None elsewhere. Raises UserError on all ranks where fewer
     than `snapshots` are there.
     """
@@ -86,7 +84,7 @@ def combine(
             model,
             engine,
             lambda: _score(evaluator.logits(model, splits[val]), labels[val]),
-            lambda: recompute_statistics(model, recompute_images(), recompute_batches, engine.sum),
+            recompute,
         )
         for name, index in splits.items():
             scores = _score(evaluator.logits(model, index), labels[name])

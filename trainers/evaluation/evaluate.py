@@ -20,6 +20,7 @@ from bigbatch.trainers.engine import Engine
 _PART = 32
 # Below this many images a rank decodes them itself, faster than workers could start.
 FEW_IMAGES = 2000
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Evaluator:
@@ -84,6 +85,12 @@ class Evaluator:
             rows = torch.cat(found) if found else none
             gathered.append(gather_in_order(engine, rows, len(index), self.batch))
         return [rows for rows in gathered if rows is not None] if engine.rank == 0 else None
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A recipe's precision, whatever the engine's is."""
+    dtype = _REDUCED.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def in_parts(model: nn.Module, images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits, log_softmax
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, gather_in_order, in_parts
+from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, autocast, gather_in_order, in_parts
 from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of, view_of
 from bigbatch.trainers.inference.progress import Progress
@@ -28,13 +28,6 @@ from bigbatch.trainers.models.joined import WHY
 from bigbatch.trainers.optim.groups import classifiers, linear_classifier
 
 Features = npt.NDArray[np.float32]  # [N, D]
-_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A recipe's precision, whatever the engine's is."""
-    dtype = _REDUCED.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True, eq=False)

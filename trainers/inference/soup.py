@@ -1,37 +1,33 @@
 """`bigbatch ensemble --soup`: the barriers between members, and one model of averaged weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.batch import BatchPlan
 from bigbatch.data.index import Index, some_samples
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, Scores, greedy_soup, loss_barrier, uniform_soup
-from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.evaluation.evaluate import Evaluator, autocast
 from bigbatch.trainers.evaluation.metrics import score, softmax
-from bigbatch.trainers.inference.forward import autocast
-from bigbatch.trainers.job import training_batches
-from bigbatch.trainers.models.batch_stats import averaged_layers, recompute_statistics
+from bigbatch.trainers.models.batch_stats import averaged_layers
 from bigbatch.trainers.models.build import build_augmenter
 from bigbatch.trainers.optim.stages import keep_statistics
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
+from bigbatch.trainers.precise_bn import recompute
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 SOUPS = ("greedy", "uniform")
 _POINTS = 5  # of the line between two members, ends included
 _IMAGES = 1000  # that decide on a barrier, and as many that settle running statistics for it
-_SETTLING = 16_384  # images that settle the running statistics of a soup
 _HIGH = 0.25  # of ln(classes), the loss of guessing: members that share a trunk stay below
 
 
@@ -77,14 +73,14 @@ def make_soup(
             model,
             engine,
             lambda: kitchen.scores(fit_on),
-            lambda: kitchen.settle(_SETTLING),
+            kitchen.settle,
         )
         record["steps"] = [asdict(step) for step in steps]
         for step in steps:
             taken = "takes" if step.kept else "refuses"
             say(f"soup {taken} {step.name}: accuracy {step.before:.2%} -> {step.after:.2%}")
     else:
-        uniform_soup(list(ingredients.values()), model, lambda: kitchen.settle(_SETTLING))
+        uniform_soup(list(ingredients.values()), model, kitchen.settle)
     file = folder / SOUP
     engine.on_main(lambda: save_weights(model, file, members[0].info))
     return replace(members[0], name="soup", weights=file), record
@@ -186,22 +182,11 @@ class _Kitchen:
     def _inputs(self) -> Inputs:
         return open_inputs(self._recipe)
 
-    def settle(self, images: int) -> None:
-        """Make running statistics anew from about so many training images. Collective."""
-        if not averaged_layers(self.model):
-            return
-        recipe, engine = self._recipe, self.engine
-        count = -(-min(images, self._inputs.epoch_samples) // recipe.micro_batch)
-        plan = BatchPlan(
-            count * recipe.micro_batch, recipe.micro_batch, engine.rank, engine.world, 0, 1
-        )
-        if images <= _IMAGES:  # sooner decoded here than workers start
-            data = recipe.data.model_copy(update={"workers": 0})
-            recipe = recipe.model_copy(update={"data": data})
+    def settle(self, images: int | None = None) -> None:
+        """Make running statistics anew from about so many training images. Collective.
 
-        def batches() -> Iterator[torch.Tensor]:
-            view = self._augmenter.view
-            for batch in training_batches(recipe, self._inputs, plan, view, engine.device):
-                yield self._augmenter.train(batch)[0]
-
-        recompute_statistics(self.model, batches(), count, engine.sum)
+        None: from as many as the recipe says.
+        """
+        if averaged_layers(self.model):  # otherwise the training split need not be there
+            recipe, engine = self._recipe, self.engine
+            recompute(self.model, engine, recipe, self._inputs, self._augmenter, images)

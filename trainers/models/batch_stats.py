@@ -10,6 +10,7 @@ start (`check_state`): it would depend on which rank computes which micro-batch.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,16 @@ def averaged_layers(model: nn.Module) -> list[tuple[str, Any]]:
         and not isinstance(module, FrozenBatch)
         and not getattr(module, "keeps_statistics", False)  # trainers/optim/stages.py, freeze
     ]
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of those layers, and their counters, by name: not copied."""
+    return {
+        f"{name}.{kind}": buffer
+        for name, layer in averaged_layers(model)
+        for kind in (*_STATISTICS, _COUNTER)
+        if (buffer := getattr(layer, kind, None)) is not None
+    }
 
 
 class StepStatistics:
@@ -146,11 +157,12 @@ def recompute_statistics(
     batches: Iterable[Tensor],
     total_batches: int,
     sum_over_ranks: Callable[[Tensor], Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Set running statistics to their plain mean over `batches` of images, across ranks.
 
-    For weights that no training step produced, such as an average of several models.
-    `total_batches` counts the batches of all ranks.
+    `total_batches` counts the batches of all ranks; forward passes run under `autocast`. Each
+    batch is one forward pass, without gradients: the same bits as in training.
     """
     corrected = [(m, m.reference) for m in model.modules() if isinstance(m, BatchRenorm)]
     statistics = StepStatistics(model)
@@ -165,9 +177,12 @@ def recompute_statistics(
     for layer in statistics.layers:
         layer.train()
     for images in batches:
-        model(images)
+        with autocast():
+            model(images)
         statistics.add()
     statistics.finish(sum_over_ranks(statistics.local()), total_batches)
+    if statistics.counters:  # of training's steps, of which this is none
+        torch._foreach_copy_(statistics.counters, statistics.kept_counters)
     for layer, momentum in zip(statistics.layers, statistics.momentum, strict=True):
         layer.momentum = momentum
     for layer, reference in corrected:

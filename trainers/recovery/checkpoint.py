@@ -19,6 +19,7 @@ from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.trainers.engine.pieces import Pieces
+from bigbatch.trainers.models.batch_stats import running_statistics
 from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.optim.averaging import WeightAverage
@@ -29,6 +30,7 @@ from bigbatch.trainers.recovery.stored import (
     MODEL,
     OPTIMIZER,
     STATE,
+    STATISTICS,
     Retention,
     checkpoint_path,
     prune,
@@ -62,6 +64,9 @@ class TrainState:
     evaluations: list[Evaluation] = field(default_factory=list)
     info: WeightsInfo | None = None  # goes with the weights into each file of them
     average: WeightAverage | None = None  # of the weights, where the recipe asks for one
+    # A step, and the running statistics by name that its weights were evaluated with, where these
+    # were not training's own. Not resumed: the next evaluation makes its own.
+    evaluated: tuple[int, dict[str, Tensor]] | None = None
 
 
 @dataclass
@@ -74,6 +79,7 @@ class Capture:
     content: dict[str, JsonValue]  # state.json
     info: WeightsInfo | None = None
     average: dict[str, Tensor] = field(default_factory=dict)  # likewise; empty: none yet
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # training's, if not the model's
 
 
 def gather(
@@ -97,6 +103,11 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
     pages cost more than the copy.
     """
     weights, tensors, scalars, average = gather(state)
+    statistics: dict[str, Tensor] = {}
+    if state.evaluated is not None and state.evaluated[0] == state.step:
+        # The model is the one that was evaluated; what training goes on with lies beside it.
+        statistics = {name: weights[name] for name in state.evaluated[1]}
+        weights = {**weights, **state.evaluated[1]}
     content: dict[str, JsonValue] = {
         "step": state.step,
         "optimizer": scalars,
@@ -105,6 +116,7 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         "losses": list(state.losses),
         "over": [list(steps) for steps in state.skipped_steps],
         "averaged": state.average.count if state.average else 0,
+        "precise_bn": bool(statistics),
     }
     return Capture(
         state.step,
@@ -113,6 +125,7 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         content,
         state.info,
         copy_to_cpu(average, into.average if into else {}),
+        copy_to_cpu(statistics, into.statistics if into else {}),
     )
 
 
@@ -141,6 +154,8 @@ def write(
         }
         if captured.average:
             files[AVERAGE] = write_tensors(temporary / AVERAGE, captured.average, captured.info)
+        if captured.statistics:
+            files[STATISTICS] = write_tensors(temporary / STATISTICS, captured.statistics)
         manifest = {"step": captured.step, "files": files}
         write_atomically(temporary / MANIFEST, to_json(manifest, indent=1))
         sync(temporary)
@@ -199,6 +214,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     try:
         tensors = load_file(path / OPTIMIZER)
         weights = load_fitting(module, path / MODEL)
+        if content.get("precise_bn", False):
+            weights |= _fitting_statistics(module, load_file(path / STATISTICS))
         if state.pieces is not None:
             state.pieces.load(weights, tensors, content["optimizer"])
         else:
@@ -215,3 +232,13 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.losses[:] = content.get("losses", [])
     state.skipped_steps[:] = content.get("over", [])
     state.step = content["step"]
+    state.evaluated = None
+
+
+def _fitting_statistics(module: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Running statistics of a file; ValueError unless they are the model's."""
+    own = running_statistics(module)
+    shapes = {name: (value.shape, value.dtype) for name, value in own.items()}
+    if {name: (value.shape, value.dtype) for name, value in found.items()} != shapes:
+        raise ValueError(f"running statistics do not fit: {sorted(own.keys() ^ found.keys())[:8]}")
+    return found

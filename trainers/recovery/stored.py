@@ -16,15 +16,18 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 from bigbatch.trainers.models.weights_file import read_header
 
-MODEL, OPTIMIZER, AVERAGE, STATE, MANIFEST = (
+MODEL, OPTIMIZER, AVERAGE, STATISTICS, STATE, MANIFEST = (
     "model.safetensors",
     "optimizer.safetensors",
     "average.safetensors",
+    "batch_stats.safetensors",
     "state.json",
     "manifest.json",
 )
 _FILES = (MODEL, OPTIMIZER, STATE)  # of a checkpoint, beside the manifest
-_MAY_BE = (AVERAGE,)  # there exactly where state.json says that weights have been averaged
+# There exactly where state.json says that weights have been averaged, and that the model has other
+# running statistics than training.
+_MAY_BE = (AVERAGE, STATISTICS)
 _STATE_KINDS: dict[str, Any] = {
     "optimizer": dict,
     "scaler": dict | None,
@@ -33,6 +36,7 @@ _STATE_KINDS: dict[str, Any] = {
     "over": list,
     "accuracy": float | int | None,
     "averaged": int,
+    "precise_bn": bool,
 }
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -126,8 +130,10 @@ def verify(path: Path) -> None:
             if name == STATE:
                 content = parse_json((path / STATE).read_bytes())
                 check_state(content, step_of(path))
-                if (content.get("averaged", 0) > 0) != (AVERAGE in names):
-                    raise ValueError(f"averaged does not go with the files {', '.join(names)}")
+                said = {AVERAGE: "averaged", STATISTICS: "precise_bn"}
+                for file, key in said.items():
+                    if (content.get(key, 0) > 0) != (file in names):
+                        raise ValueError(f"{key} does not go with the files {', '.join(names)}")
             else:
                 read_header(path / name)
         except (OSError, ValueError) as error:

@@ -45,8 +45,7 @@ def combined(run: RunDir, data: Path, margin: float = 1.0) -> dict[str, Any]:
         Evaluator(engine, augmenter, recipe),
         {"val": open_index(data / "val"), "test": open_index(data / "test")},
         3,
-        recompute_images=lambda: iter(()),
-        recompute_batches=1,
+        recompute=lambda: None,
     )
     assert scores is not None
     return scores

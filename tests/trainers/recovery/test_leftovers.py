@@ -43,7 +43,7 @@ def test_a_lost_snapshot_is_missed_on_every_rank(tmp_path):
         engine: Any = SimpleNamespace(rank=rank, module=None, from_main=lambda value: ["cycle-01"])
         run = RunDir(tmp_path if rank == 0 else tmp_path / "elsewhere")
         with pytest.raises(UserError, match="snapshots holds 1 of 3 snapshots"):
-            combine(run, None, engine, None, {}, 3, recompute_images=None, recompute_batches=0)  # type: ignore[arg-type]
+            combine(run, None, engine, None, {}, 3, recompute=None)  # type: ignore[arg-type]
 
 
 def test_files_that_a_killed_start_was_writing_go_at_the_next_one(tmp_path):

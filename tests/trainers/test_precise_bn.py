@@ -1,0 +1,188 @@
+"""Precise BatchNorm: what is evaluated, kept and exported has statistics of its own weights."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.evaluation import Evaluate
+from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.data.batch import BatchPlan
+from bigbatch.data.index import open_index
+from bigbatch.trainers import worker
+from bigbatch.trainers.engine import open_engine
+from bigbatch.trainers.ensemble.members import find_members
+from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.evaluation.metrics import score, softmax
+from bigbatch.trainers.job import check_precise, training_batches
+from bigbatch.trainers.models.batch_stats import averaged_layers, running_statistics
+from bigbatch.trainers.models.build import build_augmenter
+from bigbatch.trainers.planning.inputs import open_inputs
+from bigbatch.trainers.precise_bn import precise, recompute
+from bigbatch.trainers.recovery.stored import MODEL, OPTIMIZER, STATISTICS, checkpoint_path
+from tests.helpers.runs import SMALL
+
+IMAGES = 128  # four micro-batches
+
+
+def start(folder: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> RunDir:
+    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: None)  # takes seconds
+    settings = [
+        *(*SMALL, f"data.path={digits}", "log.wandb=off", "duration=4 steps", "global_batch=64"),
+        *("micro_batch=32", "schedule={name: constant}", "optimizer={name: muon, lr: 0.05}"),
+        *("checkpoint={every: 1 steps, keep: 99}", "evaluate.every=2 steps"),
+        *(f"evaluate.precise_bn_images={IMAGES}", "ensemble.soup=false", *changes),
+    ]
+    return create_run(folder, load_recipe("digits", settings))
+
+
+def train(run: RunDir, *options: str) -> RunDir:
+    assert worker.main([str(run.path), *options]) == 0
+    return run
+
+
+def saved(run: RunDir, step: int, name: str = MODEL) -> dict[str, Tensor]:
+    return load_file(checkpoint_path(run.checkpoints, step) / name)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.fixture(scope="module")
+def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of four steps, of which 2 and 4 are evaluated: precise, and stopped after 3; and not."""
+    folder = tmp_path_factory.mktemp("precise")
+    with pytest.MonkeyPatch.context() as patch:
+        whole = start(folder / "whole", digits, patch)
+        train(whole, "--stop-at", "3")
+        train(whole)
+        never = train(start(folder / "never", digits, patch, "evaluate.precise_bn=never"))
+    return SimpleNamespace(whole=whole, never=never)
+
+
+def test_training_s_own_statistics_and_all_else_stay_as_they_are(runs: Any) -> None:
+    for step in range(1, 5):
+        own, plain = saved(runs.whole, step), saved(runs.never, step)
+        beside = checkpoint_path(runs.whole.checkpoints, step) / STATISTICS
+        assert beside.exists() == (step % 2 == 0)  # where the step was evaluated
+        if beside.exists():
+            changed = {name for name, value in own.items() if not torch.equal(value, plain[name])}
+            assert changed == {name for name in plain if "running" in name}
+            own |= load_file(beside)
+        assert_same(own, plain)
+        assert_same(saved(runs.whole, step, OPTIMIZER), saved(runs.never, step, OPTIMIZER))
+        assert not (checkpoint_path(runs.never.checkpoints, step) / STATISTICS).exists()
+
+
+def test_statistics_are_the_means_over_the_first_training_images(runs: Any) -> None:
+    """What the first normalisation sees of them, by the evaluated weights."""
+    (member,) = find_members(runs.whole, "step-00000002")
+    recipe, model, means, variances = member.recipe, member.build(), [], []
+    name, first = averaged_layers(model)[0]
+
+    def look(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        values = inputs[0].double().transpose(0, 1).flatten(1)
+        means.append(values.mean(1))
+        variances.append(values.var(1))
+
+    first.register_forward_pre_hook(look)
+    device = torch.device("cpu")
+    augmenter = build_augmenter(recipe, len(member.classes), device)
+    plan = BatchPlan(IMAGES, recipe.micro_batch, 0, 1, 0, 1)
+    batches = training_batches(recipe, open_inputs(recipe), plan, augmenter.view, device)
+    with torch.inference_mode():
+        for batch in batches:
+            model(augmenter.train(batch)[0])
+    assert len(means) == IMAGES // recipe.micro_batch
+    found = saved(runs.whole, 2)
+    for kind, values in (("running_mean", means), ("running_var", variances)):
+        torch.testing.assert_close(found[f"{name}.{kind}"], torch.stack(values).mean(0).float())
+
+
+@pytest.mark.parametrize("member", ["cycle-01", "step-00000002"])
+def test_what_is_kept_gives_the_number_that_was_recorded(
+    runs: Any, digits: Path, member: str
+) -> None:
+    (kept,) = find_members(runs.whole, member)
+    engine, recipe = open_engine("ddp", "fp32"), kept.recipe
+    augmenter = build_augmenter(recipe, len(kept.classes), engine.device)
+    index = open_index(digits / "val")
+    logits = Evaluator(engine, augmenter, recipe).logits(kept.build(), index)
+    step = 4 if member == "cycle-01" else 2
+    records = [r for r in read_jsonl(runs.whole.metrics) if r["kind"] == "eval"]
+    recorded = next(r for r in records if r["step"] == step)
+    found = score(softmax(logits), index.label)
+    assert (found["accuracy"], found["nll"]) == (recorded["accuracy"], recorded["nll"])
+    if member == "cycle-01":
+        summary = json.loads(runs.whole.summary.read_text())
+        assert summary["val"]["members"][0]["nll"] == recorded["nll"]
+
+
+def test_statistics_are_the_same_at_any_world_size(runs: Any) -> None:
+    """Bit for bit: the sums of all ranks, in float64, are those of one."""
+    (member,) = find_members(runs.whole, "cycle-01")
+    recipe, inputs = member.recipe, open_inputs(member.recipe)
+    device = torch.device("cpu")
+    augmenter = build_augmenter(recipe, len(member.classes), device)
+    totals = []
+    for world in (1, 2, 3, 6):  # of which two have nothing to do
+        parts: list[Tensor] = []
+
+        def keep(vector: Tensor, parts: list[Tensor] = parts) -> Tensor:
+            parts.append(vector.clone())
+            return vector
+
+        for rank in range(world):
+            engine: Any = SimpleNamespace(rank=rank, world=world, device=device, sum=keep)
+            recompute(member.build(), engine, recipe, inputs, augmenter)
+        totals.append(torch.stack(parts).sum(0))
+    for total in totals[1:]:
+        assert torch.equal(total, totals[0])
+
+
+def test_the_own_statistics_come_back_even_after_an_error(runs: Any) -> None:
+    (member,) = find_members(runs.never, "cycle-01")
+    model, recipe, engine = member.build(), member.recipe, open_engine("ddp", "fp32")
+    inputs = open_inputs(recipe)
+    augmenter = build_augmenter(recipe, len(member.classes), engine.device)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail() -> None:
+        with precise(model, engine, recipe, inputs, augmenter) as made:
+            assert_same(made, running_statistics(model))
+            assert not torch.equal(
+                model.state_dict()["bn1.running_mean"], before["bn1.running_mean"]
+            )
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        fail()
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_when_weights_are_evaluated_with_statistics_of_their_own() -> None:
+    precise_at = {
+        said: Evaluate(precise_bn=said).is_precise for said in ("auto", "always", "never")
+    }
+    assert [precise_at["auto"](step) for step in (1, 499, 500)] == [True, True, False]
+    assert precise_at["always"](10**6)
+    assert not precise_at["never"](1)
+
+
+def test_without_running_statistics_it_is_refused_where_it_is_asked_for(digits: Path) -> None:
+    settings = [f"data.path={digits}", "model.name=test_vit", "evaluate.precise_bn=always"]
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="test_vit keeps none; set it to auto or never"):
+        check_precise(load_recipe("digits", settings), model)
+    check_precise(load_recipe("digits", settings[:2]), model)
