@@ -1,22 +1,29 @@
-"""What large batches cost in accuracy: Nesterov, LARS and LAMB, each tuned, on CIFAR-10.
+"""What large batches cost in accuracy: Nesterov, LARS, LAMB and Muon, each tuned, on CIFAR-10.
 
-    python benchmarks/large_batch.py --cifar10 PARQUET [--quick | --gpu] [--folder DIR]
+    python benchmarks/large_batch.py --cifar10 PARQUET [--quick | --gpu] [--epochs N]
+                                     [--folder DIR] [--arms NAME,...] [--batches N,...]
                                      [--report] [--json FILE] [--picture FILE] [--jobs N]
 
 PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg.
 
 Every arm (optimizer x batch size) sees the same number of images and gets the same number of
-learning rates to try, a log grid whose centre grows with the square root of the batch. The
-rate with the best accuracy on the validation split (5,000 images of the training split) is
-then trained anew from three other seeds, and those runs alone give the test accuracy. All
-other settings of an optimizer are fixed, the same at every batch size. A run that does not
-stay finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm is
-tuned as well as the others are.
+learning rates to try, a log grid whose centre grows with a power of the batch: the square root,
+but for Muon, whose steps have a length of their own. The rate with the best accuracy on the
+validation split (5,000 images of the training split) is then trained anew from three other
+seeds, and those runs alone give the test accuracy. All other settings of an optimizer are fixed,
+the same at every batch size; `lamb_short` has betas for few steps. A run that does not stay
+finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm is tuned as
+well as the others are.
+
+Accuracies are with precise BatchNorm (docs/large-batch.md), which changes no weight. Those of the
+same weights with the statistics of training are noted beside them, as val_running, test_running:
+what it gains needs no runs of its own.
 
 Each trial is a run of bigbatch's own trainer from a recipe of its own, under DIR/runs. It is
 noted in DIR/trials.jsonl once finished, so the same command goes on where it was stopped, also
-inside a trial. --report runs nothing and reports what is noted there already. On a CPU: a small
-residual net and few epochs, one trial per core; --gpu: ResNet-18 and 30 epochs.
+inside a trial, and with other --epochs, --arms or --batches adds theirs. --report runs nothing
+and reports what is noted there already. On a CPU: a small residual net and few epochs, one trial
+per core; --gpu: ResNet-18 and 30 epochs.
 """
 
 import json
@@ -27,7 +34,7 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,14 +48,27 @@ from machine import benchmark_parser, machine, write_figures
 BIN = Path(sys.executable).parent
 BASE_BATCH = 256
 
-# Of each optimizer: what is fixed, and the centre of the rates to try at BASE_BATCH.
-OPTIMIZERS: dict[str, tuple[dict[str, Any], float]] = {
-    "nesterov": (
-        {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 5.0e-4},
-        0.2,
+
+@dataclass(frozen=True)
+class Arm:
+    """An optimizer: what is fixed, and the rates to try: those of the plan times `centre`."""
+
+    fixed: dict[str, Any]
+    centre: float  # at BASE_BATCH
+    growth: float = 0.5  # the power of the batch that it grows with
+    rest: float | None = None  # of Muon: the second rate over the first
+
+
+_LAMB = {"name": "lamb", "weight_decay": 0.02}
+_SHORT = {**_LAMB, "betas": [0.8, 0.95]}
+OPTIMIZERS: dict[str, Arm] = {
+    "nesterov": Arm(
+        {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 5.0e-4}, 0.2
     ),
-    "lars": ({"name": "lars", "momentum": 0.9, "weight_decay": 5.0e-4}, 4.0),
-    "lamb": ({"name": "lamb", "weight_decay": 0.02}, 0.008),
+    "lars": Arm({"name": "lars", "momentum": 0.9, "weight_decay": 5.0e-4}, 4.0),
+    "lamb": Arm(_LAMB, 0.008),
+    "lamb_short": Arm(_SHORT, 0.008),
+    "muon": Arm({"name": "muon", "momentum": 0.6, "rest": _SHORT}, 0.05, 0.25, rest=0.2),
 }
 
 
@@ -67,6 +87,7 @@ class Plan:
     augment: dict[str, Any]
     workers: int = 0  # decoding processes of a trial
     images: int | None = None
+    arms: tuple[str, ...] = tuple(OPTIMIZERS)
 
 
 # A ResNet with one basic block in each stage and a narrow stem: 0.3 M parameters.
@@ -110,25 +131,34 @@ class Trial:
     batch: int
     lr: float
     seed: int
+    epochs: int
 
     @property
     def name(self) -> str:
-        return f"{self.optimizer}-{self.batch}-{self.lr:g}-seed{self.seed}"
+        return f"{self.optimizer}-{self.batch}-{self.lr:g}-seed{self.seed}-epochs{self.epochs}"
 
 
 def tuning_trials(plan: Plan) -> list[Trial]:
     """Every arm with every rate, from seed 0; rates rounded to two digits."""
+
+    def rate(arm: Arm, factor: float, batch: int) -> float:
+        return float(f"{arm.centre * factor * (batch / BASE_BATCH) ** arm.growth:.2g}")
+
     return [
-        Trial(name, batch, float(f"{centre * factor * (batch / BASE_BATCH) ** 0.5:.2g}"), 0)
+        Trial(name, batch, rate(OPTIMIZERS[name], factor, batch), 0, plan.epochs)
         for factor in plan.rates
         for batch in plan.batches
-        for name, (_, centre) in OPTIMIZERS.items()
+        for name in plan.arms
     ]
 
 
 def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
     """The recipe of a trial, as YAML would give it."""
     whole = f"{plan.epochs} epochs"
+    arm = OPTIMIZERS[trial.optimizer]
+    optimizer = {**arm.fixed, "lr": trial.lr}
+    if arm.rest is not None:
+        optimizer["rest"] = {**arm.fixed["rest"], "lr": arm.rest * trial.lr}
     return {
         "name": trial.name,
         "seed": trial.seed,
@@ -143,14 +173,14 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
             "threads": 1,
         },
         "model": plan.model,
-        "optimizer": {**OPTIMIZERS[trial.optimizer][0], "lr": trial.lr},
+        "optimizer": optimizer,
         "schedule": {
             "name": "cosine",
             "warmup": f"{plan.epochs / 6:g} epochs",
             "warmup_start": 0.1,
         },
         "augment": plan.augment,
-        "evaluate": {"every": whole},
+        "evaluate": {"every": whole, "precise_bn": "always"},
         "checkpoint": {"every": "1 epochs", "keep": 1},
         "log": {"wandb": "off", "every": 100},
     }
@@ -175,9 +205,41 @@ def run_trial(plan: Plan, trial: Trial, folder: Path) -> dict[str, Any]:
         summary = json.loads(run.summary.read_text())
         result |= {split: summary[split]["ensemble"]["accuracy"] for split in ("val", "test")}
         result |= {"seconds": summary["seconds"], "steps": summary["steps"]}
+        result |= with_running_statistics(run)
     elif "non_finite" not in events:
         raise RuntimeError(f"{trial.name} ended with status {status}; see {folder / 'log.txt'}")
     return result
+
+
+def with_running_statistics(run: Any) -> dict[str, float]:
+    """Accuracies of a finished run's weights with the statistics that training blended in."""
+    import torch
+    from safetensors.torch import load_file
+
+    from bigbatch.trainers.engine import open_engine
+    from bigbatch.trainers.ensemble.members import find_members
+    from bigbatch.trainers.evaluation.evaluate import Evaluator, autocast
+    from bigbatch.trainers.models.build import build_augmenter
+    from bigbatch.trainers.planning.inputs import open_split
+    from bigbatch.trainers.recovery.stored import STATISTICS, list_checkpoints
+
+    (member,) = find_members(run)
+    engine, recipe = open_engine("ddp", "fp32"), member.recipe
+    model = member.build(engine.device)
+    own = load_file(list_checkpoints(run.checkpoints)[0] / STATISTICS)
+    model.load_state_dict(own, strict=False)
+    evaluator = Evaluator(
+        engine, build_augmenter(recipe, len(member.classes), engine.device), recipe
+    )
+    found = {}
+    for role in ("val", "test"):
+        split = open_split(recipe.data, getattr(recipe.data, role))
+        with autocast(engine.device, recipe.precision):
+            logits = evaluator.logits(model, split)
+        assert logits is not None
+        right = torch.from_numpy(logits).argmax(1).numpy() == split.label
+        found[f"{role}_running"] = float(right.mean())
+    return found
 
 
 def start_worker(log: Path, threads: int) -> None:
@@ -195,7 +257,8 @@ def noted(folder: Path) -> dict[Trial, dict[str, Any]]:
     notes = folder / "trials.jsonl"
     lines = notes.read_text().splitlines() if notes.exists() else []
     return {
-        Trial(r["optimizer"], r["batch"], r["lr"], r["seed"]): r for r in map(json.loads, lines)
+        Trial(r["optimizer"], r["batch"], r["lr"], r["seed"], r["epochs"]): r
+        for r in map(json.loads, lines)
     }
 
 
@@ -254,6 +317,9 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="ResNet-18 and 30 epochs")
     parser.add_argument("--report", action="store_true", help="run nothing; needs --folder")
     parser.add_argument("--folder", type=Path, help="keep shards and runs here, and go on there")
+    parser.add_argument("--epochs", type=int, help="another length of every run")
+    parser.add_argument("--arms", help="some optimizers instead, such as lamb,muon")
+    parser.add_argument("--batches", help="some batch sizes instead, such as 1024,4096")
     parser.add_argument("--jobs", type=int, help="trials at a time")
     parser.add_argument("--picture", type=Path, help="draw them here: .png, .svg ...")
     options = parser.parse_args()
@@ -268,6 +334,13 @@ def main() -> None:
         parser.error("--report reads the trials noted in --folder; name it")
     name = "quick" if options.quick else "gpu" if options.gpu else "cpu"
     plan = PLANS[name]
+    plan = replace(plan, epochs=options.epochs or plan.epochs)
+    if options.arms:
+        plan = replace(plan, arms=tuple(arm.strip() for arm in options.arms.split(",")))
+        if unknown := set(plan.arms) - OPTIMIZERS.keys():
+            parser.error(f"--arms {', '.join(unknown)}: choose of {', '.join(OPTIMIZERS)}")
+    if options.batches:
+        plan = replace(plan, batches=tuple(int(batch) for batch in options.batches.split(",")))
     jobs = options.jobs or (1 if name == "gpu" else os.cpu_count() or 1)
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +361,7 @@ def main() -> None:
             # Seed by seed, and written after each, so that a long measurement can be cut short.
             for seed in (None, *plan.seeds):
                 if seed is not None:
-                    trials = [Trial(o, b, lr, seed) for (o, b), lr in best.items()]
+                    trials = [Trial(o, b, lr, seed, plan.epochs) for (o, b), lr in best.items()]
                     finals += run_all(pool, plan, trials, folder)
                 arms = arms_of(finals)
                 result = {
@@ -296,7 +369,7 @@ def main() -> None:
                     "scale": name,
                     "plan": asdict(plan),
                     "recipe": recipe_tree(plan, tuning_trials(plan)[0], Path("shards")),
-                    "optimizers": OPTIMIZERS,
+                    "optimizers": {arm: asdict(OPTIMIZERS[arm]) for arm in plan.arms},
                     "arms": [{"optimizer": o, "batch": b, **a} for (o, b), a in arms.items()],
                     "tuning": tuning,
                     "finals": finals,

@@ -5,18 +5,25 @@ from typing import Any
 
 import numpy as np
 
+_COLORS = ("#999999", "#0072b2", "#e69f00", "#d55e00", "#009e73")
+
 
 def arms_of(finals: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
-    """Of each arm: mean and standard deviation of test accuracy over seeds, %, and `loss`:
-    points below the best arm of the smallest batch."""
+    """Of each arm: mean and standard deviation of test accuracy over seeds, %, `running`, the mean
+    with training's own BatchNorm statistics, and `loss`: points below the best arm of the
+    smallest batch."""
     if not finals:
         return {}
     accuracies: dict[tuple[str, int], list[float]] = {}
+    running: dict[tuple[str, int], list[float]] = {}
     for r in finals:
+        arm = r["optimizer"], r["batch"]
+        running.setdefault(arm, []).append(100 * (r.get("test_running") or 0.0))
         accuracies.setdefault((r["optimizer"], r["batch"]), []).append(100 * (r["test"] or 0.0))
     arms = {
         arm: {
             "mean": float(np.mean(values)),
+            "running": float(np.mean(running[arm])),
             "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
             "seeds": len(values),
         }
@@ -52,7 +59,10 @@ def tuning_table(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row for each batch size, a column for each optimizer."""
+    """A row for each batch size, a column for each optimizer.
+
+    Behind the rate stands the mean accuracy with training's own BatchNorm statistics.
+    """
     rates = {(r["optimizer"], r["batch"]): r["lr"] for r in result["finals"]}
     arms = {(a["optimizer"], a["batch"]): a for a in result["arms"]}
     names = list(result["optimizers"])
@@ -68,7 +78,8 @@ def markdown(result: dict[str, Any]) -> str:
             cells.append(
                 ("diverged" if result["finals"] else "")
                 if arm is None
-                else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} (lr {rates[name, batch]:g})"
+                else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} "
+                f"(lr {rates[name, batch]:g}; {arm['running']:.2f})"
             )
         losses = [a["loss"] for (_, b), a in arms.items() if b == batch]
         cells.append(f"{min(losses):.2f}" if losses else "")
@@ -85,7 +96,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.set_visible(bool(result["finals"]))  # nothing to show while rates are still tried
-    colors = dict(zip(result["optimizers"], ("#999999", "#0072b2", "#e69f00"), strict=True))
+    colors = dict(zip(result["optimizers"], _COLORS, strict=False))
     for name, color in colors.items():
         arms = sorted(
             (a for a in result["arms"] if a["optimizer"] == name), key=lambda a: a["batch"]
@@ -96,11 +107,11 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 left.plot(r["batch"], 100 * r["test"], ".", color=color)
         for batch, style in zip(result["plan"]["batches"], ("-", "--", "-.", ":"), strict=False):
             tried = [
-                (r["lr"] / result["optimizers"][name][1], 100 * r["val"])
+                (r["lr"] / result["optimizers"][name]["centre"], 100 * r["val"])
                 for r in sorted(result["tuning"], key=lambda r: r["lr"])
                 if (r["optimizer"], r["batch"]) == (name, batch) and r["val"] is not None
             ]
-            label = f"{batch:,}" if name == "nesterov" else None
+            label = f"{batch:,}" if name == next(iter(colors)) else None
             if tried:
                 right.plot(
                     *zip(*tried, strict=True), style, color=color, lw=1, marker=".", label=label

@@ -1,4 +1,4 @@
-"""Milliseconds and memory of an optimizer step: LARS and LAMB beside torch's and timm's.
+"""Milliseconds and memory of an optimizer step: LARS, LAMB and Muon beside torch's and timm's.
 
     python benchmarks/optimizers.py [--quick] [--json FILE] [--threads N]
 
@@ -8,6 +8,11 @@ and noise of the machine meets all alike. Each ratio is the median of the ratios
 round. Memory is what the first three steps add to the process (to the GPU where there is
 one), in parameter sizes, each optimizer in a process of its own: state plus the largest
 temporary. On a GPU the steps captured in a CUDA graph are measured as well.
+
+Muon's steps take a hundred times as long, so they have rounds of their own, a tenth as many.
+torch's takes no convolutions: beside it the same weights are matrices, and nothing else is
+trained. torch's and timm's compute in bfloat16, which CPUs with AMX have units for; ours does
+with ns_precision bf16.
 """
 
 import argparse
@@ -19,16 +24,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.optim
 import torch
 from machine import benchmark_parser, machine, write_figures
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.configs import optimizers as c
 from bigbatch.trainers.optim import build_optimizer
-from bigbatch.trainers.optim.groups import parameter_groups
+from bigbatch.trainers.optim.groups import hidden_matrices, parameter_groups
+from bigbatch.trainers.optim.muon import Muon
 
 DECAY = 1e-4
 # Each beside the optimizer that its ratio is taken to.
@@ -41,6 +48,15 @@ CASES = {
     "lamb": "adamw, torch fused",
     "lamb, timm": "adamw, torch fused",
 }
+MUON_CASES = {
+    "muon, torch, matrices": "muon, torch, matrices",
+    "muon, bf16, matrices": "muon, torch, matrices",
+    "muon, matrices": "muon, torch, matrices",
+    "muon, timm": "muon, timm",
+    "muon, bf16": "muon, timm",
+    "muon": "muon, timm",
+}
+REFERENCES = CASES | MUON_CASES
 
 
 def make_model(device: str) -> nn.Module:
@@ -54,6 +70,12 @@ def make_model(device: str) -> nn.Module:
 
 def make_optimizer(case: str, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, DECAY)
+    precision: Any = "bf16" if "bf16" in case else "fp32"
+    if case.endswith("matrices"):
+        matrices = [as_matrix(p) for p in hidden_matrices(model)]
+        if "torch" in case:
+            return torch.optim.Muon(matrices, lr=1e-3, weight_decay=DECAY)
+        return Muon(matrices, lr=1e-3, weight_decay=DECAY, ns_precision=precision)
     match case:
         case "sgd, torch fused":
             return torch.optim.SGD(groups, lr=1e-4, momentum=0.9, fused=True)
@@ -70,7 +92,20 @@ def make_optimizer(case: str, model: nn.Module) -> torch.optim.Optimizer:
             return timm.optim.Lars(groups, lr=0.1, momentum=0.9)
         case "lamb, timm":
             return timm.optim.Lamb(groups, lr=1e-6)
+        case "muon, timm":
+            return timm.optim.Muon(model.parameters(), lr=1e-3, weight_decay=DECAY, nesterov=True)
+        case "muon" | "muon, bf16":
+            config = c.Muon(name="muon", lr=1e-3, weight_decay=DECAY, ns_precision=precision)
+            return build_optimizer(model, config)
     raise ValueError(case)
+
+
+def as_matrix(p: Tensor) -> nn.Parameter:
+    """The same weight as [out, in x kh x kw], with its gradient."""
+    assert p.grad is not None
+    matrix = nn.Parameter(p.detach().flatten(1))
+    matrix.grad = p.grad.flatten(1)
+    return matrix
 
 
 def measure_time(
@@ -151,7 +186,7 @@ def table(times: dict[str, list[float]], memory: dict[str, float]) -> dict[str, 
     figures = {}
     print(f"{'':24}{'median ms':>10}{'lowest':>8}{'ratio':>7}{'memory':>8}  reference")
     for case, found in times.items():
-        reference = CASES[case]
+        reference = REFERENCES[case]
         pairs = zip(found, times[reference], strict=True)
         row = {
             "median_ms": round(statistics.median(found), 3),
@@ -180,14 +215,17 @@ def main() -> None:
         print(measure_memory(options.memory_of, device))
         return
     repeats = 10 if options.quick else 100
-    memory = {case: in_own_process(case) for case in CASES}
+    memory = {case: in_own_process(case) for case in REFERENCES}
     figures = {"step": table(measure_time(list(CASES), repeats, device, False), memory)}
+    rounds = max(3, repeats // 10)
+    times = measure_time(list(MUON_CASES), rounds, device, False)
+    figures["step"] |= table(times, memory)
     if device == "cuda":
         print("captured in a CUDA graph")
         # timm's Lars reads its rate on the host, which a graph would freeze: it has no part here.
         cases = [case for case in CASES if not case.endswith("timm")]
         figures["captured step"] = table(measure_time(cases, repeats, device, True), {})
-    where = machine("bigbatch", "timm", "torch", rounds=repeats)
+    where = machine("bigbatch", "timm", "torch", rounds=repeats, muon_rounds=rounds)
     write_figures(options.json, machine=where, figures=figures)
 
 
