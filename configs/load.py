@@ -88,8 +88,8 @@ def find_recipe(name: str | Path) -> Path:
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))[:8])
         near = f"; there are {there}" if there else ""
         raise UserError(f"no file {str(name)!r} here ({Path.cwd()}){near}")
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    close = difflib.get_close_matches(str(name), known, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
     raise UserError(
         f"no recipe {str(name)!r}: {hint}give a path that ends in .yaml, or one of "
         f"{', '.join(known)}"

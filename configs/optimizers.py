@@ -238,7 +238,7 @@ class Muon(_Momentum):
 
     @model_validator(mode="after")
     def _check_rest(self) -> Self:
-        shared = {
+        shared: dict[str, Any] = {
             "scale": None,
             "layer_decay": 1.0,
             "weight_decay_of": {},

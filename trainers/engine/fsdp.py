@@ -59,8 +59,9 @@ class FsdpEngine(ShardedEngine):
             for module in unit.modules():
                 for key, parameter in module._parameters.items():
                     name = places[id(module), key]
-                    whole = parameter is not None and not isinstance(parameter, DTensor)
-                    if whole and parameter.requires_grad and name not in self._watched:
+                    if parameter is None or isinstance(parameter, DTensor):
+                        continue
+                    if parameter.requires_grad and name not in self._watched:
                         self._watched.add(name)
                         parameter.register_hook(partial(self._held_back, name))
 

@@ -141,7 +141,8 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     """What Muon takes (Jordan et al. 2024): trainable weights of linear layers and convolutions,
     apart from the classifier's and timm's patch embeddings, which take in the pixels of a ViT."""
     layers = nn.Linear | nn.modules.conv._ConvNd
-    found = {module.weight for module in model.modules() if isinstance(module, layers)}
+    weights = (m.weight for m in model.modules() if isinstance(m, layers))
+    found = {w for w in weights if isinstance(w, nn.Parameter)}
     embeddings = [m for m in model.modules() if type(m).__module__ == _TIMM_EMBEDDINGS]
     for module in (*classifiers(model), *embeddings):
         found -= set(module.parameters())
