@@ -64,6 +64,11 @@ class Model(StrictModel):
         None, description="what takes the place of each activation, by torch's name"
     )
     pool: Pool | None = Field(None, description="how maps become features before the classifier")
+    joined_stages: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="stages, by timm's names in feature_info, the means of whose maps go into the "
+        "classifier before the model's own features",
+    )
     attention: Attention | None = Field(None, description="se, cbam or scse at the end of stages")
     recompute: bool = Field(
         False,
@@ -126,11 +131,29 @@ def refusals(recipe: Any) -> Iterator[str]:
                 f"model.options.{key} = {rate!r} is no probability; give a number from 0 to less "
                 "than 1"
             )
+    if recipe.model.joined_stages:
+        yield from _joined_refusals(recipe.model)
     written = options.get("img_size", size)
     if written not in (size, list(height_width(size))):
         yield (
             f"model.options.img_size = {written} and data.image_size = {size} differ; set "
             "data.image_size to what the model shall see, and img_size likewise"
+        )
+
+
+def _joined_refusals(model: Model) -> Iterator[str]:
+    names = model.joined_stages
+    if not model.from_timm:
+        yield (
+            f"model.joined_stages needs timm's forward_intermediates, which {model.name} has not; "
+            "leave it out, or take a timm model"
+        )
+    if len(set(names)) < len(names):
+        yield f"model.joined_stages = {names} names a stage twice; name each once"
+    if model.recompute:
+        yield (
+            "model.recompute is not done where model.joined_stages takes maps on the way; leave "
+            "one of them out"
         )
 
 

@@ -18,7 +18,7 @@ from bigbatch.data.rng import key64
 from bigbatch.trainers.models.convert import check_output, convert, example_images, see_classifier
 from bigbatch.trainers.models.initialise import initialise
 from bigbatch.trainers.models.sources import find_source
-from bigbatch.trainers.models.transfer import start_from
+from bigbatch.trainers.models.transfer import said_of_pretrained, start_from
 from bigbatch.trainers.models.weights_file import WeightsInfo, open_weights
 
 
@@ -67,6 +67,8 @@ def build_model(
             model, notes = start_from(config.checkpoint, create, finish, classes, there, info)
         else:
             model = create(True) if config.pretrained else create()
+            if config.pretrained and info is not None:
+                notes = said_of_pretrained(model, info)
             finish(model)
     except UserError:
         raise
@@ -77,7 +79,8 @@ def build_model(
     if config.init is not None:
         initialise(model, config.init, seed, config.name, head_prior)
     for note in [] if quiet else notes:
-        print(f"bigbatch: {config.checkpoint}: {note}", file=sys.stderr, flush=True)
+        weights = config.checkpoint or f"pretrained {config.name}"
+        print(f"bigbatch: {weights}: {note}", file=sys.stderr, flush=True)
     return model
 
 

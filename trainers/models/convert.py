@@ -24,6 +24,7 @@ from bigbatch.trainers.models.blocks import (
     recompute,
     swap_activations,
 )
+from bigbatch.trainers.models.stage_features import join_stages
 from bigbatch.trainers.optim.groups import classifiers, linear_classifier
 
 
@@ -39,6 +40,8 @@ def convert(model: nn.Module, config: Model, images: Tensor | None) -> None:
         _standardize(model, config.name)
     if config.norm is not None:
         _swap_norms(model, config.norm, config.name, images)
+    if config.joined_stages:
+        join_stages(model, config.joined_stages, config.name)
     if config.head is not None:
         _change_head(model, config.head, config.name)
     if config.pool is not None:

@@ -223,8 +223,14 @@ def check_same(file: str, there: WeightsInfo | None, here: WeightsInfo, what: st
         raise ValueError(f"{file} was trained with another {' and '.join(odd)} than {what}")
 
 
+def shared_classes(there: WeightsInfo, here: WeightsInfo) -> list[tuple[int, int]]:
+    """(number here, number there) of each class that this run has and the weights know, by name."""
+    numbers = {name: number for number, name in enumerate(there.classes)}
+    return [(i, numbers[name]) for i, name in enumerate(here.classes) if name in numbers]
+
+
 def other_classes(there: WeightsInfo, here: WeightsInfo) -> str | None:
-    """Why the classifier of these weights is not this run's; None where it is."""
+    """Why the classifier of these weights is not this run's as it is; None where it is."""
     then, now = there.classes, here.classes
     if then == now:
         return None
@@ -235,7 +241,19 @@ def other_classes(there: WeightsInfo, here: WeightsInfo) -> str | None:
     place = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), None)
     if place is not None:
         what += f": number {place} is {then[place]!a:.60} there, {now[place]!a:.60} here"
+    rows = shared_classes(there, here)
+    if not rows:
+        return f"their classes {what}; the classifier starts fresh"
+    new = [name for name in now if name not in set(then)]
+    rest = f"; those of {_few(new)} start fresh" if new else ""
+    unused = [name for name in then if name not in set(now)]
+    rest += f"; those of {_few(unused)} are left over" if unused else ""
     return (
-        f"their classes {what}; the classifier starts fresh. To keep it, write shards with the "
-        "classes of the weights, in their order"
+        f"their classes {what}; the classifier's rows of {len(rows):,} classes are taken by name"
+        f"{rest}"
     )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(f"{name!a:.60}" for name in names[:3])
+    return f"{shown} and {len(names) - 3:,} more" if len(names) > 3 else shown

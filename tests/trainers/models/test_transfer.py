@@ -68,26 +68,63 @@ def test_the_same_classes_keep_the_classifier(tmp_path: Path, said: Say) -> None
     assert "fresh" not in text
 
 
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        ("012345678", r"are others \(10 and 9 of them\)"),
-        ("abcdefghij", r"are others \(10 and 10 of them\): number 0 is '0' there, 'a' here"),
-        ("0123456798", r"are the same in another order: number 8 is '8' there, '9' here"),
-    ],
-)
-def test_for_other_classes_it_is_fresh(
-    tmp_path: Path, said: Say, classes: str, message: str
-) -> None:
+def test_for_other_classes_the_classifier_is_fresh(tmp_path: Path, said: Say) -> None:
     given = save(tmp_path / "w.safetensors")
-    info = replace(DIGITS, classes=tuple(classes))
+    info = replace(DIGITS, classes=tuple("abcdefghij"))
     found = start(tmp_path / "w.safetensors", info)
     text = said()
     assert_same(found, given, given.keys() - HEAD)
     assert_same(found, start(None, info), HEAD)
-    assert re.search(message, text)
+    assert "are others (10 and 10 of them): number 0 is '0' there, 'a' here; the class" in text
+    assert "the classifier starts fresh" in text
     assert "; fresh: fc.weight, fc.bias" in text
     assert "; left over in the file: fc." in text
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("0123456798", "in another order: number 8 is '8' there, '9' here; .* rows of 10 classes"),
+        ("9876543210", "another order: number 0 is '0' there, '9' here; .* rows of 10 classes"),
+        ("012345678", r"others \(10 and 9 of them\).* rows of 9 .*; those of '9' are left over"),
+        (
+            "x5y1",
+            r"\(10 and 4 of .* rows of 2 classes.*; those of 'x', 'y' start fresh; those of '0'",
+        ),
+        ("9876543210x", "rows of 10 classes are taken by name; those of 'x' start fresh\n"),
+    ],
+)
+@pytest.mark.parametrize("channels", [3, 1])  # which goes through timm's conversion
+def test_rows_of_the_classifier_go_to_the_classes_of_their_names(
+    tmp_path: Path, said: Say, classes: str, message: str, channels: int
+) -> None:
+    given = save(tmp_path / "w.safetensors", name="test_resnet")
+    info = replace(DIGITS, classes=tuple(classes), channels=channels)
+    found = start(tmp_path / "w.safetensors", info, name="test_resnet")
+    text = said()
+    assert re.search(message, text)
+    assert "fresh: fc" not in text
+    assert "left over in the file" not in text
+    fresh = start(None, info, name="test_resnet")
+    for name in HEAD:
+        for number, label in enumerate(classes):
+            known = label in DIGITS.classes
+            expected = given[name][DIGITS.classes.index(label)] if known else fresh[name][number]
+            assert torch.equal(found[name][number], expected), (name, label)
+    assert_same(found, given, given.keys() - HEAD - {"conv1.0.weight"})
+
+
+def test_a_classifier_of_another_kind_gives_no_rows(tmp_path: Path, said: Say) -> None:
+    """The file's is wider than that of the same name here."""
+    state = save(tmp_path / "w.safetensors")
+    model = build_model(Model(name="resnet10t"), classes=10, channels=3, seed=1)
+    model.fc = torch.nn.Linear(7, 10)
+    save_weights(model, tmp_path / "w.safetensors", DIGITS)
+    info = replace(DIGITS, classes=tuple("9876543210"))
+    found = start(tmp_path / "w.safetensors", info)
+    assert_same(found, state, state.keys() - HEAD)
+    assert_same(found, start(None, info), HEAD)
+    assert "its classifier has no row for each class; this one starts fresh" in said()
 
 
 def test_weights_that_name_no_classes(tmp_path: Path, said: Say) -> None:
@@ -135,7 +172,74 @@ def test_channels_are_converted(tmp_path: Path, said: Say, channels: int) -> Non
         torch.testing.assert_close(first, expected.sum(1, keepdim=True))
     else:  # spread, so that a gray image gives what it gave
         torch.testing.assert_close(first.sum(1, keepdim=True), expected)
-    assert f"trained with data.channels = {channels}, this run has {4 - channels}; set" in said()
+    text = said()
+    assert f"trained with data.channels = {channels}, this run has {4 - channels}; set" in text
+    how = "summed" if channels == 3 else "divided among 3"
+    assert f"conv1.0.weight: its {channels} input channels are {how}, as timm does" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "here"),
+    [("torchvision:resnet18", 3, 1), ("lenet5", 3, 1), ("lenet5", 1, 3), ("lenet5", 3, 5)],
+)
+def test_channels_are_converted_for_models_that_timm_has_not(
+    tmp_path: Path, said: Say, name: str, there: int, here: int
+) -> None:
+    config = {"name": name}
+    sizes = {"classes": 10, "image_size": 32}
+    fresh = build_model(Model.model_validate(config), channels=there, seed=1, **sizes)
+    info = replace(DIGITS, model=name, channels=there)
+    save_weights(fresh, tmp_path / "w.safetensors", info)
+    config["checkpoint"] = str(tmp_path / "w.safetensors")
+    model = build_model(
+        Model.model_validate(config),
+        channels=here,
+        seed=0,
+        info=replace(info, channels=here),
+        **sizes,
+    )
+    given, found = fresh.state_dict(), model.state_dict()
+    first = "conv1.weight" if "conv1.weight" in given else "0.weight"
+    assert_same(found, given, given.keys() - {first})
+    assert found[first].shape[1] == here
+    gray = torch.rand(2, 1, 32, 32)
+    model.eval(), fresh.eval()
+    if here != 1:  # a gray image gives what it gave
+        same = model(gray.expand(2, here, 32, 32)), fresh(gray.expand(2, there, 32, 32))
+    else:
+        same = model(gray), fresh(gray.expand(2, 3, 32, 32))
+    if here != 5:  # timm repeats three channels, of which two stand twice
+        torch.testing.assert_close(*same, rtol=1e-4, atol=1e-5)
+    assert f"{first}: its {there} input channels are" in said()
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        (("a", "b"), "its classifier is for 1,000 classes, this run has 2: fresh"),
+        (tuple(map(str, range(1000))), "since there are 1,000 classes too, but by their numbers"),
+        (tuple(timm.data.ImageNetInfo("imagenet-1k").label_names()), None),
+    ],
+)
+def test_what_becomes_of_a_pretrained_classifier(
+    tmp_path: Path, said: Say, monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...], says: str
+) -> None:
+    """ImageNet's classes by their names, others by count alone: never in silence."""
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool, **more: object) -> torch.nn.Module:
+        return create(name, pretrained=False, **more)  # the config is that of the hub's weights
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    config = Model(name="resnet18.a1_in1k", pretrained=True)
+    mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    info = replace(DIGITS, model=config.name, classes=classes, mean=mean, std=std)
+    build_model(config, classes=len(classes), channels=3, seed=0, info=info)
+    text = said()
+    assert (says in text) if says else text == ""
+    other = replace(info, mean=(0.5,) * 3)
+    build_model(config, classes=len(classes), channels=3, seed=0, info=other)
+    assert "augment.mean = [0.485, 0.456, 0.406], this run has [0.5, 0.5, 0.5]" in said()
 
 
 def test_other_pixels_are_said_with_the_remedy(tmp_path: Path, said: Say) -> None:
