@@ -155,6 +155,12 @@ def index(
     type=click.Path(path_type=Path),
     help="Draw labels, sizes and resolutions: .png, .svg, .pdf",
 )
+@click.option("--stats", is_flag=True, help="Instead: mean and std of the training pixels.")
+@click.option("--pca", is_flag=True, help="The same, and the axes of Fancy PCA.")
+@click.option(
+    "--images", type=click.IntRange(0), help="That these measure; 0: all.  [default: 10000]"
+)
+@click.option("--channels", type=click.Choice(["1", "3"]), help="That these measure.")
 @click.option("--journal", metavar="RUN", help="Instead: the samples that RUN could not read.")
 @options.runs_folder
 @options.as_json
@@ -162,22 +168,37 @@ def inspect(
     shards: Path | None,
     verify: bool,
     picture: Path | None,
+    stats: bool,
+    pca: bool,
+    images: int | None,
+    channels: str | None,
     journal: str | None,
     runs_folder: Path,
     as_json: bool,
 ) -> None:
     """Describe SHARDS, a data set or one split of it. Exit status 1 where it has problems.
 
-    With --journal RUN instead, which samples that run could not read, and what took their
-    places.
+    With --stats or --pca instead, the keys of a recipe that say what the pixels of its training
+    split are like. With --journal RUN instead, which samples that run could not read, and what
+    took their places.
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.launcher.cli import render
 
-    if (shards is None) == (journal is None) or (journal and (verify or picture)):
+    measured = stats or pca
+    if (shards is None) == (journal is None) or (
+        bool(journal) + measured + bool(verify or picture)
+    ) > 1:
         raise UserError(
-            "inspect SHARDS, with --verify and --plot as you like, or inspect --journal RUN"
+            "inspect SHARDS, with --verify and --plot as you like; or inspect SHARDS --stats or "
+            "--pca; or inspect --journal RUN"
         )
+    if not measured and (images is not None or channels is not None):
+        raise UserError("--images and --channels are for --stats and --pca; add one of them")
+    if measured:
+        assert shards is not None
+        _measure(shards, pca, 10_000 if images is None else images, channels, as_json)
+        return
     if journal is not None:
         from bigbatch.launcher.runs.bad_samples import describe
         from bigbatch.launcher.runs.registry import find_run
@@ -204,6 +225,32 @@ def inspect(
         for problem in found["problems"]:
             click.echo(f"problem: {problem}", err=True)
     sys.exit(1 if found["problems"] else 0)
+
+
+def _measure(root: Path, pca: bool, images: int, channels: str | None, as_json: bool) -> None:
+    import os
+
+    import yaml
+
+    from bigbatch.data.writing.pixel_stats import measure
+
+    threads = len(os.sched_getaffinity(0))
+    found = measure(
+        root, images=images, channels=int(channels) if channels else None, threads=threads
+    )
+    keys = found.recipe(pca=pca)
+    if as_json:
+        error = [float(value) for value in found.mean_error]
+        counts = {"images": found.images, "of": found.of, "unreadable": found.unreadable}
+        options.print_json({**keys, **counts, "mean_error": error})
+        return
+    click.echo(
+        f"# {found.images:,} of {found.of:,} images; standard error of the mean at most "
+        f"{found.mean_error.max():.1g}"
+    )
+    click.echo(yaml.safe_dump(keys, default_flow_style=None, sort_keys=False, width=200), nl=False)
+    if found.unreadable:
+        click.echo(f"warning: {found.unreadable:,} images could not be read", err=True)
 
 
 @click.command(short_help="Show the samples of each micro-batch, without training.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from bigbatch.configs.errors import UserError
@@ -160,6 +161,15 @@ def test_shard_index_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0
     assert json.loads(result.output)["splits"]["test"]["samples"] == 357
     assert "1,078" in invoke("inspect", "out").output
+    stats = invoke("inspect", "out", "--pca", "--images", "100").output
+    assert stats.startswith("# 100 of 1,078 images; standard error of the mean at most 0.0")
+    keys = yaml.safe_load(stats)
+    assert keys["data"] == {"channels": 1}
+    assert keys["augment"]["ops"][0]["eigenvectors"] == [[1.0]]
+    assert json.loads(invoke("inspect", "out", "--stats", "--json").output)["images"] == 1078
+    for wrong in (["--stats", "--verify"], ["--images", "9"]):
+        with pytest.raises(UserError, match="--stats"):
+            invoke("inspect", "out", *wrong)
     (tmp_path / "out/val/index/label.npy").write_bytes(b"")
     assert invoke("inspect", "out").exit_code == 1
 
