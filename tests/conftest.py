@@ -35,6 +35,16 @@ def _restore_signals() -> None:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that a test starts in this process are forked from the process that all tests have for
+    it: to start one for each takes longer than most runs."""
+    from bigbatch.launcher import child
+    from tests.helpers.warm import Shared
+
+    monkeypatch.setattr(child, "start_parent", Shared)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scikit-learn's digits as `bigbatch shard` leaves them. Nothing may change them."""

@@ -75,6 +75,27 @@ def run(
     return done
 
 
+class Shared:
+    """In place of a process to fork from that this one would start for itself: the tests' own.
+
+    Whoever has asked for it may close it; it goes on.
+    """
+
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        pass
+
+    def popen(self, command: Sequence[object], **options: Any) -> Process:
+        return popen(command, **options)
+
+    def close(self) -> None:
+        pass
+
+
+def bigbatch(*arguments: object) -> list[str]:
+    """The command line's command, for `run` and `popen`; what it starts is forked as well."""
+    return script(Path(__file__).with_name("forked_cli.py"), *arguments)
+
+
 def script(path: Path, *arguments: object) -> list[str]:
     """The command of a script; without its folder in the path, as everywhere here."""
     return [sys.executable, "-P", str(path), *map(str, arguments)]

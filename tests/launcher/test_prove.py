@@ -27,6 +27,7 @@ from bigbatch.launcher.prove import (
     run_to_end,
 )
 
+pytestmark = pytest.mark.usefixtures("forked")
 DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
 
 

@@ -1,8 +1,6 @@
 """Runs on streams, from outside: a recipe names pipes, two ranks train, one goes on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.start import agent_command
 from tests.helpers import warm
 
-BIGBATCH = Path(sys.executable).parent / "bigbatch"
 RECIPE = """
 base: digits
 duration: 6 steps
@@ -62,13 +59,8 @@ def test_two_ranks_train_from_a_pipe_and_one_goes_on(
     run = create_run(here / "runs/streamed", load_recipe("streamed.yaml"))
     command = agent_command(run.path, 2, stop_at=4)
     assert warm.run(command, timeout=200).returncode == 0
-    done = subprocess.run(
-        [BIGBATCH, "resume", "streamed", "--nproc", "1"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    resume = warm.bigbatch("resume", "streamed", "--nproc", "1")
+    done = warm.run(resume, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "could not be read" in done.stdout
 
