@@ -1,9 +1,7 @@
 """A run that goes on with other ranks, another launcher, or without a machine that is lost."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,13 @@ from tests.helpers.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five starts one after another
 STEPS = 16
+SMALL = ("global_batch=64", "micro_batch=16", "data.workers=0", "checkpoint.every=4 steps")
+# Machines that may come later are waited for, which is nothing that these tests test.
+AGENT = """
+from bigbatch.trainers import agent
+agent._LAST_CALL_S = 2
+agent.leave(agent.main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def new_run(folder: Path, name: str) -> RunDir:
     changes = [f"data.path={folder / 'digits'}", "log.wandb=off", "log.trace=true"]
-    return create_run(folder / name, load_recipe("digits", [*changes, "checkpoint.every=4 steps"]))
+    return create_run(folder / name, load_recipe("digits", [*changes, *SMALL]))
 
 
 def start(command: list[str]) -> None:
@@ -80,16 +85,15 @@ def test_other_world_sizes_and_another_launcher(folder: Path, undisturbed: RunDi
 
 def test_a_lost_machine_leaves_the_others_training(folder: Path, undisturbed: RunDir) -> None:
     run = new_run(folder, "nodes")
-    command = [
-        *(sys.executable, "-P", "-m", "bigbatch.trainers.agent", "--nproc", "1"),
-        *("--nnodes", "1:2", "--rdzv-endpoint", f"localhost:{free_port()}"),
-        *("--stop-at", str(STEPS), str(run.path)),
-    ]
+    program = folder / "agent.py"
+    program.write_text(AGENT)
+    machines = ["--nproc", "1", "--nnodes", "1:2", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    command = warm.script(program, *machines, "--stop-at", STEPS, run.path)
     output = folder / "nodes.txt"
     with output.open("w") as file:
         agents = []
         for _ in range(2):  # the first one keeps the meeting place
-            agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ))
+            agents.append(warm.popen(command, stdout=file, stderr=file))
             time.sleep(1)
     try:
         while not any(r["step"] >= 5 for r in read_jsonl(run.metrics)):
