@@ -20,6 +20,18 @@ _UNITS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 @click.command(short_help="Advise on batch size, learning rate and GPUs.")
 @click.argument("run", required=False)
 @click.option("--points", type=click.Path(path_type=Path), help="CSV of batches and their costs.")
+@click.option("--transfer", metavar="RECIPE", help="How to train on from the weights of a recipe.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of that recipe.")
+@click.option(
+    "--samples", type=click.IntRange(2), default=2000, show_default=True, help="Looked at."
+)
+@click.option(
+    "--small",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Training samples of a class below which data is small.",
+)
 @click.option("--hold-out", help="A:B, points with a batch size from A to B are only predicted.")
 @click.option("--target-time", help="Such as 90min, 12h or 2d: the fewest GPUs that meet it.")
 @click.option("--lr-rule", type=click.Choice(["linear", "sqrt"]), help="Default: by optimizer.")
@@ -34,6 +46,10 @@ _UNITS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 def advise(
     run: str | None,
     points: Path | None,
+    transfer: str | None,
+    overrides: tuple[str, ...],
+    samples: int,
+    small: int,
     hold_out: str | None,
     target_time: str | None,
     lr_rule: Any,
@@ -46,18 +62,29 @@ def advise(
     runs_folder: Path,
     as_json: bool,
 ) -> None:
-    """Advise from RUN, a name or a directory, or from measured points.
+    """Advise from RUN, a name or a directory, from measured points, or on transfer.
 
     \b
     bigbatch advise digits --target-time 2min
     bigbatch advise --points epochs.csv --hold-out 8192:49152
+    bigbatch advise --transfer mine.yaml --set model.pretrained=true
 
     Of a run: the critical batch size by phase, from recorded gradient norms, and for each
-    number of GPUs the fastest batch size, its learning rate, and the time it would take.
+    number of GPUs the fastest batch size, its learning rate, and the time it would take. Of
+    --transfer: what to freeze, by the size of the training data and how well the pretrained
+    network's features tell its classes apart.
     """
-    if (run is None) == (points is None):
-        raise UserError("name either a RUN or --points FILE.csv, not both and not neither")
-    _check_options(points is not None)
+    if sum(given is not None for given in (run, points, transfer)) != 1:
+        raise UserError("name one of a RUN, --points FILE.csv and --transfer RECIPE")
+    _check_options("RUN" if run else "--points" if points else "--transfer")
+    if transfer is not None:
+        from bigbatch.configs.load import load_recipe
+        from bigbatch.launcher.cli.inference import start_of_recipe
+
+        load_recipe(transfer, overrides)  # before torch takes its seconds
+        more = {"samples": samples, "small": small}
+        start_of_recipe("transfer", transfer, overrides, None, None, as_json, **more)
+        return
     options.check_picture(plot)
     if not (0 < bandwidth < math.inf and 0 <= latency < math.inf):
         raise UserError(
@@ -105,25 +132,31 @@ def advise(
             click.echo(plot)
 
 
-_OF_POINTS = ("hold_out",)
-_OF_RUNS = ("target_time", "lr_rule", "phases", "bandwidth", "latency", "parameters", "max_gpus")
+_OF = {  # options that only one kind of advice reads
+    "--points": ("hold_out",),
+    "RUN": ("target_time", "lr_rule", "phases", "bandwidth", "latency", "parameters", "max_gpus"),
+    "--transfer": ("overrides", "samples", "small"),
+}
 
 
-def _check_options(of_points: bool) -> None:
+def _check_options(asked: str) -> None:
     """Raise UserError for an option that the advice asked for does not read."""
     context = click.get_current_context()
-    other = _OF_RUNS if of_points else _OF_POINTS
-    given = [
-        "--" + name.replace("_", "-")
-        for name in other
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    ]
-    if given:
-        belongs, asked = ("a RUN", "--points") if of_points else ("--points", "a RUN")
-        raise UserError(
-            f"{', '.join(given)}: read for advice from {belongs}, and this is from {asked}; leave "
-            "that out"
-        )
+    names = {"overrides": "set"}
+    for kind, options_of in _OF.items():
+        given = [
+            "--" + names.get(name, name).replace("_", "-")
+            for name in options_of
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        ]
+        if given and kind != asked:
+            belongs, here = (f"a {k}" if k == "RUN" else k for k in (kind, asked))
+            raise UserError(
+                f"{', '.join(given)}: read for advice from {belongs}, and this is from {here}; "
+                "leave that out"
+            )
+    if asked == "--transfer" and context.params.get("plot") is not None:
+        raise UserError("--plot draws batch sizes, and --transfer has none; leave it out")
 
 
 def _range(text: str | None) -> tuple[float, float] | None:

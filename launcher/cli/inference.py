@@ -125,6 +125,75 @@ def predict(
     SOURCE is a folder of images, a folder of shards or of other tars, one tar or image, or a
     .txt file with a path on each line. An image that cannot be read is a row with a reason.
     """
+    _check_new_table(out)
+    _start(
+        "predict", _find([model], runs_folder), source, out, members=members, tta=tta, batch=batch,
+        nproc=nproc, as_json=as_json, more=[*_passes(mc_dropout), *["--features"] * features],
+    )  # fmt: skip
+
+
+@click.command(short_help="Features of images by a pretrained network.")
+@click.argument("recipe")
+@click.argument("source")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="FILE.parquet or FILE.csv."
+)
+@click.option("--batch", type=click.IntRange(1), help="Images of a batch, on each process.")
+@click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@options.as_json
+def features(
+    recipe: str,
+    source: str,
+    overrides: tuple[str, ...],
+    out: Path,
+    batch: int | None,
+    nproc: int | None,
+    as_json: bool,
+) -> None:
+    """Write what the network of RECIPE makes of every image of SOURCE, without training it.
+
+    \b
+    bigbatch features digits photos/ model.pretrained=true data.channels=3 --out features.parquet
+    bigbatch features mine.yaml shards/mine/train model.checkpoint=w.safetensors --out f.parquet
+
+    Weights are those that RECIPE starts from (model.pretrained, model.checkpoint); of a run that
+    was trained here, `predict --features` gives them. Rows are those of SOURCE, in its order.
+    """
+    from bigbatch.configs.load import load_recipe
+
+    _check_new_table(out)
+    load_recipe(recipe, overrides)  # before torch takes its seconds
+    start_of_recipe("features", recipe, overrides, batch, nproc, as_json, out=out, source=source)
+
+
+def start_of_recipe(
+    command: str,
+    recipe: str,
+    overrides: Sequence[str],
+    batch: int | None,
+    nproc: int | None,
+    as_json: bool,
+    **more: object,
+) -> None:
+    """Start ranks of a command of trainers/inference/pretrained.py; does not return."""
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.ranks import run_ranks
+    from bigbatch.launcher.start import one_voice
+    from bigbatch.trainers.planning.environment import check_environment
+
+    check_environment(os.environ)
+    arguments = [command, recipe, *(f"--set={override}" for override in overrides)]
+    arguments += [f"--{key}={value}" for key, value in more.items()]
+    arguments += ["--batch", str(batch)] if batch else []
+    arguments += ["--json"] if as_json else []
+    peers = find_peers(os.environ)
+    with one_voice(peers):
+        run_ranks("bigbatch.trainers.inference", arguments, peers, nproc)
+
+
+def _check_new_table(out: Path) -> None:
+    """Raise UserError where a new Parquet or CSV file cannot be made."""
     from bigbatch.configs.errors import UserError
 
     if out.suffix not in (".parquet", ".csv"):
@@ -133,10 +202,6 @@ def predict(
         raise UserError(f"{out} exists already; choose another --out, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out.parent} is no folder; make it, or choose another --out")
-    _start(
-        "predict", _find([model], runs_folder), source, out, members=members, tta=tta, batch=batch,
-        nproc=nproc, as_json=as_json, more=[*_passes(mc_dropout), *["--features"] * features],
-    )  # fmt: skip
 
 
 @click.command(short_help="Make one ensemble of runs.")

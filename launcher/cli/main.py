@@ -46,6 +46,7 @@ SECTIONS = {
     "After training": (
         inference.evaluate,
         inference.predict,
+        inference.features,
         inference.ensemble,
         deploy.export,
         training.distill,

@@ -1,19 +1,19 @@
 """One rank of `bigbatch evaluate`, `predict` or `ensemble`: parse, load, run, say.
 
     python -m bigbatch.trainers.inference evaluate|predict|ensemble MODEL... [options]
+    python -m bigbatch.trainers.inference features|transfer RECIPE [options]
 
 Started once per rank, with torchrun's environment variables where there are several.
 """
 
 import argparse
 import gc
-import hashlib
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ if __name__ == "__main__":
     gc.disable()  # while it imports, as the worker does
 
 import numpy as np
-import torch
 from pydantic import JsonValue
 
 from bigbatch.configs.errors import UserError
@@ -42,6 +41,8 @@ from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
+from bigbatch.trainers.inference import pretrained
+from bigbatch.trainers.inference.agreement import require_same, require_same_images
 from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.joined import check_joinable, make_joined
@@ -60,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     engine: Engine | None = None
     try:
         engine = open_engine("ddp", "fp32")  # each member brings its own precision
+        if options.command in pretrained.COMMANDS:
+            status = pretrained.COMMANDS[options.command](options, engine)
+            sys.stdout.flush()
+            return status
         ensemble = open_ensemble(options.model, options.members)
         found = [f"{m.name} {recipe_hash(m.recipe)}" for m in ensemble.members]
         require_same(engine, "members", found, "wait until the run has ended, or name them")
@@ -89,29 +94,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise _Stopped(number)
 
 
-def require_same(engine: Engine, what: str, found: Sequence[str], remedy: str) -> None:
-    """Raise UserError on all ranks where one has found others than rank 0. Collective.
-
-    Each rank looks for itself, and batches go to ranks by number: files that come and go meanwhile
-    would be lost, or there twice.
-    """
-    if engine.world == 1:
-        return
-    text = "\n".join(found).encode("utf-8", "surrogateescape")
-    digest = hashlib.sha256(text).hexdigest()
-    other = torch.tensor([float(engine.from_main(digest) != digest)])
-    ranks = int(engine.sum_by_name({"other": other})["other"].item())
-    if ranks:
-        raise UserError(f"{ranks} of {engine.world} ranks find other {what} than rank 0; {remedy}")
-
-
-def _listed(listing: Listing) -> list[str]:
-    index = listing.index
-    columns: list[np.ndarray] = [index.shard, index.offset, index.size, index.label, index.crc]
-    sums = [hashlib.sha256(column.tobytes()).hexdigest() for column in columns]
-    return [*sums, *listing.keys, *(key for key, _ in listing.unreadable)]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bigbatch.trainers.inference")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -125,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true")
         command.add_argument("--out", type=Path)
         command.add_argument("--mc-dropout", type=int, default=0)
+    pretrained.add_commands(commands)
     commands.choices["predict"].add_argument("--features", action="store_true")
     combine = commands.choices["ensemble"]
     combine.add_argument("--report")
@@ -190,7 +173,7 @@ def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
 
 def _open_labelled(source: str, engine: Engine, ensemble: Ensemble) -> Listing:
     listing = evaluation.open_labelled(source, ensemble.classes)
-    require_same(engine, f"images in {source}", _listed(listing), _AGAIN)
+    require_same_images(engine, source, listing)
     return listing
 
 
@@ -361,7 +344,7 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
 def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
     workers = len(os.sched_getaffinity(0))
     listing = open_listing(options.source, ensemble.classes, workers)
-    require_same(engine, f"images in {options.source}", _listed(listing), _AGAIN)
+    require_same_images(engine, options.source, listing)
     forward = _forward(options, engine, ensemble)
     result = predict(engine, ensemble, forward, listing, options.out, features=options.features)
     if result is None:
@@ -380,7 +363,6 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
     return 0
 
 
-_AGAIN = "start again when nothing writes there"
 _COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
 
 

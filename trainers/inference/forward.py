@@ -226,6 +226,12 @@ class Forward:
             features,
         )
 
+    def stages(self) -> list[str]:
+        """The stages of the first member whose maps timm can take, but for the last one."""
+        info = getattr(self._loaded[0].model, "feature_info", None)
+        entries = getattr(info, "info", info) or []
+        return [entry["module"] for entry in entries][:-1]
+
     def _width(self, loaded: _Loaded) -> int:
         """How many features a member has: on a rank without a batch, too."""
         try:

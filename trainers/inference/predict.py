@@ -25,10 +25,12 @@ def predict(
     out: Path,
     *,
     features: bool = False,
+    predictions: bool = True,
 ) -> dict[str, Any] | None:
     """Write a row for every image of `listing` to `out`, in its order; collective.
 
-    Returns what was written, on rank 0. An image that cannot be read is a row with a reason.
+    `features` and `predictions` say which columns (`Table`). Returns what was written, on rank 0.
+    An image that cannot be read is a row with a reason.
     """
     started = time.perf_counter()
     members = [member.name for member in ensemble.members]
@@ -38,7 +40,9 @@ def predict(
         "tta": forward.tta,
         "mc_dropout": forward.mc_dropout,
     }
-    table = Table(ensemble.classes, ensemble.combination, about, features=features)
+    table = Table(
+        ensemble.classes, ensemble.combination, about, features=features, predictions=predictions
+    )
     folder = Path(engine.from_main(str(out.with_name(f".{out.name}.parts-{time.time_ns()}"))))
     engine.on_main(folder.mkdir)
     try:
@@ -75,7 +79,7 @@ def predict(
         "rows": rows,
         "unreadable": unreadable + len(listing.unreadable),
         "with_target": known,
-        "accuracy": right / known if known else None,
+        "accuracy": right / known if known and predictions else None,
         "members": members,
         "seconds": round(seconds, 2),
         "images_per_s": round(len(listing.index) / seconds, 1),

@@ -22,14 +22,20 @@ _ROWS = 8192  # of a row group of the result
 
 
 class Table:
-    """Rows as a table: the columns of a prediction, in the words of the classes."""
+    """Rows as a table: the columns of a prediction, in the words of the classes.
+
+    `features` adds what goes into the classifier; without `predictions` nothing of the classes is
+    there but the target.
+    """
 
     def __init__(
         self,
         classes: Sequence[str],
         combination: Combination,
         metadata: dict[str, Any],
-        **more: bool,
+        *,
+        features: bool = False,
+        predictions: bool = True,
     ) -> None:
         self.classes = np.array(classes, object)
         self.combination = combination
@@ -45,7 +51,9 @@ class Table:
         self._rejects = combination.reject_below is not None
         if self._rejects:
             fields.insert(3, ("rejected", pa.bool_()))
-        if more.get("features"):
+        if not predictions:
+            fields = [field for field in fields if field[0] in ("key", "target", "reason")]
+        if features:
             fields.append(("features", pa.list_(pa.float32())))
         content = {"bigbatch": to_json({"classes": list(classes), **metadata})}
         self.schema = pa.schema(fields, metadata=content)

@@ -40,8 +40,8 @@ def start_from(
     timm's arguments; `finish` changes it after that. Weights that bear the model's own names
     are loaded here, the classifier where it is one for the run's classes, else its rows of
     classes that both know by name; others go through timm, which converts them. `there` and
-    `here` are what the weights were trained for, and what this run is for. Raises whatever timm and
-    torch do.
+    `here` are what the weights were trained for, and what this run is for. Raises whatever timm
+    and torch do.
     """
     weights = given = timm.models.load_state_dict(path)
     model = create()
