@@ -71,7 +71,9 @@ def test_blocks() -> None:
     assert set(attention) == set(get_args(Attention.model_fields["name"].annotation))
     assert set(attention["se"]) | {"name"} == set(Attention.model_fields)
     said = {key.partition(":")[0] for key in keys if key.startswith("model.")}
-    assert said == {f"model.{key}" for key in ("activation", "pool", "attention", "recompute")}
+    assert said == {
+        f"model.{key}" for key in ("activation", "pool", "attention", "joined_stages", "recompute")
+    }
 
 
 def test_sources() -> None:
