@@ -55,6 +55,13 @@ class Jitter(StrictModel):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
+class ClassStrength(StrictModel):
+    """By the number n of a class's training samples: (smallest n / n)^alpha, or `least` of it."""
+
+    alpha: Positive = Field(0.5, description="1: a class of twice the samples half as often")
+    least: Fraction = Field(0.2, description="no class takes part less often")
+
+
 class Augment(StrictModel):
     """Device-side augmentation. A part that is null is off."""
 
@@ -69,6 +76,12 @@ class Augment(StrictModel):
     )
     border: Literal["edge", "reflect", "mean", "black"] = Field(
         "edge", description="what shows beyond an image that affine or ops moved"
+    )
+    class_strength: ClassStrength | list[Fraction] | None = Field(
+        None,
+        description="augment rare classes more: the share of a class's images that each operation "
+        "of jitter and ops changes, geometric ones left out; {alpha, least} by the number of "
+        "samples, or a list in the order of classes.txt",
     )
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
     cutmix: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
@@ -96,6 +109,11 @@ def refusals(recipe: Any) -> Iterator[str]:
         )
     yield from _colourless(recipe)
     yield from _beside(recipe.augment)
+    if isinstance(recipe.augment.class_strength, ClassStrength) and recipe.data.stream is not None:
+        yield (
+            "augment.class_strength goes by the number of samples, and a stream has no index to "
+            "count them by; give a list with a number for each class"
+        )
     for name in ("mixup", "cutmix"):
         if getattr(recipe.augment, name) and recipe.micro_batch == 1:
             yield (
@@ -155,6 +173,13 @@ def _beside(augment: Augment) -> Iterator[str]:
         yield (
             f"augment.mix_switch = {augment.mix_switch:g} chooses between mixup and cutmix, and "
             "not both are on; drop it, or set both"
+        )
+    listed = [op for op in augment.ops if not isinstance(op, c.Geometric)]
+    if augment.class_strength is not None and augment.jitter is None and not listed:
+        yield (
+            "augment.class_strength says how often jitter and the operations of augment.ops change "
+            "a class's images, and there are none but geometric ones, which it leaves out; drop "
+            "it, or add operations, such as randaugment"
         )
     erasers = [isinstance(op, c.Eraser) for op in augment.ops]
     for i, op in enumerate(augment.ops):

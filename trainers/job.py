@@ -208,7 +208,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     freezing = None
     if recipe.transfer is not None and recipe.transfer.name == "gradual":
         freezing = Freezing(learning, engine, optimizer, engine.module)
-    augmenter = build_augmenter(recipe, classes, engine.device, inputs.sizes)
+    augmenter = build_augmenter(recipe, classes, engine.device, inputs)
     evaluator = Evaluator(engine, augmenter, recipe)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
     fingerprint: dict[str, JsonValue] = {

@@ -23,7 +23,7 @@ from bigbatch.data import geometry
 from bigbatch.data.augment import colour, mix, ops
 from bigbatch.data.augment.crop import crop_resize, nearly_whole
 from bigbatch.data.augment.memory import Memory
-from bigbatch.data.augment.operation import Draws, Mixing, Operation, few_of
+from bigbatch.data.augment.operation import Draws, Mixing, Operation, few_of, per_image, to_device
 from bigbatch.data.augment.warp import finer_grids, warp
 from bigbatch.data.batch import MicroBatch
 
@@ -36,7 +36,8 @@ class Augmenter:
     """Turns canvases of uint8 into normalised float images [B, C, *out] on a device.
 
     `eval_size` is that of `evaluate`, by default `image_size`; `growth` are those of `train` by
-    step, by default `image_size` throughout. `memory_format` is that of what both give.
+    step, by default `image_size` throughout; `strengths` [classes] are the shares of images that
+    operations on pixels change, by default all. `memory_format` is that of what both give.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Augmenter:
         device: torch.device,
         eval_size: Size | None = None,
         growth: geometry.Growth = (),
+        strengths: Sequence[float] | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.mean = torch.tensor(augment.mean, device=device)
@@ -73,6 +75,7 @@ class Augmenter:
         pixels = [*colour.operations(augment), *ops.operations(augment, self.mean, self.std)]
         self._operations = _numbered(pixels, seen)
         self._mixings = _numbered(mix.operations(augment, mixed), seen)
+        self._strengths = None if strengths is None else torch.tensor(strengths, device=device)
         self.classes = classes
         self.seed = seed
         self.device = device
@@ -94,8 +97,26 @@ class Augmenter:
         with self._float32():
             images = self.crop_and_warp(batch, self.view)
             for operation, occurrence in self._operations:
-                images = operation.apply(images, self._draws(batch, operation.name, occurrence))
+                images = self._change(images, batch, operation, occurrence)
             return images
+
+    def _change(
+        self, images: Tensor, batch: MicroBatch, operation: Operation, occurrence: int
+    ) -> Tensor:
+        """An operation on images, overwritten; on as many of a class as its strength says.
+
+        Who takes part is a draw of its own: an image that does is changed as without strengths.
+        """
+        draws = self._draws(batch, operation.name, occurrence)
+        if self._strengths is None:
+            return operation.apply(images, draws)
+        u = to_device(
+            replace(draws, name=f"{draws.name} strength").uniforms(len(images)), self.device
+        )
+        labels = batch.labels.to(self.device, non_blocking=True)
+        takes_part = u < self._strengths[labels]
+        before = images.clone()
+        return torch.where(per_image(takes_part), operation.apply(images, draws), before)
 
     def each(self, whole: MicroBatch, batch: MicroBatch) -> Iterator[tuple[str, Tensor]]:
         """Names and images in [0, 1]: what evaluation sees, what each operation alone makes of it
@@ -119,8 +140,7 @@ class Augmenter:
             for name, part in parts:
                 yield name, self.crop_and_warp(whole, part)
             for operation, place in self._operations:
-                draws = self._draws(batch, operation.name, place)
-                yield operation.name, operation.apply(plain.clone(), draws)
+                yield operation.name, self._change(plain.clone(), batch, operation, place)
             for mixing, place in self._mixings:
                 draws = self._draws(batch, mixing.name, place)
                 yield mixing.name, mixing.apply(plain.clone(), none, draws)[0]

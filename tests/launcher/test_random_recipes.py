@@ -64,6 +64,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "clip": ("null", "{name: norm, limit: 1}"),
     "average": ("", "{name: ema, half_life: 3 steps}"),
     "data.sampling": ("uniform", "uniform", "balanced"),
+    "augment.class_strength": ("", "", "{alpha: 1, least: 0.1}"),
     "data.repeats": ("", "", "2"),
     "data.image_size": ("", "", "", "[24, 40]"),
     "evaluate.crop_mode": ("", "", "squash"),

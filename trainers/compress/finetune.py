@@ -52,7 +52,7 @@ def finetune(
     engine = open_engine("ddp", recipe.precision, recipe.reduction)
     network.to(memory_format=choose_memory_format(recipe.model, engine.device)).train()
     engine.prepare(network, build_optimizer(network, recipe.optimizer), recipe.micro_batches)
-    augmenter = build_augmenter(recipe, len(inputs.classes), engine.device)
+    augmenter = build_augmenter(recipe, len(inputs.classes), engine.device, inputs)
     objective = build_objective(recipe.loss, network, class_counts(inputs))
     statistics = StepStatistics(network)
     start = inputs.plan.total

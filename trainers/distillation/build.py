@@ -40,7 +40,7 @@ def open_teacher(recipe: Recipe, inputs: Inputs, engine: Engine, runs: Path) -> 
         return None
     ensemble = open_ensemble([Path(distill.teacher)], distill.members)
     check_teacher(ensemble, recipe, inputs.classes)
-    teacher = Teacher(ensemble, recipe, engine, distill.outputs, hint_of(distill))
+    teacher = Teacher(ensemble, recipe, engine, distill.outputs, hint_of(distill), inputs.strengths)
     known: str = engine.from_main(teacher.hash)
     if teacher.hash != known:
         raise UserError(

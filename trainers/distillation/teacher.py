@@ -8,6 +8,7 @@ normalised by their own mean and std. A micro-batch is the unit here too, so the
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,9 @@ class Teacher:
     `hint` is a layer of each member, and the grid to which its attention is averaged. `hash` is
     over all that decides what members say; outputs, of `width` numbers an image, are rounded to
     `kind`. Images have to be decoded for models of `decoded_size`, so that nobody lacks pixels.
-    `computed` counts the micro-batches that went through the members; the others were read.
-    Members are loaded at the first one.
+    `strengths` are those of the student's augmentation, by class. `computed` counts the
+    micro-batches that went through the members; the others were read. Members are loaded at the
+    first one.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Teacher:
         engine: Engine,
         kind: OutputType = "float32",
         hint: tuple[str, int] | None = None,
+        strengths: Sequence[float] | None = None,
     ) -> None:
         self.ensemble = ensemble
         self.hash = teacher_hash(ensemble)
@@ -84,6 +87,7 @@ class Teacher:
                     image_size=size,
                     crop_fraction=recipe.evaluate.crop_fraction,
                     squash=recipe.evaluate.squash,
+                    strengths=strengths,
                     classes=len(ensemble.classes),
                     seed=recipe.seed,
                     device=engine.device,

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             f"{recipe.micro_batch}; give at most that, or a larger micro_batch"
         )
     inputs, device = open_inputs(recipe), torch.device("cpu")
-    augmenter = build_augmenter(recipe, len(inputs.classes), device, inputs.sizes)
+    augmenter = build_augmenter(recipe, len(inputs.classes), device, inputs)
     first = (recipe.micro_batches, options.step, options.step + 1)  # micro-batch 0 alone
     plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, *first)
     batches = [

@@ -13,13 +13,13 @@ from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import Size
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.geometry import Growth
 from bigbatch.data.rng import key64
 from bigbatch.trainers.models.convert import check_output, convert, example_images, see_classifier
 from bigbatch.trainers.models.initialise import initialise
 from bigbatch.trainers.models.sources import find_source
 from bigbatch.trainers.models.transfer import said_of_pretrained, start_from
 from bigbatch.trainers.models.weights_file import WeightsInfo, open_weights
+from bigbatch.trainers.planning.inputs import Inputs
 
 
 def build_model(
@@ -85,17 +85,16 @@ def build_model(
 
 
 def build_augmenter(
-    recipe: Recipe, classes: int, device: torch.device, growth: Growth = ()
+    recipe: Recipe, classes: int, device: torch.device, inputs: Inputs | None = None
 ) -> Augmenter:
-    """What a recipe's model sees of images on a device, in training and in evaluation.
-
-    `growth` are the sizes of a training run by step, where they change.
-    """
+    """What a recipe's model sees of images on a device, in evaluation and, of `inputs`, in
+    training."""
     return Augmenter(
         recipe.augment,
         image_size=recipe.data.image_size,
         eval_size=recipe.eval_size,
-        growth=growth,
+        growth=() if inputs is None else inputs.sizes,
+        strengths=None if inputs is None else inputs.strengths,
         crop_fraction=recipe.evaluate.crop_fraction,
         squash=recipe.evaluate.squash,
         classes=classes,

@@ -21,6 +21,7 @@ from bigbatch.trainers.planning.plan import Plan, make_plan
 from bigbatch.trainers.planning.plateau import Evaluations
 from bigbatch.trainers.planning.schedules import build_schedule
 from bigbatch.trainers.planning.sizes import image_sizes
+from bigbatch.trainers.planning.strength import class_strengths
 
 Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
@@ -37,6 +38,7 @@ class Inputs:
     plan: Plan
     schedule: Schedule
     sizes: Growth = ()  # of images by step, where they change
+    strengths: tuple[float, ...] | None = None  # of augmentation by class, where they differ
     momentum: Schedule | None = None  # of the optimizer, after s finished steps
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is refused
 
@@ -89,8 +91,17 @@ def open_inputs(
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
     momentum = momentum_schedule(recipe, plan.total, epoch_samples)
-    sizes = image_sizes(recipe, epoch_samples)
-    return Inputs(splits, order, epoch_samples, plan, schedule, sizes, momentum, tuple(notes))
+    return Inputs(
+        splits,
+        order,
+        epoch_samples,
+        plan,
+        schedule,
+        image_sizes(recipe, epoch_samples),
+        class_strengths(recipe, classes, splits.get("train")),
+        momentum,
+        tuple(notes),
+    )
 
 
 def see_teacher(distill: Distill) -> None:

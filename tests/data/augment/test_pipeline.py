@@ -210,3 +210,41 @@ def test_each_step_trains_on_images_of_its_size_and_evaluation_has_its_own():
         assert torch.equal(targets, same)
         seen = grows.evaluate(batch)
         assert torch.equal(seen, augmenter(ALL, 24).evaluate(batch))
+
+
+INVERT = [{"name": "invert", "p": 1.0}]
+
+
+def strong(strengths=None, **augment):
+    return augmenter(Augment(**PLAIN, **augment), strengths=strengths)
+
+
+def test_a_class_takes_part_as_often_as_its_strength_says():
+    """An image that does is changed as without strengths, whatever the others' classes are."""
+    batch = batch_of([(16, 16)] * 400)  # of four classes in turn
+    plain, every = strong().images(batch).clone(), strong(ops=INVERT).images(batch)
+    changed = [1.0, 0.75, 0.25, 0.0]
+    found = strong(changed, ops=INVERT).images(batch)
+    took = [torch.equal(image, full) for image, full in zip(found, every, strict=True)]
+    left = [torch.equal(image, whole) for image, whole in zip(found, plain, strict=True)]
+    assert all(one != other for one, other in zip(took, left, strict=True))
+    shares = np.array(took).reshape(100, 4).mean(0)
+    np.testing.assert_allclose(shares, changed, atol=0.12)
+    assert (shares[0], shares[3]) == (1, 0)
+    others = strong([0.3, 0.75, 0.25, 1.0], ops=INVERT).images(batch)
+    middle = torch.tensor([1, 2]).repeat(100) + torch.arange(0, 400, 4).repeat_interleave(2)
+    assert torch.equal(found[middle], others[middle])
+
+
+def test_full_strength_changes_nothing():
+    ops = ["invert", "randaugment", "noise", "erasing"]
+    jitter = Jitter(brightness=0.4, contrast=0.2)
+    batch = batch_of([(20, 30)] * 8, step=3, index=2)
+    one = strong(ops=ops, jitter=jitter, mixup=0.2).train(batch)
+    other = strong([1.0] * 4, ops=ops, jitter=jitter, mixup=0.2).train(batch)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    none = strong([0.0] * 4, ops=ops, jitter=jitter, crop=Crop()).images(batch)
+    assert torch.equal(none, strong(crop=Crop()).images(batch))
+    # Each operation of a name draws for itself who takes part.
+    twice = strong([0.5] * 4, ops=INVERT * 2).images(batch_of([(16, 16)] * 40))
+    assert not torch.equal(twice, strong().images(batch_of([(16, 16)] * 40)))

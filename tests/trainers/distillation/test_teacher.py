@@ -29,6 +29,7 @@ from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.losses.hint import attention
+from bigbatch.trainers.models.build import build_augmenter
 from bigbatch.trainers.planning.inputs import open_inputs
 from tests.helpers.runs import SMALL, untrained_run
 
@@ -289,6 +290,21 @@ def test_outputs_are_read_where_the_view_is_the_same_and_computed_elsewhere(
     assert said_of(open_kept("distill.cache_gb=0"), shown) == first
 
 
+def test_members_see_whom_the_students_strength_by_class_leaves_out(
+    digits: Path, open_kept: Callable[..., Teacher]
+) -> None:
+    keys = ("augment.ops=[{name: invert, p: 1}]", "augment.class_strength={least: 0.1, alpha: 9}")
+    recipe = student(digits, *keys)
+    (batch, *_) = batches(recipe)
+    inputs = open_inputs(recipe)
+    mine = build_augmenter(recipe, 10, torch.device("cpu"), inputs).images(batch).clone()
+    every = build_augmenter(recipe, 10, torch.device("cpu")).images(batch).clone()
+    (alike,) = open_kept(*keys)._alike
+    theirs = alike.augmenter.images(batch)
+    assert torch.equal(mine, theirs)
+    assert not torch.equal(mine, every)
+
+
 def test_each_key_of_a_recipe_counts_in_a_view_or_is_known_not_to() -> None:
     """A new key counts until somebody has seen that it changes no view: none is stale for it."""
     whole = {key for key, keys in _NO_VIEW.items() if keys is True}
@@ -297,7 +313,7 @@ def test_each_key_of_a_recipe_counts_in_a_view_or_is_known_not_to() -> None:
     assert Recipe.model_fields.keys() - whole == counted
     inner = {"data": {"stream", "sampling", "repeats", "lanes", "window", "channels"},
              "augment": {"crop", "affine", "flip", "jitter", "mixup", "cutmix", "mix_switch",
-                         "ops", "border"},
+                         "ops", "border", "class_strength"},
              "evaluate": {"crop_fraction", "crop_mode"}}  # fmt: skip
     for part, keys in inner.items():
         model = {"data": Data, "augment": Augment, "evaluate": Evaluate}[part]

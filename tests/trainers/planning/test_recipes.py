@@ -20,6 +20,7 @@ from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.planning.inputs import fit
 
 IMAGENET, CIFAR = 1_281_167, 45_000
+FINETUNE = "finetune-bit-r50x1"
 
 # Recipe: images in an epoch, global batch, images to a BatchNorm, epochs, weight decay, momentum
 # or betas, and the rate at places in the run, in epochs.
@@ -37,8 +38,21 @@ EXPECTED = {
     "imagenet-vit-s16-lamb": (
         IMAGENET, 2048, 64, 800, 0.05, (0.9, 0.999), {0: 1e-6, 5: 0.004, 800: 1e-5},
     ),
+    "imagenet-resnet50-a1": (
+        IMAGENET, 2048, 128, 600, 0.01, (0.9, 0.999), {0: 5e-7, 5: 0.005, 600: 1e-6},
+    ),
+    "imagenet-resnet50-a2": (
+        IMAGENET, 2048, 128, 300, 0.02, (0.9, 0.999), {0: 5e-7, 5: 0.005, 300: 1e-6},
+    ),
+    "imagenet-resnet50-a3": (
+        IMAGENET, 2048, 128, 100, 0.02, (0.9, 0.999), {0: 8e-7, 5: 0.008, 100: 1e-6},
+    ),
+    "imagenet-convnext-tiny": (
+        IMAGENET, 4096, 128, 300, 0.05, (0.9, 0.999), {0: 0, 20: 0.004, 300: 1e-6},
+    ),
     "imagenet-mobilenet-v2": (IMAGENET, 1024, 64, 150, 4e-5, 0.9, {0: 0.1, 5: 0.4}),
     "cifar10-resnet18": (CIFAR, 512, 128, 30, 5e-4, 0.9, {3: 0.4}),
+    "cifar10-airbench": (CIFAR, 1024, 256, 9.9, 0.00133, 0.85, {0: 0.3, 9.9: 0.105}),
 }  # fmt: skip
 
 
@@ -64,7 +78,52 @@ def test_values_are_those_of_the_source(name):
 
 
 def test_every_recipe_but_the_main_job_is_in_the_table():
-    assert set(builtin_recipes()) - {"digits"} == set(EXPECTED)
+    assert set(builtin_recipes()) - {"digits", FINETUNE} == set(EXPECTED)
+
+
+def test_fine_tuning_follows_the_hyper_rule():
+    """big_transfer's bit_hyperrule.py, get_lr of step and 100,000 images."""
+    recipe = load_recipe(FINETUNE)
+    plan, rate = rates(recipe, 100_000)
+    assert (plan.total, recipe.global_batch, recipe.optimizer.weight_decay) == (10_000, 512, 0)
+    for step, value in ((0, 0), (250, 0.0015), (500, 0.003), (2999, 0.003), (3001, 0.0003),
+                        (6001, 3e-5), (9999, 3e-6)):  # fmt: skip
+        assert rate(step) == pytest.approx(value, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "repeats", "mixup", "magnitude", "drop_path"),
+    [("a1", 224, 3, 0.2, 7, 0.05), ("a2", 224, 3, 0.1, 7, 0.05), ("a3", 160, 1, 0.1, 6, 0.0)],
+)
+def test_resnet_strikes_back_as_its_second_table_says(
+    name, size, repeats, mixup, magnitude, drop_path
+):
+    recipe = load_recipe(f"imagenet-resnet50-{name}")
+    augment = recipe.augment
+    assert (recipe.data.image_size, recipe.eval_size) == (size, 224)
+    assert recipe.evaluate.crop_fraction == 0.95
+    assert recipe.data.repeats == repeats
+    assert (augment.mixup, augment.cutmix, augment.mix_switch) == (mixup, 1.0, None)
+    (op,) = augment.ops
+    assert (op.name, op.magnitude, op.convention, op.n) == ("randaugment", magnitude, "timm", 2)
+    assert recipe.model.options == {"drop_path_rate": drop_path}
+    assert (recipe.loss.name, recipe.clip.limit) == ("bce", 1.0)
+
+
+def test_convnext_is_averaged_with_its_decay():
+    recipe = load_recipe("imagenet-convnext-tiny")
+    plan, _ = rates(recipe, IMAGENET)
+    assert math.exp(-plan.average.decay_rate) == pytest.approx(0.9999, abs=1e-8)
+    assert [op.name for op in recipe.augment.ops] == ["randaugment", "erasing"]
+
+
+def test_airbench_decouples_rate_and_decay_as_its_authors_do():
+    """airbench94.py: lr 11.5 and decay 0.0153 for 1,024 images, of a loss that is a sum."""
+    optimizer = load_recipe("cifar10-airbench").optimizer
+    kilostep = 1024 * (1 + 1 / (1 - optimizer.momentum))
+    lr, decay = 11.5 / kilostep, 0.0153 * 1024 / kilostep
+    assert optimizer.lr == pytest.approx(lr * 1024, rel=1e-3)  # of a mean
+    assert optimizer.weight_decay == pytest.approx(decay / lr / 1024, rel=1e-3)
 
 
 # The steps of MLPerf's decay after the warmup, from the hyperparameters of the runs in which they
@@ -139,12 +198,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Model and optimizer of these are those of another recipe.
-ALIKE = ("-nesterov-8k", "-lars-8k", "-lars-32k", "-lars-64k")
+ALIKE = ("-nesterov-8k", "-lars-8k", "-lars-32k", "-lars-64k", "-a1", "-a2")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n.endswith(ALIKE) else ()) for n in EXPECTED],
+    [
+        pytest.param(n, marks=pytest.mark.slow if n.endswith(ALIKE) else ())
+        for n in (*EXPECTED, FINETUNE)
+    ],
 )
 def test_each_recipe_trains_a_step(name, images, tmp_path):
     overrides = [
@@ -156,9 +218,16 @@ def test_each_recipe_trains_a_step(name, images, tmp_path):
         "precision=fp32",
         "duration=2 steps",
         "schedule.warmup=0 steps",
+        "model.pretrained=false",
         "evaluate.every=2 steps",
         "log.wandb=off",
     ]
+    if name == FINETUNE:
+        overrides.append("schedule.milestones=[1 steps]")
+    if "-s16-lamb" in name or name.endswith(("-a1", "-a2")):
+        overrides.append("global_batch=8")  # of three views of each sample
+    if name.endswith("-a3"):
+        overrides.append("evaluate.image_size=48")
     if "vit" in name:
         overrides.append("model.options.img_size=32")
     recipe = load_recipe(name, overrides)
