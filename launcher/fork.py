@@ -103,7 +103,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     if content.get("precise_bn", False):
         kept.append(STATISTICS)
     same_learning = before.transfer == recipe.transfer
-    if before.optimizer.name != recipe.optimizer.name or not same_learning:
+    if _optimizers(before) != _optimizers(recipe) or not same_learning:
         why = "" if same_learning else ", for another transfer lets other weights learn"
         notes.append(f"optimizer {recipe.optimizer.name} starts without state{why}")
         kept.remove(OPTIMIZER)
@@ -131,6 +131,12 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         _best_so_far(parent, step, recipe) if same_batch else None,
         tuple(notes),
     )
+
+
+def _optimizers(recipe: Recipe) -> tuple[str, str | None]:
+    """By name: the optimizer, and Muon's second one. State is theirs."""
+    rest = getattr(recipe.optimizer, "rest", None)
+    return recipe.optimizer.name, None if rest is None else rest.name
 
 
 def _best_so_far(parent: RunDir, step: int, recipe: Recipe) -> Path | None:

@@ -17,7 +17,6 @@ from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.planning.plateau import Evaluation
-from bigbatch.trainers.precise_bn import precise
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.signals import StopFlag
@@ -66,7 +65,7 @@ class Attempt:
             if not job.recipe.evaluate.is_precise(state.step):
                 yield model
                 return
-            with precise(model, job.engine, job.recipe, job.inputs, job.augmenter) as statistics:
+            with job.precise_bn.applied(model) as statistics:
                 state.evaluated = (state.step, statistics)
                 yield model
 

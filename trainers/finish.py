@@ -18,7 +18,6 @@ from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.centres import remove_centres
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
-from bigbatch.trainers.precise_bn import recompute
 from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
 from bigbatch.trainers.recovery.tensor_files import load_weights
 from bigbatch.trainers.report.results import final_table
@@ -32,10 +31,10 @@ def finish(job: Job, log: Log) -> None:
         keep_best(job, log)
     splits = {role: index for role, index in job.inputs.splits.items() if role != "train"}
 
-    def own_statistics() -> None:
-        recompute(engine.module, engine, recipe, job.inputs, job.augmenter)
+    def recompute() -> None:
+        job.precise_bn.recompute(engine.module)
 
-    averaged = finish_average(job, log, splits, own_statistics)
+    averaged = finish_average(job, log, splits, recompute)
     remove_centres(engine.module)
     log.phase("combining snapshots")
     scores = combine(
@@ -45,7 +44,7 @@ def finish(job: Job, log: Log) -> None:
         job.evaluator,
         splits,
         len(_expected_snapshots(job)),
-        recompute=own_statistics,
+        recompute=recompute,
     )
     if scores is None:  # not rank 0
         log.close("finished")

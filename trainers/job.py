@@ -26,6 +26,7 @@ from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.engine.freezing import Freezing
 from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.evaluation.precise_bn import PreciseBatchNorm, check_precise
 from bigbatch.trainers.losses.build import (
     Objective,
     build_objective,
@@ -33,7 +34,7 @@ from bigbatch.trainers.losses.build import (
 )
 from bigbatch.trainers.losses.penalty import penalised
 from bigbatch.trainers.losses.priors import ClassCounts
-from bigbatch.trainers.models.batch_stats import averaged_layers, check_state
+from bigbatch.trainers.models.batch_stats import check_state
 from bigbatch.trainers.models.build import build_augmenter, build_model, choose_memory_format
 from bigbatch.trainers.models.convert import check_sizes
 from bigbatch.trainers.models.initialise import prior_bias
@@ -64,6 +65,7 @@ class Job:
     objective: Objective
     augmenter: Augmenter
     evaluator: Evaluator
+    precise_bn: PreciseBatchNorm
     state: TrainState
     teacher: Teacher | None = None
     freezing: Freezing | None = None  # where parts of the network begin to learn later
@@ -210,6 +212,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         freezing = Freezing(learning, engine, optimizer, engine.module)
     augmenter = build_augmenter(recipe, classes, engine.device, inputs)
     evaluator = Evaluator(engine, augmenter, recipe)
+    precise_bn = precise_statistics(recipe, inputs, augmenter, engine)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
     fingerprint: dict[str, JsonValue] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -241,11 +244,23 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         objective,
         augmenter,
         evaluator,
+        precise_bn,
         state,
         teacher,
         freezing,
         tuple(rates),
     )
+
+
+def precise_statistics(
+    recipe: Recipe, inputs: Inputs, augmenter: Augmenter, engine: Engine
+) -> PreciseBatchNorm:
+    """What makes running statistics from the images that a recipe trains on."""
+
+    def batches(recipe: Recipe, plan: BatchPlan) -> Iterator[MicroBatch]:
+        return training_batches(recipe, inputs, plan, augmenter.view, engine.device)
+
+    return PreciseBatchNorm(engine, recipe, augmenter, inputs.epoch_samples, batches)
 
 
 def head_prior(recipe: Recipe, inputs: Inputs) -> Tensor | None:
@@ -274,15 +289,6 @@ def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) 
         attention = targets.new_zeros((count, 0 if hint is None else hint.grid**2))
         targets = torch.cat([targets, targets.log(), attention], 1)
     check_state(model, lambda network, x: objective(network, x, targets), images)
-
-
-def check_precise(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UserError where precise statistics are asked of a model that keeps none."""
-    if recipe.evaluate.precise_bn == "always" and not averaged_layers(model):
-        raise UserError(
-            f"evaluate.precise_bn: always needs BatchNorm's running statistics, and "
-            f"{recipe.model.name} keeps none; set it to auto or never, or choose another model"
-        )
 
 
 def check_same_data(inputs: Inputs, engine: Engine) -> None:

@@ -12,10 +12,11 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import change_recipe, load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher import fork
 from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.fork import Branch, find_checkpoint, make_branches, plan_branch
 from bigbatch.trainers import worker
-from bigbatch.trainers.recovery.stored import verify
+from bigbatch.trainers.recovery.stored import STATISTICS, verify
 
 SMALL = (
     "model={name: test_resnet, options: {drop_rate: 0.2}}",
@@ -117,6 +118,22 @@ def test_another_optimizer_starts_without_state(parent: RunDir, tmp_path: Path) 
     assert worker.main([str(run.path), "--stop-at", "6"]) == 0
     state = load_file(run.checkpoints / "step-00000006" / "optimizer.safetensors")
     assert {float(v) for k, v in state.items() if k.startswith("step/")} == {1.0}
+
+
+def test_muon_with_another_optimizer_for_the_rest_is_another_one() -> None:
+    muon = "optimizer={name: muon, lr: 0.1, rest: {name: sgd, lr: 0.1}}"
+    assert fork._optimizers(load_recipe("digits", [muon])) == ("muon", "sgd")
+    assert fork._optimizers(load_recipe("digits")) == ("lars", None)
+
+
+def test_a_branch_of_an_evaluated_step_has_training_s_own_statistics(
+    parent: RunDir, tmp_path: Path
+) -> None:
+    """Its weights have those that they were evaluated with; training goes on with its own."""
+    run = branch(parent, tmp_path / "b", 3)
+    for name in (STATISTICS, "model.safetensors"):
+        there, here = (r.checkpoints / "step-00000003" / name for r in (parent, run))
+        assert there.read_bytes() == here.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, Scores, greedy_soup, loss_barrier, uniform_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator, autocast
 from bigbatch.trainers.evaluation.metrics import score, softmax
+from bigbatch.trainers.evaluation.precise_bn import PreciseBatchNorm
+from bigbatch.trainers.job import precise_statistics
 from bigbatch.trainers.models.batch_stats import averaged_layers
 from bigbatch.trainers.models.build import build_augmenter
 from bigbatch.trainers.optim.stages import keep_statistics
-from bigbatch.trainers.planning.inputs import Inputs, open_inputs
-from bigbatch.trainers.precise_bn import recompute
+from bigbatch.trainers.planning.inputs import open_inputs
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
 
 SOUPS = ("greedy", "uniform")
@@ -179,8 +180,9 @@ class _Kitchen:
         return scores
 
     @cached_property
-    def _inputs(self) -> Inputs:
-        return open_inputs(self._recipe)
+    def _precise_bn(self) -> PreciseBatchNorm:
+        recipe = self._recipe
+        return precise_statistics(recipe, open_inputs(recipe), self._augmenter, self.engine)
 
     def settle(self, images: int | None = None) -> None:
         """Make running statistics anew from about so many training images. Collective.
@@ -188,5 +190,4 @@ class _Kitchen:
         None: from as many as the recipe says.
         """
         if averaged_layers(self.model):  # otherwise the training split need not be there
-            recipe, engine = self._recipe, self.engine
-            recompute(self.model, engine, recipe, self._inputs, self._augmenter, images)
+            self._precise_bn.recompute(self.model, images)

@@ -19,7 +19,6 @@ from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.trainers.engine.pieces import Pieces
-from bigbatch.trainers.models.batch_stats import running_statistics
 from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
 from bigbatch.trainers.optim.averaging import WeightAverage
@@ -215,7 +214,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         tensors = load_file(path / OPTIMIZER)
         weights = load_fitting(module, path / MODEL)
         if content.get("precise_bn", False):
-            weights |= _fitting_statistics(module, load_file(path / STATISTICS))
+            weights |= _fitting_statistics(weights, load_file(path / STATISTICS))
         if state.pieces is not None:
             state.pieces.load(weights, tensors, content["optimizer"])
         else:
@@ -235,10 +234,12 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.evaluated = None
 
 
-def _fitting_statistics(module: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Running statistics of a file; ValueError unless they are the model's."""
-    own = running_statistics(module)
-    shapes = {name: (value.shape, value.dtype) for name, value in own.items()}
-    if {name: (value.shape, value.dtype) for name, value in found.items()} != shapes:
-        raise ValueError(f"running statistics do not fit: {sorted(own.keys() ^ found.keys())[:8]}")
+def _fitting_statistics(
+    weights: Mapping[str, Tensor], found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Running statistics of a file; ValueError unless they fit among the weights."""
+    for name, value in found.items():
+        own = weights.get(name)
+        if own is None or (own.shape, own.dtype) != (value.shape, value.dtype):
+            raise ValueError(f"running statistics do not fit: {name}")
     return found

@@ -1,0 +1,87 @@
+"""Precise BatchNorm: running statistics made anew, for the weights that are evaluated.
+
+Statistics that training blends in step by step still hold what older weights made, and in the
+first steps what they started from. Those of the weights as they are, over some training images,
+are what an evaluation means (Wu and Johnson 2021, arXiv:2105.07576, section 3; PyCls,
+compute_precise_bn_stats: plain means over batches of their means and variances).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.schema import Recipe
+from bigbatch.data.augment.pipeline import Augmenter
+from bigbatch.data.batch import BatchPlan, MicroBatch
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, autocast
+from bigbatch.trainers.models.batch_stats import (
+    averaged_layers,
+    recompute_statistics,
+    running_statistics,
+)
+
+
+@dataclass(frozen=True)
+class PreciseBatchNorm:
+    """Makes running statistics of a model's weights, from what its recipe trains on.
+
+    The images are the first ones of the run, with the views that step 0 has, in whole
+    micro-batches: so statistics depend on the weights, and on neither step nor world size.
+    """
+
+    engine: Engine
+    recipe: Recipe
+    augmenter: Augmenter
+    epoch_samples: int
+    # This rank's micro-batches of a plan, decoded as the recipe says.
+    batches: Callable[[Recipe, BatchPlan], Iterator[MicroBatch]]
+
+    def recompute(self, model: nn.Module, images: int | None = None) -> None:
+        """Set the statistics of `model`, from about `images` images. Collective.
+
+        As many as the recipe says where None is given, an epoch's at most. Nothing is done where
+        no layer keeps any.
+        """
+        if not averaged_layers(model):
+            return
+        engine, recipe = self.engine, self.recipe
+        images = min(images or recipe.evaluate.precise_bn_images, self.epoch_samples)
+        count = -(-images // recipe.micro_batch)
+        plan = BatchPlan(
+            count * recipe.micro_batch, recipe.micro_batch, engine.rank, engine.world, 0, 1
+        )
+        if images <= FEW_IMAGES * engine.world:  # sooner decoded here than workers start
+            alone = recipe.data.model_copy(update={"workers": 0})
+            recipe = recipe.model_copy(update={"data": alone})
+        views = (self.augmenter.train(batch)[0] for batch in self.batches(recipe, plan))
+        recompute_statistics(
+            model, views, count, engine.sum, lambda: autocast(engine.device, recipe.precision)
+        )
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Within the block `model` has statistics of its weights; after it its own, bit for bit.
+
+        Gives copies of the new ones by name. Collective.
+        """
+        own = running_statistics(model)
+        kept = {name: value.clone() for name, value in own.items()}
+        try:
+            self.recompute(model)
+            yield {name: value.clone() for name, value in own.items()}
+        finally:
+            for name, value in own.items():
+                value.copy_(kept[name])
+
+
+def check_precise(recipe: Recipe, model: nn.Module) -> None:
+    """Raise UserError where precise statistics are asked of a model that keeps none."""
+    if recipe.evaluate.precise_bn == "always" and not averaged_layers(model):
+        raise UserError(
+            f"evaluate.precise_bn: always needs BatchNorm's running statistics, and "
+            f"{recipe.model.name} keeps none; set it to auto or never, or choose another model"
+        )
