@@ -207,7 +207,7 @@ def test_a_checkpoint_fits_by_name(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the file's classifier is for 9 classes, this run has 7" in said
     other = f"{tmp_path}/other.safetensors"
     weights = own_net(7, 3).state_dict()
-    save_file(weights | {"0.weight": weights["0.weight"][:4].clone()}, other)
+    save_file(weights | {"0.weight": weights["0.weight"][:2].clone()}, other)
     with pytest.raises(UserError, match=r"it does not fit this model: no: 0.weight"):
         built(HERE, checkpoint=other)
 
