@@ -37,6 +37,25 @@ def test_a_teacher_is_no_part_of_the_hash_but_what_is_learned_from_it_is():
         assert recipe_hash(changed) != recipe_hash(taught)
 
 
+def test_what_learns_is_part_of_the_run_and_each_of_its_keys():
+    weights = load_recipe("digits", ["model.checkpoint=w.safetensors"])
+    head = change_recipe(weights, ["transfer={name: head}"])
+    assert recipe_hash(head) != recipe_hash(weights)
+    gradual = change_recipe(weights, ["transfer={name: gradual, every: 1 epochs}"])
+    for other in (
+        "every=2 epochs",
+        "stages=1",
+        "stage_decay=0.5",
+        "rates={head: 2}",
+        "name=frozen",
+        "name=head",
+    ):
+        keys = [f"transfer.{other}", *["transfer.stages=2"] * (other == "name=frozen")]
+        changed = change_recipe(gradual, keys)
+        assert len(differences(gradual, changed)) == 1
+        assert recipe_hash(changed) != recipe_hash(gradual)
+
+
 def test_the_hash_does_not_see_a_default_that_is_written_out():
     plain = load_recipe("digits")
     written = parse_recipe(plain.model_dump(mode="json"), "digits")

@@ -74,6 +74,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         *("", "", "{l1: 1e-5}", "{max_norm: 3}", "{drop_connect: 0.2}", "{input_noise: 0.1}"),
         *("{sharpness: {name: sam}}", "{sharpness: {name: asam}, input_noise: 0.1}"),
     ),
+    "model.joined_stages": ("", "", "[layer1, layer3]"),
+    "transfer": ("", "", "{name: all, stage_decay: 0.7}", "{name: all, rates: {head: 3}}"),
 }
 OPS = (
     *("{name: rotate, degrees: 15}", "vertical_flip", "{name: pad_crop, padding: 2}"),
