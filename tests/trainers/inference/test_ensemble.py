@@ -107,7 +107,7 @@ def test_a_test_sample_neither_fits_nor_is_reported_as_if_it_had_not(
     val, test = splits(digits)
     with pytest.raises(UserError, match="the split 'test' would decide"):
         make(members, Plan(), test, None, logits_of)
-    with pytest.raises(UserError, match=r"362 samples, such as .* are in 'val', which decided"):
+    with pytest.raises(UserError, match=r"120 samples, such as .* are in 'val', which decided"):
         make(members, Plan(), val, val, logits_of)
 
 
@@ -138,7 +138,7 @@ def test_no_mistake_makes_no_picture(members: Ensemble, digits: Path, tmp_path: 
 def test_a_split_without_targets_or_with_other_classes_is_no_evaluation(
     digits: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"362 of 362 images have no target among the model's 3"):
+    with pytest.raises(UserError, match=r"120 of 120 images have no target among the model's 3"):
         open_labelled(str(digits / "val"), ("cat", "dog", "owl"))
     with pytest.raises(UserError, match="of its classes are none of the model's"):
         open_labelled(str(digits / "val"), CLASSES[:9])
@@ -175,7 +175,7 @@ def test_the_report_of_a_run_that_has_one_is_written_anew(
     assert entry.main([*arguments, "--out", str(out)]) == 0
     assert f"report   {shown.report}" in capsys.readouterr().out
     text = shown.report.read_text()
-    assert f"362 images of {digits / 'val'}" in text
+    assert f"120 images of {digits / 'val'}" in text
     assert text.count("data:image/png") == 1  # the worst mistakes
     shown.report.unlink()
 

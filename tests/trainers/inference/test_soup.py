@@ -79,7 +79,7 @@ def test_from_the_command_to_a_folder_of_one_model(
     assert made["steps"][0]["name"] == best
     assert {row["from"] for row in made["barriers"]} == {best}
     assert {best, *(row["to"] for row in made["barriers"])} == {m.name for m in vit}
-    assert all(len(row["losses"]) == 5 and row["images"] == 362 for row in made["barriers"])
+    assert all(len(row["losses"]) == 5 and row["images"] == 120 for row in made["barriers"])
     assert said.index("loss barriers to") < said.index(f"soup takes {best}")
     for row in made["barriers"]:
         assert f"{row['to']}: {row['height']:.4f} nats" in said

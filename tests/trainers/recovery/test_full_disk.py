@@ -25,7 +25,7 @@ RESULTS = ("ensemble/members.json", "ensemble/confusion.json", "summary.json", "
 def run(digits: Path, tmp_path: Path) -> RunDir:
     """A run of one step, with one snapshot."""
     changes = ["duration=1 steps", "schedule={name: cosine}", "global_batch=8", "micro_batch=4"]
-    changes += [f"data.path={digits}", "data.workers=0", "log.wandb=off"]
+    changes += [f"data.path={digits}", "data.image_size=16", "data.workers=0", "log.wandb=off"]
     return create_run(tmp_path / "run", load_recipe("digits", changes))
 
 

@@ -155,9 +155,13 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "digits")
-    text = write_report(run).read_text()
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a finished run, whose plots take seconds."""
+    return write_report(make_run(tmp_path_factory.mktemp("report") / "digits")).read_text()
+
+
+def test_a_finished_run(text: str) -> None:
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
@@ -171,15 +175,14 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "is not there" not in text
 
 
-def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
-    page = Page(write_report(make_run(tmp_path / "digits")).read_text())
+def test_the_page_refers_to_nothing_outside(text: str) -> None:
+    page = Page(text)
     assert page.references
     assert all(r.startswith(("#", "data:image/png;base64,")) for r in page.references)
     assert page.scripts == 0
 
 
-def test_plots_take_their_colours_from_the_page(tmp_path: Path) -> None:
-    text = write_report(make_run(tmp_path / "digits")).read_text()
+def test_plots_take_their_colours_from_the_page(text: str) -> None:
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "var(--blue)" in drawings
     # Black or white left over would vanish in one of the two modes.
