@@ -75,7 +75,8 @@ def build_model(
     except Exception as error:  # options go to any constructor, and weights are anything
         weights = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
         what = f"timm cannot build {config.name}" if config.from_timm else f"{config.name} fails"
-        raise UserError(f"{what} ({weights} weights, options {config.options}): {error}") from error
+        why = str(error).strip() or type(error).__name__  # an assertion often says nothing
+        raise UserError(f"{what} ({weights} weights, options {config.options}): {why}") from error
     if config.init is not None:
         initialise(model, config.init, seed, config.name, head_prior)
     for note in [] if quiet else notes:

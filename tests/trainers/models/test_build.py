@@ -25,6 +25,15 @@ def test_a_checkpoint_is_where_training_starts(tmp_path: Path, pretrained: bool)
         build_model(missing, classes=7, channels=3, seed=0)
 
 
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(UserError, match=r"timm cannot build resnet10t .*: AssertionError$"):
+        build_model(Model(name="resnet10t"), classes=7, channels=3, seed=0)
+
+
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "cache_dir"])
 def test_options_name_no_weights(name: str) -> None:
     model = Model(name="resnet10t", options={name: "weights.safetensors"})
