@@ -15,7 +15,11 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.model import Model
 from bigbatch.configs.transfer import Transfer
-from bigbatch.trainers.models.batch_stats import StepStatistics, averaged_layers
+from bigbatch.trainers.models.batch_stats import (
+    StepStatistics,
+    averaged_layers,
+    recompute_statistics,
+)
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.optim import build_optimizer, set_lr
 from bigbatch.trainers.optim.stages import (
@@ -24,6 +28,7 @@ from bigbatch.trainers.optim.stages import (
     Waiting,
     fit_transfer,
     freeze,
+    keep_statistics,
     learning_of,
     module_starts,
     rate_table,
@@ -205,6 +210,22 @@ def test_what_never_learns_stays_in_evaluation() -> None:
         assert "layer3.0.drop_path" not in training
     assert twin.layer1.train.__self__ is twin.layer1
     assert {n.partition(".")[0] for n, _ in averaged_layers(model)} == {"layer4"}
+
+
+@pytest.mark.parametrize("member", [False, True])
+def test_statistics_that_are_made_anew_leave_frozen_ones_alone(member: bool) -> None:
+    """Of averages and soups: in the run, and of members that are built to be used."""
+    model = small()
+    config = parse(name="frozen", stages=4)
+    if member:
+        keep_statistics(model.eval(), config)
+        assert all(p.requires_grad for p in model.parameters())
+    else:
+        freeze(model, learning_of(config, model, lambda k: 0, 1))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    recompute_statistics(model, [torch.randn(8, 3, 32, 32)], 1, lambda total: total)
+    changed = {n for n, b in model.named_buffers() if not torch.equal(b, before[n])}
+    assert {name.partition(".")[0] for name in changed} == {"layer4"}
 
 
 def test_modules_without_parameters_go_by_what_is_around_them() -> None:
