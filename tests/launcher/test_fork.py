@@ -156,6 +156,22 @@ def test_what_a_branch_may_change(parent: RunDir, tmp_path: Path, change: str, e
         planned(parent, tmp_path / "b", 3, *changes)
 
 
+def test_another_transfer_starts_without_state(parent: RunDir, tmp_path: Path) -> None:
+    """Frozen weights have none, and those that are not any more would have nothing to go on by."""
+    weights = find_checkpoint(parent, 5) / "model.safetensors"
+    changes = (f"model.checkpoint={weights}", "transfer={name: head}", "duration=7 steps")
+    checkpoint, plan = planned(parent, tmp_path / "b", 5, *changes)
+    first, second = plan.notes
+    assert (
+        first == "optimizer sgd starts without state, for another transfer lets other weights learn"
+    )
+    assert second == "the average (ema) starts anew"
+    (run,) = make_branches(parent, checkpoint, [plan])
+    assert worker.main([str(run.path), "--stop-at", "6"]) == 0
+    state = load_file(run.checkpoints / "step-00000006" / "optimizer.safetensors")
+    assert set(state) == {"momentum_buffer/fc.weight", "momentum_buffer/fc.bias"}
+
+
 def test_a_plateau_needs_the_steps_of_its_evaluations(parent: RunDir, tmp_path: Path) -> None:
     plateau = "schedule={name: plateau}"
     assert planned(parent, tmp_path / "b", 3, plateau)[1].same_batch

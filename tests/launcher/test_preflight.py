@@ -27,6 +27,7 @@ SIZE = {
     "gradient_bytes": 4_000,
     "optimizer_bytes": 8_000,
     "activation_bytes": 10_000,
+    "rates": [],
 }
 
 

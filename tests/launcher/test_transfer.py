@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.model import Model
+from bigbatch.configs.rundir import create_run
 from bigbatch.launcher.cli.render import rates_table
 from bigbatch.launcher.prove import prove
+from bigbatch.trainers import worker
 from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.models.size import measure
 from bigbatch.trainers.recovery.tensor_files import save_weights
@@ -75,6 +77,37 @@ def weights(tmp_path: Path) -> Path:
     path = tmp_path / "w.safetensors"
     save_weights(build_model(Model(name="test_resnet"), classes=10, channels=1, seed=9), path)
     return path
+
+
+def test_a_run_that_is_resumed_where_a_stage_begins_is_the_same(
+    digits: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigbatch.trainers.run.finish", lambda *_: None)  # takes seconds
+    keys = [
+        *recipe_keys(weights),
+        f"data.path={digits}",
+        *("global_batch=32", "micro_batch=32", "duration=5 steps", "evaluate.every=9 steps"),
+        *("transfer={name: gradual, every: 2 steps, stages: 3}", "checkpoint.every=1 steps"),
+    ]
+    runs = [create_run(tmp_path / name, load_recipe("digits", keys)) for name in ("a", "b")]
+    for stops in ([], ["--stop-at", "2"]), ([], []):
+        for run, more in zip(runs, stops, strict=True):
+            assert worker.main([str(run.path), *more]) == 0
+    found = [load_file(run.checkpoints / "step-00000005" / "model.safetensors") for run in runs]
+    states = [load_file(run.checkpoints / "step-00000005/optimizer.safetensors") for run in runs]
+    for one, other in (found, states):
+        assert one.keys() == other.keys()
+        assert all((one[name] == other[name]).all() for name in one)
+    counts = {n: int(v) for n, v in states[0].items() if n.startswith("step/")}
+    assert counts["step/fc.weight"] == 5
+    assert counts["step/layer4.0.conv1.weight"] == 3
+    assert counts["step/layer3.0.conv1.weight"] == 1
+    assert not any("layer2" in name for name in counts)
+    given = load_file(weights)
+    frozen = [n for n in given if n.startswith(("conv1", "bn1", "layer1", "layer2"))]
+    assert all((given[name] == found[0][name]).all() for name in frozen)
+    events = [e for e in read_jsonl(runs[1].path / "events.jsonl") if e["kind"] == "unfreeze"]
+    assert [(e["step"], e["stages"]) for e in events] == [(2, ["layer4"]), (4, ["layer3"])]
 
 
 @pytest.mark.slow

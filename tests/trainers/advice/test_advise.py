@@ -278,8 +278,8 @@ def test_the_command_on_points(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name either a RUN or --points"),
-        (["a", "--points", "b.csv"], "name either a RUN or --points"),
+        ([], "name one of a RUN, --points FILE.csv and --transfer"),
+        (["a", "--points", "b.csv"], "name one of a RUN, --points FILE.csv and --transfer"),
         (["a", "--plot", "b.txt"], "must end in .png"),
         (["a", "--bandwidth", "0"], "--bandwidth 0 must be above 0"),
         (["a", "--target-time", "soon"], "--target-time 'soon' is no time"),
