@@ -28,15 +28,28 @@ def jitter(images: Tensor, draws: Draws, config: Jitter) -> Tensor:
     signed = draws.uniforms(4, len(images)) * 2 - 1
     light, *others = (signed * spread[:, None]).astype(np.float32)
     every = np.arange(len(images))
-    if config.brightness:
-        images = on_rows(images, every, _brightness, light)
-    # Of the whole batch: threads would share one image's sum, and its bits depend on how.
-    means = _means(images) if config.contrast else images.new_empty((len(images), 1, 1, 1))
+    if config.contrast and images.shape[1] == 3:
+        lumas = images.new_empty((len(images), 1, *images.shape[2:]))
+        images = on_rows(images, every, partial(_brightness, config=config), light, lumas)
+        # Of the whole batch: threads would share one image's sum, and its bits depend on how.
+        means = lumas.mean((-2, -1), True)
+    else:
+        if config.brightness:
+            images = on_rows(images, every, partial(_brightness, config=config), light)
+        means = images.mean((-3, -2, -1), True) if config.contrast else images[:, :1, :1, :1]
     return on_rows(images, every, partial(_after_brightness, config=config), *others, means)
 
 
-def _brightness(images: Tensor, shifts: Tensor) -> Tensor:
-    return enhance.adjust_brightness_accumulative(images, 1 + shifts)
+def _brightness(
+    images: Tensor, shifts: Tensor, lumas: Tensor | None = None, *, config: Jitter
+) -> Tensor:
+    """kornia's adjust_brightness_accumulative. What it gives is still in the cache: so its luma,
+    which contrast needs, is written into `lumas` here."""
+    if config.brightness:
+        images.mul_(per_image(1 + shifts)).clamp_(0, 1)
+    if lumas is not None:
+        lumas.copy_(color.rgb_to_grayscale(images))
+    return images
 
 
 def _after_brightness(
@@ -44,21 +57,14 @@ def _after_brightness(
 ) -> Tensor:
     if config.contrast:  # kornia's adjust_contrast_with_mean_subtraction, its means given
         factors = per_image(1 + contrast)
-        images = (images * factors + means * (1 - factors)).clamp_(0, 1)
-    if config.saturation:
-        images = enhance.adjust_saturation_with_gray_subtraction(images, 1 + saturation)
+        images.mul_(factors).add_(means * (1 - factors)).clamp_(0, 1)
+    if config.saturation and images.shape[1] == 3:  # its adjust_saturation_with_gray_subtraction
+        factors = per_image(1 + saturation)
+        gray = color.rgb_to_grayscale(images).mul_(1 - factors)
+        images.mul_(factors).add_(gray).clamp_(0, 1)
     if config.hue:
         images = enhance.adjust_hue(images, hue * (2 * torch.pi))
     return images
-
-
-def _means(images: Tensor) -> Tensor:
-    """Of the luma, [B, 1, 1, 1]."""
-    if images.shape[1] != 3:
-        return images.mean((-3, -2, -1), True)
-    if images.device.type != "cpu":
-        return color.rgb_to_grayscale(images).mean((-2, -1), True)
-    return torch.stack([color.rgb_to_grayscale(image) for image in images]).mean((-2, -1), True)
 
 
 def hsv(images: Tensor, turns: Tensor, saturations: Tensor, values: Tensor) -> Tensor:
