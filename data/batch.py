@@ -43,7 +43,7 @@ class Decoding:
     takes no notice of `workers` and `view`, an evaluation of `bad_samples` and `journal`.
     """
 
-    image_size: int
+    image_size: int  # the longer side of what a model sees
     channels: int
     workers: int  # processes; 0: this one
     threads: int  # in each

@@ -91,13 +91,17 @@ def open_inputs(
         epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
     momentum = momentum_schedule(recipe, plan.total, epoch_samples)
+    sizes = image_sizes(recipe, epoch_samples)
+    if sizes:
+        steps = ", ".join(f"{size} from step {first:,}" for first, size in sizes)
+        notes.append(f"data.progressive: images of {steps}")
     return Inputs(
         splits,
         order,
         epoch_samples,
         plan,
         schedule,
-        image_sizes(recipe, epoch_samples),
+        sizes,
         class_strengths(recipe, classes, splits.get("train")),
         momentum,
         tuple(notes),

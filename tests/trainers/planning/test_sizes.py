@@ -12,7 +12,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.trainers.planning.sizes import image_sizes
 
 
-def sizes(start: int, last: int, after: str, until: str, multiple: int = 32) -> tuple:
+def sizes(start: object, last: object, after: str, until: str, multiple: int = 32) -> tuple:
     grows = f"{{start: {start}, after: {after}, until: {until}, multiple: {multiple}}}"
     recipe = load_recipe(
         "digits", [f"data.image_size={last}", f"data.progressive={grows}", "duration=200 steps"]
@@ -59,3 +59,11 @@ def test_a_run_reaches_its_size_or_is_refused() -> None:
             sizes(96, 224, after, until)
     with pytest.raises(UserError, match=r"data.progressive.start = 64 is no smaller than data.im"):
         sizes(64, 64, "0 steps", "1 epochs")
+
+
+def test_each_side_of_a_rectangle_grows() -> None:
+    assert sizes("[16, 64]", "[32, 256]", "0 steps", "12 steps", 16) == (
+        (0, (16, 64)), (1, (16, 80)), (2, (16, 96)), (3, (16, 112)), (4, (16, 128)),
+        (5, (16, 144)), (6, (32, 160)), (7, (32, 176)), (8, (32, 192)), (9, (32, 208)),
+        (10, (32, 224)), (11, (32, 240)), (12, (32, 256)),
+    )  # fmt: skip
