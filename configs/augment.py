@@ -157,7 +157,9 @@ def _colourless(recipe: Any) -> Iterator[str]:
 
 def _beside(augment: Augment) -> Iterator[str]:
     """What says something that another key leaves without a meaning."""
-    moves = augment.affine is not None or any(isinstance(op, _MOVING) for op in augment.ops)
+    moves = augment.affine not in (None, Affine()) or any(
+        isinstance(op, _MOVING) for op in augment.ops
+    )
     if augment.border != "edge" and not moves:
         yield (
             f"augment.border = {augment.border}, and nothing moves images beyond their edge; drop "

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from bigbatch.configs.durations import Duration, Length
 from bigbatch.configs.part import Fraction, NonNegative, Positive, StrictModel
 
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
@@ -22,6 +23,15 @@ class EffectiveNumber(StrictModel):
 
     name: Literal["effective_number"]
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.beta == 0:
+            raise ValueError(
+                "beta 0 weighs all classes alike, as no class_weights do; raise it towards 1, or "
+                "drop class_weights"
+            )
+        return self
 
 
 class GivenWeights(StrictModel):
@@ -51,6 +61,11 @@ class _Weighted(StrictModel):
         None,
         description="none, balanced, {name: effective_number, beta: 0.999} or a list; scaled so "
         "that their mean over the training samples is 1",
+    )
+    class_weights_from: Duration = Field(
+        Length(0, "steps"),
+        description="how far into the run they begin to count, all classes alike before: deferred "
+        "re-weighting (Cao et al. 2019, algorithm 1)",
     )
 
 
@@ -168,6 +183,19 @@ class ExpectedCost(StrictModel):
         return self
 
 
+class ConfusionCost(StrictModel):
+    """Expected cost whose costs follow what the last evaluation confused.
+
+    (1 - share) + share r / mean r for each pair of classes, r the share of a class's validation
+    samples that were answered so; every cost is 1 before the first evaluation.
+    """
+
+    name: Literal["confusion_cost"]
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="of the costs that follows confusions; the rest is the same for all"
+    )
+
+
 class LogitAdjusted(StrictModel):
     """Cross-entropy of logits + tau log(share of the class in the training data).
 
@@ -204,6 +232,15 @@ class LargeMargin(_Weighted):
         description="of the plain logit: lambda / (1 + lambda) of section 5.1. From weights that "
         "were not trained with a high one, 0 tends to end with all features 0",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.margin == 1:
+            raise ValueError(
+                "margin 1 leaves the angle as it is, as cross_entropy does; set it to 2, 3 or 4, "
+                "or take loss cross_entropy"
+            )
+        return self
 
 
 class ArcFace(_Weighted):
@@ -251,6 +288,7 @@ Loss = Annotated[
     | Hinge
     | Ramp
     | ExpectedCost
+    | ConfusionCost
     | LogitAdjusted
     | LDAM
     | LargeMargin
@@ -283,6 +321,16 @@ def refusals(recipe: Any) -> Iterator[str]:
             "set model.head={name: cosine, scale: 64}, or take another loss"
         )
     weights = getattr(loss, "class_weights", None)
+    if weights is None and (later := getattr(loss, "class_weights_from", None)) and later.value:
+        yield (
+            f"loss.class_weights_from = {later} defers class weights, and there are none; set "
+            "loss.class_weights, such as {name: effective_number, beta: 0.9999}, or drop it"
+        )
+    if isinstance(loss, ConfusionCost) and recipe.data.stream is not None:
+        yield (
+            "loss confusion_cost goes by the classes of an index, and data.stream has none; index "
+            "the tars and set data.path, or take another loss"
+        )
     counted = "" if weights is None else f"loss.class_weights: {weights.name}"
     if isinstance(loss, LogitAdjusted | LDAM):
         counted = f"loss {loss.name}"

@@ -20,4 +20,9 @@ class Log(StrictModel):
     prometheus: str | None = Field(
         None, description="folder of node_exporter's textfile collector, for bigbatch-RUN.prom"
     )
+    diagnosis: bool = Field(
+        True,
+        description="measure what the run's diagnosis goes by, at up to eight evaluations: a few "
+        "training images under evaluation conditions, dead units, gradients by layer",
+    )
     trace: bool = Field(False, description="write every micro-batch's samples to trace/")

@@ -32,7 +32,7 @@ def test_every_loss_stands_in_the_table_with_its_keys() -> None:
         schema["$defs"][ref.rpartition("/")[2]]
         for ref in schema["discriminator"]["mapping"].values()
     ):
-        keys = form["properties"].keys() - {"name", "class_weights"}
+        keys = form["properties"].keys() - {"name", "class_weights", "class_weights_from"}
         expected[form["properties"]["name"]["const"]] = keys
     found = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[3])) for row in table("Losses")}
     assert found == expected

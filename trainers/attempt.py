@@ -11,8 +11,10 @@ from torch import nn
 
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.ensemble.members import save_snapshot
-from bigbatch.trainers.evaluation.metrics import score, softmax
+from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
+from bigbatch.trainers.evaluation.probe import Probe
 from bigbatch.trainers.job import Job
+from bigbatch.trainers.losses.confusion import Counts
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.monitoring.monitor import Monitor
@@ -36,23 +38,33 @@ class Attempt:
     watchdog: Watchdog
     stop: StopFlag
     batches: Iterator[MicroBatch]  # this rank's, from the state's step on
+    probe: Probe | None = None
 
     def evaluate(self, *, snapshot: bool = False) -> dict[str, float]:
         """Scores of the validation split, the same on every rank. Collective.
 
         With `snapshot` the weights are kept, with these scores and the statistics that gave them.
+        Where the plan has one, a probe is recorded with them.
         """
         job, state = self.job, self.job.state
         val = job.inputs.splits["val"]
         with self._evaluated_model() as model:
             logits = job.evaluator.logits(model, val)
-            found = None if logits is None else score(softmax(logits), val.label.astype(np.int64))
+            labels = val.label.astype(np.int64)
+            found = None if logits is None else score(softmax(logits), labels)
             scores: dict[str, float] = job.engine.from_main(found)
+            if self.probe is not None and state.step in job.inputs.plan.probes.steps:
+                self.log.detail(state.step, "probe", **self.probe.look(model, logits))
             if snapshot and job.engine.rank == 0:
                 number = sorted(job.inputs.plan.snapshots).index(state.step) + 1
                 save_snapshot(job.run.snapshots, number, state.step, model, scores, state.info)
         if snapshot:
             job.engine.barrier()
+        if job.course.costs is not None:
+            table = None if logits is None else confusion(softmax(logits), labels).tolist()
+            counts: Counts = job.engine.from_main(table)
+            self.log.detail(state.step, "confusion", matrix=counts)  # before it takes effect
+            job.course.costs.update(counts)
         state.evaluations.append(Evaluation(state.step, scores))
         return scores
 
@@ -93,4 +105,7 @@ def open_attempt(
     ):
         if recipe.recovery.max_rollbacks and job.state.step == 0:
             saver.save(job.state)  # there is always something to go back to
-        yield Attempt(job, log, monitor, statistics, saver, watchdog, stop, batches)
+        probe = None
+        if images := plan.probes.images:
+            probe = Probe(engine, job.evaluator, job.inputs.splits, images, recipe.seed)
+        yield Attempt(job, log, monitor, statistics, saver, watchdog, stop, batches, probe)

@@ -20,6 +20,8 @@ from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
 from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
 from bigbatch.trainers.recovery.tensor_files import load_weights
+from bigbatch.trainers.report.diagnosis import diagnose_run
+from bigbatch.trainers.report.findings import say_findings
 from bigbatch.trainers.report.results import final_table
 
 
@@ -150,3 +152,4 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
     log.close("finished")  # only then it is sure where wandb's run lies
     if log.wandb_path is not None:
         console.print(f"wandb    {log.wandb_path}", highlight=False)
+    say_findings(diagnose_run(run), console)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from bigbatch.trainers.engine.freezing import Freezing
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.precise_bn import PreciseBatchNorm, check_precise
 from bigbatch.trainers.losses.build import (
+    Course,
     Objective,
     build_objective,
     build_student_objective,
@@ -70,6 +71,7 @@ class Job:
     teacher: Teacher | None = None
     freezing: Freezing | None = None  # where parts of the network begin to learn later
     rates: tuple[dict[str, JsonValue], ...] = ()  # of a transfer: what learns at which rate
+    course: Course = field(default_factory=Course)
 
     def views(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """A micro-batch as the objective takes it: augmented images, and targets."""
@@ -192,11 +194,11 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     own = recipe.regularise
     regularise(model, own)
     teacher = open_teacher(recipe, inputs, engine, run.path.parent)
+    counts, course = class_counts(inputs), Course(inputs.plan.weights_from)
     if recipe.distill is None:
-        objective = build_objective(recipe.loss, model, class_counts(inputs))
+        objective = build_objective(recipe.loss, model, counts, course)
     else:
-        counts = class_counts(inputs)
-        objective = build_student_objective(recipe.loss, recipe.distill, model, counts)
+        objective = build_student_objective(recipe.loss, recipe.distill, model, counts, course)
     if own.l1 or own.l2:
         objective = penalised(objective, model, own.l1, own.l2)
     probe(model, objective, recipe, classes)
@@ -249,6 +251,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         teacher,
         freezing,
         tuple(rates),
+        course,
     )
 
 

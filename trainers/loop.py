@@ -54,6 +54,8 @@ def train(attempt: Attempt) -> bool:
         if job.freezing is not None and (begun := job.freezing.begin(step)):
             log.event("unfreeze", step=step, stages=begun)
 
+        job.course.step = step
+
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         engine.zero_grad()
@@ -108,6 +110,8 @@ def train(attempt: Attempt) -> bool:
             on_device = totals.pop("statistics")
             norm = engine.gradient_norm()
             agreed = read_back({**totals, "norm": norm, "buffers": on_device.sum()})
+            if plan.probes.gradients(step + 1):
+                monitor.gradients = engine.layer_gradient_norms()
         engine.refuse_changes(step, changed, agreed["changed"][0])
         mean_loss = agreed["loss"][0] / plan.micro_batches
         norm_value = agreed["norm"][0]

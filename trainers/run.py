@@ -12,6 +12,7 @@ from bigbatch.trainers.attempt import open_attempt
 from bigbatch.trainers.finish import finish
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.loop import train
+from bigbatch.trainers.losses.confusion import read_confusion
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log, open_log
 from bigbatch.trainers.monitoring.monitor import Monitor
@@ -43,6 +44,9 @@ def attempt(
     run, recipe, engine, state = job.run, job.recipe, job.engine, job.state
     plan = job.inputs.plan
     corrupt = resume(run, engine, state, recipe.log.every)
+    if job.course.costs is not None:
+        last = engine.on_main(lambda: read_confusion(run.metrics, state.step))
+        job.course.costs.update(last)
     with open_log(
         run,
         recipe,

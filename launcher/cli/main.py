@@ -60,6 +60,7 @@ SECTIONS = {
         runs.sync,
         runs.remove,
         training.watch,
+        training.diagnose,
         training.report,
     ),
 }

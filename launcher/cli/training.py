@@ -289,6 +289,26 @@ def watch(run: str, runs_folder: Path) -> None:
     watch(found, ended=ended)
 
 
+@click.command(short_help="What a run's curves say, and which key to turn.")
+@click.argument("run")
+@options.runs_folder
+@options.as_json
+def diagnose(run: str, runs_folder: Path, as_json: bool) -> None:
+    """Say what the records of RUN, finished or not, show: problems first, each with its figures."""
+    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.trainers.report.diagnosis import diagnose_run
+
+    findings = diagnose_run(find_run(run, runs_folder))
+    if as_json:
+        options.print_json([finding.as_dict() for finding in findings])
+    else:
+        from rich.console import Console
+
+        from bigbatch.trainers.report.findings import say_findings
+
+        say_findings(findings, Console(soft_wrap=True))
+
+
 @click.command(short_help="Write a run's report.html.")
 @click.argument("run")
 @options.runs_folder

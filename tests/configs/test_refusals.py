@@ -93,6 +93,13 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
             "border = reflect, and nothing moves images beyond their",
         ),
         (
+            [
+                "augment.affine={degrees: 0, translate: 0, scale: 0, shear: 0}",
+                "augment.border=reflect",
+            ],
+            "nothing moves images beyond their edge",
+        ),
+        (
             ["augment.affine=null", "augment.ops=[vertical_flip]", "augment.border=mean"],
             "nothing moves images beyond",
         ),

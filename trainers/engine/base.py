@@ -169,6 +169,24 @@ class Engine(Collectives, ABC):
         scale = scale * loss_factor
         return self._norms.total / (scale.double().square() * taken)
 
+    def layer_gradient_norms(self) -> dict[str, float]:
+        """The L2 norm of the averaged gradient of each trained weight that is no vector, by name.
+
+        Collective; after `gradient_norm`, which removes the loss scale, and before `clip`.
+        """
+        own = self.own_weights()
+        whole = {name: tensor.shape for name, tensor in own.items()}
+        if self.pieces is not None:
+            whole = {piece.name: piece.whole for piece in self.pieces.pieces}
+        names = [name for name, shape in whole.items() if len(shape) > 1]
+        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for i, name in enumerate(names):
+            if (gradient := own[name].grad) is not None and gradient.numel():
+                squares[i] = torch.linalg.vector_norm(gradient).double().square()
+        if self.pieces is not None:
+            self.sum(squares)
+        return dict(zip(names, squares.sqrt().tolist(), strict=True))
+
     @abstractmethod
     def clip(self, config: Clip, norm: Tensor) -> None:
         """Clip the averaged gradient, whose norm is `norm`."""

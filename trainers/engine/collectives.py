@@ -60,6 +60,13 @@ class Collectives:
             value = box[0]
         return value
 
+    def gather_values(self, value: T) -> list[T]:
+        """Every rank's value (plain, as for `from_main`) on every rank, in rank order."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def on_main(self, compute: Callable[[], T]) -> T:
         """What `compute` returns on rank 0, on every rank; the others do not call it.
 

@@ -32,6 +32,18 @@ class Evaluator:
         self.data = recipe.data
         self.batch = recipe.evaluate.batch
 
+    def decoding(self, workers: int) -> Decoding:
+        """How images are decoded to be evaluated."""
+        data = self.data
+        return Decoding(
+            image_size=max(height_width(self.augmenter.eval_view.out)),
+            channels=data.channels,
+            workers=workers,
+            threads=data.threads,
+            pin_memory=self.engine.device.type == "cuda",
+            view=self.augmenter.eval_view,
+        )
+
     def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
         """Logits [N, C] in index order, float32, on rank 0; None on the other ranks."""
         found = self._logits(model, index, [{}])
@@ -51,16 +63,9 @@ class Evaluator:
     def _logits(
         self, model: nn.Module, index: Index, weights: Sequence[Mapping[str, Tensor]]
     ) -> list[np.ndarray] | None:
-        engine, data = self.engine, self.data
+        engine = self.engine
         share = -(-len(index) // engine.world)
-        decoding = Decoding(
-            image_size=max(height_width(self.augmenter.eval_view.out)),
-            channels=data.channels,
-            workers=data.workers if share > FEW_IMAGES else 0,
-            threads=data.threads,
-            pin_memory=engine.device.type == "cuda",
-            view=self.augmenter.eval_view,
-        )
+        decoding = self.decoding(self.data.workers if share > FEW_IMAGES else 0)
         batches = eval_batches(
             index, decoding, batch=self.batch, rank=engine.rank, world=engine.world
         )

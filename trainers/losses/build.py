@@ -1,6 +1,7 @@
 """What is minimised: from a recipe's loss to the objective that the loop calls."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -11,6 +12,7 @@ from bigbatch.configs import losses as c
 from bigbatch.configs.distill import Distill, LogitRegression, SoftTargets
 from bigbatch.trainers.losses import classification, margin, priors
 from bigbatch.trainers.losses.centres import CentreLoss
+from bigbatch.trainers.losses.confusion import ConfusionCosts
 from bigbatch.trainers.losses.distillation import logit_regression, soft_targets
 from bigbatch.trainers.losses.head import WatchedClassifier, cosine_scale
 from bigbatch.trainers.losses.hint import Watched, attention_transfer
@@ -24,11 +26,32 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target probabilities [B, C]
 
 
+@dataclass
+class Course:
+    """What a loss needs to know of a run's course; without one, all of it is behind.
+
+    Class weights count from `weights_from` finished steps on: deferred re-weighting (Cao et al.
+    2019, algorithm 1), where features are learned from the data as they are, and then rare
+    classes get their weights. `costs` are those of the loss confusion_cost.
+    """
+
+    weights_from: int = 0
+    step: int = 0  # finished steps; the loop sets it
+    costs: ConfusionCosts | None = None
+
+    @property
+    def weighs(self) -> bool:
+        return self.step >= self.weights_from
+
+
 def build_objective(
-    config: c.Loss, model: nn.Module | None = None, classes: ClassCounts | None = None
+    config: c.Loss,
+    model: nn.Module | None = None,
+    classes: ClassCounts | None = None,
+    course: Course | None = None,
 ) -> Objective:
     """The objective of a recipe's `loss`, over soft targets as mixup and smoothing make them."""
-    loss_function = build_loss(config, model, classes)
+    loss_function = build_loss(config, model, classes, course)
 
     def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return loss_function(model(images), targets)
@@ -37,14 +60,19 @@ def build_objective(
 
 
 def build_student_objective(
-    config: c.Loss, distill: Distill, student: nn.Module, classes: ClassCounts | None = None
+    config: c.Loss,
+    distill: Distill,
+    student: nn.Module,
+    classes: ClassCounts | None = None,
+    course: Course | None = None,
 ) -> Objective:
     """The objective of a recipe with a teacher, over what `Teacher.outputs` puts behind targets.
 
     `student` is the plain module, a layer of which may be watched. Raises UserError where it has
     no such layer.
     """
-    hard, soft = build_loss(config, student, classes), build_distillation(distill)
+    hard = build_loss(config, student, classes, course)
+    soft = build_distillation(distill)
     weight, hint = distill.weight, distill.hint
     watched = Watched(student, hint.layer, "the student") if hint is not None else None
 
@@ -61,15 +89,25 @@ def build_student_objective(
 
 
 def build_loss(
-    config: c.Loss, model: nn.Module | None = None, classes: ClassCounts | None = None
+    config: c.Loss,
+    model: nn.Module | None = None,
+    classes: ClassCounts | None = None,
+    course: Course | None = None,
 ) -> LossFunction:
     """The mean loss over a batch of logits; its gradient alone decides what a step does.
 
     `model`, the plain module, is for losses that look at its classifier; `classes`, of the
-    training data, for those that go by them. Raises UserError where either does not fit.
+    training data, for those that go by them; `course` is the run's, which gets what the loss
+    keeps. Raises UserError where a model or classes do not fit.
     """
     if isinstance(config, c.CrossEntropy) and config.class_weights is None:
         return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    if isinstance(config, c.ConfusionCost):
+        assert classes is not None, "the recipe refuses a stream"
+        costs = ConfusionCosts(len(classes.names), config.share)
+        if course is not None:
+            course.costs = costs
+        return lambda z, v: classification.expected_cost(z, v, costs.like(z)).mean()
     per_sample = _per_sample(config, model, classes)
     smoothing: float = getattr(config, "label_smoothing", 0.0)
     by_class: Callable[[Tensor], Tensor] | None = None
@@ -78,7 +116,7 @@ def build_loss(
         by_class = _constant(priors.class_weights(weights, classes))
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        if by_class is not None:
+        if by_class is not None and (course is None or course.weighs):
             targets = targets * by_class(targets)
         if smoothing:
             targets = classification.smoothed(targets, smoothing)
@@ -116,6 +154,8 @@ def _per_sample(
         case c.ExpectedCost():
             costs = _constant(_costs(config, classes))
             return lambda z, v: classification.expected_cost(z, v, costs(z))
+        case c.ConfusionCost():
+            raise AssertionError("its costs change: build_loss makes it")
         case c.LogitAdjusted():
             assert classes is not None, "the recipe refuses a stream"
             prior = _constant(config.tau * priors.log_shares(classes))

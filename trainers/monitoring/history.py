@@ -4,7 +4,7 @@ Free of torch.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.journal import count, read_journal
 
+Record = Mapping[str, Any]  # of metrics.jsonl
 Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
 
 PHASE_NAMES = {
@@ -45,6 +46,8 @@ class History:
     confusion: Mapping[str, Any] | None
     snapshots: list[int]  # steps
     bad_samples: Mapping[str, Any] | None = None  # counts; None where everything could be read
+    probes: Sequence[Record] = ()  # closer looks at some evaluations (evaluation/probe.py)
+    gradients: Sequence[Record] = ()  # norms by weight: of the first step, and beside probes
 
     @property
     def last_step(self) -> int:
@@ -89,6 +92,8 @@ def read_history(run: RunDir) -> History:
         confusion=read_json(run.ensemble / "confusion.json"),
         snapshots=sorted(int(s["step"]) for s in snapshots if s),
         bad_samples=count(journal) if journal else None,
+        probes=[r for r in records if r["kind"] == "probe"],
+        gradients=[r for r in records if r["kind"] == "gradients"],
     )
 
 

@@ -32,6 +32,7 @@ class Monitor:
         self._timings = Timings(engine.world)
         self._shards = shards
         self._system = System(engine.device)
+        self.gradients: dict[str, float] | None = None  # norms by weight, where a step has them
         self.flops: int | None = None  # of one image, forward and backward
         self.peak: float | None = None  # FLOP/s of all ranks' devices together
         if engine.rank == 0:
@@ -66,7 +67,10 @@ class Monitor:
         return values
 
     def details(self, step: int) -> None:
-        """Record phases by rank, trust ratios by layer, and the machine, where they are due."""
+        """Record phases by rank, norms and trust ratios by layer, the machine, where due."""
+        if self.gradients is not None:
+            self._log.detail(step, "gradients", norms=self.gradients)
+            self.gradients = None
         if self._engine.rank or step % self._every:
             return
         seconds = self._timings.seconds

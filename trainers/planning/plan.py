@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.planning.averaging import Averaging, plan_average
+from bigbatch.trainers.planning.probes import Probes, plan_probes
 from bigbatch.trainers.planning.schedules import cycle_ends
 
 
@@ -20,6 +21,8 @@ class Plan:
     snapshots: frozenset[int]
     keep_every: int | None  # checkpoints at multiples of this stay for good
     average: Averaging | None  # which weights enter the run's average, if it keeps one
+    probes: Probes  # which evaluations look more closely
+    weights_from: int = 0  # class weights of the loss count from here on
     may_stop: bool = False  # earlier, going back to the best evaluation: so each one is saved
 
     def evaluates(self, step: int) -> bool:
@@ -34,21 +37,32 @@ class Plan:
 def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> Plan:
     """The plan of a run over an order policy with `epoch_samples` samples in an epoch.
 
-    Raises UserError where cycles or an average do not fit into the run.
+    Raises UserError where cycles, an average or deferred class weights do not fit into the run.
     """
     batch = recipe.global_batch
     total = recipe.duration.steps(batch, epoch_samples)
     ends = cycle_ends(recipe.schedule, total)
     keep = recipe.checkpoint.keep_every
+    evaluate_every = recipe.evaluate.every.steps(batch, epoch_samples)
+    look = recipe.log.diagnosis
+    later = getattr(recipe.loss, "class_weights_from", None)
+    weights_from = 0 if later is None else later.steps(batch, epoch_samples)
+    if weights_from >= total:
+        raise UserError(
+            f"loss.class_weights_from = {later} is step {weights_from}, and the run has {total}: "
+            "class weights would never count; let them begin earlier, or drop them"
+        )
     return Plan(
         total=total,
         stop=min(total, stop_at or total),
         micro_batches=recipe.micro_batches,
-        evaluate_every=recipe.evaluate.every.steps(batch, epoch_samples),
+        evaluate_every=evaluate_every,
         save_every=recipe.checkpoint.every.steps(batch, epoch_samples),
         snapshots=frozenset(ends or [total]),
         keep_every=None if keep is None else keep.steps(batch, epoch_samples),
         average=plan_average(recipe.average, total, batch, epoch_samples, ends),
+        probes=plan_probes(total, batch, evaluate_every) if look else Probes(),
+        weights_from=weights_from,
         may_stop=recipe.regularise.early_stop is not None,
     )
 

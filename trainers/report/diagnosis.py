@@ -1,42 +1,56 @@
-"""What the learning curves of a run say, in words. Free of torch.
+"""What the records of a run say, in words. Free of torch.
 
-Rules of thumb with their figures in the text, so that a reader can disagree with them.
+Rules of thumb with their figures in the text, so that a reader can disagree with them;
+docs/diagnosis.md has them in a table, with their sources.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bigbatch.trainers.monitoring.history import Columns, History, smooth
+from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.monitoring.history import Columns, History, read_history
+from bigbatch.trainers.report.broken import broken
+from bigbatch.trainers.report.facts import Facts
+from bigbatch.trainers.report.findings import Finding, choose
+from bigbatch.trainers.report.fit import fit
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One observation: `good`, `note` (worth knowing) or `problem` (worth acting on)."""
-
-    level: Literal["good", "note", "problem"]
-    title: str
-    text: str
+_ORDER = ("problem", "note", "good")
 
 
 def diagnose(history: History) -> list[Finding]:
-    """Findings from the curves, problems first; says so where there is too little to judge."""
-    train = history.train
-    if len(train.get("step", ())) < 20:
-        early = Finding("note", "Too early to tell", "Fewer than 20 training steps are recorded.")
-        return [*_data(history), early]
-    found = [
-        *_data(history),
-        *_stability(history),
-        *_fit(history),
-        *_speed(train),
-        *_combination(history),
-    ]
-    order = ("problem", "note", "good")
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    """Findings from the records, problems first; says so where there is too little to judge."""
+    found = [*_data(history), *learning(history), *_speed(history), *_combination(history)]
+    return sorted(found, key=lambda finding: _ORDER.index(finding.level))
+
+
+def diagnose_run(run: RunDir) -> list[Finding]:
+    """The findings of a run directory. Raises UserError where it is none."""
+    return diagnose(read_history(run))
+
+
+def learning(history: History) -> list[Finding]:
+    """What the curves and probes say of learning: what broke it, or else how it fits.
+
+    Of several findings the cause is told, not its consequences: a network whose units are dead
+    also learns too little.
+    """
+    found: list[Finding] = []
+    facts = Facts(history) if len(history.train.get("step", ())) else None
+    if facts is not None:
+        found = broken(facts)
+        if any(finding.level == "problem" for finding in found):
+            return found
+    if facts is None or len(facts.step) < 20:
+        text = "Fewer than 20 training steps are recorded."
+        return [*found, Finding("note", "Too early to tell", text, "unfinished")]
+    if not facts.over:
+        # Before the learning rate has come down, and just after a restart, curves mislead.
+        done, total = history.last_step, history.total_steps
+        text = f"{done:,} of {total:,} steps are done; the fit is judged at the end."
+        return [*found, Finding("note", "Not at the end yet", text, "unfinished")]
+    return [*found, *fit(facts)]
 
 
 def _data(history: History) -> Iterator[Finding]:
@@ -49,86 +63,14 @@ def _data(history: History) -> Iterator[Finding]:
             f"{bad['samples']:,} samples in {len(bad['shards']):,} shards could not be read, most "
             f"often because: {reason}. `bigbatch inspect --journal {history.name}` lists each "
             "with its shard, its byte and what took its place.",
+            "unreadable",
+            {"samples": bad["samples"], "shards": len(bad["shards"])},
         )
 
 
-def _stability(history: History) -> Iterator[Finding]:
-    loss = history.train.get("loss", np.full(len(history.train["step"]), np.nan))
-    skipped = sum(e["kind"] == "non_finite" for e in history.events) or int(np.isnan(loss).sum())
-    if skipped:
-        yield Finding(
-            "problem",
-            "Non-finite loss, gradient or statistics",
-            f"{skipped} steps had a loss, gradient or running statistics that were not finite; "
-            "their updates were not applied. Lower optimizer.lr, lengthen the warmup or set clip.",
-        )
-    if np.isnan(loss).all():
-        return
-    path = smooth(loss)
-    start, lowest, end = path[min(4, len(path) - 1)], float(np.nanmin(path)), path[-1]
-    if lowest < 0.7 * start and end > 0.95 * start:
-        yield Finding(
-            "problem",
-            "Diverged",
-            f"The training loss fell from {start:.3f} to {lowest:.3f} and is back at {end:.3f}. "
-            "Lower optimizer.lr or lengthen the warmup.",
-        )
-
-
-def _fit(history: History) -> Iterator[Finding]:
-    train, val = history.train, history.evals.get("val", {})
-    total = history.total_steps
-    if total and history.last_step < total:
-        # Before the learning rate has come down, and just after a restart, curves mislead.
-        text = f"{history.last_step:,} of {total:,} steps are done; the fit is judged at the end."
-        yield Finding("note", "Not at the end yet", text)
-        return
-    if len(val.get("step", ())) < 4 or not {"accuracy", "nll"} <= val.keys() or "loss" not in train:
-        yield Finding("note", "No verdict on the fit", "Fewer than 4 evaluations are recorded.")
-        return
-    accuracy, nll, step = val["accuracy"], val["nll"], val["step"]
-    path = smooth(train["loss"])
-    best = int(np.nanargmax(accuracy))
-    low = int(np.nanargmin(nll))
-    late = step > step[-1] * 0.8  # the last fifth of the run so far
-
-    rise = nll[-1] / nll[low] - 1
-    train_fell = _at(train, path, step[-1]) < _at(train, path, step[low])
-    gain = 100 * (np.nanmax(accuracy[late]) - np.nanmax(accuracy[~late]))
-    if rise > 0.15 and train_fell:
-        yield Finding(
-            "problem",
-            "Over-fitting",
-            f"Validation loss was lowest at step {step[low]:,.0f} ({nll[low]:.3f}) and has risen "
-            f"by {rise:.0%} since, while the training loss fell on. Train for less long, or add "
-            "augmentation, mixup or weight decay.",
-        )
-    elif path[-1] > 0.6 * path[min(4, len(path) - 1)]:
-        yield Finding(
-            "problem",
-            "Under-fitting",
-            f"The training loss only fell from {path[min(4, len(path) - 1)]:.3f} to "
-            f"{path[-1]:.3f}. Raise optimizer.lr or model capacity, or weaken the augmentation.",
-        )
-    elif gain > 0.5 and best >= len(accuracy) - 2:
-        yield Finding(
-            "note",
-            "Still improving at the end",
-            f"The last fifth of the run raised the best validation accuracy by {gain:.1f} "
-            "points. A longer run would probably gain more.",
-        )
-    else:
-        yield Finding(
-            "good",
-            "Converged",
-            f"Validation accuracy reached {accuracy[best]:.2%} at step {step[best]:,.0f} and the "
-            f"last fifth of the run changed the best by {gain:+.1f} points; validation loss ended "
-            f"{f'{rise:.0%} above' if rise >= 0.005 else 'at'} its lowest.",
-        )
-
-
-def _speed(train: Columns) -> Iterator[Finding]:
-    if "data_s" not in train or "step_s" not in train:
+def _speed(history: History) -> Iterator[Finding]:
+    train: Columns = history.train
+    if len(train.get("step", ())) < 20 or "data_s" not in train or "step_s" not in train:
         return
     # The first steps wait for the first batches, which says nothing about the rest.
     data, total = np.nansum(train["data_s"][5:]), np.nansum(train["step_s"][5:])
@@ -139,9 +81,13 @@ def _speed(train: Columns) -> Iterator[Finding]:
             "Waiting for data",
             f"{share:.0%} of the step time went into waiting for the loader. Raise data.workers, "
             "or pre-size the images with `bigbatch shard --short-side`.",
+            "waiting_for_data",
+            {"share": share},
+            choose(history.recipe, [("data.workers", 2 * history.recipe.data.workers + 2)]),
         )
     else:
-        yield Finding("good", "Data keeps up", f"{share:.1%} of the step time waited for data.")
+        text = f"{share:.1%} of the step time waited for data."
+        yield Finding("good", "Data keeps up", text, "data_keeps_up", {"share": share})
 
 
 def _combination(history: History) -> Iterator[Finding]:
@@ -167,14 +113,11 @@ def _combination(history: History) -> Iterator[Finding]:
     error = 100 * float(np.sqrt(best * (1 - best) / count)) if count else 0.0
     if error:
         text += f" On {count:,} images one standard error is {error:.2f} points."
+    evidence = {"gain": gain / 100, "standard_error": error / 100}
     if abs(gain) < 2 * error:
-        yield Finding("note", "The ensemble makes no clear difference", text)
+        title = "The ensemble makes no clear difference"
+        yield Finding("note", title, text, "ensemble", evidence)
     elif gain > 0:
-        yield Finding("good", "The ensemble helps", text)
+        yield Finding("good", "The ensemble helps", text, "ensemble", evidence)
     else:
-        yield Finding("note", "The ensemble does not help", text)
-
-
-def _at(train: Columns, path: NDArray[np.float64], step: float) -> float:
-    """The smoothed training loss at the recorded step nearest below `step`."""
-    return float(path[max(0, int(np.searchsorted(train["step"], step, side="right")) - 1)])
+        yield Finding("note", "The ensemble does not help", text, "ensemble", evidence)

@@ -290,7 +290,8 @@ def falling(t: float) -> float:
         ("Converged", lambda t: 0.9 - 0.5 * 0.001**t, lambda t: 0.4 + 0.001**t, falling),
         ("Still improving at the end", lambda t: 0.5 + 0.4 * t, lambda t: 1.5 - t, falling),
         ("Over-fitting", lambda t: 0.7, lambda t: 1 + abs(t - 0.3), falling),
-        ("Under-fitting", lambda t: 0.12, lambda t: 2.2, lambda t: 2.3 - 0.1 * t),
+        ("Too slow", lambda t: 0.12, lambda t: 2.2, lambda t: 2.3 - 0.1 * t),
+        ("Under-fitting", lambda t: 0.12, lambda t: 2.2, lambda t: 2.0 + 0.3 * 0.001**t),
     ],
 )
 def test_diagnosis_of_the_fit(

@@ -1,0 +1,38 @@
+"""At which steps a run looks at itself for its diagnosis, and at how many images. Free of torch.
+
+A forward pass costs a third of what training on an image does (trainers/monitoring/flops.py), so
+that all probes together stay below half a per cent of the run's work.
+"""
+
+from dataclasses import dataclass
+
+_SHARE = 0.005  # of the run's work that forward passes of probes may take
+_PASSES = 3  # of a forward pass in the work on one image: backward takes twice as long
+_MOST, _FEWEST = 512, 64  # images of one probe: a share of 0.9 to +-2.6 and +-7 points (2 sigma)
+_USUAL = 128  # images of one, as long as there are few probes
+_PROBES = 8  # at most
+
+
+@dataclass(frozen=True)
+class Probes:
+    """`steps` are those with an evaluation at which `images` of the training split are seen."""
+
+    steps: frozenset[int] = frozenset()
+    images: int = 0
+    first_gradients: bool = False
+
+    def gradients(self, step: int) -> bool:
+        """Whether gradients are measured by layer in the step that `step` finishes."""
+        return step in self.steps or (self.first_gradients and step == 1)
+
+
+def plan_probes(total: int, global_batch: int, evaluate_every: int) -> Probes:
+    """Of a run of `total` steps: the first evaluation, the last, and some between them, evenly."""
+    budget = int(_SHARE * _PASSES * total * global_batch)
+    number = max(1, min(_PROBES, budget // _USUAL))
+    images = max(_FEWEST, min(_MOST, budget // number))
+    evaluations = -(-total // evaluate_every)
+    places = [evaluations]
+    if number > 1:
+        places += [1 + i * (evaluations - 1) // (number - 1) for i in range(number - 1)]
+    return Probes(frozenset(min(p * evaluate_every, total) for p in places), images, True)

@@ -1,0 +1,91 @@
+"""What the rules of a diagnosis look at, computed once from a run's history. Free of torch."""
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.trainers.monitoring.history import History, Record, smooth
+
+POOR = 0.5  # of the loss of who knows the classes' shares alone: above it, little was learned
+SIGMAS = 3.0  # standard errors by which two accuracies differ for sure
+
+
+class Facts:
+    """Curves, the last probe, and what follows from them."""
+
+    def __init__(self, history: History) -> None:
+        self.history, self.recipe, self.events = history, history.recipe, history.events
+        self.probes, self.gradients = history.probes, history.gradients
+        self.step = history.train["step"]
+        self.loss = history.train.get("loss", np.full(len(self.step), np.nan))
+        self.path = smooth(self.loss)
+        self.val = history.evals.get("val", {})
+        self.probe: Record = history.probes[-1] if history.probes else {}
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has come to its end: before it the fit is not to be judged."""
+        total = self.history.total_steps
+        return not total or self.history.last_step >= total or self.history.state == "finished"
+
+    @cached_property
+    def start(self) -> float:
+        """The loss of the first five records; that of one is noise."""
+        return float(np.nanmedian(self.loss[:5])) if np.isfinite(self.loss[:5]).any() else np.nan
+
+    @cached_property
+    def end(self) -> float:
+        """The smoothed loss at the last record."""
+        return float(self.path[-1])
+
+    @cached_property
+    def left(self) -> float | None:
+        """The last probe's loss on training images, over that of who knows the classes' shares."""
+        train, prior = self.probe.get("train"), self.probe.get("prior_nll")
+        return train["nll"] / prior if train and prior and train["nll"] is not None else None
+
+    @property
+    def poor(self) -> bool:
+        """Whether little was learned: without a probe, by the training loss, whatever it holds."""
+        return self.end > 0.6 * self.start if self.left is None else self.left > POOR
+
+    def at(self, step: float) -> float:
+        """The smoothed training loss at the recorded step nearest below `step`."""
+        return float(self.path[max(0, int(np.searchsorted(self.step, step, side="right")) - 1)])
+
+    def quarter(self, number: int) -> NDArray[np.float64]:
+        """The finite losses of a quarter of the records, from 0."""
+        parts = np.array_split(self.loss, 4)[number]
+        return parts[np.isfinite(parts)]
+
+    def time(self, steps: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """The learning-rate time of each record: the sum of rates up to it, over that of all.
+
+        It tells a run that has settled from one whose rate has come down: a loss that falls
+        linearly in it would have fallen on.
+        """
+        rate = np.nan_to_num(self.history.train.get("lr", np.ones(len(self.step))))
+        passed = np.cumsum(rate * np.diff(self.step, prepend=0))
+        whole: NDArray[np.float64] = passed / passed[-1] if passed[-1] else np.zeros(len(passed))
+        return whole
+
+
+def gap(probe: Record) -> tuple[float, float]:
+    """Accuracy on training less that on validation images, and its standard error.
+
+    With none of a few samples wrong the error is not 0: one more of each outcome is added to it
+    (Agresti and Caffo 2000, for the difference of two shares).
+    """
+    variance = 0.0
+    for split in ("train", "val"):
+        found = probe[split]
+        n = found["samples"] + 2
+        p = (found["accuracy"] * found["samples"] + 1) / n
+        variance += p * (1 - p) / n
+    return probe["train"]["accuracy"] - probe["val"]["accuracy"], float(np.sqrt(variance))
+
+
+def compared(probe: Record) -> bool:
+    """Whether a probe holds both splits."""
+    return bool(probe.get("train") and probe.get("val"))

@@ -1,0 +1,78 @@
+"""What a diagnosis is made of: findings, and the recipe key that each would turn."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.load import change_recipe
+from bigbatch.configs.schema import Recipe
+
+_STYLES = {"problem": "yellow", "note": "cyan", "good": "green"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A key of the recipe, and the value to try."""
+
+    key: str
+    value: Any
+
+    def __str__(self) -> str:
+        """As an override on the command line."""
+        text = self.value if isinstance(self.value, str) else json.dumps(self.value)
+        return f"{self.key}={text}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One observation: `good`, `note` (worth knowing) or `problem` (worth acting on).
+
+    `rule` is its name in docs/diagnosis.md, `evidence` the figures that it went by.
+    """
+
+    level: Literal["good", "note", "problem"]
+    title: str
+    text: str
+    rule: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    turn: Turn | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        turn = None if self.turn is None else {"key": self.turn.key, "value": self.turn.value}
+        named = {"rule": self.rule, "level": self.level, "title": self.title, "text": self.text}
+        return {**named, "evidence": dict(self.evidence), "turn": turn}
+
+
+def choose(recipe: Recipe, candidates: Iterable[tuple[str, Any]]) -> Turn | None:
+    """The first candidate that the recipe bears and that changes it; None without one."""
+    for key, value in candidates:
+        turn = Turn(key, value)
+        try:
+            changed = change_recipe(recipe, [str(turn)], say=None)
+        except UserError:
+            continue
+        if changed != recipe:
+            return turn
+    return None
+
+
+def times(value: float, factor: float) -> float:
+    """A rate to try, in two digits."""
+    return float(f"{value * factor:.2g}")
+
+
+def say_findings(findings: Iterable[Finding], console: Console) -> None:
+    """A line for each; of what went well, the verdict on the fit alone."""
+    told = list(findings)
+    shown = [f for f in told if f.level != "good" or f.rule == "converged"] or told
+    for finding in shown:
+        line = Text.assemble((finding.title, _STYLES[finding.level]), f": {finding.text}")
+        if finding.turn is not None:
+            line.append(f" Try {finding.turn}")
+        console.print(line, highlight=False)
