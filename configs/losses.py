@@ -196,6 +196,17 @@ class ConfusionCost(StrictModel):
     )
 
 
+class JSD(StrictModel):
+    """Cross-entropy of the plain image + weight times how much two AugMix views of it differ.
+
+    Hendrycks et al. 2020, "AugMix", equations 2 and 3: the Jensen-Shannon divergence of the three
+    predictions. A micro-batch passes three images of each sample.
+    """
+
+    name: Literal["jsd"]
+    weight: Positive = Field(12.0, description="lambda of the paper")
+
+
 class LogitAdjusted(StrictModel):
     """Cross-entropy of logits + tau log(share of the class in the training data).
 
@@ -289,6 +300,7 @@ Loss = Annotated[
     | Ramp
     | ExpectedCost
     | ConfusionCost
+    | JSD
     | LogitAdjusted
     | LDAM
     | LargeMargin
@@ -309,6 +321,21 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"loss {loss.name} gives one class of each image a margin, and augment.{mixing[0]} "
             f"makes images of two; set augment.{mixing[0]} to 0, or take another loss"
         )
+    if isinstance(loss, JSD):
+        names = [op.name for op in recipe.augment.ops]
+        if names.count("augmix") != 1 or names[-1] != "augmix":
+            yield (
+                "loss jsd compares an image with two AugMix views of it, and augment.ops "
+                f"{'has no augmix' if 'augmix' not in names else 'has augmix not once, and last'}; "
+                "put one augmix at its end, or take another loss"
+            )
+        if mixing:
+            yield (
+                f"loss jsd compares views of one image, and augment.{mixing[0]} mixes two; set "
+                f"augment.{mixing[0]} to 0, or take another loss"
+            )
+        if recipe.distill is not None:
+            yield "loss jsd has three images of a sample, a teacher sees one; drop one of them"
     if isinstance(loss, BCE) and loss.target_threshold is not None and not mixing:
         yield (
             f"loss.target_threshold = {loss.target_threshold:g} changes targets of mixed images "

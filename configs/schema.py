@@ -112,6 +112,11 @@ class Recipe(StrictModel):
         return self.evaluate.image_size or self.data.image_size
 
     @property
+    def views(self) -> int:
+        """Images of each sample that pass through the model in a step."""
+        return 3 if self.loss.name == "jsd" else 1
+
+    @property
     def lr_scale(self) -> float:
         """What optimizer.scale multiplies the learning rate by at this global_batch."""
         scale = self.optimizer.scale

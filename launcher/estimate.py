@@ -82,7 +82,7 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
     `exact` keeps a float64 sum of the gradients; images are float32, before and after the
     warp. Workspaces of kernels and the allocator's own losses come on top.
     """
-    data, micro = recipe.data, recipe.micro_batch
+    data, micro = recipe.data, recipe.micro_batch * recipe.views
     image = 4 * data.channels * math.prod(height_width(data.image_size))
     parts = {
         "weights": size["weight_bytes"],

@@ -285,7 +285,7 @@ def probe(model: nn.Module, objective: Objective, recipe: Recipe, classes: int) 
     """Raise UserError where a forward pass changes state that ranks cannot agree on."""
     count = min(2, recipe.micro_batch)
     shape = count, recipe.data.channels, *height_width(recipe.data.image_size)
-    images = torch.linspace(-1, 1, math.prod(shape)).view(shape)
+    images = torch.linspace(-1, 1, math.prod(shape)).view(shape).repeat(recipe.views, 1, 1, 1)
     targets = images.new_full((count, classes), 1 / classes)
     if recipe.distill is not None:
         hint = recipe.distill.hint

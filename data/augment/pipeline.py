@@ -37,7 +37,10 @@ class Augmenter:
 
     `eval_size` is that of `evaluate`, by default `image_size`; `growth` are those of `train` by
     step, by default `image_size` throughout; `strengths` [classes] are the shares of images that
-    operations on pixels change, by default all. `memory_format` is that of what both give.
+    operations on pixels change, by default all. `memory_format` is that of what both give. With
+    `views`, `train` gives three images of each sample, [3B, C, *out]: all without the last
+    operation, then all with it, then all with it once more, by the draws that a second one of its
+    name would have.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Augmenter:
         growth: geometry.Growth = (),
         strengths: Sequence[float] | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        views: bool = False,
     ) -> None:
         self.mean = torch.tensor(augment.mean, device=device)
         self.std = torch.tensor(augment.std, device=device)
@@ -80,11 +84,12 @@ class Augmenter:
         self.seed = seed
         self.device = device
         self.memory_format = memory_format
+        self._views = views
 
     def train(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Augmented images [B, C, *out] and soft targets [B, classes]."""
         with self._float32():
-            images = self.images(batch)
+            images = self._three(batch) if self._views else self.images(batch)
             labels = batch.labels.to(self.device, non_blocking=True)
             targets = F.one_hot(labels, self.classes).float()
             for mixing, occurrence in self._mixings:
@@ -95,10 +100,19 @@ class Augmenter:
     def images(self, batch: MicroBatch) -> Tensor:
         """Augmented images in [0, 1], before they are mixed and normalised."""
         with self._float32():
-            images = self.crop_and_warp(batch, self.view)
-            for operation, occurrence in self._operations:
-                images = self._change(images, batch, operation, occurrence)
-            return images
+            return self._changed(batch, self._operations)
+
+    def _changed(self, batch: MicroBatch, operations: Sequence[tuple[Operation, int]]) -> Tensor:
+        images = self.crop_and_warp(batch, self.view)
+        for operation, occurrence in operations:
+            images = self._change(images, batch, operation, occurrence)
+        return images
+
+    def _three(self, batch: MicroBatch) -> Tensor:
+        *earlier, (last, occurrence) = self._operations
+        plain = self._changed(batch, earlier)
+        changed = [self._change(plain.clone(), batch, last, occurrence + i) for i in range(2)]
+        return torch.cat([plain, *changed])
 
     def _change(
         self, images: Tensor, batch: MicroBatch, operation: Operation, occurrence: int

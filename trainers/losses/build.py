@@ -108,6 +108,9 @@ def build_loss(
         if course is not None:
             course.costs = costs
         return lambda z, v: classification.expected_cost(z, v, costs.like(z)).mean()
+    if isinstance(config, c.JSD):
+        weight = config.weight
+        return lambda z, v: classification.jsd(z, v, weight).mean()
     per_sample = _per_sample(config, model, classes)
     smoothing: float = getattr(config, "label_smoothing", 0.0)
     by_class: Callable[[Tensor], Tensor] | None = None
@@ -154,8 +157,8 @@ def _per_sample(
         case c.ExpectedCost():
             costs = _constant(_costs(config, classes))
             return lambda z, v: classification.expected_cost(z, v, costs(z))
-        case c.ConfusionCost():
-            raise AssertionError("its costs change: build_loss makes it")
+        case c.ConfusionCost() | c.JSD():
+            raise AssertionError("build_loss makes it")
         case c.LogitAdjusted():
             assert classes is not None, "the recipe refuses a stream"
             prior = _constant(config.tau * priors.log_shares(classes))

@@ -6,6 +6,8 @@ mean of its labels' losses by their shares, as mixup has it (Zhang et al. 2018, 
 comes back is [B], so that a mean over samples does not depend on how they are batched.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,6 +80,19 @@ def ramp(logits: Tensor, weights: Tensor, s: float) -> Tensor:
 def expected_cost(logits: Tensor, weights: Tensor, costs: Tensor) -> Tensor:
     """sum over labels c and answers k of v_c costs[c, k] p_k."""
     return ((weights @ costs) * logits.softmax(1)).sum(1)
+
+
+def jsd(logits: Tensor, weights: Tensor, factor: float) -> Tensor:
+    """Cross-entropy of the first of three views + factor times their Jensen-Shannon divergence.
+
+    Logits [3B, C] are of all first views, all second, all third; weights of labels [B, C].
+    Hendrycks et al. 2020, equations 2 and 3: JS is the mean over views of KL(p_i, their mean).
+    """
+    first, *_ = logits.tensor_split(3)
+    log_p = F.log_softmax(logits.view(3, *first.shape), 2)
+    log_mean = log_p.logsumexp(0) - math.log(3)
+    divergence = (log_p.exp() * (log_p - log_mean)).sum(2).mean(0)
+    return cross_entropy(first, weights) + factor * divergence
 
 
 def _each_class(weights: Tensor, yes: Tensor, no: Tensor, over_classes: str) -> Tensor:

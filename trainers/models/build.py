@@ -102,6 +102,7 @@ def build_augmenter(
         seed=recipe.seed,
         device=device,
         memory_format=choose_memory_format(recipe.model, device),
+        views=recipe.views > 1,
     )
 
 

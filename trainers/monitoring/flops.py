@@ -50,11 +50,11 @@ def flops_per_image(recipe: Recipe, classes: int) -> int | None:
 
     The backward pass counts twice the forward pass, as is usual: torch's own count of it takes a
     grouped convolution for a full one (EfficientNet-B0: 32 GFLOPs instead of 2.3). SAM makes
-    both passes twice.
+    both passes twice, loss jsd for three views.
     """
     forward = forward_flops(recipe, classes, recipe.data.image_size)
     passes = 1 if recipe.regularise.sharpness is None else 2
-    return None if forward is None else 3 * passes * forward
+    return None if forward is None else 3 * passes * recipe.views * forward
 
 
 def forward_flops(recipe: Recipe, classes: int, size: Size) -> int | None:

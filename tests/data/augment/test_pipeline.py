@@ -50,6 +50,23 @@ def batch_of(shapes, step=0, index=0, seed=0, channels=3):
     )
 
 
+def test_three_views_share_all_but_the_last_operation():
+    """Bit for bit: the first is without it, the second is as ever, the third has own draws."""
+    batch = batch_of([(20, 24)] * 5)
+    shared = {**PLAIN, "crop": Crop(), "flip": 0.5, "jitter": Jitter(brightness=0.3)}
+    own = Augment(**shared, ops=["augmix"])
+    images, targets = augmenter(own, views=True).train(batch)
+    assert targets.shape == (5, 4)
+    plain, second, third = images.split(5)
+    assert torch.equal(plain, augmenter(Augment(**shared)).train(batch)[0])
+    assert torch.equal(second, augmenter(own).train(batch)[0])
+    assert (third - plain).abs().amax((1, 2, 3)).min() > 0
+    assert not torch.equal(third, second)
+    part = augmenter(own, views=True).train(batch_of([(20, 24)] * 5))[0]
+    assert torch.equal(part, images)
+    assert augmenter(own, views=True).images(batch).shape == (5, 3, 16, 16)
+
+
 def test_without_augmentation_an_image_of_the_right_size_passes_unchanged():
     batch = batch_of([(16, 16)] * 3)
     images, targets = augmenter(Augment(**PLAIN)).train(batch)

@@ -184,7 +184,7 @@ def test_every_name_in_the_schema_is_tested_here() -> None:
     forms = ADAPTER.json_schema()["$defs"].values()
     names = [form["properties"]["name"] for form in forms]
     expected = {name for form in names for name in form.get("enum") or [form["const"]]}
-    tested = {config["name"] for config, _ in CASES.values()} | {"large_margin", "center"}
+    tested = {config["name"] for config, _ in CASES.values()} | {"large_margin", "center", "jsd"}
     assert tested == expected - {"balanced", "effective_number", "given"}
 
 
@@ -296,6 +296,30 @@ def test_weights_have_mean_one_over_the_training_samples(config: Any) -> None:
     absent = class_weights(part, ClassCounts("abcde", [5, 0, 1, 1, 1]))
     assert absent.isfinite().all()
     assert (absent[1] == 0) == (part.name != "given")
+
+
+def test_jsd_is_augmixs() -> None:
+    """Equations 2 and 3, sample by sample, with probabilities in place of their logarithms."""
+    views, targets = batch(24)[0].detach(), batch(8)[1]
+    loss = build_loss(ADAPTER.validate_python({"name": "jsd", "weight": 5}), None, None)
+    expected = []
+    for i in range(8):
+        p = [log_p(views[8 * view + i]).exp() for view in range(3)]
+        mean = sum(p) / 3
+        js = sum((q * (q / mean).log()).sum() for q in p) / 3
+        expected.append(-(targets[i] * p[0].log()).sum() + 5 * js)
+    torch.testing.assert_close(loss(views, targets), torch.stack(expected).mean())
+    logits = (views / 8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss(z, targets), logits)
+    same = views[:8].repeat(3, 1)
+    plain = build_loss(ADAPTER.validate_python({}))
+    torch.testing.assert_close(loss(same, targets), plain(views[:8], targets))
+    by_parts = [
+        loss(views.view(3, 8, -1)[:, part].flatten(0, 1), targets[part])
+        for part in (slice(0, 2), slice(2, 8))
+    ]
+    whole = (2 * by_parts[0] + 6 * by_parts[1]) / 8  # micro-batches do not matter
+    torch.testing.assert_close(whole, loss(views, targets))
 
 
 DRW = {"name": "ldam", "class_weights": {"name": "effective_number", "beta": 0.9999}}
@@ -415,6 +439,9 @@ MIXED, PLAIN = "augment.mixup=0.2", "augment.mixup=0"
         (["loss={name: large_margin, margin: 1}", PLAIN], "margin 1 leaves the angle as it is"),
         (["loss.class_weights={name: effective_number, beta: 0}"], "beta 0 weighs all classes al"),
         (["loss={name: ldam, class_weights_from: 9 epochs}", PLAIN], "and there are none; set"),
+        (["loss={name: jsd}", PLAIN], "augment.ops has no augmix; put one augmix at its end"),
+        (["loss={name: jsd}", PLAIN, "augment.ops=[augmix, erasing]"], "augmix not once, and last"),
+        (["loss={name: jsd}", MIXED, "augment.ops=[augmix]"], "jsd compares views of one image"),
         (["loss={name: focal}"], "'focal_sigmoid', 'focal_softmax'"),
     ],
 )
