@@ -6,9 +6,11 @@ and the optimizer are work, but not the model's.
 """
 
 import re
+from functools import cache
 
 import torch
 
+from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import Size
 from bigbatch.trainers.models.build import build_model
@@ -63,18 +65,24 @@ def forward_flops(recipe: Recipe, classes: int, size: Size) -> int | None:
     A multiplication and its addition count as two. Counted by torch, on a model that has shapes
     and no values, so nothing is computed. None for a model that cannot run without values.
     """
-    data = recipe.data
-    fresh = recipe.model.without_weights()
+    model = recipe.model.without_weights().model_dump_json()
+    return _counted(model, classes, recipe.data.channels, recipe.data.image_size, size)
+
+
+@cache
+def _counted(model: str, classes: int, channels: int, built: Size, size: Size) -> int | None:
+    """Once in a process, whose next attempt, after a rollback, has the same model: counting takes
+    as long as ten steps of a small network."""
     try:
         with torch.device("meta"):
-            model = build_model(
-                fresh,
+            network = build_model(
+                Model.model_validate_json(model),
                 classes=classes,
-                channels=data.channels,
-                seed=recipe.seed,
-                image_size=data.image_size,
+                channels=channels,
+                seed=0,
+                image_size=built,
             )
-            return count_flops(model, data.channels, size)
+            return count_flops(network, channels, size)
     except (RuntimeError, NotImplementedError):
         return None
 
