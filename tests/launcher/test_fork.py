@@ -20,7 +20,7 @@ from bigbatch.trainers.recovery.stored import STATISTICS, verify
 
 SMALL = (
     "model={name: test_resnet, options: {drop_rate: 0.2}}",
-    "data={workers: 0, threads: 1}",
+    "data={workers: 0, threads: 1, image_size: 16}",
     "log.wandb=off",
     "log.tensorboard=false",
     "duration=6 steps",

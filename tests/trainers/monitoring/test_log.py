@@ -104,7 +104,7 @@ def test_resume_cuts_what_will_come_again(tmp_path: Path) -> None:
     assert run.metrics.read_text().splitlines()[:20] == kept
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(attempts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 80)), min_size=1, max_size=6))
 def test_each_step_once_after_any_kill(
     tmp_path_factory: pytest.TempPathFactory, attempts: list[tuple[int, int]]

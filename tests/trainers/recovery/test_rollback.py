@@ -128,8 +128,9 @@ def train(run: RunDir, ranks: int, stop_at: int) -> None:
 @pytest.mark.timeout(1200)
 def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tmp_path):
     changes = [
-        f"data.path={digits}", "log.wandb=off", "checkpoint.every=4 steps",
-        "optimizer.lr=30", "schedule.warmup=1 epochs", "recovery.max_rollbacks=50",
+        f"data.path={digits}", "log.wandb=off", "data.workers=0", "checkpoint.every=4 steps",
+        "global_batch=16", "micro_batch=4", "schedule.warmup=6 steps", "schedule.rewarmup=0 steps",
+        "optimizer.lr=30", "recovery.max_rollbacks=50",
         "recovery.spike={factor: 1.02, deviations: 1, window: 5}", "recovery.skip_steps=3",
     ]  # fmt: skip
     runs = [create_run(tmp_path / name, load_recipe("digits", changes)) for name in ("a", "b")]
@@ -159,9 +160,10 @@ def test_a_rollback_leaves_a_loss_scaler_ready_for_the_next_try(digits, tmp_path
     changes = [
         f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=40 steps",
         "global_batch=8", "micro_batch=8", "schedule={name: constant}", "optimizer.lr=30",
+        "data.image_size=16",
         "checkpoint.every=2 steps", "recovery.max_rollbacks=50", "recovery.skip_steps=1",
         "recovery.spike={factor: 1.02, deviations: 1, window: 5}",
     ]  # fmt: skip
     run = create_run(tmp_path / "run", load_recipe("digits", changes))
-    assert worker.main([str(run.path), "--stop-at", "16"]) == 0
+    assert worker.main([str(run.path), "--stop-at", "12"]) == 0
     assert read_rollbacks(run)
