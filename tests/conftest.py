@@ -45,6 +45,14 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "start_parent", Shared)
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second or two; the words between a report's plots do not need it."""
+    monkeypatch.setattr("bigbatch.trainers.report.plots.curves", lambda history: [])
+    for name in ("phases", "trust", "noise", "members", "confusion"):
+        monkeypatch.setattr(f"bigbatch.trainers.report.plots.{name}", lambda *parts: "")
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scikit-learn's digits as `bigbatch shard` leaves them. Nothing may change them."""

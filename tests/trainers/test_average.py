@@ -92,6 +92,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("average", "steps", "decay"),
     [
@@ -185,8 +186,8 @@ def full_run(folder: Path, digits: Path, ranks: int, *changes: str) -> dict[str,
     """The averaged model of a whole short run of the digits, in processes of its own."""
     settings = [
         *(f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=5 steps"),
-        *("global_batch=256", "micro_batch=64", "schedule={name: constant}", "clip=null"),
-        *("optimizer={name: sgd, lr: 0.01}", "average={name: ema, half_life: 400 samples}"),
+        *("global_batch=64", "micro_batch=16", "schedule={name: constant}", "clip=null"),
+        *("optimizer={name: sgd, lr: 0.01}", "average={name: ema, half_life: 100 samples}"),
     ]
     run = create_run(folder, load_recipe("digits", [*settings, *changes]))
     assert warm.run(agent_command(run.path, ranks, stop_at=5), timeout=280).returncode == 0
@@ -211,12 +212,13 @@ def test_the_averaged_model_is_the_same_on_any_ranks_and_backend(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_averages_are_proven_and_do_not_depend_on_the_world_size(
     digits: Path, tmp_path: Path
 ) -> None:
     """reduction: exact, which digits has: bit for bit on 1, 2 and 3 ranks, killed and resumed."""
-    changes = [f"data.path={digits}", "global_batch=256", "micro_batch=64"]
-    recipe = load_recipe("digits", [*changes, "average={name: ema, half_life: 600 samples}"])
+    changes = [f"data.path={digits}", "global_batch=64", "micro_batch=16"]
+    recipe = load_recipe("digits", [*changes, "average={name: ema, half_life: 150 samples}"])
     results = prove(recipe, tmp_path / "proof", steps=6, ranks=[1, 2, 3], seed=0)
     assert all(result.passed for result in results), results
     files = [

@@ -69,6 +69,7 @@ def test_value_and_gradients_are_those_of_the_equation() -> None:
     assert net(x).shape == (12, 10)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_keeps_them_in_checkpoints_alone(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def evaluate(attempt: Attempt) -> dict[str, float]:
     return scores
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_run_ends_with_its_best_weights_and_resumes_to_the_same_end(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return fill
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_wherever_the_end_of_a_run_meets_it(
     run: RunDir,
     full: Callable[..., None],

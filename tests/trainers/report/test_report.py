@@ -229,6 +229,7 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
     assert page.open == []
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits")
     run.summary.write_text('{"val": ')
@@ -238,6 +239,7 @@ def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     assert "summary.json is not there" in write_report(run).read_text()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_summary_with_losses_that_are_null(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits")
     summary = json.loads(run.summary.read_text())
@@ -320,6 +322,7 @@ def test_final_table_prints_every_figure(tmp_path: Path) -> None:
     assert [row[0] for row in result_rows(summary)][-2:] == ["ensemble", "soup"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_averaged_weights_are_a_row_behind_the_soup(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits")
     summary = json.loads(run.summary.read_text())
