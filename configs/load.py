@@ -1,9 +1,11 @@
 """From a recipe's name or file to a checked Recipe."""
 
+import copy
 import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +147,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    tree = _parse(text, str(path))
+    tree = copy.deepcopy(_parse_file(text, str(path)))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping; write lines of `key: value`")
     return tree
+
+
+@lru_cache(maxsize=8)
+def _parse_file(text: str, source: str) -> Any:
+    """The same text is read once: a search takes one recipe for all of its trials."""
+    return _parse(text, source)
 
 
 def _parse(text: str, source: str) -> Any:
