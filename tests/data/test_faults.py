@@ -162,8 +162,8 @@ def test_workers_killed_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_killed_at_fifty_random_moments(tmp_path):
-    killed_workers(tmp_path, 50)
+def test_workers_killed_at_twenty_random_moments(tmp_path):
+    killed_workers(tmp_path, 20)
 
 
 # Which shards a rank opens, and how much memory a run takes.

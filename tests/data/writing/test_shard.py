@@ -290,7 +290,7 @@ def test_goes_on_after_sigkill(many_photos: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_goes_on_after_many_sigkills(many_photos: Path, tmp_path: Path, workers: int) -> None:
-    kill_often(many_photos, tmp_path, 50, workers)
+    kill_often(many_photos, tmp_path, 20, workers)
 
 
 def test_ctrl_c_is_one_line_whenever_it_comes(many_photos: Path, tmp_path: Path) -> None:
