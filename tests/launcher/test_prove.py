@@ -162,6 +162,20 @@ CRAFT = (
 
 
 @pytest.mark.slow
+def test_the_proof_holds_for_muon_and_precise_batch_norm(digits: Path, tmp_path: Path) -> None:
+    """Evaluated in the step whose weights are compared: both kinds of statistics are."""
+    keys = [
+        "optimizer={name: muon, lr: 0.1, momentum: 0.6, rest: {name: lamb, lr: 0.03}}",
+        "evaluate={every: 5 steps, precise_bn: always, precise_bn_images: 200}",
+    ]
+    recipe = load_recipe("digits", [*SMALL, *keys, f"data.path={digits}", "reduction=exact"])
+    results = prove(recipe, tmp_path, steps=5, ranks=(1, 2, 3), say=lambda text: None)
+    assert [result.difference for result in results] == [0.0, 0.0, 0.0]
+    (last,) = (tmp_path / "killed" / "checkpoints").glob("step-00000005")
+    assert (last / "batch_stats.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_the_proof_holds_for_losses_and_regularisation(digits: Path, tmp_path: Path) -> None:
     recipe = load_recipe("digits", [*SMALL, *CRAFT, f"data.path={digits}", "reduction=exact"])
     results = prove(recipe, tmp_path, steps=5, ranks=(1, 2), say=lambda text: None)

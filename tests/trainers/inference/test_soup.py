@@ -1,6 +1,7 @@
 """One model of members' weights, from the command: barriers first, then the soup, with reasons."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +99,11 @@ def test_a_uniform_soup_is_the_mean_with_statistics_of_its_own(
     engine: Engine, run: RunDir, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soup, "_IMAGES", 60)
-    monkeypatch.setattr(soup, "_SETTLING", 180)
+    first, second = find_members(run)[:2]
+    few = first.recipe.evaluate.model_copy(update={"precise_bn_images": 180})
+    first = replace(first, recipe=first.recipe.model_copy(update={"evaluate": few}))
     index = open_index(digits / "val")
-    member, record = make_soup(engine, find_members(run)[:2], "uniform", index, tmp_path)
+    member, record = make_soup(engine, [first, second], "uniform", index, tmp_path)
     assert record["barriers"][0]["images"] == 60
     one = load_file(member.weights)
     each = [load_file(member.weights) for member in find_members(run)[:2]]

@@ -10,11 +10,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from bigbatch.configs.clipping import ClipAdaptive, ClipNorm
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.optimizers import LAMB as LambConfig
 from bigbatch.configs.optimizers import SGD, AdamW, Optimizer
 from bigbatch.configs.optimizers import Muon as MuonConfig
+from bigbatch.trainers.models.regularise import keep_within
 from bigbatch.trainers.optim import build_optimizer, set_lr, set_momentum, trust_ratios
+from bigbatch.trainers.optim.clip import clip_gradients
 from bigbatch.trainers.optim.muon import COEFFICIENTS, Muon, adjusted, orthogonalise
 from tests.helpers.optim_reference import (
     RATES,
@@ -271,3 +274,17 @@ def test_keys_of_0_1_mean_what_they_meant():
     new = MuonConfig(name="muon", lr=1, weight_decay=0.1, adjust_lr="match_rms", rest=rest)
     assert ADAPTER.validate_python(old) == new
     assert ADAPTER.validate_python(new.model_dump(mode="json")) == new
+
+
+def test_clipping_and_max_norm_hold_beside_it():
+    model = make_model()
+    optimizer = build_optimizer(model, MuonConfig(name="muon", lr=0.5, rest=REST["sgd"]))
+    keep_within(optimizer, model, 0.3)
+    give_gradients(model, 0)
+    for clip in (ClipNorm(name="norm", limit=0.1), ClipAdaptive(name="adaptive")):
+        grads = [p.grad for p in model.parameters()]
+        clip_gradients(clip, model, nn.utils.get_total_norm(grads))
+    assert float(nn.utils.get_total_norm(grads)) <= 0.1 + 1e-6
+    optimizer.step()
+    for name in ("0.weight", "3.weight", "4.weight"):
+        assert model.get_parameter(name).flatten(1).norm(dim=1).max() <= 0.3 + 1e-6

@@ -4,19 +4,20 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.optimizers import LARS
 from bigbatch.trainers.ensemble.members import save_snapshot
+from bigbatch.trainers.models.batch_stats import running_statistics
 from bigbatch.trainers.models.weights_file import WeightsInfo, read_header, read_info
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.recovery import stored, tensor_files
 from bigbatch.trainers.recovery.checkpoint import TrainState, capture, load_checkpoint, write
-from bigbatch.trainers.recovery.stored import Retention, list_checkpoints, newest_valid
+from bigbatch.trainers.recovery.stored import MODEL, Retention, list_checkpoints, newest_valid
 
 
 def fingerprint_of(*overrides, order="abc"):
@@ -499,3 +500,41 @@ def test_a_snapshot_says_what_its_weights_are_for(tmp_path):
     info = WeightsInfo("none", ("a", "b", "c"), (0.5,), (0.25,), 4, 1)
     path = save_snapshot(tmp_path, 1, 7, make_state().model, {"accuracy": 0.5}, info)
     assert read_info(read_header(path / stored.MODEL)) == info
+
+
+def evaluated_state(seed=0):
+    """After two steps, evaluated with statistics that are not training's."""
+    state = make_state(seed, steps=2)
+    made = {name: 2 * value + 1 for name, value in running_statistics(state.model).items()}
+    state.evaluated = (2, made)
+    return state, made
+
+
+def test_a_checkpoint_holds_the_statistics_of_the_evaluation_and_those_of_training(tmp_path):
+    state, made = evaluated_state()
+    own = {name: value.clone() for name, value in state.model.state_dict().items()}
+    path = save_checkpoint(tmp_path, state, keep=1)
+    model = load_file(path / MODEL)
+    assert all(torch.equal(value, made.get(name, own[name])) for name, value in model.items())
+    other = make_state(seed=1)
+    load_checkpoint(path, other)
+    assert all(torch.equal(value, own[name]) for name, value in other.model.state_dict().items())
+    assert other.evaluated is None
+    state.step = 3  # whose weights nobody has evaluated
+    path = save_checkpoint(tmp_path, state, keep=2)
+    assert not (path / stored.STATISTICS).exists()
+    assert torch.equal(load_file(path / MODEL)["1.running_mean"], own["1.running_mean"])
+
+
+@pytest.mark.parametrize("how", ["not said", "of another model"])
+def test_statistics_that_do_not_fit_are_found(tmp_path, how):
+    path = save_checkpoint(tmp_path, evaluated_state()[0], keep=1)
+    if how == "not said":
+        content = json.loads((path / stored.STATE).read_text()) | {"precise_bn": False}
+        forge(path, stored.STATE, json.dumps(content).encode())
+        with pytest.raises(UserError, match="precise_bn does not go with the files"):
+            newest_valid(tmp_path)
+    else:
+        forge(path, stored.STATISTICS, save({"1.running_mean": torch.zeros(2)}))
+        with pytest.raises(UserError, match=r"running statistics do not fit: 1\.running_mean"):
+            load_checkpoint(path, make_state())
