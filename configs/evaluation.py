@@ -32,8 +32,8 @@ class Evaluate(StrictModel):
     )
     precise_bn_images: Count = Field(
         8192,
-        description="training images that those are made from, at most an epoch's; also those of "
-        "averaged weights",
+        description="training images that those are made from, at most an epoch's, and no more "
+        "than were trained on; also those of averaged weights",
     )
 
     @model_validator(mode="after")

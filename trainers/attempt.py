@@ -77,7 +77,7 @@ class Attempt:
             if not job.recipe.evaluate.is_precise(state.step):
                 yield model
                 return
-            with job.precise_bn.applied(model) as statistics:
+            with job.precise_bn.applied(model, state.step) as statistics:
                 state.evaluated = (state.step, statistics)
                 yield model
 

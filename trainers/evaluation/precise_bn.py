@@ -30,7 +30,7 @@ class PreciseBatchNorm:
     """Makes running statistics of a model's weights, from what its recipe trains on.
 
     The images are the first ones of the run, with the views that step 0 has, in whole
-    micro-batches: so statistics depend on the weights, and on neither step nor world size.
+    micro-batches: so statistics do not depend on the world size.
     """
 
     engine: Engine
@@ -41,15 +41,16 @@ class PreciseBatchNorm:
     batches: Callable[[Recipe, BatchPlan], Iterator[MicroBatch]]
 
     def recompute(self, model: nn.Module, images: int | None = None) -> None:
-        """Set the statistics of `model`, from about `images` images. Collective.
+        """Set the statistics of `model`, from at most `images` images. Collective.
 
-        As many as the recipe says where None is given, an epoch's at most. Nothing is done where
-        no layer keeps any.
+        Else from as many as the recipe says, or an epoch has; always from one micro-batch at
+        least. Nothing is done where no layer keeps any.
         """
         if not averaged_layers(model):
             return
         engine, recipe = self.engine, self.recipe
-        images = min(images or recipe.evaluate.precise_bn_images, self.epoch_samples)
+        most = min(recipe.evaluate.precise_bn_images, self.epoch_samples)
+        images = most if images is None else min(most, images)
         count = -(-images // recipe.micro_batch)
         plan = BatchPlan(
             count * recipe.micro_batch, recipe.micro_batch, engine.rank, engine.world, 0, 1
@@ -63,15 +64,16 @@ class PreciseBatchNorm:
         )
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def applied(self, model: nn.Module, step: int) -> Iterator[dict[str, Tensor]]:
         """Within the block `model` has statistics of its weights; after it its own, bit for bit.
 
-        Gives copies of the new ones by name. Collective.
+        From no more images than `step` steps have trained on, so that it costs a share of these.
+        Gives copies of the new statistics by name. Collective.
         """
         own = running_statistics(model)
         kept = {name: value.clone() for name, value in own.items()}
         try:
-            self.recompute(model)
+            self.recompute(model, step * self.recipe.global_batch)
             yield {name: value.clone() for name, value in own.items()}
         finally:
             for name, value in own.items():

@@ -159,7 +159,7 @@ def test_the_own_statistics_come_back_even_after_an_error(runs: Any) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def fail() -> None:
-        with precise_statistics(recipe, inputs, augmenter, engine).applied(model) as made:
+        with precise_statistics(recipe, inputs, augmenter, engine).applied(model, 4) as made:
             assert_same(made, running_statistics(model))
             assert not torch.equal(
                 model.state_dict()["bn1.running_mean"], before["bn1.running_mean"]
