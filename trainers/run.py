@@ -45,8 +45,8 @@ def attempt(
     plan = job.inputs.plan
     corrupt = resume(run, engine, state, recipe.log.every)
     if job.course.costs is not None:
-        last = engine.on_main(lambda: read_confusion(run.metrics, state.step))
-        job.course.costs.update(last)
+        seen = engine.on_main(lambda: read_confusion(run.metrics, state.step))
+        job.course.costs.update(seen)
     with open_log(
         run,
         recipe,

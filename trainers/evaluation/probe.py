@@ -75,7 +75,7 @@ class Probe:
     def _pass(self, model: nn.Module) -> list[tuple[int, bool, float]]:
         """(place, right, -log p) of each of this rank's images."""
         engine, index = self._engine, self._seen
-        outcomes = []
+        outcomes: list[tuple[int, bool, float]] = []
         was_training = model.training
         model.eval()
         batches = eval_batches(
