@@ -68,10 +68,14 @@ def train(run: RunDir, *options: str) -> None:
     assert worker.main([str(run.path), *options]) == 0
 
 
-def evaluate(attempt: Attempt) -> dict[str, float]:
+measured = Attempt.evaluate
+
+
+def evaluate(attempt: Attempt, *, snapshot: bool = False) -> dict[str, float]:
+    measured(attempt, snapshot=snapshot)
     step = attempt.job.state.step
     scores = {"accuracy": ACCURACIES[step - 1], "nll": 1.0, "ece": 0.0}
-    attempt.job.state.evaluations.append(Evaluation(step, scores))
+    attempt.job.state.evaluations[-1] = Evaluation(step, scores)
     return scores
 
 
