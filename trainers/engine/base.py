@@ -109,7 +109,7 @@ class Engine(Collectives, ABC):
                 f"{found or 'on another rank'}; ranks exchange gradients of those alone that were "
                 "trained at the start, so that this one would differ between ranks. The weights "
                 "were not touched. Set requires_grad before training starts, and start a new run "
-                "to train others"
+                "to train others; transfer (docs/transfer.md) lets parts begin at a step"
             )
 
     def freeze(self, names: Collection[str]) -> None:
