@@ -14,6 +14,7 @@ import psutil
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.transfer import Gradual
 from bigbatch.launcher.env import forget_launch, start_variables
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.warm.parent import OF_A_RANK, OF_AN_END, Parent, Process, start_parent
@@ -127,7 +128,17 @@ def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     tree["data"]["progressive"] = None  # so that what is measured is of the whole size
     if tree["average"] is not None:  # of the same size, and none that starts after the end
         tree["average"] = {"name": "ema", "half_life": "1 steps"}
+    if isinstance(recipe.transfer, Gradual):  # as it is once all of its stages learn
+        tree["transfer"] = _unfrozen(recipe.transfer)
     return tree
+
+
+def _unfrozen(transfer: Gradual) -> dict[str, Any] | None:
+    rates = transfer.model_dump(mode="json", include={"stage_decay", "rates"})
+    if transfer.stages:
+        return {"name": "frozen", "stages": transfer.stages, **rates}
+    several = transfer.stage_decay != 1.0 or transfer.rates
+    return {"name": "all", **rates} if several else None
 
 
 def steps_done(run: RunDir) -> int:

@@ -8,9 +8,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from bigbatch.configs.files import read_jsonl
-from bigbatch.configs.load import load_recipe
+from bigbatch.configs.load import load_recipe, parse_recipe
 from bigbatch.configs.model import Model
 from bigbatch.configs.rundir import create_run
+from bigbatch.launcher.child import bare_recipe
 from bigbatch.launcher.cli.render import rates_table
 from bigbatch.launcher.prove import prove
 from bigbatch.trainers import worker
@@ -70,6 +71,25 @@ def test_rates_by_layer_alone_are_said_too() -> None:
     rates = measure(load_recipe("digits", keys), 10)["rates"]
     assert {row["lr"] for row in rates if row["stage"] == "head"} == {0.1}
     assert {row["lr"] for row in rates if row["stage"] == "stem"} == {0.1 / 2**5}
+
+
+@pytest.mark.parametrize(
+    ("written", "probed"),
+    [
+        ("{every: 9 epochs}", None),
+        ("{every: 9 epochs, stage_decay: 0.5}", "{name: all, stage_decay: 0.5}"),
+        ("{every: 9 epochs, rates: {head: 2}}", "{name: all, rates: {head: 2}}"),
+        ("{every: 9 epochs, stages: 2}", "{name: frozen, stages: 2}"),
+    ],
+)
+def test_probes_of_a_few_steps_train_what_learns_at_the_end(
+    written: str, probed: str | None
+) -> None:
+    """For find-lr and find-micro-batch: the run that they start ends before a stage begins."""
+    keys = recipe_keys(Path("w.safetensors"))
+    recipe = load_recipe("digits", [*keys, "transfer={name: gradual, " + written[1:]])
+    found = parse_recipe(bare_recipe(recipe, 3), "of a probe")
+    assert found.transfer == load_recipe("digits", [*keys, f"transfer={probed or 'null'}"]).transfer
 
 
 @pytest.fixture
