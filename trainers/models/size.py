@@ -79,7 +79,10 @@ def _rates(
     if recipe.transfer is None:
         if own.layer_decay == 1.0 and not getattr(own, "weight_decay_of", {}):
             return []
-        learning = Learning(tuple(stages_of(model)))
+        try:
+            learning = Learning(tuple(stages_of(model)))
+        except UserError:  # a model without a classifier: its stages are nobody's business here
+            return []
     return rate_table(model, learning, optimizer, recipe.lr_scale)
 
 

@@ -98,7 +98,32 @@ def fit_transfer(recipe: Recipe, model: nn.Module, epoch_samples: int) -> Learni
         assert isinstance(config, c.Gradual)
         return start_of(number, config.every, batch, epoch_samples)
 
-    return learning_of(config, model, begin, recipe.duration.steps(batch, epoch_samples))
+    learning = learning_of(config, model, begin, recipe.duration.steps(batch, epoch_samples))
+    _check_watched(recipe, model, module_starts(model, learning))
+    return learning
+
+
+def _check_watched(recipe: Recipe, model: nn.Module, starts: Mapping[nn.Module, float]) -> None:
+    """Raise UserError where something works on a layer in training, and that stands frozen."""
+    hint = None if recipe.distill is None else recipe.distill.hint
+    layer = dict(model.named_modules()).get(hint.layer) if hint is not None else None
+    if hint is not None and layer in starts:
+        raise UserError(
+            f"distill.hint.layer = {hint.layer} is frozen at first, by transfer: there is nothing "
+            "to be learned from it; name a layer that learns from the start, or leave hint out"
+        )
+    own = recipe.regularise
+    asked = {
+        f"loss {recipe.loss.name}": recipe.loss.name in ("center", "large_margin"),
+        "regularise.drop_connect": own.drop_connect > 0,
+        "regularise.input_noise": own.input_noise > 0,
+    }
+    found = [what for what, there in asked.items() if there]
+    if found and any(module in starts for module in _classifiers(model)):
+        raise UserError(
+            f"{' and '.join(found)} works on the classifier while it trains, and transfer.layers "
+            "freezes it; leave one of them out"
+        )
 
 
 def _check_ends(

@@ -158,6 +158,33 @@ def test_a_stage_more_from_the_top_in_each_period() -> None:
     ]
 
 
+FREEZE_HEAD = "transfer={name: frozen, layers: [head]}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ([FREEZE_HEAD, "loss={name: center}"], "loss center works on the classifier while it tra"),
+        ([FREEZE_HEAD, "regularise.input_noise=0.1"], "regularise.input_noise works on the class"),
+        ([FREEZE_HEAD, "regularise.drop_connect=0.1"], "transfer.layers freezes it; leave one of"),
+        (
+            ["transfer={name: head}", "distill={teacher: a, hint: {layer: layer3}}"],
+            "distill.hint.layer = layer3 is frozen at first",
+        ),
+    ],
+)
+def test_what_works_on_a_layer_in_training_needs_one_that_learns(
+    keys: list[str], says: str
+) -> None:
+    weights = "model.checkpoint=w.safetensors"
+    recipe = load_recipe("digits", [weights, "augment.mixup=0", *keys])
+    with pytest.raises(UserError, match=says):
+        fit_transfer(recipe, small(), 100)
+    others = [key for key in keys if not key.startswith("transfer")]
+    lower = "transfer={name: frozen, stages: 2}"
+    fit_transfer(load_recipe("digits", [weights, "augment.mixup=0", lower, *others]), small(), 100)
+
+
 def test_rates_by_stage_and_layer() -> None:
     config = parse(name="all", stage_decay=0.5, rates={"layer2": 0.1, "type:BatchNorm2d": 2.0})
     factors = learning_of(config, small(), lambda k: 0, 1).factors
