@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from bigbatch.configs import augment_ops as c
 from bigbatch.configs.part import Fraction, NonNegative, Positive, Range, Share, StrictModel
-from bigbatch.configs.size import height_width
+from bigbatch.configs.size import height_width, in_words
 
 _LONGEST = 100  # times as wide as high: a crop beyond it is less than a pixel high
 _MOVING = (c.Rotate, c.Shear, c.Translate, c.Scale, c.Perspective, c.PadCrop)
@@ -124,12 +124,13 @@ def refusals(recipe: Any) -> Iterator[str]:
         size = recipe.data.smallest_size
         if isinstance(op, c.PadCrop) and op.padding >= min(height_width(size)):
             yield (
-                f"augment.ops.{i}.padding = {op.padding} is no less than the images' {size} "
-                "pixels: a crop may show nothing of the image; lower it"
+                f"augment.ops.{i}.padding = {op.padding} is no less than the images' "
+                f"{in_words(size)} pixels: a crop may show nothing of the image; lower it"
             )
         if isinstance(op, c.Cutout) and op.size >= 2 * max(height_width(size)):
             yield (
-                f"augment.ops.{i}.size = {op.size} covers every image of {size} pixels; lower it"
+                f"augment.ops.{i}.size = {op.size} covers every image of {in_words(size)} "
+                "pixels; lower it"
             )
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from bigbatch.configs.durations import Duration, Length, Period
 from bigbatch.configs.part import Count, ImageSize, Positive, StrictModel
 from bigbatch.configs.sampling import Sampling, Uniform
-from bigbatch.configs.size import Size, height_width
+from bigbatch.configs.size import Size, height_width, in_words
 
 
 class Progressive(StrictModel):
@@ -93,8 +93,9 @@ def refusals(recipe: Any) -> Iterator[str]:
     first = last if grows is None else height_width(grows.start)
     if grows is not None and (first == last or first[0] > last[0] or first[1] > last[1]):
         yield (
-            f"data.progressive.start = {grows.start} is no smaller than data.image_size = "
-            f"{recipe.data.image_size}, to which images grow; lower it, or drop data.progressive"
+            f"data.progressive.start = {in_words(grows.start)} is no smaller than data.image_size "
+            f"= {in_words(recipe.data.image_size)}, to which images grow; lower it, or drop "
+            "data.progressive"
         )
     lanes, sampling = recipe.data.lanes, recipe.data.sampling.name
     if lanes and sampling != "uniform":

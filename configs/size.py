@@ -18,3 +18,9 @@ def largest(sizes: Iterable[Size]) -> Size:
     heights, widths = zip(*(height_width(size) for size in sizes), strict=True)
     height, width = max(heights), max(widths)
     return height if height == width else (height, width)
+
+
+def in_words(size: Size) -> str:
+    """224, or 32 x 256: height first."""
+    height, width = height_width(size)
+    return f"{height}" if height == width else f"{height} x {width}"

@@ -76,7 +76,7 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
         ),
         (
             ["data.progressive={start: [16, 48], until: 3 epochs}"],
-            r"data.progressive.start = \(16, 48\) is no smaller than data.image_size = 32",
+            r"data.progressive.start = 16 x 48 is no smaller than data.image_size = 32",
         ),
         (["augment.ops=[{name: cutout, size: 64}]"], "size = 64 covers every image"),
         (["augment.ops=[grayscale]"], "grayscale needs three channels, and data.channels is 1"),

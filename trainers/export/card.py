@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bigbatch.configs.size import height_width
+from bigbatch.configs.size import in_words
 from bigbatch.trainers.evaluation.accuracy import LEVEL, wilson
 from bigbatch.trainers.export.timm_weights import config_path
 
@@ -94,7 +94,7 @@ def _summary(description: Mapping[str, Any]) -> str:
     for m in members:
         data = f"index `{m['data_hash']}`" if m["data_hash"] else "not known"
         rows.append(
-            f"| {m['name']} | {m['model']} | {_size(m['image_size'])} | {_crop(m)} "
+            f"| {m['name']} | {m['model']} | {in_words(m['image_size'])} | {_crop(m)} "
             f"| {_numbers(m['mean'])} | {_numbers(m['std'])} | `{m['recipe_hash']}` | {data} |"
         )
     temperature, threshold = description["temperature"], description["reject_below"]
@@ -103,11 +103,6 @@ def _summary(description: Mapping[str, Any]) -> str:
     if threshold is not None:
         rows += ["", f"Predictions with a probability below {threshold:g} count as rejected."]
     return "\n".join(rows)
-
-
-def _size(size: Any) -> str:
-    height, width = height_width(size)
-    return f"{height}" if height == width else f"{height} x {width}"
 
 
 def _crop(member: Mapping[str, Any]) -> str:

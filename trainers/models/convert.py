@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bigbatch.configs import norm as options
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
-from bigbatch.configs.size import Size, height_width
+from bigbatch.configs.size import Size, height_width, in_words
 from bigbatch.trainers.models import norm_layers as layers
 from bigbatch.trainers.models.blocks import (
     add_attention,
@@ -266,7 +266,8 @@ def check_sizes(
         except Exception as error:  # each model says it in its own way
             reason = str(error).strip().partition(chr(10))[0] or type(error).__name__
             raise UserError(
-                f"{key} = {size}: model {name} takes images of {trained} alone ({reason:.200}); "
+                f"{key} = {in_words(size)}: model {name} takes images of {in_words(trained)} "
+                f"alone ({reason:.200}); "
                 f"leave {key} out, or let the model take any size, as timm's transformers do by "
                 "model.options.dynamic_img_size=true"
             ) from error

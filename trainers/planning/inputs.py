@@ -10,6 +10,7 @@ from bigbatch.configs.distill import Distill
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import ENSEMBLE
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.size import in_words
 from bigbatch.data.geometry import Growth
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
@@ -93,7 +94,7 @@ def open_inputs(
     momentum = momentum_schedule(recipe, plan.total, epoch_samples)
     sizes = image_sizes(recipe, epoch_samples)
     if sizes:
-        steps = ", ".join(f"{size} from step {first:,}" for first, size in sizes)
+        steps = ", ".join(f"{in_words(size)} from step {first:,}" for first, size in sizes)
         notes.append(f"data.progressive: images of {steps}")
     return Inputs(
         splits,
