@@ -1,6 +1,5 @@
 """What a diagnosis is made of: findings, and the recipe key that each would turn."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import finite, to_json
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.schema import Recipe
 
@@ -24,7 +24,7 @@ class Turn:
 
     def __str__(self) -> str:
         """As an override on the command line."""
-        text = self.value if isinstance(self.value, str) else json.dumps(self.value)
+        text = self.value if isinstance(self.value, str) else to_json(self.value)
         return f"{self.key}={text}"
 
 
@@ -46,7 +46,7 @@ class Finding:
         """As JSON has it."""
         turn = None if self.turn is None else {"key": self.turn.key, "value": self.turn.value}
         named = {"rule": self.rule, "level": self.level, "title": self.title, "text": self.text}
-        return {**named, "evidence": dict(self.evidence), "turn": turn}
+        return {**named, "evidence": finite(dict(self.evidence)), "turn": turn}
 
 
 def choose(recipe: Recipe, candidates: Iterable[tuple[str, Any]]) -> Turn | None:
