@@ -1,13 +1,13 @@
 """At which steps a run looks at itself for its diagnosis, and at how many images. Free of torch.
 
-A forward pass costs a third of what training on an image does (trainers/monitoring/flops.py), so
-that all probes together stay below half a per cent of the run's work.
+An image of a probe is decoded and goes forward: on a GPU a third of what training on an image costs
+(trainers/monitoring/flops.py), on a CPU with small images, where decoding counts, up to as much.
+All probes together therefore have fewer than one in a hundred of the run's images.
 """
 
 from dataclasses import dataclass
 
-_SHARE = 0.005  # of the run's work that forward passes of probes may take
-_PASSES = 3  # of a forward pass in the work on one image: backward takes twice as long
+_SHARE = 0.0075  # images of all probes, of those that are trained on
 _MOST, _FEWEST = 512, 64  # images of one probe: a share of 0.9 to +-2.6 and +-7 points (2 sigma)
 _USUAL = 128  # images of one, as long as there are few probes
 _PROBES = 8  # at most
@@ -28,7 +28,7 @@ class Probes:
 
 def plan_probes(total: int, global_batch: int, evaluate_every: int) -> Probes:
     """Of a run of `total` steps: the first evaluation, the last, and some between them, evenly."""
-    budget = int(_SHARE * _PASSES * total * global_batch)
+    budget = int(_SHARE * total * global_batch)
     number = max(1, min(_PROBES, budget // _USUAL))
     images = max(_FEWEST, min(_MOST, budget // number))
     evaluations = -(-total // evaluate_every)
