@@ -16,6 +16,8 @@ _FEWEST = 20  # records of the loss by which a curve is judged
 
 def broken(facts: Facts) -> list[Finding]:
     """What a run suffers from at any time, the cause first."""
+    if not len(facts.step):
+        return [*non_finite(facts)]  # of the very first step
     causes = [*exploding(facts)] or [*diverged(facts)] or [*dead(facts)] or [*vanishing(facts)]
     return [*causes, *non_finite(facts)]
 
@@ -23,8 +25,16 @@ def broken(facts: Facts) -> list[Finding]:
 def non_finite(facts: Facts) -> Iterator[Finding]:
     skipped = sum(e["kind"] == "non_finite" for e in facts.events)
     skipped = skipped or int(np.isnan(facts.loss).sum())
-    if skipped:
-        steps = "1 step" if skipped == 1 else f"{skipped:,} steps"
+    steps = "1 step" if skipped == 1 else f"{skipped:,} steps"
+    if skipped and facts.recipe.precision == "fp16" and facts.history.state != "failed":
+        yield Finding(
+            "note",
+            "Loss scale too high at times",
+            f"{steps} overflowed in fp16 and made no update, as they do until the loss scale fits.",
+            "non_finite",
+            {"steps": skipped},
+        )
+    elif skipped:
         yield Finding(
             "problem",
             "Non-finite loss, gradient or statistics",

@@ -36,13 +36,11 @@ def learning(history: History) -> list[Finding]:
     Of several findings the cause is told, not its consequences: a network whose units are dead
     also learns too little.
     """
-    found: list[Finding] = []
-    facts = Facts(history) if len(history.train.get("step", ())) else None
-    if facts is not None:
-        found = broken(facts)
-        if any(finding.level == "problem" for finding in found):
-            return found
-    if facts is None or len(facts.step) < 20:
+    facts = Facts(history)
+    found = broken(facts)
+    if any(finding.level == "problem" for finding in found):
+        return found
+    if len(facts.step) < 20:
         text = "Fewer than 20 training steps are recorded."
         return [*found, Finding("note", "Too early to tell", text, "unfinished")]
     if not facts.over:

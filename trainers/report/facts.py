@@ -17,7 +17,7 @@ class Facts:
     def __init__(self, history: History) -> None:
         self.history, self.recipe, self.events = history, history.recipe, history.events
         self.probes, self.gradients = history.probes, history.gradients
-        self.step = history.train["step"]
+        self.step = history.train.get("step", np.zeros(0))
         self.loss = history.train.get("loss", np.full(len(self.step), np.nan))
         self.path = smooth(self.loss)
         self.val = history.evals.get("val", {})

@@ -203,6 +203,23 @@ def test_a_run_that_broke_at_once(recipe: Recipe) -> None:
     assert "most of it at a" in found[0].text
 
 
+def test_a_run_whose_first_step_was_not_finite_has_no_record(recipe: Recipe) -> None:
+    history = make(recipe, events=[{"kind": "non_finite"}], probes=[])
+    (found,) = learning(replace(history, train={}, evals={}))
+    assert found.rule == "non_finite"
+    (found,) = learning(replace(history, train={}, evals={}, events=[]))
+    assert found.rule == "unfinished"
+
+
+def test_a_loss_scale_that_is_searched_for_is_no_problem(recipe: Recipe) -> None:
+    half = recipe.model_copy(update={"precision": "fp16"})
+    events = [{"kind": "start", "total_steps": STEPS}, {"kind": "non_finite"}]
+    found = learning(make(half, events=events))
+    assert [(f.rule, f.level) for f in found] == [("non_finite", "note"), ("converged", "good")]
+    (found_32,) = learning(make(recipe, events=events))
+    assert (found_32.rule, found_32.level) == ("non_finite", "problem")
+
+
 @pytest.mark.parametrize("key", ["loss", "lr", "grad_norm"])
 def test_records_that_miss_a_column(recipe: Recipe, key: str) -> None:
     history = make(recipe)
