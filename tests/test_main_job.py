@@ -60,6 +60,26 @@ def test_a_run_ends_with_its_table_and_its_paths(place):
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_a_run_is_diagnosed_by_what_it_measured(place):
+    """In its last lines as by the command; two ranks look at the training images together."""
+    findings = json.loads(bigbatch("diagnose", "digits", "--json", cwd=place))
+    assert {"rule", "level", "title", "text", "evidence", "turn"} == findings[0].keys()
+    shown = [f["title"] for f in findings if f["level"] != "good"]
+    last = (place / "said.txt").read_text().partition("report.html")[2]
+    assert all(f"{title}: " in last for title in shown)
+    records = [
+        json.loads(x) for x in (place / "runs/digits/metrics.jsonl").read_text().splitlines()
+    ]
+    probes = [r for r in records if r["kind"] == "probe"]
+    assert probes[-1]["step"] == max(r["step"] for r in records)
+    assert probes[-1]["train"]["samples"] == probes[-1]["images"] >= 64
+    assert probes[-1]["val"]["samples"] == 362
+    assert probes[-1]["dead"].keys() > {"layer1.0.act1", "layer4.0.act2"}
+    gradients = [r for r in records if r["kind"] == "gradients"]
+    assert [r["step"] for r in gradients] == [1, *(r["step"] for r in probes)]
+    assert gradients[0]["norms"]["fc.weight"] > 0
+
+
 def test_every_step_stands_once_in_the_metrics(place):
     lines = (place / "runs/digits/metrics.jsonl").read_text().splitlines()
     steps = [r["step"] for r in map(json.loads, lines) if r["kind"] == "train"]
