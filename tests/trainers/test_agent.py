@@ -31,14 +31,31 @@ from tests.helpers.ranks import free_port
 @pytest.fixture
 def run(digits: Path, tmp_path: Path) -> RunDir:
     changes = [f"data.path={digits}", "log.wandb=off", "checkpoint.every=1000 steps"]
+    changes += ["global_batch=64", "micro_batch=16", "data.workers=0"]
     return create_run(tmp_path / "a", load_recipe("digits", changes))
 
 
+# Ranks that wait for one that was killed do not answer SIGTERM; for half a minute they are let.
+IMPATIENT = """
+from torch.distributed.elastic.multiprocessing import PContext
+from bigbatch.trainers import agent
+close = PContext.close
+PContext.close = lambda self, death_sig=None, timeout=30: close(self, death_sig, 1)
+agent.leave(agent.main())
+"""
+
+
 @contextmanager
-def agent(run: RunDir, stop_at: int | None = None) -> Iterator[Process]:
-    """The agent of two ranks, with what it and they say in output.txt; killed at the end."""
+def agent(run: RunDir, stop_at: int | None = None, program: str = "") -> Iterator[Process]:
+    """The agent of two ranks, with what it and they say in output.txt; killed at the end.
+
+    `program` in its place, if given."""
     with (run.path / "output.txt").open("w") as output:
         command = agent_command(run.path, 2, stop_at=stop_at)
+        if program:
+            (run.path / "agent.py").write_text(program)
+            arguments = command[command.index("bigbatch.trainers.agent") + 1 :]
+            command = warm.script(run.path / "agent.py", *arguments)
         process = warm.popen(command, stdout=output, stderr=output)
     family = [psutil.Process(process.pid)]
     try:
@@ -180,7 +197,7 @@ def test_a_hung_rank_is_named_and_the_run_goes_on(digits: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_an_error_that_repeats_ends_the_run(run: RunDir) -> None:
-    with agent(run) as process:
+    with agent(run, program=IMPATIENT) as process:
         for restart in range(4):  # the first start and three more
             rank_of_start(run, process, 0, restart).kill()
         assert process.wait(120) == 128 + signal.SIGKILL
@@ -191,9 +208,7 @@ def test_an_error_that_repeats_ends_the_run(run: RunDir) -> None:
 def test_a_second_run_in_one_directory_is_refused(run: RunDir) -> None:
     with agent(run) as process:
         wait_for_step(run, process)
-        second = subprocess.run(
-            agent_command(run.path, 1), capture_output=True, text=True, check=False, timeout=250
-        )
+        second = warm.run(agent_command(run.path, 1), capture_output=True, timeout=250)
         assert second.returncode == 2, second.stderr
         assert f"{run.path} is in use by process " in second.stderr
         assert process.poll() is None
