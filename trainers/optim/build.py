@@ -121,6 +121,8 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
                 history_size=config.history,
                 line_search_fn=None if config.line_search == "none" else config.line_search,
             )
+        case c.Muon():
+            raise AssertionError("it is made of two, by _build_muon")
         case c.NovoGrad() | c.SM3() | c.Lion():
             import pytorch_optimizer  # takes a second, which the others need not wait
 
