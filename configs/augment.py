@@ -20,8 +20,10 @@ class Crop(StrictModel):
     The ratio is relative to that of data.image_size.
     """
 
-    scale: tuple[Share, Share] = (0.35, 1.0)
-    ratio: Range = (3 / 4, 4 / 3)
+    scale: tuple[Share, Share] = Field(
+        (0.35, 1.0), description="area of the crop over the image's, [smallest, largest]"
+    )
+    ratio: Range = Field((3 / 4, 4 / 3), description="width over height, [smallest, largest]")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -40,7 +42,7 @@ class Crop(StrictModel):
 class Affine(StrictModel):
     """Small random affine map: each value is drawn uniformly from [-x, x]."""
 
-    degrees: Annotated[float, Field(ge=0, le=360)] = 0.0
+    degrees: Annotated[float, Field(ge=0, le=360)] = Field(0.0, description="rotation in [-x, x]")
     translate: Fraction = Field(0.0, description="fraction of the image size")
     scale: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="zoom in [1-x, 1+x]")
     shear: Annotated[float, Field(ge=0, lt=90)] = Field(0.0, description="degrees")
@@ -49,10 +51,10 @@ class Affine(StrictModel):
 class Jitter(StrictModel):
     """Colour jitter: factors in [1-x, 1+x]; hue as a fraction of the colour circle."""
 
-    brightness: Fraction = 0.0
-    contrast: Fraction = 0.0
-    saturation: Fraction = 0.0
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    brightness: Fraction = Field(0.0, description="factor in [1-x, 1+x]")
+    contrast: Fraction = Field(0.0, description="factor in [1-x, 1+x]")
+    saturation: Fraction = Field(0.0, description="factor in [1-x, 1+x]")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.0, description="turns, [-x, x]")
 
 
 class ClassStrength(StrictModel):
@@ -65,10 +67,12 @@ class ClassStrength(StrictModel):
 class Augment(StrictModel):
     """Device-side augmentation. A part that is null is off."""
 
-    crop: Crop | None = None
-    affine: Affine | None = None
+    crop: Crop | None = Field(None, description="a random crop, resized to data.image_size")
+    affine: Affine | None = Field(None, description="a small rotation, shift, zoom and shear")
     flip: Fraction = Field(0.0, description="probability of a horizontal flip")
-    jitter: Jitter | None = None
+    jitter: Jitter | None = Field(
+        None, description="brightness, contrast, saturation and hue of each image"
+    )
     ops: c.Ops = Field(
         [],
         description="further operations, in order; geometric ones join the one warp, erasing and "

@@ -27,7 +27,7 @@ class Rotate(_Op):
     """About the centre, by an angle uniform in [-degrees, degrees]."""
 
     name: Literal["rotate"]
-    degrees: Annotated[float, Field(gt=0, le=180)] = 15.0
+    degrees: Annotated[float, Field(gt=0, le=180)] = Field(15.0, description="largest angle")
 
 
 class Shear(_Op):
@@ -62,7 +62,7 @@ class Scale(_Op):
     """About the centre, by a factor whose logarithm is uniform; 2 shows twice as large."""
 
     name: Literal["scale"]
-    factor: Range = (0.8, 1.25)
+    factor: Range = Field((0.8, 1.25), description="[smallest, largest]")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -79,7 +79,9 @@ class Perspective(_Op):
     name: Literal["perspective"]
     p: Share = Field(0.5, description="probability, each image for itself")
     # Beyond 2/3 four corners can form a shape with a dent, which no perspective gives.
-    distortion: Annotated[float, Field(gt=0, le=0.6)] = 0.5
+    distortion: Annotated[float, Field(gt=0, le=0.6)] = Field(
+        0.5, description="share of the sides, twice the corners' way"
+    )
 
 
 class VerticalFlip(_Op):
@@ -129,7 +131,7 @@ class FancyPCA(_Op):
     """
 
     name: Literal["pca"]
-    std: Positive = 0.1
+    std: Positive = Field(0.1, description="of a_i")
     eigenvalues: list[NonNegative] = Field(
         [0.2175, 0.0188, 0.0045], description="lambda_i, of pixels in [0, 1]"
     )
@@ -210,7 +212,7 @@ class Posterize(_Op):
 
     name: Literal["posterize"]
     p: Share = Field(0.2, description="probability, each image for itself")
-    bits: Annotated[int, Field(ge=1, le=7)] = 4
+    bits: Annotated[int, Field(ge=1, le=7)] = Field(4, description="how many stay, of 8")
 
 
 class Equalize(_Op):
@@ -244,7 +246,7 @@ class RandAugment(StrictModel):
 
     name: Literal["randaugment"]
     n: Count = Field(2, description="operations on each image")
-    magnitude: NonNegative = 9.0
+    magnitude: NonNegative = Field(9.0, description="how strong, by the convention")
     convention: Literal["timm", "torchvision"] = Field(
         "timm", description="whose magnitudes: 9 is 9/10 of the range in timm, 9/30 in torchvision"
     )
@@ -283,7 +285,9 @@ class AutoAugment(StrictModel):
     """One of 25 learned pairs of operations for each image (Cubuk et al. 2019, appendix)."""
 
     name: Literal["autoaugment"]
-    policy: Literal["imagenet", "cifar10", "svhn"]
+    policy: Literal["imagenet", "cifar10", "svhn"] = Field(
+        description="the data set that it was learned on"
+    )
     fill: Fill = Field("mean", description="where an image was moved away: augment.mean, or 0")
 
 
@@ -291,7 +295,9 @@ class AugMix(StrictModel):
     """The image mixed with chains of operations on it (Hendrycks et al. 2020, algorithm 1)."""
 
     name: Literal["augmix"]
-    severity: Annotated[int, Field(ge=1, le=10)] = 3
+    severity: Annotated[int, Field(ge=1, le=10)] = Field(
+        3, description="how strong each operation is"
+    )
     width: Count = Field(3, description="chains")
     depth: Annotated[int, Field(ge=1, le=10)] | None = Field(
         None, description="operations in a chain; null draws 1 to 3"
@@ -315,9 +321,9 @@ class Erasing(_Op):
     name: Literal["erasing"]
     p: Share = Field(0.25, description="probability, each image for itself")
     area: tuple[Share, Share] = Field((0.02, 1 / 3), description="share of the image's area")
-    ratio: Range = (0.3, 1 / 0.3)
+    ratio: Range = Field((0.3, 1 / 0.3), description="width over height, [smallest, largest]")
     count: Annotated[int, Field(ge=1, le=20)] = Field(1, description="rectangles share the area")
-    fill: Literal["mean", "black", "noise"] = "mean"
+    fill: Literal["mean", "black", "noise"] = Field("mean", description="what the rectangle shows")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -331,7 +337,7 @@ class Cutout(_Op):
 
     name: Literal["cutout"]
     size: Count = Field(16, description="side in pixels of the input size")
-    fill: Fill = "mean"
+    fill: Fill = Field("mean", description="what the square shows")
 
 
 Geometric = Rotate | Shear | Translate | Scale | Perspective | VerticalFlip | PadCrop

@@ -42,7 +42,9 @@ class Attention(StrictModel):
     """
 
     name: Literal["se", "cbam", "scse"]
-    stages: Annotated[list[Count], Field(min_length=1)]
+    stages: Annotated[list[Count], Field(min_length=1)] = Field(
+        description="counted from the input, the first being 1"
+    )
     reduction: Count = Field(16, description="channels over those between the two layers")
 
 
@@ -62,7 +64,7 @@ class GeneralisedMean(StrictModel):
     """(mean of x^p)^(1/p) of values of at least 1e-6 (Radenovic et al. 2018, arXiv:1711.02512)."""
 
     name: Literal["generalised_mean"]
-    p: Positive = 3.0
+    p: Positive = Field(3.0, description="1 is the mean; the larger, the nearer to the maximum")
 
 
 class Stochastic(StrictModel):

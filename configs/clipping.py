@@ -11,14 +11,14 @@ class ClipNorm(StrictModel):
     """The whole gradient is scaled down to a global L2 norm of at most `limit`."""
 
     name: Literal["norm"]
-    limit: Positive
+    limit: Positive = Field(description="largest L2 norm of the whole gradient")
 
 
 class ClipValue(StrictModel):
     """Each element is kept within [-limit, limit]."""
 
     name: Literal["value"]
-    limit: Positive
+    limit: Positive = Field(description="largest absolute value of an element")
 
 
 class ClipAdaptive(StrictModel):

@@ -39,7 +39,9 @@ class Data(StrictModel):
         description="train on tars that cannot be indexed, drawn at random, not exactly once: "
         "paths, URLs, or pipe:COMMAND; {000..099} stands for many. val and test come from path",
     )
-    sampling: Sampling = Uniform()
+    sampling: Sampling = Field(
+        Uniform(), description="how often an epoch draws each class: uniform, balanced, ..."
+    )
     repeats: Count = Field(
         1,
         description="views of each sample, in as many micro-batches after each other; an epoch "
@@ -61,7 +63,7 @@ class Data(StrictModel):
     progressive: Progressive | None = Field(
         None, description="train on smaller images at first, which grow to image_size"
     )
-    channels: Literal[1, 3] = 3
+    channels: Literal[1, 3] = Field(3, description="3: colour; 1: gray")
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         2, description="decoding processes per rank"
     )

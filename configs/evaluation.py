@@ -11,6 +11,8 @@ _MANY_STEPS = 500  # behind which BatchNorm has long forgotten where it started
 
 
 class Evaluate(StrictModel):
+    """When a run is scored, and on which view of each image."""
+
     every: Period = Field(Length(1, "epochs"), description="and at the run's end")
     batch: Count = Field(256, description="images per evaluation batch, on each rank")
     image_size: ImageSize | None = Field(

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bigbatch.configs.peers import peers_key
 from bigbatch.configs.schema import Recipe
 
 
@@ -18,6 +19,8 @@ def explain(error: Any, tree: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         valid = valid_keys(error["loc"][:-1])
         near = difflib.get_close_matches(str(place[-1]), valid, 1)
+        if told := peers_key([*map(str, place)], near):
+            return f"{where}: {told}"
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{where}: unknown key; {hint}valid keys: {', '.join(valid)}"
     if kind == "missing":

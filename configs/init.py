@@ -14,29 +14,29 @@ class Normal(StrictModel):
     """Gaussian of mean 0."""
 
     name: Literal["normal"]
-    std: Positive
+    std: Positive = Field(description="standard deviation")
 
 
 class Uniform(StrictModel):
     """Uniform of mean 0: between -sqrt(3) std and sqrt(3) std."""
 
     name: Literal["uniform"]
-    std: Positive
+    std: Positive = Field(description="standard deviation")
 
 
 class TruncatedNormal(StrictModel):
     """Gaussian of mean 0, drawn again beyond two `std`; what is left has 0.88 of it."""
 
     name: Literal["truncated_normal"]
-    std: Positive
+    std: Positive = Field(description="standard deviation before the cut")
 
 
 class Xavier(StrictModel):
     """Variance gain^2 * 2 / (fan in + fan out) (Glorot and Bengio 2010, equation 12)."""
 
     name: Literal["xavier"]
-    distribution: Distribution = "uniform"
-    gain: Positive = 1.0
+    distribution: Distribution = Field("uniform", description="what values are drawn from")
+    gain: Positive = Field(1.0, description="multiplies the standard deviation")
 
 
 class He(StrictModel):
@@ -44,9 +44,13 @@ class He(StrictModel):
     equations 10 and 14)."""
 
     name: Literal["he"]
-    distribution: Distribution = "normal"
-    fan: Literal["in", "out"] = "out"
-    nonlinearity: Literal["relu", "leaky_relu", "linear", "sigmoid", "tanh", "selu"] = "relu"
+    distribution: Distribution = Field("normal", description="what values are drawn from")
+    fan: Literal["in", "out"] = Field(
+        "out", description="in keeps the size of signals, out that of gradients"
+    )
+    nonlinearity: Literal["relu", "leaky_relu", "linear", "sigmoid", "tanh", "selu"] = Field(
+        "relu", description="what follows the layer; it sets the gain"
+    )
     slope: NonNegative = Field(0.0, description="of leaky_relu for negative inputs")
 
 
@@ -55,7 +59,7 @@ class Orthogonal(StrictModel):
     arXiv:1312.6120)."""
 
     name: Literal["orthogonal"]
-    gain: Positive = 1.0
+    gain: Positive = Field(1.0, description="multiplies the matrix")
 
 
 Weights = Annotated[

@@ -22,14 +22,18 @@ def _with_kinds(tree: Mapping[str, Any], place: Place) -> Tree:
     """A tree in which parts that are written by their name alone (`schedule: cosine`) say it."""
     out = Tree()
     for key, value in tree.items():
-        here = (*place, key)
-        if isinstance(value, Mapping):
-            out[key] = _with_kinds(value, here)
-        elif isinstance(value, str) and value != "none" and is_named(here):
-            out[key] = {"name": value}
-        else:
-            out[key] = value
+        out[key] = _with_kind(value, (*place, key))
     return out
+
+
+def _with_kind(value: Any, place: Place) -> Any:
+    if isinstance(value, Mapping):
+        return _with_kinds(value, place)
+    if isinstance(value, list):  # of parts, such as augment.ops
+        return [_with_kind(item, place) for item in value]
+    if isinstance(value, str) and value != "none" and is_named(place):
+        return {"name": value}
+    return value
 
 
 def lay(

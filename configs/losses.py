@@ -22,7 +22,9 @@ class EffectiveNumber(StrictModel):
     """(1 - beta) / (1 - beta^n) for a class of n training samples (Cui et al. 2019, equation 2)."""
 
     name: Literal["effective_number"]
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="0 weighs all alike; towards 1, by the inverse of n"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -38,7 +40,7 @@ class GivenWeights(StrictModel):
     """Weights by class, in the order of classes.txt; only their ratios matter."""
 
     name: Literal["given"]
-    values: list[NonNegative] = Field(min_length=2)
+    values: list[NonNegative] = Field(min_length=2, description="one for each class")
 
 
 def _part_of_weights(value: Any) -> Any:
@@ -50,9 +52,13 @@ def _part_of_weights(value: Any) -> Any:
     return value
 
 
+_Weights = Annotated[BalancedWeights | EffectiveNumber | GivenWeights, Field(discriminator="name")]
 ClassWeights = Annotated[
-    Annotated[BalancedWeights | EffectiveNumber | GivenWeights, Field(discriminator="name")] | None,
-    BeforeValidator(_part_of_weights),
+    _Weights | None,
+    BeforeValidator(
+        _part_of_weights,
+        json_schema_input_type=_Weights | list[NonNegative] | Literal["none"] | None,
+    ),
 ]
 
 
@@ -73,7 +79,9 @@ class CrossEntropy(_Weighted):
     """Minus the log-probability of the target, mixed over classes where targets are soft."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: Smoothing = 0.0
+    label_smoothing: Smoothing = Field(
+        0.0, description="share of the target that is spread over all classes"
+    )
 
 
 class Poly1(_Weighted):
@@ -84,7 +92,9 @@ class Poly1(_Weighted):
     """
 
     name: Literal["poly1"]
-    epsilon: Annotated[float, Field(ge=-1)] = 1.0
+    epsilon: Annotated[float, Field(ge=-1)] = Field(
+        1.0, description="added to the first coefficient, which is 1"
+    )
 
 
 class BCE(_Weighted):
@@ -95,7 +105,9 @@ class BCE(_Weighted):
         "sum", description="mean, as timm has it by default, makes gradients C times smaller"
     )
     pos_weight: Positive = Field(1.0, description="of the part of a class that is there")
-    label_smoothing: Smoothing = 0.0
+    label_smoothing: Smoothing = Field(
+        0.0, description="share of the target that is spread over all classes"
+    )
     target_threshold: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="of mixed images, shares above it count as 1, all others as 0: one of 0.7 and "
@@ -124,7 +136,7 @@ class FocalSigmoid(_Weighted):
     """
 
     name: Literal["focal_sigmoid"]
-    gamma: NonNegative = 2.0
+    gamma: NonNegative = Field(2.0, description="how much less easy samples count; 0: all alike")
     alpha: Fraction | None = Field(
         0.25, description="weight of the class that is there; 1 - alpha of the others; null: none"
     )
@@ -134,7 +146,7 @@ class FocalSoftmax(_Weighted):
     """(1 - p)^gamma times cross-entropy, p being the probability of the target."""
 
     name: Literal["focal_softmax"]
-    gamma: NonNegative = 2.0
+    gamma: NonNegative = Field(2.0, description="how much less easy samples count; 0: all alike")
 
 
 class Hinge(_Weighted):
@@ -144,7 +156,7 @@ class Hinge(_Weighted):
     """
 
     name: Literal["hinge"]
-    margin: Positive = 1.0
+    margin: Positive = Field(1.0, description="by which the target's logit should win")
 
 
 class Ramp(_Weighted):
@@ -155,7 +167,9 @@ class Ramp(_Weighted):
     """
 
     name: Literal["ramp"]
-    s: Annotated[float, Field(lt=1)] = -1.0
+    s: Annotated[float, Field(lt=1)] = Field(
+        -1.0, description="margin below which a sample pulls no more"
+    )
 
 
 class ExpectedCost(StrictModel):
@@ -165,8 +179,12 @@ class ExpectedCost(StrictModel):
     """
 
     name: Literal["expected_cost"]
-    cost_vector: list[NonNegative] | None = Field(None, min_length=2)
-    cost_matrix: list[list[NonNegative]] | None = Field(None, min_length=2)
+    cost_vector: list[NonNegative] | None = Field(
+        None, min_length=2, description="cost of missing each class"
+    )
+    cost_matrix: list[list[NonNegative]] | None = Field(
+        None, min_length=2, description="cost of each answer: [truth][answer]"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -215,7 +233,7 @@ class LogitAdjusted(StrictModel):
     """
 
     name: Literal["logit_adjusted"]
-    tau: Positive = 1.0
+    tau: Positive = Field(1.0, description="weight of the class shares; 1 is Bayes-consistent")
 
 
 class LDAM(_Weighted):
@@ -237,7 +255,9 @@ class LargeMargin(_Weighted):
     """
 
     name: Literal["large_margin"]
-    margin: Annotated[int, Field(ge=1, le=4)] = 2
+    margin: Annotated[int, Field(ge=1, le=4)] = Field(
+        2, description="times that the target's angle counts"
+    )
     plain_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.8,
         description="of the plain logit: lambda / (1 + lambda) of section 5.1. From weights that "
@@ -265,7 +285,9 @@ class CosFace(_Weighted):
     """Cosine head: the label's cosine counts less by `margin` (Wang et al. 2018, equation 4)."""
 
     name: Literal["cosface"]
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    margin: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.35, description="taken off the label's cosine"
+    )
 
 
 class Center(_Weighted):

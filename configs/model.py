@@ -34,7 +34,9 @@ class Model(StrictModel):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    pretrained: bool = False
+    pretrained: bool = Field(
+        False, description="start from the weights that timm or torchvision has under this name"
+    )
     checkpoint: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="local weights to start from"
     )

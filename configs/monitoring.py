@@ -8,6 +8,8 @@ from bigbatch.configs.part import Count, StrictModel
 
 
 class Log(StrictModel):
+    """What a run records, and where."""
+
     every: Count = Field(1, description="steps between records in metrics.jsonl")
     details_every: Count = Field(
         50, description="steps between records of timing by rank, trust ratios, and the machine"

@@ -12,7 +12,7 @@ class Group(StrictModel):
     """GroupNorm (Wu and He 2018, arXiv:1803.08494): over groups of channels of one image."""
 
     name: Literal["group"]
-    groups: Count = 32
+    groups: Count = Field(32, description="of channels")
 
 
 class Layer(StrictModel):
@@ -39,10 +39,10 @@ class LocalResponse(StrictModel):
     section 3.3, whose alpha torch would divide by `size`). It has no weights."""
 
     name: Literal["local_response"]
-    size: Count = 5
-    alpha: NonNegative = 1e-4
-    beta: NonNegative = 0.75
-    k: Positive = 2.0
+    size: Count = Field(5, description="channels that are summed over")
+    alpha: NonNegative = Field(1e-4, description="weight of the sum of squares")
+    beta: NonNegative = Field(0.75, description="exponent")
+    k: Positive = Field(2.0, description="added to the sum")
 
 
 class BatchRenorm(StrictModel):
@@ -50,8 +50,10 @@ class BatchRenorm(StrictModel):
     towards the running ones by at most `r_max` and `d_max`."""
 
     name: Literal["batch_renorm"]
-    r_max: Annotated[float, Field(ge=1)] = 3.0
-    d_max: NonNegative = 5.0
+    r_max: Annotated[float, Field(ge=1)] = Field(3.0, description="largest correction of the scale")
+    d_max: NonNegative = Field(
+        5.0, description="largest correction of the mean, in standard deviations"
+    )
     ramp_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="steps over which the limits grow linearly from 1 and 0, plain BatchNorm"
     )
@@ -62,7 +64,7 @@ class GhostBatch(StrictModel):
     arXiv:1705.08741)."""
 
     name: Literal["ghost_batch"]
-    samples: Annotated[int, Field(ge=2)]
+    samples: Annotated[int, Field(ge=2)] = Field(description="images that are normalised together")
 
 
 class FrozenBatch(StrictModel):
@@ -89,7 +91,9 @@ class LinearHead(StrictModel):
     """The model's own linear classifier, after a norm of its input."""
 
     name: Literal["linear"]
-    feature_norm: Literal["layer", "batch", "l2"]
+    feature_norm: Literal["layer", "batch", "l2"] = Field(
+        description="norm of the classifier's input"
+    )
     feature_scale: Positive = Field(
         1.0, description="length of features under l2 (Ranjan et al. 2017, arXiv:1703.09507)"
     )
@@ -100,8 +104,12 @@ class CosineHead(StrictModel):
     2018, arXiv:1804.09458, equation 3)."""
 
     name: Literal["cosine"]
-    scale: Positive = 16.0
-    feature_norm: Literal["layer", "batch"] | None = None
+    scale: Positive = Field(
+        16.0, description="what cosines are multiplied by: the inverse of a temperature"
+    )
+    feature_norm: Literal["layer", "batch"] | None = Field(
+        None, description="norm of the classifier's input, before the cosine"
+    )
 
 
 Head = Annotated[LinearHead | CosineHead, Field(discriminator="name")]

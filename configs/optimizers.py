@@ -20,7 +20,7 @@ class Scale(StrictModel):
         description="linear: lr grows with the batch (Goyal et al. 2017); sqrt: with its square "
         "root (Krizhevsky 2014), usual for Adam and LAMB"
     )
-    base_batch: Count = 256
+    base_batch: Count = Field(256, description="samples in a step that lr is right for")
 
     def factor(self, batch: int) -> float:
         """The learning rate at `batch` samples a step, relative to that at `base_batch`."""
@@ -31,7 +31,7 @@ class Scale(StrictModel):
 class OptimizerBase(StrictModel):
     """Fields of every optimizer."""
 
-    lr: Positive
+    lr: Positive = Field(description="learning rate; schedule multiplies it")
     scale: Scale | None = Field(None, description="lr is for a base batch; scale it to this one")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="the rate falls by this factor from each layer to the one below (BEiT)"
@@ -41,7 +41,9 @@ class OptimizerBase(StrictModel):
 class Decaying(OptimizerBase):
     """Norm layers and biases never decay."""
 
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = Field(
+        0.0, description="of weights alone: norm layers and biases never decay"
+    )
     weight_decay_of: dict[Annotated[str, Field(min_length=1)], NonNegative] = Field(
         default_factory=dict,
         description="another decay by layer: its path, with * for any one name in it, for all "
@@ -50,8 +52,8 @@ class Decaying(OptimizerBase):
 
 
 class _Momentum(Decaying):
-    momentum: Fraction = 0.9
-    nesterov: bool = False
+    momentum: Fraction = Field(0.9, description="share of the running step that is kept")
+    nesterov: bool = Field(False, description="look ahead by the momentum")
     momentum_schedule: Schedule | None = Field(
         None,
         description="multiplies momentum, as schedule does lr; never 0, nor above 1 / momentum",
@@ -85,8 +87,10 @@ class LARS(_Momentum):
     """You et al. 2017, algorithm 1."""
 
     name: Literal["lars"]
-    trust_coefficient: Positive = 0.001
-    eps: NonNegative = 0.0
+    trust_coefficient: Positive = Field(
+        0.001, description="eta: a layer's step over its weights' norm"
+    )
+    eps: NonNegative = Field(0.0, description="added to the trust ratio's denominator")
     momentum_form: Literal["lr_inside", "lr_outside"] = Field(
         "lr_inside",
         description="lr_inside: v = m v + lr trust g (You et al.; MLPerf); "
@@ -99,9 +103,9 @@ class LAMB(Decaying):
     """You et al. 2020, algorithm 2."""
 
     name: Literal["lamb"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-6
-    bias_correction: bool = True
+    betas: Betas = Field((0.9, 0.999), description="decay of the first and second moments")
+    eps: Positive = Field(1e-6, description="added to the denominator")
+    bias_correction: bool = Field(True, description="undo that moments start at 0")
     trust_bounds: tuple[NonNegative, NonNegative] | None = Field(
         None, description="lower and upper bound of the trust ratio"
     )
@@ -117,58 +121,66 @@ class Adam(Decaying):
     """Kingma and Ba 2015; decay is added to the gradient (AdamW decays apart from it)."""
 
     name: Literal["adam"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: Betas = Field((0.9, 0.999), description="decay of the first and second moments")
+    eps: Positive = Field(1e-8, description="added to the denominator")
 
 
 class AdamW(Decaying):
     """Loshchilov and Hutter 2019."""
 
     name: Literal["adamw"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: Betas = Field((0.9, 0.999), description="decay of the first and second moments")
+    eps: Positive = Field(1e-8, description="added to the denominator")
 
 
 class Adagrad(Decaying):
     """Duchi et al. 2011."""
 
     name: Literal["adagrad"]
-    initial_accumulator_value: NonNegative = 0.0
-    eps: Positive = 1e-10
+    initial_accumulator_value: NonNegative = Field(
+        0.0, description="the sum of squares starts at this"
+    )
+    eps: Positive = Field(1e-10, description="added to the denominator")
 
 
 class Adadelta(Decaying):
     """Zeiler 2012."""
 
     name: Literal["adadelta"]
-    rho: Fraction = 0.9
-    eps: Positive = 1e-6
+    rho: Fraction = Field(0.9, description="decay of the two averages of squares")
+    eps: Positive = Field(1e-6, description="added under the roots")
 
 
 class RMSprop(Decaying):
     """Tieleman and Hinton 2012."""
 
     name: Literal["rmsprop"]
-    alpha: Fraction = 0.99
-    eps: Positive = 1e-8
-    momentum: Fraction = 0.0
-    centered: bool = False
+    alpha: Fraction = Field(0.99, description="decay of the average of squares")
+    eps: Positive = Field(1e-8, description="added to the denominator")
+    momentum: Fraction = Field(0.0, description="share of the running step that is kept")
+    centered: bool = Field(
+        False, description="divide by the standard deviation, not the root of the mean square"
+    )
 
 
 class NovoGrad(Decaying):
     """Ginsburg et al. 2019: one second moment for each layer."""
 
     name: Literal["novograd"]
-    betas: Betas = (0.95, 0.98)
-    eps: Positive = 1e-8
-    grad_averaging: bool = False
+    betas: Betas = Field((0.95, 0.98), description="decay of the first and second moments")
+    eps: Positive = Field(1e-8, description="added to the denominator")
+    grad_averaging: bool = Field(
+        False, description="take 1 - beta1 of each new gradient, not all of it"
+    )
 
 
 class Adafactor(Decaying):
     """Shazeer and Stern 2018: second moments by rows and columns; rates relative to weights."""
 
     name: Literal["adafactor"]
-    beta2_decay: Annotated[float, Field(lt=0)] = -0.8
+    beta2_decay: Annotated[float, Field(lt=0)] = Field(
+        -0.8, description="second moments decay by 1 - step ^ this"
+    )
     clip_threshold: Positive = Field(1.0, description="largest root mean square of an update")
 
 
@@ -176,15 +188,17 @@ class SM3(OptimizerBase):
     """Anil et al. 2019: Adagrad in the memory of rows and columns; has no weight decay."""
 
     name: Literal["sm3"]
-    momentum: Beta = 0.9
-    beta: Fraction = 0.0
+    momentum: Beta = Field(0.9, description="share of the running step that is kept")
+    beta: Fraction = Field(0.0, description="decay of the accumulators; 0 adds up all squares")
 
 
 class Lion(Decaying):
     """Chen et al. 2023: the sign of an interpolated momentum; decay apart from it."""
 
     name: Literal["lion"]
-    betas: Betas = (0.9, 0.99)
+    betas: Betas = Field(
+        (0.9, 0.99), description="of the step's interpolation, and of the momentum's decay"
+    )
 
 
 Rest = Annotated[LAMB | AdamW | SGD, Field(discriminator="name")]
@@ -199,8 +213,8 @@ class Muon(_Momentum):
     """
 
     name: Literal["muon"]
-    momentum: Beta = 0.95
-    nesterov: bool = True
+    momentum: Beta = Field(0.95, description="share of the running step that is kept")
+    nesterov: bool = Field(True, description="look ahead by the momentum")
     adjust_lr: Literal["original", "match_rms"] = Field(
         "original",
         description="of a matrix of out x in: original: lr sqrt(max(1, out / in)) (Jordan et al.); "
@@ -256,8 +270,10 @@ class LBFGS(OptimizerBase):
 
     name: Literal["lbfgs"]
     max_iter: Count = Field(4, description="updates in one step of ours")
-    history: Count = 10
-    line_search: Literal["strong_wolfe", "none"] = "strong_wolfe"
+    history: Count = Field(10, description="pairs of vectors that are kept")
+    line_search: Literal["strong_wolfe", "none"] = Field(
+        "strong_wolfe", description="none takes lr as the length of each update"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,6 +10,8 @@ from bigbatch.configs.part import Count, Positive, StrictModel
 
 
 class Checkpoint(StrictModel):
+    """When a run is saved, and which checkpoints stay."""
+
     every: Period = Field(Length(1, "epochs"), description="and at the run's end")
     keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
     keep_best: Annotated[int, Field(ge=0)] = Field(

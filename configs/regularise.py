@@ -17,14 +17,14 @@ class SAM(StrictModel):
     """
 
     name: Literal["sam"]
-    rho: Positive = 0.05
+    rho: Positive = Field(0.05, description="length of the step uphill")
 
 
 class ASAM(StrictModel):
     """The same, by distances relative to the weights (Kwon et al. 2021, equations 7 and 8)."""
 
     name: Literal["asam"]
-    rho: Positive = 0.5
+    rho: Positive = Field(0.5, description="length of the step uphill, in units of the weights")
     eta: NonNegative = Field(0.01, description="added to each |weight|")
 
 
@@ -51,8 +51,12 @@ class Regularise(StrictModel):
     input_noise: NonNegative = Field(
         0.0, description="standard deviation of Gaussian noise on the classifier's input"
     )
-    sharpness: Annotated[SAM | ASAM, Field(discriminator="name")] | None = None
-    early_stop: EarlyStop | None = None
+    sharpness: Annotated[SAM | ASAM, Field(discriminator="name")] | None = Field(
+        None, description="gradients at the sharpest point nearby: sam or asam"
+    )
+    early_stop: EarlyStop | None = Field(
+        None, description="end where the validation split no longer improves"
+    )
 
 
 def refusals(recipe: Any) -> Iterator[str]:

@@ -18,7 +18,9 @@ class Warmup(StrictModel):
 
     warmup: Duration = Field(_NONE, description="length of the warmup; the decay follows it")
     warmup_start: Fraction = Field(0.0, description="factor at step 0 of the warmup")
-    warmup_shape: Literal["linear", "exponential"] = "linear"
+    warmup_shape: Literal["linear", "exponential"] = Field(
+        "linear", description="linear: by equal differences; exponential: by equal factors"
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -31,6 +33,8 @@ class Warmup(StrictModel):
 
 
 class Constant(Warmup):
+    """1 throughout, after the warmup."""
+
     name: Literal["constant"]
 
 
@@ -46,7 +50,7 @@ class Cycles(Warmup):
     2017, eq. 2); `mult` above 1 makes each cycle that many times longer (SGDR's T_mult)."""
 
     name: Literal["cycles"]
-    cycles: Count = 3
+    cycles: Count = Field(3, description="how many; each ends with a snapshot")
     mult: Count = Field(1, description="length of a cycle relative to the one before")
     rewarmup: Duration = Field(_NONE, description="warmup of each cycle after the first")
     final: Fraction = Field(0.0, description="factor that each cycle ends on")
@@ -58,10 +62,10 @@ class LinearCosine(Warmup):
 
     name: Literal["linear_cosine"]
     periods: Positive = Field(0.5, description="cosine periods in the run")
-    alpha: NonNegative = 0.0
-    beta: NonNegative = 0.001
+    alpha: NonNegative = Field(0.0, description="added to the linear decay")
+    beta: NonNegative = Field(0.001, description="added to the product")
     noise: NonNegative = Field(0.0, description="variance of the noise at step 0")
-    noise_decay: NonNegative = 0.55
+    noise_decay: NonNegative = Field(0.55, description="exponent by which the variance falls")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="key of the noise")
 
 
@@ -69,8 +73,8 @@ class Polynomial(Warmup):
     """(1 - final) (1 - t / T)^power + final. T is the rest of the run, or `length`."""
 
     name: Literal["polynomial"]
-    power: Positive = 2.0
-    final: Fraction = 0.0
+    power: Positive = Field(2.0, description="1 is a line")
+    final: Fraction = Field(0.0, description="factor that the decay ends on")
     length: Period | None = Field(None, description="steps that the decay takes")
     cycle: bool = Field(
         False, description="at the end of each `length`, go on towards the end of the next one"
@@ -87,51 +91,51 @@ class Exponential(Warmup):
     """rate^(t / every); with `staircase` in whole steps of `every`."""
 
     name: Literal["exponential"]
-    rate: Fraction
-    every: Period
-    staircase: bool = False
+    rate: Fraction = Field(description="factor of one `every`")
+    every: Period = Field(description="length in which the factor is `rate`")
+    staircase: bool = Field(False, description="fall in whole steps of `every`, not smoothly")
 
 
 class NaturalExponential(Warmup):
     """exp(-rate t / every); with `staircase` in whole steps of `every`."""
 
     name: Literal["natural_exponential"]
-    rate: NonNegative
-    every: Period
-    staircase: bool = False
+    rate: NonNegative = Field(description="exponent of one `every`")
+    every: Period = Field(description="length in which the factor is exp(-rate)")
+    staircase: bool = Field(False, description="fall in whole steps of `every`, not smoothly")
 
 
 class InverseTime(Warmup):
     """1 / (1 + rate t / every); with `staircase` in whole steps of `every`."""
 
     name: Literal["inverse_time"]
-    rate: NonNegative
-    every: Period
-    staircase: bool = False
+    rate: NonNegative = Field(description="added to the denominator in one `every`")
+    every: Period = Field(description="length in which the factor is 1 / (1 + rate)")
+    staircase: bool = Field(False, description="fall in whole steps of `every`, not smoothly")
 
 
 class Step(Warmup):
     """Times `gamma` after every `every`, counted from the start of the run."""
 
     name: Literal["step"]
-    every: Period
-    gamma: Fraction = 0.1
+    every: Period = Field(description="length from one fall to the next")
+    gamma: Fraction = Field(0.1, description="factor of each fall")
 
 
 class MultiStep(Warmup):
     """Times `gamma` at each milestone, counted from the start of the run."""
 
     name: Literal["multi_step"]
-    milestones: list[Duration] = Field(min_length=1)
-    gamma: Fraction = 0.1
+    milestones: list[Duration] = Field(min_length=1, description="where the rate falls")
+    gamma: Fraction = Field(0.1, description="factor of each fall")
 
 
 class PiecewiseConstant(Warmup):
     """`values[i]` up to boundary i, the last value after all, from the start of the run."""
 
     name: Literal["piecewise_constant"]
-    boundaries: list[Duration] = Field(min_length=1)
-    values: list[NonNegative]
+    boundaries: list[Duration] = Field(min_length=1, description="where the factor changes")
+    values: list[NonNegative] = Field(description="the factors, one more than boundaries")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -148,9 +152,9 @@ class Triangular(Warmup):
     peak is half as high as the one before (triangular2)."""
 
     name: Literal["triangular"]
-    rise: Period
-    low: Fraction = 0.1
-    halving: bool = False
+    rise: Period = Field(description="length of the way up, and of the way down")
+    low: Fraction = Field(0.1, description="factor at the bottom")
+    halving: bool = Field(False, description="halve each peak")
 
 
 class OneCycle(StrictModel):
@@ -158,7 +162,7 @@ class OneCycle(StrictModel):
 
     name: Literal["one_cycle"]
     rise: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="part of the run going up")
-    shape: Literal["cosine", "linear"] = "cosine"
+    shape: Literal["cosine", "linear"] = Field("cosine", description="of both ways")
     start: Fraction = Field(0.04, description="factor at step 0")
     final: Fraction = Field(4e-6, description="factor at the last step")
 
@@ -171,12 +175,14 @@ class Plateau(Warmup):
 
     name: Literal["plateau"]
     metric: Literal["accuracy", "nll"] = Field("nll", description="of the validation split")
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of each reduction")
     patience: Annotated[int, Field(ge=0)] = Field(
         10, description="evaluations without improvement that are borne"
     )
     threshold: NonNegative = Field(1e-4, description="smaller improvements are none")
-    threshold_mode: Literal["rel", "abs"] = "rel"
+    threshold_mode: Literal["rel", "abs"] = Field(
+        "rel", description="rel: of the best so far; abs: of the metric itself"
+    )
     cooldown: Annotated[int, Field(ge=0)] = Field(
         0, description="evaluations after a reduction that are not counted"
     )
@@ -186,15 +192,15 @@ class Plateau(Warmup):
 class Piece(StrictModel):
     """One schedule of a sequence and how long it lasts; the last one lasts to the end."""
 
-    length: Period | None = None
-    schedule: "Schedule"
+    length: Period | None = Field(None, description="how long it lasts; the last one has none")
+    schedule: "Schedule" = Field(description="what runs in this piece")
 
 
 class Sequence(StrictModel):
     """One schedule after another. Each counts its steps from 0 and ends with its piece."""
 
     name: Literal["sequence"]
-    pieces: list[Piece] = Field(min_length=1)
+    pieces: list[Piece] = Field(min_length=1, description="in order")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -211,7 +217,7 @@ class Product(StrictModel):
     """The product of several schedules' factors."""
 
     name: Literal["product"]
-    factors: list["Schedule"] = Field(min_length=1)
+    factors: list["Schedule"] = Field(min_length=1, description="the schedules that are multiplied")
 
 
 Schedule = Annotated[

@@ -61,12 +61,18 @@ _RULES = tuple(
 class Recipe(StrictModel):
     """One training run. A step is a pure function of this recipe and the step number."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    duration: Period
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        "run", description="of runs that are given none; a file's own name where it says none"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of weights, order, augmentation and dropout"
+    )
+    duration: Period = Field(description="of training: epochs, steps or samples")
     global_batch: Count = Field(256, description="samples in one optimizer step")
     micro_batch: Count = Field(64, description="samples in one forward/backward pass")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of forward and backward passes; weights stay fp32"
+    )
     backend: Backend = Field(
         "ddp",
         description="what each rank holds: ddp everything; zero1 its share of the optimizer "
@@ -78,28 +84,36 @@ class Recipe(StrictModel):
         "in float64 after it, so that weights do not depend on the world size, bit for bit",
     )
     clip: Clip | None = Field(None, description="gradient clipping: norm, value or adaptive")
-    data: Data
-    model: Model
+    data: Data = Field(description="where samples come from, and in what order")
+    model: Model = Field(description="the network and what it starts from")
     transfer: Transfer | None = Field(
         None,
         description="what learns of weights to start from: head, all, frozen or gradual",
     )
-    loss: Loss = CrossEntropy()
+    loss: Loss = Field(CrossEntropy(), description="what is minimised")
     distill: Distill | None = Field(None, description="learn from a teacher too: soft or logits")
-    optimizer: Optimizer
-    schedule: Schedule = Cosine(name="cosine")
-    regularise: Regularise = Regularise()
+    optimizer: Optimizer = Field(description="how gradients change weights, and at which rate")
+    schedule: Schedule = Field(
+        Cosine(name="cosine"), description="multiplies optimizer.lr over the run"
+    )
+    regularise: Regularise = Field(
+        Regularise(), description="what keeps the model from learning by heart"
+    )
     average: Average | None = Field(
         None,
         description="also keep an average of the weights, a model of its own at the run's end: "
         "ema or swa",
     )
-    augment: Augment = Augment()
-    evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
-    recovery: Recovery = Recovery()
-    ensemble: Ensemble = Ensemble()
-    log: Log = Log()
+    augment: Augment = Field(Augment(), description="what happens to images before the network")
+    evaluate: Evaluate = Field(Evaluate(), description="when and how the run is scored")
+    checkpoint: Checkpoint = Field(
+        Checkpoint(), description="when the run is saved, and what is kept"
+    )
+    recovery: Recovery = Field(
+        Recovery(), description="what happens when a step or a rank goes wrong"
+    )
+    ensemble: Ensemble = Field(Ensemble(), description="which snapshots are combined at the end")
+    log: Log = Field(Log(), description="where records go beside the run directory")
 
     @property
     def micro_batches(self) -> int:

@@ -206,3 +206,11 @@ def test_a_notice_is_said_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> 
         "bigbatch: optimizer is now sgd, not lars: dropped trust_coefficient=0.003; "
         "kept lr=2.0, momentum=0.9, weight_decay=0.0001\n"
     )
+
+
+def test_parts_in_lists_may_be_written_by_their_names_alone() -> None:
+    factors = load_recipe("digits", ["schedule={name: product, factors: [cosine, constant]}"])
+    assert [part.name for part in factors.schedule.factors] == ["cosine", "constant"]  # type: ignore[union-attr]
+    pieces = "[{length: 1 epochs, schedule: constant}, {schedule: cosine}]"
+    sequence = load_recipe("digits", [f"schedule={{name: sequence, pieces: {pieces}}}"])
+    assert [piece.schedule.name for piece in sequence.schedule.pieces] == ["constant", "cosine"]  # type: ignore[union-attr]

@@ -105,7 +105,7 @@ def test_units_are_scaled_down_to_the_limit_after_each_step() -> None:
             "hides some of them; set it to 0",
         ),
         (["regularise.drop_connect=1"], "less than 1"),
-        (["regularise.drop_path=0.1"], "unknown key; valid keys: drop_connect"),
+        (["regularise.drop_path=0.1"], "unknown here; write model.options"),
     ],
 )
 def test_contradictions_are_refused(overrides: list[str], says: str) -> None:
