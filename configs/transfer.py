@@ -95,6 +95,11 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"transfer.stage_decay = {decay:g} and optimizer.layer_decay = "
             f"{optimizer.layer_decay:g} both lower the rate from the top down; set one of them to 1"
         )
+    if own.name == "gradual" and optimizer.name == "muon" and recipe.backend != "ddp":
+        yield (
+            f"transfer = gradual leaves layers out of muon's steps, which on {recipe.backend} it "
+            "puts together from all ranks' pieces; set backend to ddp, or take another optimizer"
+        )
     if optimizer.name == "lbfgs" and (own.name == "gradual" or decay != 1.0 or rates):
         yield (
             f"transfer = {own.name} gives parts of the network other rates or times, and lbfgs has "

@@ -36,6 +36,13 @@ WEIGHTS = "model.checkpoint=w.safetensors"
             [WEIGHTS, "transfer={name: gradual, every: 1 steps}", "optimizer={name: lbfgs, lr: 1}"],
             "lbfgs has one for all of it",
         ),
+        (
+            [
+                *(WEIGHTS, "transfer={name: gradual, every: 1 steps}", "reduction=overlapped"),
+                *("optimizer={name: muon, lr: 0.1, rest: {name: adamw, lr: 0.1}}", "backend=zero1"),
+            ],
+            "leaves layers out of muon's steps, which on zero1",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(keys: list[str], says: str) -> None:
