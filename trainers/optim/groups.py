@@ -110,11 +110,12 @@ def decay_by_layer(model: nn.Module, decays: Mapping[str, float]) -> dict[nn.Par
         if not set(weights) - plain:
             paths = [path for path, _ in model.named_modules() if path]
             near = difflib.get_close_matches(wanted, paths, 3) or paths[:3]
-            why = (
-                f"has nothing that decays in {type(model).__name__}: norms and biases never do"
-                if weights
-                else f"names no layer with weights of {type(model).__name__}"
-            )
+            kind = type(model).__name__
+            why = f"names no layer with weights of {kind}"
+            if weights:
+                why = f"has nothing that decays in {kind}: norms and biases never do"
+            elif any(True for module in matched for _ in module.parameters()):
+                why = f"names what is frozen in {kind}, which does not decay"
             raise UserError(
                 f"optimizer.weight_decay_of: {wanted!a:.80} {why}; layers are called "
                 f"{', '.join(near)}, ..., or type:Conv2d"

@@ -158,6 +158,14 @@ def test_a_stage_more_from_the_top_in_each_period() -> None:
     ]
 
 
+def test_a_decay_of_what_is_frozen_is_refused() -> None:
+    model = small()
+    freeze(model, learning_of(parse(name="frozen", stages=2), model, lambda k: 0, 1))
+    config = optimizers.SGD(name="sgd", lr=0.1, weight_decay_of={"layer1": 0.1})
+    with pytest.raises(UserError, match="'layer1' names what is frozen in ResNet, which does not"):
+        build_optimizer(model, config)
+
+
 FREEZE_HEAD = "transfer={name: frozen, layers: [head]}"
 
 
