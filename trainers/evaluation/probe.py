@@ -115,8 +115,8 @@ def by_class(
     hits = np.bincount(labels, p.argmax(axis=1) == labels, minlength=count)
     losses = np.bincount(labels, -np.log(chosen), minlength=count)
     recall, nll = hits[there] / samples[there], losses[there] / samples[there]
-    weight = samples[there] if trained is None else trained[there]
-    weight = weight / max(1, weight.sum())
+    weight = (samples if trained is None else trained)[there].astype(np.float64)
+    weight /= max(1.0, float(weight.sum()))
     worst = np.flatnonzero(there)[np.argsort(recall, kind="stable")[:_WORST]]
     return {
         "val": {

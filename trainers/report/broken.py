@@ -130,7 +130,8 @@ def vanishing(facts: Facts) -> Iterator[Finding]:
     norms = {name: _median(r["norms"].get(name) for r in records) for name in records[0]["norms"]}
     if not norms:
         return
-    low, high = (choose_(norms, key=lambda name: norms[name]) for choose_ in (min, max))
+    low = min(norms, key=lambda name: norms[name])
+    high = max(norms, key=lambda name: norms[name])
     if norms[high] == 0 or norms[low] >= _VANISHED * norms[high]:
         return
     yield Finding(

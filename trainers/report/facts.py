@@ -59,7 +59,7 @@ class Facts:
         parts = np.array_split(self.loss, 4)[number]
         return parts[np.isfinite(parts)]
 
-    def time(self, steps: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    def time(self) -> NDArray[np.float64]:
         """The learning-rate time of each record: the sum of rates up to it, over that of all.
 
         It tells a run that has settled from one whose rate has come down: a loss that falls

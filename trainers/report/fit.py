@@ -8,7 +8,7 @@ import numpy as np
 from bigbatch.data.writing.sources import printable
 from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.report.facts import SIGMAS, Facts, compared, gap
-from bigbatch.trainers.report.findings import Finding, choose, times
+from bigbatch.trainers.report.findings import Finding, Turn, choose, times
 
 _GAP = 0.1  # of accuracies on training and validation images
 _LEARNED = 0.2  # above chance: with less there is nothing to compare
@@ -154,7 +154,7 @@ def overfitting(facts: Facts) -> Iterator[Finding]:
         yield Finding("problem", "Over-fitting", text, "overfitting", evidence, _regularise(facts))
 
 
-def _regularise(facts: Facts) -> Any:
+def _regularise(facts: Facts) -> Turn | None:
     decay = getattr(facts.recipe.optimizer, "weight_decay", 0.0)
     affine = {"degrees": 10, "translate": 0.1, "scale": 0.1}
     candidates: list[tuple[str, Any]] = []
@@ -211,6 +211,7 @@ def plateau(facts: Facts) -> Iterator[Finding]:
     if not flat or fitted or not (held or stuck):
         return
     lr = facts.recipe.optimizer.lr
+    turn: tuple[str, Any]
     if stuck:
         said = f"The training loss has stayed where it started, {facts.start:.3f}"
         factor = 10 if facts.end < 1.02 * facts.start else 0.1
