@@ -84,6 +84,10 @@ class Shared:
     def __init__(self, modules: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         pass
 
+    @property
+    def pid(self) -> int:
+        return _parent().pid
+
     def popen(self, command: Sequence[object], **options: Any) -> Process:
         return popen(command, **options)
 

@@ -121,11 +121,12 @@ def test_a_step_that_spoils_running_statistics_is_stepped_over(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_regnet_with_evonorm_is_proven_on_two_ranks(digits: Path, tmp_path: Path) -> None:
     model = "model={name: regnetx_002, options: {norm_layer: evonormb0}}"
     recipe = load_recipe(
         "digits",
-        [f"data.path={digits}", model, "global_batch=64", "micro_batch=16", "optimizer.lr=0.1"],
+        [f"data.path={digits}", model, "global_batch=16", "micro_batch=4", "optimizer.lr=0.1"],
     )
     results = prove(recipe, tmp_path / "proof", steps=4, ranks=[1, 2], seed=0)
     assert all(result.passed for result in results), results

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,11 +21,14 @@ from bigbatch.launcher.cli.main import cli
 from bigbatch.launcher.search import study, tune
 from bigbatch.launcher.search import trial as trial_module
 from bigbatch.launcher.slurm.submit import note_job
+from tests.helpers import warm
 
-COMMAND = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "tune", "digits", "space.yaml"]
+pytestmark = pytest.mark.usefixtures("forked")
+COMMAND = ["tune", "digits", "space.yaml"]
 # A second or two of training, with an evaluation after each step.
 SMALL = [
-    *("data.image_size=16", "data.workers=0", "global_batch=256", "schedule={name: constant}"),
+    *("data.image_size=16", "data.workers=0", "schedule={name: constant}"),
+    *("global_batch=64", "micro_batch=32"),
     *("optimizer={name: adamw, lr: 0.01}", "evaluate.every=1 steps", "checkpoint.every=2 steps"),
     *("log.wandb=off", "ensemble.soup=false", "reduction=overlapped", "augment.affine=null"),
 ]
@@ -72,14 +74,16 @@ def open_study(
 def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
     command = [*COMMAND, *SMALL, "duration=6 steps", "--trials", "2", "--nproc", "1", "--json"]
     first = here / "studies/digits/trials/0000"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.popen(
+        warm.bigbatch(*command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and len(read_jsonl(first / "metrics.jsonl")) < 5:
         time.sleep(0.02)
     kill_tree(process.pid)
     process.wait()
     assert not (first / "summary.json").exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.run(warm.bigbatch(*command), capture_output=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [t["state"] for t in found["trials"]] == ["complete", "complete"]
@@ -102,10 +106,10 @@ def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
     assert (here / "studies/digits/history.png").read_bytes()[:4] == b"\x89PNG"
 
     # A third start finds nothing left to do; another recipe is refused.
-    again = CliRunner().invoke(cli, [*command[4:]], catch_exceptions=False)
+    again = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert json.loads(again.stdout)["trials"] == found["trials"]
     with pytest.raises(UserError, match=r"another recipe: seed = 3 there, 1 here"):
-        CliRunner().invoke(cli, [*command[4:], "seed=1"], catch_exceptions=False)
+        CliRunner().invoke(cli, [*command, "seed=1"], catch_exceptions=False)
 
 
 @pytest.mark.slow
