@@ -158,11 +158,12 @@ def test_what_is_finished_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_members_train_side_by_side_as_they_would_alone(digits: Path, tmp_path: Path) -> None:
     from bigbatch.configs.rundir import create_run
     from bigbatch.launcher.child import Children
 
-    short = ["duration=2 epochs", "schedule={name: cosine}", "log.wandb=off", "data.workers=0"]
+    short = ["duration=4 steps", "schedule={name: cosine}", "log.wandb=off", "data.workers=0"]
     recipe = load_recipe("digits", [f"data.path={digits}", *short])
     assert run_members(recipe, tmp_path / "a", 2, 1, 2) == 0
     alone = create_run(tmp_path / "alone", member_recipes(recipe, 2)[1])

@@ -128,6 +128,7 @@ def test_every_choice_is_drawn_in_recipes_that_are_taken(digits: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("number", range(COUNT))
 def test_a_random_recipe_is_proven(digits: Path, tmp_path: Path, number: int) -> None:
     """Two steps and more on one and two ranks, and killed and resumed: the same weights."""

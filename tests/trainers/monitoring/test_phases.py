@@ -99,13 +99,14 @@ def test_nothing_is_known_before_the_first_step() -> None:
 
 
 def train_with_slow_rank(digits: Path, tmp_path: Path, phase: str) -> RunDir:
-    """Two real ranks over gloo, of which rank 1 sleeps 250 ms in a phase of each micro-batch."""
-    changes = [f"data.path={digits}", "log.wandb=off", "duration=16 steps"]
+    """Two real ranks over gloo, of which rank 1 sleeps 100 ms in a phase of each micro-batch."""
+    changes = [f"data.path={digits}", "log.wandb=off", "duration=8 steps"]
+    changes += ["global_batch=64", "micro_batch=16"]
     changes += ["schedule.cycles=1", "schedule.warmup=2 steps"]
-    changes += ["log.details_every=8", "evaluate.every=1000 steps", "checkpoint.every=1000 steps"]
+    changes += ["log.details_every=4", "evaluate.every=1000 steps", "checkpoint.every=1000 steps"]
     run = create_run(tmp_path / "run", load_recipe("digits", changes))
     script = Path(__file__).parents[2] / "helpers/slow_rank.py"
-    run_ranks(2, script, phase, "1", "0.25", run.path)
+    run_ranks(2, script, phase, "1", "0.1", run.path)
     return run
 
 
@@ -123,7 +124,7 @@ def test_a_slow_rank_of_a_real_run_is_named(digits: Path, tmp_path: Path, phase:
     assert slow[phase] > fast[phase]
     # Who is fast waits for the other in the exchange of gradients.
     assert fast["reduce"] > slow["reduce"]
-    assert [r["step"] for r in records if r["kind"] == "trust"] == [8, 16]
+    assert [r["step"] for r in records if r["kind"] == "trust"] == [4, 8]
     assert all(ratio > 0 for r in records if r["kind"] == "trust" for ratio in r["ratios"].values())
     assert {r["kind"] for r in records} >= {"train", "ranks", "trust", "system"}
 
@@ -135,6 +136,7 @@ def test_every_backend_records_the_same_trust_ratios(digits: Path, tmp_path: Pat
     for backend in ("ddp", "zero1", "zero2", "fsdp2"):
         changes = [f"data.path={digits}", "log.wandb=off", f"backend={backend}"]
         changes += ["reduction=overlapped", "log.details_every=2"]
+        changes += ["global_batch=64", "micro_batch=16"]
         run = create_run(tmp_path / backend, load_recipe("digits", changes))
         command = agent_command(run.path, 2, stop_at=4)
         warm.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
