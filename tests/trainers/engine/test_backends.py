@@ -268,26 +268,26 @@ JOBS = [
     go_on_job("zero1", 4, 7),
     go_on_job("fsdp2", 7, 10),
     compare("ddp", "lars"),
-    *(compare(b, o, "float32", 10, 50) for b in SHARDED for o in LAYERWISE),
+    *(compare(b, o) for b in SHARDED for o in LAYERWISE),
     *(scaled(b, micro_batches=3) for b in SHARDED),
-    compare("fsdp2", "lars", "float64", 50),
+    compare("fsdp2", "lars", "float64"),
     *(compare(b, "muon_lamb") for b in ("ddp", "zero1", "fsdp2")),
     compare("zero1", "timm"),
     compare("zero1", "timm_muon"),
 ]
+# Fifty steps, after which rounding has grown a hundredfold, on three ranks alone: what could grow
+# otherwise, an exchange or a piece that is another rank's, is off in the first ten.
 MORE_JOBS = {
     2: [
         *(compare(b, o) for b in SHARDED for o in ("sgd", "adamw", "lion")),
-        *(compare(b, o, "float64", 50) for b in ("ddp", "fsdp2") for o in (*LAYERWISE, *MUON)),
-        *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in MUON),
+        *(compare(b, o, "float64") for b in ("ddp", "fsdp2") for o in (*LAYERWISE, *MUON)),
+        *(compare(b, o) for b in ["ddp", *SHARDED] for o in MUON),
     ],
     3: [
         *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in (*LAYERWISE, *MUON)),
         *(scaled(b) for b in SHARDED),
     ],
-    4: [
-        *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in (*LAYERWISE, *MUON))
-    ],
+    4: [compare(b, o) for b in ["ddp", *SHARDED] for o in (*LAYERWISE, *MUON)],
 }
 
 
@@ -329,9 +329,9 @@ def one_rank() -> Any:
     def get(job: dict[str, Any]) -> dict[str, Any]:
         case = job["case"] | {"backend": "ddp"}
         case.pop("scaled", None)
-        key = name_of(case)
+        key = f"{name_of(case)} {job['steps']}"
         if key not in made:
-            made[key] = run(case, [10, 50])
+            made[key] = run(case, job["steps"])
         return made[key]
 
     return get
