@@ -215,7 +215,7 @@ def plateau(facts: Facts) -> Iterator[Finding]:
     if stuck:
         said = f"The training loss has stayed where it started, {facts.start:.3f}"
         factor = 10 if facts.end < 1.02 * facts.start else 0.1
-        turn: tuple[str, str | float] = ("optimizer.lr", times(lr, factor))
+        turn = ("optimizer.lr", times(lr, factor))
     else:
         said = (
             f"The training loss stood at {before:.3f} in the third quarter of the run and at "
