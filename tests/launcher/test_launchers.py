@@ -16,6 +16,7 @@ from tests.helpers.ranks import free_port
 BIN = Path(sys.executable).parent
 MODULE = "bigbatch.launcher.cli"
 CHANGES = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=0 steps"]
+CHANGES += ["global_batch=64", "micro_batch=16", "ensemble.soup=false"]
 COMMANDS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", MODULE],
     "accelerate": [

@@ -173,6 +173,7 @@ def test_attention_is_fused_whatever_the_environment_says(monkeypatch: pytest.Mo
 KNOWN = {name for row in TABLE for name in row.names}
 CHANGES = [
     *("log.wandb=off", "data.workers=0", "checkpoint.every=5 steps"),
+    *("global_batch=64", "micro_batch=16"),
     *("schedule.warmup=1 steps", "schedule.rewarmup=0 steps"),
 ]
 
