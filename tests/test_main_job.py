@@ -37,7 +37,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     bigbatch("shard", "digits", "shards/digits", cwd=folder)
     said = bigbatch(
-        *("train", "digits", "duration=12 epochs", "ensemble.selection_margin=1", "--nproc", "2"),
+        *("train", "digits", "duration=6 epochs", "schedule.warmup=1 epochs"),
+        *("ensemble.selection_margin=1", "--nproc", "2"),
         cwd=folder,
     )
     (folder / "said.txt").write_text(said)
@@ -130,6 +131,7 @@ def test_a_finished_run_is_never_overwritten(place):
     assert (place / "runs/digits/metrics.jsonl").read_bytes() == before
 
 
+BATCH = ("global_batch=64", "micro_batch=16")  # as many micro-batches as the recipe's own
 # Parts of a model that look at more than one image, or draw, or compute twice; all at once.
 PARTS = (
     "model.norm={name: batch_renorm, ramp_steps: 3}",
@@ -148,9 +150,9 @@ PARTS = (
 @pytest.mark.parametrize(
     "options",
     [
-        ("--ranks", "1,2", "--steps", "5"),
+        ("--ranks", "1,2", "--steps", "5", *BATCH),
         pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--ranks", "1,2", "--steps", "4", *PARTS), marks=pytest.mark.slow),
+        pytest.param(("--ranks", "1,2", "--steps", "4", *BATCH, *PARTS), marks=pytest.mark.slow),
     ],
     ids=["two sizes", "all", "a model of many parts"],
 )

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from bigbatch.trainers.report.report import write_report
 from tests.helpers import warm
 from tests.helpers.micro_batches import damage
 
-BIGBATCH = Path(sys.executable).parent / "bigbatch"
 BAD = (3, 500, 501)  # samples of the training split
 
 
@@ -41,14 +38,9 @@ def finished(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     index = open_index(here / "shards/digits/train")
     damage(index, BAD)
     changes = ("duration=2 epochs", "data.sampling=uniform", "log.wandb=off", "ensemble.soup=false")
-    done = subprocess.run(
-        [BIGBATCH, "train", "digits", *changes, "schedule={name: cosine}", "--nproc", "2"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    changes += ("data.image_size=16",)
+    command = warm.bigbatch("train", "digits", *changes, "schedule={name: cosine}", "--nproc", "2")
+    done = warm.run(command, cwd=here, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return here / "runs/digits", done.stdout, index
 
