@@ -3,13 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
+
+_BLOCK = 1 << 20
+_LONGEST_LINE = 1 << 24
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -29,6 +32,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def append_whole(handle: int, lines: bytes) -> None:
+    """Append to a file that is open for it, all or nothing: raises OSError where it is nothing."""
+    size = os.fstat(handle).st_size
+    if os.write(handle, lines) < len(lines):
+        os.ftruncate(handle, size)  # no torn line is ever left
+        raise OSError("no space for another line")
 
 
 def check_writable(path: Path) -> None:
@@ -74,16 +85,76 @@ def finite(value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a JSON-lines file; a line cut short, or no record, is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+def read_jsonl(path: Path, *words: bytes) -> list[dict[str, Any]]:
+    """All that `iter_jsonl` finds, where that is little."""
+    return list(iter_jsonl(path, *words))
+
+
+def iter_jsonl(path: Path, *words: bytes, newest_first: bool = False) -> Iterator[dict[str, Any]]:
+    """The whole records of a JSON-lines file, in memory that does not grow with the file.
+
+    A line cut short, or no record, is left out. With `words`, only lines that hold one of them
+    are parsed, which costs a fraction: who asks still looks at the record.
+    """
+    for line in iter_lines(path, *words, newest_first=newest_first):
         try:
             record = parse_json(line)
         except ValueError:
             continue  # torn by a power cut; the next attempt writes that step again
         if isinstance(record, dict):
-            records.append(record)
-    return records
+            yield record
+
+
+def iter_lines(path: Path, *words: bytes, newest_first: bool = False) -> Iterator[bytes]:
+    """The lines of a file that end, without their ends; with `words`, those that hold one of them.
+
+    A line of more than 16 MB, which no record is, is stepped over.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for block in _blocks_backwards(file) if newest_first else _blocks(file):
+            if words and not any(word in block for word in words):
+                continue
+            lines = block.split(b"\n")[:-1]
+            for line in reversed(lines) if newest_first else lines:
+                if not words or any(word in line for word in words):
+                    yield line
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file in blocks of whole lines, oldest first."""
+    rest, too_long = b"", False
+    while block := file.read(_BLOCK):
+        end = block.rfind(b"\n") + 1
+        if end:
+            start = block.find(b"\n") + 1 if too_long else 0
+            yield rest + block[start:end]
+            rest, too_long = block[end:], False
+        elif not too_long:
+            rest += block
+            too_long = len(rest) > _LONGEST_LINE
+            rest = b"" if too_long else rest
+
+
+def _blocks_backwards(file: BinaryIO) -> Iterator[bytes]:
+    """The same blocks, newest first."""
+    at = file.seek(0, os.SEEK_END)
+    rest, torn = b"", True  # a last line without its end is none
+    while at > 0:
+        start = max(0, at - _BLOCK)
+        file.seek(start)
+        block, at = file.read(at - start), start
+        if torn:
+            block = block[: block.rfind(b"\n") + 1]
+            torn = not block
+        block += rest
+        # Where the first line of a block begins is seen in the block before it.
+        first = block.find(b"\n") + 1 if start else 0
+        if start and first == len(block):
+            rest, torn = (b"", True) if len(block) > _LONGEST_LINE else (block, torn)
+            continue
+        rest = block[:first]
+        yield block[first:]

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import psutil
 
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl, read_jsonl
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.transfer import Gradual
@@ -143,18 +143,19 @@ def _unfrozen(transfer: Gradual) -> dict[str, Any] | None:
 
 def steps_done(run: RunDir) -> int:
     """The last step that is recorded as finished; 0 before the first."""
-    return max((r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"), default=0)
+    newest = iter_jsonl(run.metrics, b'"train"', newest_first=True)
+    return next((r["step"] for r in newest if r.get("kind") == "train"), 0)
 
 
 def losses(run: RunDir) -> tuple[list[float], list[float]]:
     """Learning rates and losses of the recorded steps; a loss that is not finite is NaN."""
-    records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
+    records = [r for r in read_jsonl(run.metrics, b'"train"') if r.get("kind") == "train"]
     values = [float("nan") if r["loss"] is None else float(r["loss"]) for r in records]
     return [float(r["lr"]) for r in records], values
 
 
 def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read_jsonl(run.events) if e.get("kind") == kind]
+    return [e for e in read_jsonl(run.events, f'"{kind}"'.encode()) if e.get("kind") == kind]
 
 
 def tail(run: RunDir, lines: int = 15) -> str:

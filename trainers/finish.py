@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bigbatch.configs.files import read_jsonl, to_json, write_atomically
+from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
@@ -53,10 +54,22 @@ def finish(job: Job, log: Log) -> None:
         return
     for role, found in averaged.items():
         scores[role] |= found
-    summary = summarise(job, scores)
-    write_atomically(job.run.summary, to_json(summary, indent=1) + "\n")
-    log.end("finished")
-    say_results(job.run, summary, log)
+    end(job.run, summarise(job, scores), log)
+
+
+def end(run: RunDir, summary: dict[str, Any], log: Log) -> None:
+    """Say the results, write the report, and at last what makes a run a finished one.
+
+    No start looks at a run with a summary again, so all else is there before.
+    """
+    log.end_progress()
+    say_results(run, summary)
+    write_atomically(run.summary, to_json(summary, indent=1) + "\n")
+    log.close("finished")  # only then it is sure where wandb's run lies
+    print(f"summary  {run.summary}", flush=True)
+    if log.wandb_path is not None:
+        print(f"wandb    {log.wandb_path}", flush=True)
+    say_findings(diagnose_run(run), Console(soft_wrap=True))
 
 
 def _expected_snapshots(job: Job) -> set[int]:
@@ -115,7 +128,8 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     over the recorded steps.
     """
     total, batch = job.state.step, job.recipe.global_batch
-    steps = [r["step_s"] for r in read_jsonl(job.run.metrics) if r["kind"] == "train"]
+    trained = iter_jsonl(job.run.metrics, b'"train"')
+    steps = [r["step_s"] for r in trained if r["kind"] == "train"]
     mean = sum(steps) / len(steps) if steps else None
     journal = read_journal(job.run.path)
     return {
@@ -131,10 +145,10 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
-    """The table and the paths that a user looks for when a run ends.
+def say_results(run: RunDir, summary: dict[str, Any]) -> None:
+    """The table, which takes no time, and then the report, which takes seconds to draw.
 
-    The table comes first: the report takes seconds to draw, while the log's views are closed.
+    Raises OSError where the disk does not take it; a report that cannot be drawn ends no run.
     """
     console = Console(soft_wrap=True)
     console.print(final_table(summary))
@@ -145,11 +159,11 @@ def say_results(run: RunDir, summary: dict[str, Any], log: Log) -> None:
             style="yellow",
             highlight=False,
         )
-    console.print(f"summary  {run.summary}", highlight=False)
     from bigbatch.trainers.report.report import write_report  # matplotlib
 
-    console.print(f"report   {write_report(run)}", highlight=False)
-    log.close("finished")  # only then it is sure where wandb's run lies
-    if log.wandb_path is not None:
-        console.print(f"wandb    {log.wandb_path}", highlight=False)
-    say_findings(diagnose_run(run), console)
+    try:
+        print(f"report   {write_report(run, summary)}", flush=True)
+    except OSError:
+        raise
+    except Exception as error:  # the figures stand; what is drawn of them can be drawn later
+        notice(f"no report: {error}; `bigbatch report {run.path}` writes it")

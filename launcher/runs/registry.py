@@ -9,13 +9,14 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, create_run
@@ -31,6 +32,8 @@ from bigbatch.trainers.recovery.heartbeat import Heartbeat
 # A run on another machine cannot be asked whether it lives: this long without a record, and
 # it counts as killed.
 _SILENT_S = 900.0
+# What the records of a damaged run may raise.
+_DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
 ENDED = ("stopped", "failed", "finished", "killed", "unreadable")
 
 
@@ -114,15 +117,13 @@ def describe(
     try:
         changed = [p.stat().st_mtime for p in _records(run) if p.exists()]
         age = max(0.0, now - max(changed))
-        events = read_jsonl(run.events)
-        starts = [e for e in events if e.get("kind") == "start"]
         step, best = _progress(run.metrics)
-        totals = [int(e["total_steps"]) for e in starts if e.get("total_steps") is not None]
-        state = _state(run, events, age, trainers)
+        totals = (e["total_steps"] for e in _newest(run, "start"))
+        total = next((int(t) for t in totals if t is not None), None)
+        state = _state(run, age, trainers)
         job = job_of(run)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except _DAMAGES:
         return RunInfo(run.name, str(run.path), "unreadable", 0, None, None, 0.0)
-    total = totals[-1] if totals else None
     info = RunInfo(run.name, str(run.path), state, step, total, best, round(age, 1), job)
     if job is None or jobs is None or state == "finished":
         return info
@@ -173,30 +174,28 @@ def new_run(path: Path, recipe: Recipe, made_up: bool) -> RunDir:
 
 def _never_trained(run: RunDir) -> bool:
     """Whether a run failed before its first step, so that its directory holds no work."""
-    begun = any(e.get("kind") in ("start", "submitted") for e in read_jsonl(run.events))
-    return describe(run).state == "failed" and not begun and not run.checkpoints.exists()
+    begun = next(_newest(run, "start", "submitted"), None)
+    return describe(run).state == "failed" and begun is None and not run.checkpoints.exists()
 
 
 def status(run: RunDir) -> dict[str, Any]:
     """All that a person asks of one run, in plain values."""
     info = look_up(run)
-    events = read_jsonl(run.events)
-    starts = [e for e in events if e.get("kind") == "start"]
+    start = next(_newest(run, "start"), {})
     # The end of a start that failed says why.
-    told = (e for e in events if e.get("kind") != "end" or "error" in e)
-    alerts = [e for e in told if e.get("kind") in TITLES]
-    records = [r for r in read_jsonl(run.metrics) if r.get("kind") == "train"]
-    last = records[-1] if records else {}
+    told = (e for e in _newest(run, *TITLES) if e["kind"] != "end" or "error" in e)
+    trained = iter_jsonl(run.metrics, b'"train"', newest_first=True)
+    records = list(islice((r for r in trained if r.get("kind") == "train"), 20))
+    last = records[0] if records else {}
     left = None
     if info.total_steps and info.state == "running" and records:
-        recent = [r["step_s"] for r in records[-20:] if r.get("step_s")]
+        recent = [r["step_s"] for r in records if r.get("step_s")]
         left = (info.total_steps - info.step) * sum(recent) / max(1, len(recent))
-    start = starts[-1] if starts else {}
     ended = info.job is not None and info.state in ("failed", "killed", "stopped")
     return {
         **asdict(info),
         "job_ended": squeue.how_it_ended(info.job) if ended and info.job else None,
-        "starts": len(starts),
+        "starts": sum(1 for _ in _newest(run, "start")),
         "world_size": start.get("world_size"),
         "device": start.get("device"),
         "host": start.get("host"),
@@ -205,7 +204,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "images_per_s": last.get("images_per_s"),
         "mfu": last.get("mfu"),
         "slowest": last.get("slowest"),
-        "alerts": alerts[-5:],
+        "alerts": list(islice(told, 5))[::-1],
         "seconds_left": left,
         "checkpoints": sorted(p.name for p in run.checkpoints.glob("step-????????")),
         "forked_from": run.forked_from,
@@ -225,8 +224,7 @@ def cancel(run: RunDir) -> str:
                 return f"job {info.job} is out of the queue; nothing was lost"
             return f"job {info.job} finishes its step, saves and ends; it is not requeued"
     found = processes(run)
-    starts = [e for e in read_jsonl(run.events) if e.get("kind") == "start"]
-    host = starts[-1].get("host") if starts else None
+    host = next(_newest(run, "start"), {}).get("host")
     if info.state == "running" and not found and host != socket.gethostname():
         raise UserError(
             f"{run.name} runs on {host}, this is {socket.gethostname()}; cancel it there"
@@ -319,7 +317,7 @@ def _live_job(run: RunDir) -> str | None:
     """The job to ask SLURM about; None where a run has none, or is finished."""
     try:
         return None if run.summary.exists() else job_of(run)
-    except (OSError, AttributeError):
+    except _DAMAGES:
         return None  # unreadable; `describe` says so
 
 
@@ -327,23 +325,26 @@ def _records(run: RunDir) -> tuple[Path, ...]:
     return (run.recipe_file, run.metrics, run.events)
 
 
-def _state(
-    run: RunDir,
-    events: list[dict[str, Any]],
-    age: float,
-    trainers: Sequence[Trainer] | None,
-) -> str:
-    last = [e for e in events if e.get("kind") in ("start", "end")]
-    end = str(last[-1].get("state", "stopped")) if last and last[-1]["kind"] == "end" else None
+def _newest(run: RunDir, *kinds: str) -> Iterator[dict[str, Any]]:
+    """The events of these kinds, newest first: who asks for one reads little of a long file."""
+    words = [f'"{kind}"'.encode() for kind in kinds]
+    found = iter_jsonl(run.events, *words, newest_first=True)
+    return (event for event in found if event.get("kind") in kinds)
+
+
+def _state(run: RunDir, age: float, trainers: Sequence[Trainer] | None) -> str:
+    last = next(_newest(run, "start", "end"), None)
+    end = str(last.get("state", "stopped")) if last and last["kind"] == "end" else None
+    if end not in (None, "finished", "stopped", "failed"):
+        raise ValueError(f"no state: {end}")
     if end == "finished":
         return end
     # A crashed rank may have noted its end; while its agent lives, it is started again.
     if processes(run, trainers):
         return "running"
-    if not last:
+    if last is None:
         return "new"
-    starts = [e for e in last if e["kind"] == "start"]
-    if end or (starts and starts[-1].get("host") == socket.gethostname()):
+    if end or last.get("host") == socket.gethostname():
         return end or "killed"
     return "running" if age < _SILENT_S else "killed"
 
@@ -353,20 +354,10 @@ def _progress(metrics: Path) -> tuple[int, float | None]:
 
     Long runs have a million records, so only the lines that say this are parsed.
     """
-    lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
-    last = next(filter(None, map(_parse, reversed(lines))), {})
-    evals = [_parse(line) for line in lines if b'"eval"' in line and b'"val"' in line]
-    accuracies = [float(e["accuracy"]) for e in evals if e and e.get("accuracy") is not None]
+    last = next(iter_jsonl(metrics, newest_first=True), {})
+    evals = (e for e in iter_jsonl(metrics, b'"val"') if e.get("kind") == "eval")
+    accuracies = (float(e["accuracy"]) for e in evals if e.get("accuracy") is not None)
     return int(last.get("step", 0)), max(accuracies, default=None)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """One record; None where a power cut tore the line."""
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _json(path: Path) -> Any:

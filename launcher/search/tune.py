@@ -4,7 +4,6 @@ One loop starts trials, reads their files, prunes and collects them; the study's
 the run directories hold all that there is to know, so a killed search goes on from both.
 """
 
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
@@ -248,9 +248,11 @@ def outcomes(run: RunDir, space: Space) -> list[float] | None:
     """
     if not run.summary.exists():
         return None
-    seconds = json.loads(run.summary.read_text(encoding="utf-8"))["seconds"]
+    seconds = parse_json(run.summary.read_bytes())["seconds"]
     records: list[dict[str, Any]] = [
-        r for r in read_jsonl(run.metrics) if r.get("kind") == "eval" and r.get("split") == "val"
+        r
+        for r in read_jsonl(run.metrics, b'"eval"')
+        if r.get("kind") == "eval" and r.get("split") == "val"
     ]
     scores = {**(records[-1] if records else {}), "seconds": seconds}
     values = [scores.get(objective) for objective in space.objectives]

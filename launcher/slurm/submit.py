@@ -1,13 +1,13 @@
 """Submitting runs to SLURM: the run directory, its code and its batch script, then sbatch."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl, to_json, write_atomically
+from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run, event_record
 from bigbatch.configs.schema import Recipe
@@ -180,7 +180,7 @@ def see_that_no_job_lives(run: RunDir) -> None:
 
 def keep_code(run: RunDir) -> None:
     """Copy the code into the run, and note its hash beside the git revision."""
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    manifest = parse_json(run.manifest.read_bytes())
     manifest["code"] = freeze_code(run.path)
     write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
 
@@ -206,12 +206,13 @@ def job_of(run: RunDir) -> str | None:
 
     None for a copy of a run, whose records name the job of the original.
     """
-    jobs = [str(e["job"]) for e in read_jsonl(run.events) if e.get("job")]
-    if not jobs:
+    noted = iter_jsonl(run.events, b'"job"', newest_first=True)
+    job = next((str(e["job"]) for e in noted if e.get("job")), None)
+    if job is None:
         return None
     script = run.path / SCRIPT
     if script.is_file():
-        trained = run_in(script.read_text(encoding="utf-8"), jobs[-1].partition("_")[2])
+        trained = run_in(script.read_text(encoding="utf-8"), job.partition("_")[2])
         if trained is not None and trained.exists() and not trained.samefile(run.path):
             return None
-    return jobs[-1]
+    return job

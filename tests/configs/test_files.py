@@ -3,13 +3,16 @@
 import ast
 import json
 import math
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.configs.files import finite, read_jsonl, to_json
+from bigbatch.configs import files
+from bigbatch.configs.files import finite, iter_jsonl, iter_lines, read_jsonl, to_json
 
 ROOT = Path(__file__).parents[2]
 # Texts that no file holds as JSON: hashes, keys to compare by, what a message shows, overrides,
@@ -73,3 +76,33 @@ def test_a_line_that_is_nested_too_deeply_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"step": 1}\n' + b"[" * 100_000 + b'\n{"step": 2}\n')
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+@given(st.lists(st.sampled_from([b"\n", b"a", b"bc", b"xyz" * 4]), max_size=30), st.integers(1, 20))
+def test_lines_are_those_of_the_file_in_both_directions(parts: list[bytes], block: int) -> None:
+    data = b"".join(parts)
+    with pytest.MonkeyPatch.context() as patch, tempfile.NamedTemporaryFile() as file:
+        patch.setattr(files, "_BLOCK", block)
+        Path(file.name).write_bytes(data)
+        lines = data.split(b"\n")[:-1]  # what has no end is torn
+        assert list(iter_lines(Path(file.name))) == lines
+        assert list(iter_lines(Path(file.name), newest_first=True)) == lines[::-1]
+        assert list(iter_lines(Path(file.name), b"a", b"z")) == [
+            line for line in lines if b"a" in line or b"z" in line
+        ]
+
+
+def test_a_line_without_end_takes_no_memory_and_hides_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK", 1 << 10)
+    monkeypatch.setattr(files, "_LONGEST_LINE", 1 << 14)
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b" " * (1 << 20) + b'\n{"a": 2}\n{"a":')
+    tracemalloc.start()
+    try:
+        assert list(iter_jsonl(path)) == [{"a": 1}, {"a": 2}]
+        assert list(iter_jsonl(path, newest_first=True)) == [{"a": 2}, {"a": 1}]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 18
+    finally:
+        tracemalloc.stop()

@@ -1,13 +1,14 @@
-"""The order of a run's end: figures first, then what takes time."""
+"""The order of a run's end: figures, the report, and last what makes it a finished one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.finish import say_results
+from bigbatch.trainers import finish
 from bigbatch.trainers.monitoring.log import open_log
 from bigbatch.trainers.report import report
 
@@ -15,27 +16,48 @@ SCORES = {"accuracy": 0.9876, "nll": 0.05, "ece": 0.01}
 SUMMARY = {"val": {"members": [{"name": "cycle-01", **SCORES}], "ensemble": SCORES}}
 
 
-def test_the_table_is_said_before_the_report_is_drawn_and_the_log_closed(
+def test_a_run_is_finished_only_when_its_report_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kill in between left a finished run without report, which no start looked at again."""
+    run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=off"]))
+    there = []
+
+    def killed(run: RunDir, summary: dict[str, Any]) -> Path:
+        there.extend([run.summary.exists(), run.events.exists(), capsys.readouterr().out])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write_report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        end(run)
+    summary_there, _, said = there
+    assert not summary_there
+    assert not run.summary.exists()
+    assert "98.76%" in said  # the figures are said before the report takes its seconds
+    assert read_jsonl(run.events)[-1]["state"] == "failed"  # and is gone on with
+    monkeypatch.undo()
+    end(run)
+    page = run.report.read_text()
+    assert 'class="state finished"' in page
+    assert "98.76%" in page
+    assert run.summary.exists()
+    assert read_jsonl(run.events)[-1]["state"] == "finished"
+
+
+def test_a_report_that_cannot_be_drawn_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=off"]))
-    said_before = []
 
-    def refused(run: RunDir) -> Path:
-        said_before.append(capsys.readouterr().out)
-        raise OSError("no space left")
+    def broken(run: RunDir, summary: dict[str, Any]) -> Path:
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(report, "write_report", refused)
+    monkeypatch.setattr(report, "write_report", broken)
+    end(run)
+    assert f"`bigbatch report {run.path}` writes it" in capsys.readouterr().err
+    assert read_jsonl(run.events)[-1]["state"] == "finished"
 
-    def end() -> None:
-        options = {"rank": 0, "total_steps": 9, "start_step": 9, "epoch_samples": 9}
-        with open_log(run, run.recipe(), **options) as log:
-            log.end("finished")
-            say_results(run, SUMMARY, log)
 
-    with pytest.raises(OSError, match="no space"):
-        end()
-    assert "98.76%" in said_before[0]
-    assert str(run.summary) in said_before[0].replace("\n", "")
-    # The run ended well, whatever became of its report.
-    assert [(e["kind"], e["state"]) for e in read_jsonl(run.events)] == [("end", "finished")]
+def end(run: RunDir) -> None:
+    with open_log(run, run.recipe(), rank=0, total_steps=9, start_step=9, epoch_samples=9) as log:
+        finish.end(run, SUMMARY, log)

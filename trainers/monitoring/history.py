@@ -3,20 +3,25 @@
 Free of torch.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl, iter_lines
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.journal import count, read_journal
 
 Record = Mapping[str, Any]  # of metrics.jsonl
+_FIRST_EVENTS, _NEWEST_EVENTS = 100, 1000
+_LONGEST_EVENT = 1 << 16
 Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
 
 PHASE_NAMES = {
@@ -74,27 +79,69 @@ class History:
 def read_history(run: RunDir) -> History:
     """Read a run directory. Raises UserError where it is none."""
     recipe = run.recipe()
-    records = [r for r in read_jsonl(run.metrics) if "kind" in r]
-    splits = dict.fromkeys(str(r.get("split")) for r in records if r["kind"] == "eval")
+    splits = dict.fromkeys(str(r.get("split")) for r in _records(run, "eval"))
+    trust = ({"step": r["step"], **r["ratios"]} for r in _records(run, "trust"))
+    last = next(_records(run, "train", newest_first=True), {})
     journal = read_journal(run.path)
     snapshots = [read_json(path) for path in run.snapshots.glob("cycle-*/metrics.json")]
     return History(
         name=run.name,
         recipe=recipe,
         manifest=read_json(run.manifest) or {},
-        train=columns(r for r in records if r["kind"] == "train"),
-        trust=columns({"step": r["step"], **r["ratios"]} for r in records if r["kind"] == "trust"),
-        ranks=next((r for r in reversed(records) if r["kind"] == "ranks"), None),
-        slowest=next((r.get("slowest") for r in reversed(records) if r["kind"] == "train"), None),
-        evals={s: columns(r for r in records if r.get("split") == s) for s in splits},
-        events=[e for e in read_jsonl(run.events) if "kind" in e],
+        train=columns(_records(run, "train")),
+        trust=columns(trust),
+        ranks=next(_records(run, "ranks", newest_first=True), None),
+        slowest=last.get("slowest"),
+        evals={
+            s: columns(r for r in _records(run, "eval") if str(r.get("split")) == s) for s in splits
+        },
+        events=read_events(run),
         summary=read_json(run.summary),
         confusion=read_json(run.ensemble / "confusion.json"),
         snapshots=sorted(int(s["step"]) for s in snapshots if s),
         bad_samples=count(journal) if journal else None,
-        probes=[r for r in records if r["kind"] == "probe"],
-        gradients=[r for r in records if r["kind"] == "gradients"],
+        probes=list(_records(run, "probe")),
+        gradients=list(_records(run, "gradients")),
     )
+
+
+def _records(run: RunDir, kind: str, newest_first: bool = False) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl of one kind."""
+    found = iter_jsonl(run.metrics, f'"{kind}"'.encode(), newest_first=newest_first)
+    return (r for r in found if r.get("kind") == kind)
+
+
+def read_events(run: RunDir) -> list[dict[str, Any]]:
+    """The events of a run, oldest first. Of very many, what a page or a screen can show.
+
+    These are the first 100, the newest 1,000, and the newest 1,000 starts and ends; in place
+    of others stands one of kind "left_out" that counts them.
+    """
+    first: list[tuple[int, bytes]] = []
+    newest: deque[tuple[int, bytes]] = deque(maxlen=_NEWEST_EVENTS)
+    turns: deque[tuple[int, bytes]] = deque(maxlen=_NEWEST_EVENTS)
+    count = 0
+    for count, line in enumerate(iter_lines(run.events), 1):
+        if len(first) < _FIRST_EVENTS:
+            first.append((count, line))
+            continue
+        newest.append((count, line))
+        if b'"start"' in line or b'"end"' in line:
+            turns.append((count, line))
+    kept = dict([*first, *turns, *newest])
+    events: list[dict[str, Any]] = []
+    before = 0
+    for number, line in sorted(kept.items()):
+        if number > before + 1:
+            events.append({"kind": "left_out", "events": number - before - 1})
+        before = number
+        try:
+            event = parse_json(line[:_LONGEST_EVENT])
+        except ValueError:  # torn, or as long as none of ours is
+            continue
+        if isinstance(event, dict) and "kind" in event:
+            events.append(event)
+    return events
 
 
 def columns(records: Iterable[Mapping[str, Any]]) -> Columns:
@@ -103,10 +150,18 @@ def columns(records: Iterable[Mapping[str, Any]]) -> Columns:
     A column without one number is left out, as are texts. {"phases": {"data": 1.0}} makes a
     column "phases.data".
     """
-    rows = [_flat(record) for record in records]
-    names = dict.fromkeys(name for row in rows for name in row)
-    arrays = {n: np.array([_number(row.get(n)) for row in rows], dtype=np.float64) for n in names}
-    return {name: array for name, array in arrays.items() if np.isfinite(array).any()}
+    found: dict[str, array[float]] = {}  # as records come, so that they need not be kept
+    count = 0
+    for record in records:
+        for name, value in _flat(record).items():
+            column = found.setdefault(name, array("d"))
+            column.extend([math.nan] * (count - len(column)))
+            column.append(_number(value))
+        count += 1
+    for column in found.values():
+        column.extend([math.nan] * (count - len(column)))
+    arrays = {name: np.frombuffer(column) for name, column in found.items() if count}
+    return {name: values for name, values in arrays.items() if np.isfinite(values).any()}
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +173,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def loss_ceiling(history: History) -> float:
@@ -134,7 +189,7 @@ def loss_ceiling(history: History) -> float:
 def read_json(path: Any) -> dict[str, Any] | None:
     """A JSON object; None where the file is missing, or is no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from bigbatch.configs.files import to_json
+from bigbatch.configs.files import append_whole, to_json
 
 
 class JsonLines:
@@ -42,11 +42,7 @@ class JsonLines:
             if not self._waiting:
                 return None
             try:
-                size = os.fstat(self._handle).st_size
-                written = os.write(self._handle, self._waiting)
-                if written < len(self._waiting):
-                    os.ftruncate(self._handle, size)  # no torn line is ever left
-                    return "no space for another line"
+                append_whole(self._handle, self._waiting)
             except OSError as error:
                 return str(error)
             self._waiting = b""

@@ -4,12 +4,12 @@
 views of it. Only rank 0 writes. Free of torch.
 """
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bigbatch.configs.files import finite, read_jsonl, write_atomically
+from bigbatch.configs.files import finite, iter_jsonl, write_atomically
+from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.schema import Recipe
@@ -132,13 +132,17 @@ class Log:
             if file:
                 file.sync()
 
+    def end_progress(self) -> None:
+        """Leave the terminal to others."""
+        if self._progress:
+            self._progress.close()
+
     def end(self, state: str) -> None:
         """Record the last event, `state` (finished, stopped or failed), and wait for nothing."""
         if self._ended:
             return
         self._ended = True
-        if self._progress:
-            self._progress.close()
+        self.end_progress()
         self.event("end", state=state)
         if self._wandb:
             self._wandb.end(state, self._run.summary)
@@ -154,6 +158,7 @@ class Log:
             self._report_wandb()
         if self._tensorboard:
             self._tensorboard.close()
+            self._report_tensorboard()
         if self._prometheus:
             self._prometheus.close()
         for file in (self._metrics, self._events):
@@ -187,8 +192,14 @@ class Log:
             self._report_wandb()
         if self._tensorboard:
             self._tensorboard.send(record)
+            self._report_tensorboard()
         if self._prometheus and (refusal := self._prometheus.record(record)):
             self.error("prometheus", refusal)
+
+    def _report_tensorboard(self) -> None:
+        assert self._tensorboard is not None
+        for message in self._tensorboard.problems():
+            self.error("tensorboard", f"tensorboard/ is not complete: {message}")
 
     def _report_wandb(self) -> None:
         """Turn what went wrong inside wandb into events and warnings; training goes on."""
@@ -251,7 +262,7 @@ def stalls(events: Path) -> list[dict[str, Any]]:
     write; waiting for wandb there would keep the queue waiting. So the next start tells it.
     """
     found: list[dict[str, Any]] = []
-    for event in read_jsonl(events):
+    for event in iter_jsonl(events, b'"start"', b'"stall"'):
         if event.get("kind") == "start":
             found = []
         elif event.get("kind") == "stall":
@@ -263,21 +274,22 @@ def cut_records(metrics: Path, step: int) -> None:
     """Drop the records beyond `step`, and a torn line, atomically; the rest stays byte for byte."""
     if not metrics.exists():
         return
-    text = metrics.read_text(encoding="utf-8", errors="replace")
-    kept = "".join(line for line in text.splitlines(keepends=True) if _stands(line, step))
-    if kept != text:
-        write_atomically(metrics, kept)
+    with metrics.open("rb") as lines:
+        if all(_stands(line, step) for line in lines):
+            return
+        lines.seek(0)
+        kept = b"".join(line for line in lines if _stands(line, step))
+    write_atomically(metrics, kept)
 
 
 def last_step(metrics: Path) -> int:
     """The last step that has a record; 0 without any."""
-    return max((int(r["step"]) for r in read_jsonl(metrics) if "step" in r), default=0)
+    return max((int(r["step"]) for r in iter_jsonl(metrics) if "step" in r), default=0)
 
 
-def _stands(line: str, step: int) -> bool:
+def _stands(line: bytes, step: int) -> bool:
     """Whether a line is a whole record of at most `step` finished steps."""
     try:
-        record = json.loads(line)
-        return line.endswith("\n") and int(record["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+        return line.endswith(b"\n") and int(parse_json(line)["step"]) <= step
+    except (ValueError, LookupError, TypeError, OverflowError):
         return False

@@ -7,10 +7,11 @@ them exactly once, whatever the attempts before had written. A thread does it.
 import queue
 import shutil
 import threading
+from itertools import chain
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.monitoring.wandb_view import flat_row
 
@@ -29,7 +30,8 @@ class TensorBoardView:
         self._run = run
         self._start_step = start_step
         self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._follow, name="tensorboard", daemon=True)
+        self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="tensorboard", daemon=True)
         self._thread.start()
 
     def send(self, record: dict[str, Any]) -> None:
@@ -41,6 +43,16 @@ class TensorBoardView:
         self._rows.put(None)
         self._thread.join(patience)
 
+    def problems(self) -> list[str]:
+        """What went wrong since the last call."""
+        return [self._problems.get() for _ in range(self._problems.qsize())]
+
+    def _main(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # a full disk; the run goes on without it
+            self._problems.put(f"{type(error).__name__}: {error}")
+
     def _follow(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -49,8 +61,8 @@ class TensorBoardView:
         folder = self._run.path / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
         writer = EventFileWriter(str(folder))
-        past = [r for r in read_jsonl(self._run.metrics) if r["step"] <= self._start_step]
-        for record in (*past, *iter(self._rows.get, None)):
+        past = (r for r in iter_jsonl(self._run.metrics) if r["step"] <= self._start_step)
+        for record in chain(past, iter(self._rows.get, None)):
             row = flat_row(record)
             step = int(row.pop("train/step"))
             numbers = {tag: value for tag, value in row.items() if not isinstance(value, str)}

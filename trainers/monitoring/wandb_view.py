@@ -20,11 +20,12 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bigbatch.configs.files import read_jsonl, to_json, write_atomically
+from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir
@@ -110,8 +111,8 @@ class WandbView:
         sent = wandb_run.starting_step - 1 if self._mode == "online" else kept
 
         row: dict[str, float] = {}
-        past = [r for r in read_jsonl(self._run.metrics) if r["step"] <= self._start_step]
-        for record in (*past, *iter(self._rows.get, None)):
+        past = (r for r in iter_jsonl(self._run.metrics) if r["step"] <= self._start_step)
+        for record in chain(past, iter(self._rows.get, None)):
             if record["kind"] == "alert":
                 self._alert(wandb_run, record["title"], record["event"])
                 continue

@@ -1,6 +1,9 @@
 """How a recipe's durations fall into steps. Free of torch: preflight uses it too."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
@@ -32,6 +35,29 @@ class Plan:
         kept = self.keep_every is not None and step % self.keep_every == 0
         best = self.may_stop and self.evaluates(step)
         return step % self.save_every == 0 or kept or best or step == self.stop
+
+    def evaluations(self) -> int:
+        """How many steps of the whole run `evaluates` names."""
+        return _multiples((self.evaluate_every,), self.total)
+
+    def checkpoints(self) -> int:
+        """How many steps `saves` names in a run that no start ends early."""
+        every = [self.save_every]
+        every += [] if self.keep_every is None else [self.keep_every]
+        every += [self.evaluate_every] if self.may_stop else []
+        return _multiples(every, self.total)
+
+
+def _multiples(periods: Sequence[int], total: int) -> int:
+    """How many numbers from 1 to `total` a period divides, or are `total` itself.
+
+    By inclusion and exclusion: a run may have a hundred million steps.
+    """
+    signs = ((n, (-1) ** (n + 1)) for n in range(1, len(periods) + 1))
+    count = sum(
+        sign * (total // math.lcm(*some)) for n, sign in signs for some in combinations(periods, n)
+    )
+    return count + all(total % period for period in periods)
 
 
 def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) -> Plan:

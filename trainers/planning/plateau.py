@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.schedules import Plateau
 
 _LEAST = 1e-8  # torch makes no smaller reduction
@@ -59,6 +59,6 @@ def read_evaluations(metrics: Path, step: int) -> list[Evaluation]:
     """The evaluations of the validation split up to `step`, from metrics.jsonl."""
     return [
         Evaluation(record["step"], {k: record.get(k) for k in ("accuracy", "nll")})
-        for record in read_jsonl(metrics)
+        for record in iter_jsonl(metrics, b'"eval"')
         if record.get("kind") == "eval" and record.get("split") == "val" and record["step"] <= step
     ]

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError, is_refused
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.redact import message, redact
 from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.trainers.engine import Engine, is_lost_peer
@@ -72,7 +72,8 @@ def _note_failed_start(run: RunDir, text: str) -> None:
     Once that is recorded, the log says how each attempt ends (monitoring/log.py).
     """
     with suppress(OSError):  # what ends the run is said in any case
-        if not any(e.get("kind") in ("start", "end") for e in read_jsonl(run.events)):
+        noted = iter_jsonl(run.events, b'"start"', b'"end"')
+        if not any(e.get("kind") in ("start", "end") for e in noted):
             file = JsonLines(run.events)
             file.append(redact(event_record("end", 0, state="failed", error=text)))
             file.close()

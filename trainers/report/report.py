@@ -1,6 +1,8 @@
 """report.html: one self-contained page about a run, finished or not. Free of torch."""
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.load import dump_recipe
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.trainers.advice.advise import measure_phases
 from bigbatch.trainers.monitoring.history import History, read_history, straggler
 from bigbatch.trainers.monitoring.progress import duration
@@ -23,12 +25,16 @@ from bigbatch.trainers.report.svg import png_uri
 _SHOWN_RANKS = 16
 
 
-def write_report(run: RunDir) -> Path:
+def write_report(run: RunDir, summary: Mapping[str, Any] | None = None) -> Path:
     """Write report.html into a run directory, from what is there so far; return its path.
 
-    Raises UserError where `run` is no run directory.
+    `summary` is that of a run which is about to be finished. Raises UserError where `run` is no
+    run directory.
     """
     history = read_history(run)
+    if summary is not None:
+        end = event_record("end", history.last_step, state="finished")
+        history = replace(history, summary=summary, events=[*history.events, end])
     page = _template().render(
         history=history,
         tiles=_tiles(history),
@@ -180,8 +186,14 @@ def _timeline(history: History) -> list[tuple[str, str, str, str]]:
             kind = str(event.get("state", "end"))
         known = ("time", "date", "kind", "step", "state", "pid")
         details = ", ".join(
-            f"{k} {v}" for k, v in event.items() if k not in known and v is not None
+            f"{k} {_cut(v)}" for k, v in event.items() if k not in known and v is not None
         )
         stamp = str(event.get("date", ""))[:19].replace("T", " ")
         rows.append((stamp, str(event.get("step", "")), kind.replace("_", " "), details))
     return rows
+
+
+def _cut(value: Any) -> str:
+    """A value as text; of a long one, such as a traceback, the beginning."""
+    text = str(value)
+    return text if len(text) <= 1000 else f"{text[:1000]} ..."

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,12 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, event_record
 from bigbatch.trainers.monitoring import wandb_view
 from bigbatch.trainers.monitoring.log import open_log
-from bigbatch.trainers.monitoring.wandb_view import history_steps, logged_in, open_wandb
+from bigbatch.trainers.monitoring.wandb_view import (
+    WandbView,
+    history_steps,
+    logged_in,
+    open_wandb,
+)
 from tests.helpers.wandb_server import Server, serve
 
 STEPS = 300
@@ -262,3 +269,32 @@ def test_alerts_and_pictures_reach_the_wandb_file(tmp_path: Path) -> None:
     assert "hunter22" not in str(alerts)
     assert list((file.parent / "files" / "media" / "images").glob("augmented*.png"))
     assert list(history_steps(file)) == [1]
+
+
+def test_records_reach_the_views_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All records and alerts of an attempt waited for its end."""
+    sent = threading.Event()
+
+    class Fake:
+        starting_step = 0
+        settings = SimpleNamespace(sync_dir=str(tmp_path))
+
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+        def log(self, *_: object, **__: object) -> None:
+            sent.set()
+
+        def finish(self, **_: object) -> None: ...
+
+    monkeypatch.setattr(WandbView, "_start", lambda self: Fake())
+    run = create_run(tmp_path / "run", load_recipe("digits"))
+    view = WandbView(run, run.recipe(), "offline", 0)
+    for step in (1, 2):
+        view.send({"kind": "train", "step": step, "epoch": 0.1, "loss": 1.0})
+    there = sent.wait(20)
+    view.end("finished", run.summary)
+    view.close()
+    assert there
+    assert not list(view.problems())

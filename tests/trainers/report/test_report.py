@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -353,3 +354,29 @@ def test_smooth_is_unbiased_and_steps_over_nan() -> None:
     values = np.array([4.0, np.nan, 4.0, 4.0])
     np.testing.assert_allclose(smooth(values), 4.0)
     assert np.isnan(smooth(np.array([np.nan, 1.0]))[0])
+
+
+def test_a_million_events_are_counted_and_not_all_shown(tmp_path: Path) -> None:
+    """A file of 200 MB made a page of 215 MB and took 2.9 GB."""
+    run = make_run(tmp_path / "run", steps=30, finished=False)
+    start = {"kind": "start", "step": 0, "total_steps": 30, "world_size": 2}
+    trouble = {"kind": "disk", "step": 1, "error": "x" * 5000}
+    run.events.write_text(
+        "".join(json.dumps(e) + "\n" for e in [trouble] * 500 + [start] + [trouble] * 3000)
+    )
+    history = read_history(run)
+    kinds = Counter(e["kind"] for e in history.events)
+    assert kinds == {"disk": 1100, "start": 1, "left_out": 2}
+    assert [e["events"] for e in history.events if e["kind"] == "left_out"] == [400, 2000]
+    assert (history.total_steps, history.state) == (30, "running")
+    page = write_report(run).read_text()
+    assert "events 2000" in page
+    assert len(page) < 2_000_000
+
+
+def test_a_damaged_summary_or_picture_of_mistakes_leaves_a_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=30, finished=False)
+    run.ensemble.mkdir(exist_ok=True)
+    for path in (run.summary, run.manifest, run.ensemble / "confusion.json"):
+        path.write_bytes(b"[" * 100_000)
+    assert "<html" in write_report(run).read_text()
