@@ -6,15 +6,18 @@ step, key, shard (a URL, where known) and reason; nothing takes its place. Free 
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.configs.files import read_jsonl, to_json
+from bigbatch.configs.files import append_whole, read_jsonl, to_json
+from bigbatch.configs.notices import notice
 
 Entry = dict[str, Any]
+_held_back: dict[Path, list[Entry]] = {}  # by journal; at most data.bad_samples of them
 
 
 def journal_file(run: Path, rank: int) -> Path:
@@ -23,10 +26,21 @@ def journal_file(run: Path, rank: int) -> Path:
 
 
 def append(journal: Path | None, entries: Iterable[Entry]) -> None:
-    """Add entries in one write, so that a kill leaves whole lines."""
-    if journal is not None:
-        with journal.open("a", encoding="utf-8") as file:
-            file.write("".join(to_json(entry) + "\n" for entry in entries))
+    """Add entries in one write, so that a kill leaves whole lines.
+
+    A disk that takes none ends no training: that is said, and they wait for the next entries.
+    """
+    if journal is None or not (waiting := _held_back.pop(journal, []) + list(entries)):
+        return
+    try:
+        handle = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            append_whole(handle, "".join(to_json(entry) + "\n" for entry in waiting).encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        _held_back[journal] = waiting
+        notice(f"what could not be read waits for room in {journal}: {error.strerror or error}")
 
 
 def read_journal(run: Path) -> list[Entry]:

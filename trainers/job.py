@@ -12,7 +12,8 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import to_json, write_atomically
+from bigbatch.configs.files import write_atomically
+from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import height_width
@@ -41,6 +42,7 @@ from bigbatch.trainers.models.convert import check_sizes
 from bigbatch.trainers.models.initialise import prior_bias
 from bigbatch.trainers.models.regularise import keep_within, regularise
 from bigbatch.trainers.models.weights_file import describe
+from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.optim.stages import fit_transfer, freeze, rate_table
@@ -97,16 +99,27 @@ class Job:
 
     def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""
-        if not self.recipe.log.trace:
-            yield from self.batches(start, stop)
-            return
-        self.run.trace.mkdir(exist_ok=True)
-        with (self.run.trace / f"rank-{self.engine.rank:05d}.jsonl").open("a") as file:
+        path = self.run.trace / f"rank-{self.engine.rank:05d}.jsonl"
+        trace: JsonLines | None = None
+        if self.recipe.log.trace:
+            try:
+                path.parent.mkdir(exist_ok=True)
+                trace = JsonLines(path)
+            except OSError as error:  # training needs no trace
+                notice(f"no trace of this attempt: {error}")
+        try:
             for batch in self.batches(start, stop):
-                record = {"step": batch.step, "micro": batch.index}
-                record["samples"] = batch.samples.tolist()
-                print(to_json(record), file=file, flush=True)
+                if trace is not None:
+                    record = {"step": batch.step, "micro": batch.index}
+                    refusal = trace.append(record | {"samples": batch.samples.tolist()})
+                    if refusal:
+                        notice(f"{path} ends before step {batch.step + 1}: {refusal}")
+                        trace.close()
+                        trace = None
                 yield batch
+        finally:
+            if trace is not None:
+                trace.close()
 
     def save_contact_sheet(self) -> None:
         """A picture of step 0's first images as the model sees them, before mixup."""

@@ -1,5 +1,7 @@
 """What a rank checks before it trains with the others."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,3 +86,29 @@ def test_one_rank_says_what_it_alone_or_every_rank_meets(
     told = [line for line in capfd.readouterr().err.splitlines() if "no shards" in line]
     assert len(told) == 1
     assert told[0].startswith(said)
+
+
+@pytest.mark.parametrize("place", ["folder", "line"])
+def test_a_trace_that_the_disk_refuses_ends_no_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    batches = [SimpleNamespace(step=s, index=0, samples=np.arange(4)) for s in range(3)]
+    job = SimpleNamespace(
+        recipe=load_recipe("digits", ["log.trace=true"]),
+        run=RunDir(tmp_path),
+        engine=SimpleNamespace(rank=0),
+        batches=lambda start, stop: iter(batches),
+    )
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "folder":
+        (tmp_path / "trace").write_text("")
+    else:
+        monkeypatch.setattr(os, "write", full)
+    assert list(Job.traced_batches(job, 0, 3)) == batches  # type: ignore[arg-type]
+    assert "trace" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import parse_recipe
+from bigbatch.configs.notices import notice
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.optim import load_optimizer_state, optimizer_state_by_name
@@ -33,6 +34,7 @@ from bigbatch.trainers.recovery.stored import (
     Retention,
     checkpoint_path,
     prune,
+    remove,
 )
 from bigbatch.trainers.recovery.tensor_files import (
     copy_to_cpu,
@@ -133,12 +135,14 @@ def write(
     captured: Capture,
     retention: Retention,
     before: Callable[[], None] | None = None,
+    complain: Callable[[str], object] = notice,
 ) -> Path:
     """Write ``folder/step-NNNNNNNN`` and remove what `retention` does not keep.
 
     `before` runs when all files are on disk, just before they get their final name: it puts
-    onto the disk what the checkpoint must not outlive. Raises OSError; older checkpoints are
-    then as they were. Needs no other rank, and may run in any thread.
+    onto the disk what the checkpoint must not outlive. `complain` is told which older ones could
+    not be removed once this one stands. Raises OSError; older checkpoints are then as they were.
+    Needs no other rank, and may run in any thread.
     """
     final = checkpoint_path(folder, captured.step)
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
@@ -161,13 +165,14 @@ def write(
         if before is not None:
             before()
         if final.exists():  # an older attempt's, from a run that was rolled back or damaged
-            shutil.rmtree(final)
+            remove(final)
         temporary.rename(final)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # the next try may need its room
         raise
     sync(folder)
-    prune(folder, retention, captured.step)
+    for problem in prune(folder, retention, captured.step):
+        complain(problem)
     return final
 
 

@@ -8,17 +8,16 @@ out the same ones, and the weights stay a function of what the run directory hol
 """
 
 import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.recovery import Recovery, Spike
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.recovery.stored import STATE, list_checkpoints, step_of
+from bigbatch.trainers.recovery.stored import STATE, list_checkpoints, remove, step_of
 
 Range = list[int]  # the first and the last step, as counted before them, that make no update
 
@@ -98,8 +97,8 @@ def is_skipped(skipped_steps: list[Range], step: int) -> bool:
 
 def read_rollbacks(run: RunDir) -> list[Range]:
     """The steps to be stepped over, from events.jsonl, oldest first."""
-    events = (e for e in read_jsonl(run.events) if e.get("kind") == "rollback")
-    return [[int(e["first"]), int(e["last"])] for e in events]
+    events = iter_jsonl(run.events, b'"rollback"')
+    return [[int(e["first"]), int(e["last"])] for e in events if e.get("kind") == "rollback"]
 
 
 def remove_stale(folder: Path, skipped_steps: list[Range]) -> None:
@@ -115,7 +114,7 @@ def remove_stale(folder: Path, skipped_steps: list[Range]) -> None:
             "set checkpoint.keep higher, then start a new run"
         )
     for path in stale:
-        shutil.rmtree(path)
+        remove(path)
 
 
 def _is_stale(path: Path, skipped_steps: list[Range]) -> bool:

@@ -34,6 +34,7 @@ class Saver:
         self._retention = retention
         self._captured: Capture | None = None
         self._write: _Write | None = None
+        self._told: set[str] = set()
 
     def save(self, state: TrainState, *, accuracy: float | None = None, last: bool = False) -> None:
         """Copy the state and start writing it. Collective, in the same step on every rank.
@@ -80,6 +81,10 @@ class Saver:
         done, self._write = self._write, None
         done.join()
         times = {"saved": done.captured.step, "stall_s": round(done.stall_s, 4)}
+        for problem in done.problems:
+            if problem not in self._told:  # each save tries again
+                self._told.add(problem)
+                self._log.error("not_removed", problem, saved=done.captured.step)
         if done.error is None:
             self._log.event("checkpoint", **times, write_s=round(done.write_s, 4))
             return None
@@ -104,7 +109,8 @@ class _Write(threading.Thread):
         self.captured = captured
         self.error: BaseException | None = None
         self.stall_s = self.write_s = 0.0
-        self._arguments = folder, captured, retention, log.sync
+        self.problems: list[str] = []  # old checkpoints that could not be removed
+        self._arguments = folder, captured, retention, log.sync, self.problems.append
 
     def run(self) -> None:
         started = time.perf_counter()

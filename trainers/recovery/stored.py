@@ -64,8 +64,11 @@ class Retention:
         return kept | {step for step in steps if self.every and step % self.every == 0}
 
 
-def prune(folder: Path, retention: Retention, step: int) -> None:
+def prune(folder: Path, retention: Retention, step: int) -> list[str]:
     """Remove what `retention` does not keep, and what killed attempts left behind.
+
+    Returns what could not be removed, and why: what stays in the way of a save that stands is
+    only room on the disk.
 
     Checkpoints beyond `step`, the one just written, are those that the run could not go on
     from: they stay until it comes there, and do not count as the newest.
@@ -73,9 +76,24 @@ def prune(folder: Path, retention: Retention, step: int) -> None:
     found = {step_of(path): path for path in list_checkpoints(folder)}
     paths = {number: path for number, path in found.items() if number <= step}
     scores = {s: _accuracy(p) if retention.best else None for s, p in paths.items()}
-    for number in paths.keys() - retention.kept(scores):
-        shutil.rmtree(paths[number])
-    for path in folder.glob("step-*.tmp-*"):
+    doomed = [paths[number] for number in sorted(paths.keys() - retention.kept(scores))]
+    left = []
+    for path in (*doomed, *folder.glob("step-*.tmp-*")):
+        try:
+            remove(path)
+        except OSError as error:
+            left.append(f"cannot remove {path}: {error.strerror or error}")
+    return left
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; of one that somebody has put elsewhere, the link to it.
+
+    Raises OSError.
+    """
+    if path.is_symlink():
+        path.unlink()
+    else:
         shutil.rmtree(path)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigbatch.configs.errors import UserError
-from bigbatch.trainers.recovery import saving
+from bigbatch.trainers.recovery import saving, stored
 from bigbatch.trainers.recovery.checkpoint import TrainState, write
 from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.stored import Retention, list_checkpoints
@@ -148,3 +148,39 @@ def test_retention(accuracies, newest, best, every):
             assert (
                 sum(a is not None and a >= mine for s, a in accuracies.items() if s != step) >= best
             )
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(tmp_path, state, monkeypatch):
+    """It ended the run, although the save that it made room for stood."""
+    log = Told()
+    kept = tmp_path / "step-00000001"
+    remove = stored.remove
+
+    def refuse(path):
+        if path == kept:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        remove(path)
+
+    monkeypatch.setattr(stored, "remove", refuse)
+    with Saver(tmp_path, Alone(), log, Retention(newest=1)) as saver:
+        for state.step in (1, 2, 3):
+            saver.save(state, last=True)
+    assert names(tmp_path) == ["step-00000003", "step-00000001"]
+    assert [e for e in log.events if e[0] != "checkpoint"] == [("not_removed", 2)]  # said once
+
+
+def test_of_a_checkpoint_that_lies_elsewhere_the_link_goes(tmp_path, state):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    log = Told()
+    with Saver(folder, Alone(), log, Retention(newest=1)) as saver:
+        saver.save(state, last=True)
+        (folder / "step-00000001").rename(elsewhere)
+        (folder / "step-00000001").symlink_to(elsewhere)
+        saver.save(state, last=True)  # the same step again, as after a rollback
+        assert (elsewhere / "manifest.json").exists()
+        (folder / "step-00000000").symlink_to(elsewhere)
+        state.step = 2
+        saver.save(state, last=True)
+    assert names(folder) == ["step-00000002"]
+    assert (elsewhere / "manifest.json").exists()
+    assert {kind for kind, _ in log.events} == {"checkpoint"}
