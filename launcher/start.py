@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from bigbatch.configs.errors import UserError
@@ -30,11 +31,14 @@ from bigbatch.launcher.env import (
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.trainers.planning.environment import check_environment
 from bigbatch.trainers.planning.plan import check_world
+from bigbatch.trainers.recovery.signals import SAVED, catch
 
 RUNS = Path("runs")
 # How long a rank waits for another one to make the run directory. Their starts are apart by
 # what imports take on a busy file system.
 _WAIT_S = 120.0
+# What ends a process that is still on its way to be the worker, if nobody keeps it.
+_HELD = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -77,10 +81,19 @@ def hold_signals(peers: Peers | None) -> None:
     """Keep a launcher's signals for the worker: until it listens, it would die of them.
 
     A blocked signal waits, also across exec; the worker lets it through. And a rank that
-    ends by itself keeps its own exit status when the launcher ends its peers.
+    ends by itself keeps its own exit status when the launcher ends its peers. A start by a
+    person ends at once, as one that has nothing to save: what it looks at may take long.
     """
     if peers is not None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        name = signal.Signals(number).name
+        print(f"bigbatch: {name} before training began; nothing was lost", file=sys.stderr)
+        sys.exit(SAVED)
+
+    catch(stop, *_HELD)
 
 
 @contextmanager
@@ -269,7 +282,7 @@ def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
     env = {**os.environ, **variables}
     forget_launch(env, peers if launch is None else None)
     if launch is not None and launch.launcher == "torchrun":  # ours: both listen later
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     if should_report(peers):
         print(f"bigbatch: {describe_start(peers, launch, variables)}", file=sys.stderr)
     sys.stdout.flush()

@@ -5,6 +5,7 @@ error or a disk that refuses, 75 stopped by a signal and saved. Anything unfores
 traceback.
 """
 
+import os
 import sys
 
 import click
@@ -92,12 +93,28 @@ def cli() -> None:
     """
 
 
+def open_streams() -> None:
+    """Put /dev/null in the place of a standard stream that was closed (`>&-`).
+
+    Otherwise the next file that is opened would take its number, and what is printed.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null := os.open(os.devnull, os.O_RDWR), number)
+            if null != number:
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 for _section in SECTIONS.values():
     for _command in _section:
         cli.add_command(_command)
 
 
 def main() -> None:
+    open_streams()
     try:
         cli()
     except UserError as error:

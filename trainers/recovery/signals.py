@@ -10,7 +10,8 @@ from typing import Any
 SAVED = 75  # EX_TEMPFAIL: saved after a signal, wants to be started again
 STALLED = 76  # EX_PROTOCOL: a step hung; the agent starts the ranks again
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+# A closed terminal (SIGHUP) is a reason to save like any other.
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopFlag:
@@ -19,7 +20,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: int | None = None
         for number in CAUGHT:
-            signal.signal(number, self._set)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._set)  # nohup stays nohup
         # The launcher holds signals back until somebody listens.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
 

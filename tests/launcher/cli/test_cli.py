@@ -376,3 +376,16 @@ def test_models_are_listed_and_some_measured(monkeypatch: pytest.MonkeyPatch) ->
         "bigbatch.launcher.estimate.ask", lambda *_, **__: "no torch on this machine"
     )
     assert "cannot be listed: no torch on this machine; list them where" in status_of("models")[1]
+
+
+def test_a_closed_stream_is_dev_null(tmp_path: Path) -> None:
+    """`train >&-` was a traceback; and a file would take the number of what is printed."""
+    code = (
+        "import sys; from bigbatch.launcher.cli.main import open_streams; open_streams()\n"
+        "file = open(sys.argv[1], 'w'); assert file.fileno() > 2\n"
+        "print('lost', flush=True); print('lost', file=sys.stderr, flush=True); input"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "a").read_text() == ""

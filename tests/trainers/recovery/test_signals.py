@@ -1,0 +1,47 @@
+"""What a worker, and a command on its way to be one, make of signals."""
+
+import os
+import signal
+
+import pytest
+
+from bigbatch.launcher.env import Peers
+from bigbatch.launcher.start import hold_signals
+from bigbatch.trainers.recovery.signals import CAUGHT, SAVED, StopFlag
+
+
+@pytest.mark.parametrize("number", CAUGHT)
+def test_each_of_them_is_a_reason_to_save(number: signal.Signals) -> None:
+    """SIGHUP, of a closed terminal, ended a run of one rank without a word."""
+    flag = StopFlag()
+    assert not flag
+    os.kill(os.getpid(), number)
+    assert flag.signal == number
+    flag.close()
+    assert {signal.getsignal(n) for n in CAUGHT} == {signal.SIG_IGN}
+
+
+def test_nohup_stays_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    flag = StopFlag()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not flag
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+def test_before_there_is_anything_to_save_a_start_ends_at_once_and_says_so(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold_signals(None)
+    with pytest.raises(SystemExit, match=str(SAVED)):
+        os.kill(os.getpid(), number)
+    assert f"{number.name} before training began" in capsys.readouterr().err
+
+
+def test_of_a_launcher_s_ranks_the_worker_answers() -> None:
+    hold_signals(Peers("torchrun", rank=0, local_rank=0, size=2, job=None))
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(os.getpid(), number)  # waits
+    flag = StopFlag()
+    assert flag
+    flag.close()
