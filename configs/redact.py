@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.printable import printable
 
 MASK = "***"
 MAX_MESSAGE = 3000  # characters
@@ -82,8 +83,8 @@ def _redact(value: Any, known: list[str]) -> Any:
 
 
 def message(error: Exception) -> str:
-    """What a person is told of an error: without secrets, and not endless."""
-    text = redact(str(error))
+    """What a person is told of an error: without secrets, not endless, and text alone."""
+    text = printable(redact(str(error)))
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
 

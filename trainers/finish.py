@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-
 from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.terminal import Terminal
 from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers.ensemble.averaged import score_average
@@ -150,7 +149,7 @@ def say_results(run: RunDir, summary: dict[str, Any]) -> None:
 
     Raises OSError where the disk does not take it; a report that cannot be drawn ends no run.
     """
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     console.print(final_table(summary))
     if bad := summary.get("bad_samples"):
         console.print(

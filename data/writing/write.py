@@ -13,7 +13,6 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.terminal import Terminal
 from bigbatch.data.pool import CONTEXT, process_pool, uninterrupted
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.data.writing.assign import Shard
@@ -210,7 +210,7 @@ class _Speed(ProgressColumn):
 @contextmanager
 def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
     """A bar on stderr with images per second and the time left."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (
         TextColumn("sharding"),
         BarColumn(),

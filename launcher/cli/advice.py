@@ -103,9 +103,9 @@ def advise(
         else:
             show(*points_tables(fit))
             for line in points_notes(fit):
-                click.echo(line)
+                options.say(line)
             if plot is not None:
-                click.echo(plot)
+                options.say(plot)
         return
     from bigbatch.launcher.runs.registry import find_run
 
@@ -127,9 +127,9 @@ def advise(
     else:
         show(*run_tables(found, chosen))
         for line in run_notes(found, target_s, chosen):
-            click.echo(line)
+            options.say(line)
         if plot is not None:
-            click.echo(plot)
+            options.say(plot)
 
 
 _OF = {  # options that only one kind of advice reads

@@ -70,22 +70,22 @@ def shard(
             progress=not as_json,
         )
     except KeyboardInterrupt:
-        click.echo("bigbatch: stopped; repeat the command to go on where it was", err=True)
+        options.say("bigbatch: stopped; repeat the command to go on where it was", err=True)
         sys.exit(128 + signal.SIGINT)
     if as_json:
         options.print_json(asdict(written))
         return
     for name, count in written.samples.items():
         shards = options.plural(written.shards[name], "shard")
-        click.echo(f"{dest / name}  {count:,} samples in {shards}")
-    click.echo(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
+        options.say(f"{dest / name}  {count:,} samples in {shards}")
+    options.say(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
     rows = count_skips(written.skipped)
     for row in rows[:20]:
-        click.echo(f"left out: {describe(row)}", err=True)
+        options.say(f"left out: {describe(row)}", err=True)
     if len(rows) < len(written.skipped) or len(rows) > 20:
-        click.echo(f"each by its name: {dest / 'skipped.txt'}", err=True)
+        options.say(f"each by its name: {dest / 'skipped.txt'}", err=True)
     for note in written.notes:
-        click.echo(f"warning: {note}", err=True)
+        options.say(f"warning: {note}", err=True)
 
 
 @click.command(short_help="Index WebDataset tars that exist.")
@@ -115,7 +115,7 @@ def index(
         else:
             made = build_index(Path(shards), workers=workers, skip_bad=skip_bad)
     except BadShards as error:
-        click.echo(f"bigbatch: {error}", err=True)
+        options.say(f"bigbatch: {error}", err=True)
         sys.exit(1)
     empty = [n for n, c in zip(made.classes, made.class_counts.tolist(), strict=True) if c == 0]
     if as_json:
@@ -132,19 +132,19 @@ def index(
             }
         )
         return
-    click.echo(
+    options.say(
         f"{made.place}  {len(made):,} samples of {len(made.classes):,} classes in "
         f"{options.plural(len(made.shards), 'shard')}"
     )
     for problem in made.problems:
-        click.echo(f"left out: {problem}", err=True)
+        options.say(f"left out: {problem}", err=True)
     for what, count in made.passed_over.items():
-        click.echo(f"passed over: {count:,} {what}", err=True)
+        options.say(f"passed over: {count:,} {what}", err=True)
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        click.echo(f"warning: classes without a sample: {shown}", err=True)
+        options.say(f"warning: classes without a sample: {shown}", err=True)
     if len(made.classes) - len(empty) == 1:
-        click.echo("warning: all samples are of one class", err=True)
+        options.say("warning: all samples are of one class", err=True)
 
 
 @click.command(short_help="Describe shards: counts, labels, sizes, problems.")
@@ -209,7 +209,7 @@ def inspect(
         elif said["bad"]:
             render.show(*render.journal_tables(said))
         else:
-            click.echo(f"{said['run']} could read every sample")
+            options.say(f"{said['run']} could read every sample")
         sys.exit(1 if said["bad"] else 0)
 
     from bigbatch.data.writing.inspection import inspect as look
@@ -221,9 +221,9 @@ def inspect(
     else:
         render.show(*render.inspect_tables(found))
         for note in found["notes"]:
-            click.echo(f"warning: {note}", err=True)
+            options.say(f"warning: {note}", err=True)
         for problem in found["problems"]:
-            click.echo(f"problem: {problem}", err=True)
+            options.say(f"problem: {problem}", err=True)
     sys.exit(1 if found["problems"] else 0)
 
 
@@ -244,13 +244,13 @@ def _measure(root: Path, pca: bool, images: int, channels: str | None, as_json: 
         counts = {"images": found.images, "of": found.of, "unreadable": found.unreadable}
         options.print_json({**keys, **counts, "mean_error": error})
         return
-    click.echo(
+    options.say(
         f"# {found.images:,} of {found.of:,} images; standard error of the mean at most "
         f"{found.mean_error.max():.1g}"
     )
-    click.echo(yaml.safe_dump(keys, default_flow_style=None, sort_keys=False, width=200), nl=False)
+    options.say(yaml.safe_dump(keys, default_flow_style=None, sort_keys=False, width=200), nl=False)
     if found.unreadable:
-        click.echo(f"warning: {found.unreadable:,} images could not be read", err=True)
+        options.say(f"warning: {found.unreadable:,} images could not be read", err=True)
 
 
 @click.command(short_help="Show the samples of each micro-batch, without training.")
@@ -281,8 +281,8 @@ def batches(
     loaded = load_recipe(recipe, overrides)
     for batch in compute(loaded, parse_steps(steps), world_size, rank):
         if as_json:
-            click.echo(to_json(asdict(batch)))
+            options.say(to_json(asdict(batch)))
             continue
-        click.echo(f"step {batch.step}, micro-batch {batch.micro}, rank {batch.rank}")
+        options.say(f"step {batch.step}, micro-batch {batch.micro}, rank {batch.rank}")
         for key, label, epoch in zip(batch.keys, batch.labels, batch.epochs, strict=True):
-            click.echo(f"  {key}  label {label}  epoch {epoch}")
+            options.say(f"  {key}  label {label}  epoch {epoch}")

@@ -87,7 +87,7 @@ def fork(
     for note in branches[0].notes:
         notice(note)
     for branch in made:
-        click.echo(f"{branch.path} goes on after step {branches[0].step}", err=True)
+        options.say(f"{branch.path} goes on after step {branches[0].step}", err=True)
     if no_train:
         return
     if members is not None:

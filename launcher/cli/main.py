@@ -5,6 +5,7 @@ error or a disk that refuses, 75 stopped by a signal and saved. Anything unfores
 traceback.
 """
 
+import io
 import os
 import sys
 
@@ -106,6 +107,9 @@ def open_streams() -> None:
             if null != number:
                 os.close(null)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show ends no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 for _section in SECTIONS.values():

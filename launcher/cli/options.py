@@ -9,6 +9,7 @@ import click
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
+from bigbatch.configs.printable import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,6 +60,11 @@ def new_run(function: F) -> F:
     return click.option(*names, help="Name of the run; default: a new one.")(function)
 
 
+def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text of which a part may come from data."""
+    click.echo(printable(str(text)), err=err, nl=nl)
+
+
 def print_json(value: Any) -> None:
     click.echo(to_json(value, indent=1, default=str))
 
@@ -79,11 +85,12 @@ def write_picture(path: Path, draw: Callable[[], None]) -> None:
 @contextmanager
 def steps_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; yields the function that moves it to a step."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    from bigbatch.configs.terminal import Terminal
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Terminal(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda step: bar.update(task, completed=step)
 

@@ -24,7 +24,7 @@ def recipes(as_json: bool) -> None:
         return
     width = max(map(len, found))
     for name, headline in found.items():
-        click.echo(f"{name:{width}}  {headline}")
+        options.say(f"{name:{width}}  {headline}")
 
 
 @click.command(short_help="List the models that a recipe can name.")
@@ -71,9 +71,9 @@ def models(pattern: str, limit: int, classes: int, as_json: bool) -> None:
         show(table)
     others = found["names"][len(found["models"]) :]
     for name in others:
-        click.echo(name)
+        options.say(name)
     if others:
-        click.echo(
+        options.say(
             f"{options.plural(len(found['names']), 'model')}, of which {len(found['models']):,} "
             "were measured: raise --limit, or narrow PATTERN",
             err=True,
@@ -219,11 +219,11 @@ def schedule(
         options.print_json({"steps": plan.total, "lr_rule": rule, "lr": rates})
         return
     if rule:
-        click.echo(rule)
+        options.say(rule)
     for step, value in preflight.key_rates(plan, rate).items():
-        click.echo(f"step {step:>8,}  {value:.6g}")
+        options.say(f"step {step:>8,}  {value:.6g}")
     if plot is not None:
-        click.echo(plot)
+        options.say(plot)
 
 
 @click.command(short_help="Draw what a recipe's augmentation makes of images.")
@@ -273,10 +273,10 @@ def schema(output: Path | None) -> None:
 
     text = to_json(editor_schema(), indent=1) + "\n"
     if output is None:
-        click.echo(text, nl=False)
+        options.say(text, nl=False)
         return
     try:
         write_atomically(output, text)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from None
-    click.echo(output)
+    options.say(output)

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bigbatch.configs.terminal import Terminal
 from bigbatch.launcher.runs.registry import RunInfo
 from bigbatch.trainers.monitoring.progress import duration
 
@@ -32,7 +32,7 @@ _SHOWN_SAMPLES = 100
 
 def show(*tables: Table) -> None:
     """Print tables; in a pipe as wide as they are, so that no cell is cut."""
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
         console.width = 200
     for table in tables:
@@ -42,7 +42,7 @@ def show(*tables: Table) -> None:
 def follow(make: Callable[[], Table], every_s: float = 2.0) -> None:
     """Draw a table again and again, until Ctrl-C."""
     try:
-        with Live(make(), auto_refresh=False, screen=Console().is_terminal) as live:
+        with Live(make(), auto_refresh=False, screen=Terminal().is_terminal) as live:
             while True:
                 time.sleep(every_s)
                 live.update(make(), refresh=True)

@@ -46,7 +46,7 @@ def runs(
     if as_json:
         options.print_json([asdict(info) for info in found])
     elif not found:
-        click.echo(f"no runs in {runs_folder}" + (" match" if pattern != "*" or states else ""))
+        options.say(f"no runs in {runs_folder}" + (" match" if pattern != "*" or states else ""))
     else:
         from bigbatch.launcher.cli.render import runs_table, show
 
@@ -98,7 +98,7 @@ def logs(
         source = source if lines is None else reader.last(source, lines)
     for line in source:
         if as_json:
-            click.echo(to_json(line._asdict()))
+            options.say(to_json(line._asdict()))
         else:
             click.echo(reader.paint(line))
 
@@ -114,7 +114,7 @@ def cancel(run: str, runs_folder: Path) -> None:
     from bigbatch.launcher.runs.registry import cancel as stop
     from bigbatch.launcher.runs.registry import find_run
 
-    click.echo(stop(find_run(run, runs_folder)))
+    options.say(stop(find_run(run, runs_folder)))
 
 
 @click.command(short_help="Send offline wandb records of runs.")
@@ -156,4 +156,4 @@ def remove(names: tuple[str, ...], yes: bool, runs_folder: Path) -> None:
             what = f"{run.path}{link}, at step {step}, with its checkpoints"
             click.confirm(f"remove {what}?", abort=True)
         registry.remove(run)
-        click.echo(f"removed {run.path}{link}")
+        options.say(f"removed {run.path}{link}")

@@ -123,22 +123,22 @@ def submit(
         found = preflight.estimate(loaded, path.parent, signal_lead or site.signal_lead)
         for finding in found.findings:
             if finding.state != "ok":
-                click.echo(f"{finding.state}: {finding.name}: {finding.text}", err=True)
+                options.say(f"{finding.state}: {finding.name}: {finding.text}", err=True)
         job = replace(job, lead=found.lead or job.lead)
     made = {"run": str(paths[0]), "runs": [str(each) for each in paths]}
     if dry_run:
         text = submission.script_of(job, path, loaded, mounts)
         if site_file().exists():
-            click.echo(f"defaults from {site_file()}", err=True)
+            options.say(f"defaults from {site_file()}", err=True)
         if as_json:
             options.print_json({"job": None, "script": text, **made})
         else:
-            click.echo(text, nl=False)
+            options.say(text, nl=False)
         return
     number = submission.submit(recipes, job, path, mounts)
     if as_json:
         options.print_json({"job": number, **made})
     else:
-        click.echo(number)
+        options.say(number)
         for each in paths:
-            click.echo(f"run {each}; `bigbatch status {each}` follows it", err=True)
+            options.say(f"run {each}; `bigbatch status {each}` follows it", err=True)

@@ -205,7 +205,7 @@ def resume(
         start.check_start(recipe, peers)
         if slurm:
             with start.stored(found, recipe, peers):
-                click.echo(resubmit(found, sbatch_arg))
+                options.say(resubmit(found, sbatch_arg))
             return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
         with start.stored(found, recipe, peers):
@@ -258,13 +258,13 @@ def prove(
                 steps=steps,
                 ranks=counts,
                 seed=seed,
-                say=lambda text: click.echo(text, err=True),
+                say=lambda text: options.say(text, err=True),
             )
         except proof.RunFailed as error:
-            click.echo(f"bigbatch: {error}", err=True)
+            options.say(f"bigbatch: {error}", err=True)
             sys.exit(1)
     if as_json:
-        click.echo(proof.as_json(results, steps))
+        options.say(proof.as_json(results, steps))
     else:
         from bigbatch.launcher.cli.render import proof_table, show
 
@@ -322,4 +322,4 @@ def report(run: str, runs_folder: Path, as_json: bool) -> None:
     if as_json:
         options.print_json({"report": str(path)})
     else:
-        click.echo(path)
+        options.say(path)

@@ -62,7 +62,7 @@ def find_lr(
                     progress=progress,
                 )
         except RunFailed as error:
-            click.echo(f"bigbatch: {error}", err=True)
+            options.say(f"bigbatch: {error}", err=True)
             sys.exit(1)
     if plot is not None:
         options.write_picture(plot, lambda: draw(found, loaded.name, plot))
@@ -82,12 +82,12 @@ def find_lr(
         )
         return
     end = "diverged at" if found.diverged else "still finite at"
-    click.echo(f"steepest descent   {found.steepest:.3g}")
-    click.echo(f"minimum / 10       {found.tenth:.3g}")
-    click.echo(f"the loss           {end} {found.lr[-1]:.3g}")
+    options.say(f"steepest descent   {found.steepest:.3g}")
+    options.say(f"minimum / 10       {found.tenth:.3g}")
+    options.say(f"the loss           {end} {found.lr[-1]:.3g}")
     if plot is not None:
-        click.echo(plot)
-    click.echo(f"use it by          {' '.join(changes)}")
+        options.say(plot)
+    options.say(f"use it by          {' '.join(changes)}")
 
 
 @click.command("find-micro-batch", short_help="Find the largest micro-batch that fits.")
@@ -128,7 +128,7 @@ def find_micro_batch(
     start.check_start(loaded)
     limit = work.free_memory() if memory is None else int(memory * 1e9)
     if not as_json:
-        click.echo(
+        options.say(
             f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} on {world} ranks, within "
             f"{limit / 1e9:.2f} GB of host memory"
         )
@@ -138,13 +138,13 @@ def find_micro_batch(
         verdict = "fits" if probe.fits else "does not fit"
         if not as_json:
             host = f"{probe.peak_bytes / 1e9:.2f} GB of host memory"
-            click.echo(f"micro_batch {probe.micro_batch:>6,}  {verdict}: {host}{rate}")
+            options.say(f"micro_batch {probe.micro_batch:>6,}  {verdict}: {host}{rate}")
 
     with tempfile.TemporaryDirectory(prefix="bigbatch-find-micro-batch-") as folder:
         try:
             tried = work.find(loaded, world, Path(folder), limit, say)
         except RunFailed as error:
-            click.echo(f"bigbatch: {error}", err=True)
+            options.say(f"bigbatch: {error}", err=True)
             sys.exit(1)
     best = max(p.micro_batch for p in tried if p.fits)
     if as_json:
@@ -158,7 +158,7 @@ def find_micro_batch(
             }
         )
         return
-    click.echo(f"use it by  micro_batch={best}")
+    options.say(f"use it by  micro_batch={best}")
 
 
 @click.command(short_help="Search hyperparameters.")
@@ -284,7 +284,7 @@ def tune(
     with options.steps_bar("trials", trials) as progress:
 
         def say(text: str, done: int) -> None:
-            click.echo(text, err=True)
+            options.say(text, err=True)
             progress(done)
 
         try:
@@ -298,8 +298,8 @@ def tune(
     else:
         show(table(summary))
         for best in summary["best"]:
-            click.echo(f"trial {best['number']}: {shlex.join(best['overrides'])}")
-        click.echo(f"report  {summary['report']}")
+            options.say(f"trial {best['number']}: {shlex.join(best['overrides'])}")
+        options.say(f"report  {summary['report']}")
     if interrupted:
-        click.echo("bigbatch: stopped; the same command goes on with this study", err=True)
+        options.say("bigbatch: stopped; the same command goes on with this study", err=True)
         sys.exit(SAVED)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import click
 
+from bigbatch.configs.printable import printable
 from bigbatch.configs.rundir import RunDir
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) (.*)")
@@ -74,10 +75,11 @@ def last(lines: Iterable[Line], count: int) -> Iterator[Line]:
 
 
 def paint(line: Line) -> str:
+    text = printable(line.text)
     if line.rank < 0:
-        return click.style(f"slurm    {line.text}", "red")
+        return click.style(f"slurm    {text}", "red")
     clock = line.time[11:23]
-    return click.style(f"{clock} {line.rank:>4} ", _COLOURS[line.rank % len(_COLOURS)]) + line.text
+    return click.style(f"{clock} {line.rank:>4} ", _COLOURS[line.rank % len(_COLOURS)]) + text
 
 
 class _Ended:

@@ -335,7 +335,7 @@ def _newest(run: RunDir, *kinds: str) -> Iterator[dict[str, Any]]:
 def _state(run: RunDir, age: float, trainers: Sequence[Trainer] | None) -> str:
     last = next(_newest(run, "start", "end"), None)
     end = str(last.get("state", "stopped")) if last and last["kind"] == "end" else None
-    if end not in (None, "finished", "stopped", "failed"):
+    if end is not None and end not in ENDED:
         raise ValueError(f"no state: {end}")
     if end == "finished":
         return end

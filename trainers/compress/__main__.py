@@ -90,13 +90,13 @@ def run(options: argparse.Namespace, engine: Engine, member: Member) -> int:
     if options.json:
         print(to_json(result, indent=1))
         return 0
-    from rich.console import Console
+    from bigbatch.configs.terminal import Terminal
 
     for row in result["results"]:
         left = row.get("convolutions", {}).get("float32", 0)
         if row["method"] == "int8" and left:
             notice(f"onnxruntime leaves {left} convolutions of the int8 file in float32 here")
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     console.print(table_of(result))
     for name in (RESULT, PICTURE):
         console.print(str(options.out / name), highlight=False, markup=False)

@@ -178,11 +178,11 @@ def _open_labelled(source: str, engine: Engine, ensemble: Ensemble) -> Listing:
 
 
 def _say(notes: list[str], splits: dict[str, evaluation.Rows], lines: list[str]) -> None:
-    from rich.console import Console
+    from bigbatch.configs.terminal import Terminal
 
     for note in notes:
         notice(note)
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:  # no cell is cut
         console.width = 200
     console.print(evaluation.table_of(splits))

@@ -74,7 +74,6 @@ def rows_of(statistics: dict[str, Any], name: str) -> Rows:
 def table_of(splits: dict[str, Rows]) -> Any:
     """Rows of figures by split, as a table for the terminal: 80 columns hold two splits."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -84,7 +83,7 @@ def table_of(splits: dict[str, Rows]) -> Any:
     found: dict[str, list[str]] = {}
     for number, (split, rows) in enumerate(splits.items()):
         for title in titles:
-            table.add_column(f"{escape(split)}\n{title}", justify="right", no_wrap=True)
+            table.add_column(f"{split}\n{title}", justify="right", no_wrap=True)
         for name, entry in rows:
             low, high = entry["accuracy_interval"]
             texts = {"95 %": f"{low:.1%} - {high:.1%}", "accuracy": f"{entry['accuracy']:.2%}"}

@@ -3,10 +3,10 @@
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from bigbatch.configs.terminal import Terminal
 from bigbatch.trainers.engine import Engine
 
 
@@ -17,11 +17,15 @@ class Progress:
         self._title, self._total, self._world = title, total, engine.world
         self._done = self._said = 0
         self._started = time.monotonic()
-        self._console = Console(stderr=True)
+        self._console = Terminal(stderr=True)
         self._speaks = engine.rank == 0 and total > 0
         self._bar: Bar | None = None
         if self._speaks and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+            )
             rate = TextColumn("{task.fields[rate]}")
             self._bar = Bar(*columns, rate, TimeRemainingColumn(), console=self._console)
             self._task = self._bar.add_task(title, total=total, rate="")

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from bigbatch.configs.terminal import Terminal
+
 _SMOOTHING = 0.9  # weight of the past in the images/s shown: about ten steps
 
 
@@ -23,7 +25,7 @@ class Progress:
         self._name = name
         self._total = total_steps
         self._step = start_step
-        self._console = console or Console()
+        self._console = console or Terminal()
         self._first: tuple[int, float] | None = None  # step and time of the first finished step
         self._seconds_per_image = 0.0
         self._shown: dict[str, str] = {}
@@ -31,7 +33,7 @@ class Progress:
         self._bar: Bar | None = None
         if self._console.is_terminal:
             self._bar = Bar(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}", markup=False),

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.terminal import Terminal
 from bigbatch.trainers.monitoring.history import (
     History,
     loss_ceiling,
@@ -47,7 +48,7 @@ def watch(
     killed one, and None before. `interval` is in seconds. Raises UserError where `run` is no
     run directory.
     """
-    console = console or Console()
+    console = console or Terminal()
     history = read_history(run)
     if not console.is_terminal:
         console.print(picture(run, history, console.width, 40, ended()))
