@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.plot_style import MUTED, plot_style
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import verify_index
@@ -138,6 +139,7 @@ def key_rates(plan: Plan, rate: Rate) -> dict[int, float]:
     return {step: rate(step) for step in sorted(steps) if 0 <= step < plan.total}
 
 
+@plot_style()
 def draw(name: str, plan: Plan, rate: Rate, path: Path) -> None:
     """Draw the learning rate over the steps into a picture (.png, .svg, .pdf)."""
     from matplotlib.figure import Figure
@@ -148,8 +150,7 @@ def draw(name: str, plan: Plan, rate: Rate, path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, [rate(step) for step in steps])
     for end in sorted(plan.snapshots):
-        axes.axvline(end, color="0.7", linewidth=0.8, linestyle=":")
+        axes.axvline(end, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set(xlabel="step", ylabel="learning rate", xlim=(0, plan.total), title=name)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)

@@ -20,6 +20,7 @@ from bigbatch.configs.files import read_jsonl, to_json
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.words import plural
 from bigbatch.launcher.child import OUTPUT, Children, RunFailed, steps_done, tail
 from bigbatch.trainers.planning.plan import check_world
 
@@ -78,22 +79,27 @@ def prove(
     # One thread per rank: the order of the sums inside a rank is then the same on any machine.
     with Children(1, threads=1) as children:
         for count in ranks:
-            say(f"{steps} steps with {_ranks(count)}")
+            say(f"{plural(steps, 'step')} with {plural(count, 'rank')}")
             finished[count] = create_run(folder / f"ranks-{count}", recipe)
             run_to_end(finished[count], count, steps, children)
         count = next((c for c in ranks if c > 1), ranks[0])
         aim = random.Random(seed).randint(1, steps - 1)
-        say(f"{steps} steps with {_ranks(count)}, killed by SIGKILL after step {aim} and resumed")
+        say(
+            f"{plural(steps, 'step')} with {plural(count, 'rank')}, killed by SIGKILL after step "
+            f"{aim} and resumed"
+        )
         run = create_run(folder / "killed", recipe)
         killed_at = run_and_kill(run, count, steps, aim, children)
         resumed_from = _newest(run)
         run_to_end(run, count, steps, children)
     reference = finished[ranks[0]]
     results = [
-        compare(finished[count], reference, ranks=count, with_=_ranks(ranks[0]), limit=TOLERANCE)
+        compare(
+            finished[count], reference, ranks=count, with_=plural(ranks[0], "rank"), limit=TOLERANCE
+        )
         for count in ranks[1:]
     ]
-    undisturbed = f"{_ranks(count)}, undisturbed"
+    undisturbed = f"{plural(count, 'rank')}, undisturbed"
     results.append(
         compare(
             run,
@@ -121,7 +127,7 @@ def run_to_end(run: RunDir, ranks: int, steps: int, children: Children) -> None:
     status = children.start(run, steps, ranks).wait()
     if status != 0:
         raise RunFailed(
-            f"training with {_ranks(ranks)} ended with status {status}:\n{tail(run, 20)}"
+            f"training with {plural(ranks, 'rank')} ended with status {status}:\n{tail(run, 20)}"
         )
 
 
@@ -236,7 +242,3 @@ def _newest(run: RunDir) -> int:
 
 def _last(run: RunDir) -> Path:
     return max(_checkpoints(run))
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"

@@ -29,6 +29,7 @@ from bigbatch.launcher.env import (
     start_variables,
 )
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
+from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.planning.environment import check_environment
 from bigbatch.trainers.planning.plan import check_world
 from bigbatch.trainers.recovery.signals import SAVED, catch
@@ -285,6 +286,7 @@ def begin(run: Path, peers: Peers | None, launch: Launch | None) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     if should_report(peers):
         print(f"bigbatch: {describe_start(peers, launch, variables)}", file=sys.stderr)
+        stage("importing torch and what the recipe uses")
     sys.stdout.flush()
     sys.stderr.flush()
     try:

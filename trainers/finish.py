@@ -9,6 +9,7 @@ from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.terminal import Terminal
+from bigbatch.configs.words import plural
 from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers.ensemble.averaged import score_average
@@ -68,7 +69,7 @@ def end(run: RunDir, summary: dict[str, Any], log: Log) -> None:
     print(f"summary  {run.summary}", flush=True)
     if log.wandb_path is not None:
         print(f"wandb    {log.wandb_path}", flush=True)
-    say_findings(diagnose_run(run), Console(soft_wrap=True))
+    say_findings(diagnose_run(run), Terminal(soft_wrap=True))
 
 
 def _expected_snapshots(job: Job) -> set[int]:
@@ -153,7 +154,8 @@ def say_results(run: RunDir, summary: dict[str, Any]) -> None:
     console.print(final_table(summary))
     if bad := summary.get("bad_samples"):
         console.print(
-            f"{bad['samples']:,} samples of {len(bad['shards']):,} shards could not be read: "
+            f"{plural(bad['samples'], 'sample')} of {plural(len(bad['shards']), 'shard')} could "
+            "not be read: "
             f"bigbatch inspect --journal {run.path}",
             style="yellow",
             highlight=False,

@@ -43,6 +43,7 @@ from bigbatch.trainers.models.initialise import prior_bias
 from bigbatch.trainers.models.regularise import keep_within, regularise
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.monitoring.jsonl import JsonLines
+from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.optim.stages import fit_transfer, freeze, rate_table
@@ -178,10 +179,12 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     check_world(recipe, engine.world)
     data = recipe.data
     evaluations: list[Evaluation] = []  # the state's; a plateau looks at them
+    stage("opening the data")
     inputs = open_inputs(recipe, stop_at, evaluations)
     check_same_data(inputs, engine)
     classes = len(inputs.classes)
     info = describe(recipe, inputs.classes)
+    stage("building the model")
     model = build_model(
         recipe.model,
         classes=classes,

@@ -16,6 +16,7 @@ from bigbatch.trainers.losses.confusion import read_confusion
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log, open_log
 from bigbatch.trainers.monitoring.monitor import Monitor
+from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.planning.environment import recorded_variables, said_variables
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
@@ -47,6 +48,7 @@ def attempt(
     if job.course.costs is not None:
         seen = engine.on_main(lambda: read_confusion(run.metrics, state.step))
         job.course.costs.update(seen)
+    stage("reading the first images")
     with open_log(
         run,
         recipe,

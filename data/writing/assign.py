@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.words import plural
 from bigbatch.data.rng import key64
 from bigbatch.data.writing.sources import Source
 
@@ -113,9 +114,9 @@ def doubts(
     for split, fraction in zip(SPLITS, wanted, strict=False):
         if fraction > 0 and not (splits == split).any():
             found.append(
-                f"no sample is left for {split}: {len(splits):,} samples in {len(counts):,} "
-                "classes are too few for these fractions; give others with --split, such as "
-                "0.5,0.25,0.25, or 1 for training alone"
+                f"no sample is left for {split}: {plural(len(splits), 'sample')} in "
+                f"{plural(len(counts), 'class')} are too few for these fractions; give others with "
+                "--split, such as 0.5,0.25,0.25, or 1 for training alone"
             )
     return found
 

@@ -12,11 +12,13 @@ import numpy.typing as npt
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.plot_style import plot_style
 from bigbatch.data.index import Index, is_shard, open_index, verify_index
 from bigbatch.data.writing.assign import SPLITS
 from bigbatch.data.writing.recode import open_image, prepare
 from bigbatch.data.writing.skips import count_skips, read_skips
 
+_LONGEST = 24  # characters of a class's name in the picture
 _LOOKED_AT = 5_000  # images of each split whose header is read
 
 
@@ -170,9 +172,11 @@ def _duplicates(indexes: dict[str, Index]) -> dict[str, int]:
     return {place: count for place, count in found.items() if count}
 
 
+@plot_style()
 def draw(indexes: dict[str, Index], sides: dict[str, npt.NDArray[np.int64]], path: Path) -> None:
     """Draw labels, image sizes and resolutions of each split into one picture."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(14, 4), layout="constrained")
     labels, sizes, resolutions = figure.subplots(1, 3)
@@ -191,9 +195,6 @@ def draw(indexes: dict[str, Index], sides: dict[str, npt.NDArray[np.int64]], pat
             labels.step(range(len(counts)), np.sort(counts)[::-1], where="mid", label=name)
         sizes.hist(index.size, bins=edges, histtype="step", label=name)
         resolutions.scatter(*sides[name].T, s=6, alpha=0.4, linewidths=0, label=name)
-    if few:
-        upright = sum(map(len, classes)) > 40  # or they would run into each other
-        labels.set_xticks(range(len(classes)), classes, rotation=90 if upright else 0)
     labels.set(xlabel="class" if few else "class, by rank", ylabel="samples", title="Labels")
     sizes.set(
         xscale="log" if wide else "linear", xlabel="bytes", ylabel="images", title="Encoded size"
@@ -201,12 +202,36 @@ def draw(indexes: dict[str, Index], sides: dict[str, npt.NDArray[np.int64]], pat
     resolutions.set(xlabel="width, pixels", ylabel="height, pixels", title="Resolution")
     resolutions.set(xlim=(0, None), ylim=(0, None))
     resolutions.margins(0.1)
+    for axis in (sizes.xaxis, resolutions.xaxis):
+        if axis.get_scale() == "linear":
+            axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_minor_formatter(NullFormatter())
     names = labels.get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=len(indexes), frameon=False)
+    figure.legend(*names, loc="outside lower center", ncols=len(indexes))
+    if few:
+        _name_classes(labels, classes)
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot draw into {path}: {error}") from None
+
+
+def _name_classes(axes: Any, classes: Sequence[str]) -> None:
+    """The classes below their bars: upright, and not each of them, where they would overlap."""
+    names = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "\u2026" for name in classes]
+    for rotation, every in ((0, 1), *((90, every) for every in range(1, len(names) + 1))):
+        axes.set_xticks(range(0, len(names), every), names[::every], rotation=rotation)
+        if not overlapping(axes.xaxis.get_ticklabels()):
+            return
+
+
+def overlapping(texts: Sequence[Any]) -> bool:
+    """Whether neighbours among texts of a figure, such as the labels of an axis, overlap."""
+    if texts:
+        texts[0].figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in texts]
+    return any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def _bounds(sizes: Sequence[npt.NDArray[np.uint32]]) -> tuple[float, float]:

@@ -77,8 +77,9 @@ def shard(
         return
     for name, count in written.samples.items():
         shards = options.plural(written.shards[name], "shard")
-        options.say(f"{dest / name}  {count:,} samples in {shards}")
-    options.say(f"{written.classes} classes, {written.bytes:,} bytes, {written.seconds:.1f} s")
+        options.say(f"{dest / name}  {options.plural(count, 'sample')} in {shards}")
+    classes = options.plural(written.classes, "class")
+    options.say(f"{classes}, {written.bytes:,} bytes, {written.seconds:.1f} s")
     rows = count_skips(written.skipped)
     for row in rows[:20]:
         options.say(f"left out: {describe(row)}", err=True)
@@ -133,7 +134,8 @@ def index(
         )
         return
     options.say(
-        f"{made.place}  {len(made):,} samples of {len(made.classes):,} classes in "
+        f"{made.place}  {options.plural(len(made), 'sample')} of "
+        f"{options.plural(len(made.classes), 'class')} in "
         f"{options.plural(len(made.shards), 'shard')}"
     )
     for problem in made.problems:
@@ -245,12 +247,14 @@ def _measure(root: Path, pca: bool, images: int, channels: str | None, as_json: 
         options.print_json({**keys, **counts, "mean_error": error})
         return
     options.say(
-        f"# {found.images:,} of {found.of:,} images; standard error of the mean at most "
-        f"{found.mean_error.max():.1g}"
+        f"# {found.images:,} of {options.plural(found.of, 'image')}; standard error of the mean "
+        f"at most {found.mean_error.max():.1g}"
     )
     options.say(yaml.safe_dump(keys, default_flow_style=None, sort_keys=False, width=200), nl=False)
     if found.unreadable:
-        options.say(f"warning: {found.unreadable:,} images could not be read", err=True)
+        options.say(
+            f"warning: {options.plural(found.unreadable, 'image')} could not be read", err=True
+        )
 
 
 @click.command(short_help="Show the samples of each micro-batch, without training.")

@@ -10,6 +10,8 @@ import click
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.printable import printable
+from bigbatch.configs.words import plural as plural
+from bigbatch.configs.words import span as span
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,7 +95,3 @@ def steps_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Terminal(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda step: bar.update(task, completed=step)
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -136,18 +136,25 @@ def check(
 def _rows(found: dict[str, Any]) -> dict[str, str]:
     from bigbatch.launcher import preflight
 
-    splits = [f"{n} {s['samples']:,} in {s['shards']} shards" for n, s in found["splits"].items()]
+    splits = [
+        f"{n} {s['samples']:,} in {options.plural(s['shards'], 'shard')}"
+        for n, s in found["splits"].items()
+    ]
+    fewest, most = found["smallest_class"], found["largest_class"]
+    each = options.plural(most, "sample") if fewest == most else f"{fewest:,} to {most:,} samples"
+    micro_batches = found["micro_batches"]
+    ranks = options.plural(1, "rank") if micro_batches == 1 else f"1 to {micro_batches:,} ranks"
     rates = [f"{rate:.4g} at {step}" for step, rate in found["lr"].items()]
     rows = {
         "recipe": f"{found['recipe']}, hash {found['hash']}",
         "samples": ", ".join(splits),
-        "classes": f"{found['classes']}, with {found['smallest_class']:,} to "
-        f"{found['largest_class']:,} samples in {found['counted']}",
+        "classes": f"{found['classes']:,}, with {each} in {found['counted']}",
         "labels": preflight.spark(sorted(found["labels"], reverse=True)),
-        "step": f"{found['global_batch']:,} samples in {found['micro_batches']} micro-batches of "
-        f"{found['micro_batch']:,}: 1 to {found['micro_batches']} ranks",
-        "length": f"{found['steps']:,} steps, {found['epochs']:g} epochs of "
-        f"{found['epoch_samples']:,} samples",
+        "step": f"{options.plural(found['global_batch'], 'sample')} in "
+        f"{options.plural(micro_batches, 'micro-batch')} of {found['micro_batch']:,}: {ranks}",
+        "length": f"{options.plural(found['steps'], 'step')}, "
+        f"{options.plural(float(found['epochs']), 'epoch')} of "
+        f"{options.plural(found['epoch_samples'], 'sample')}",
         "evaluations": f"{found['evaluations']:,}",
         "checkpoints": f"{found['checkpoints']:,}",
         "snapshots": "after step " + ", ".join(map(str, found["snapshots"])),

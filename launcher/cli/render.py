@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigbatch.configs.terminal import Terminal
+from bigbatch.configs.words import plural
 from bigbatch.launcher.runs.registry import RunInfo
 from bigbatch.trainers.monitoring.progress import duration
 
@@ -51,14 +52,14 @@ def follow(make: Callable[[], Table], every_s: float = 2.0) -> None:
 
 
 def proof_table(results: "Sequence[Result]", name: str, steps: int) -> Table:
-    table = Table(title=f"{name}: the first {steps} steps", title_justify="left")
+    table = Table(title=f"{name}: the first {plural(steps, 'step')}", title_justify="left")
     for title in ("run", "compared with", "samples", "weights differ by", ""):
         table.add_column(title)
     for r in results:
-        run = f"{r.ranks} rank" + ("s" if r.ranks > 1 else "")
+        run = plural(r.ranks, "rank")
         if r.killed_at is not None:
             run += f", killed after step {r.killed_at}, resumed from step {r.resumed_from}"
-        samples = f"same in {r.batches} micro-batches" if r.same_samples else "DIFFERENT"
+        samples = f"same in {plural(r.batches, 'micro-batch')}" if r.same_samples else "DIFFERENT"
         difference = "nothing, bit for bit" if r.difference == 0 else f"{r.difference:.1e}"
         limit = f" (limit {r.limit:.0e})" if r.difference else ""
         verdict = Text("passed", "green") if r.passed else Text("FAILED", "bold red")
@@ -138,7 +139,7 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     splits.caption = "kB and short side in pixels: smallest / median / largest"
     if any(split["looked_at"] < split["samples"] for split in found["splits"].values()):
         most = max(split["looked_at"] for split in found["splits"].values())
-        splits.caption += f"\npixels and formats: of {most:,} images; --verify looks at all"
+        splits.caption += f"\npixels and formats: of {plural(most, 'image')}; --verify looks at all"
     labels = Table(title="samples by class", title_justify="left")
     labels.add_column("class")
     for name, split in found["splits"].items():
@@ -163,7 +164,7 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
         counts = [s["labels"].get(label, 0) for s in found["splits"].values()]
         labels.add_row(label, *(f"{count:,}" for count in counts))
     if len(classes) > _SHOWN_CLASSES:
-        labels.caption = f"and {len(classes) - _SHOWN_CLASSES:,} more classes; --json shows all"
+        labels.caption = f"and {len(classes) - _SHOWN_CLASSES:,} more; --json shows all classes"
     empty = [f"{s['empty_classes']:,} in {n}" for n, s in found["splits"].items()]
     if any(split["empty_classes"] for split in found["splits"].values()):
         labels.caption = f"{labels.caption or ''}\nclasses without a sample: {', '.join(empty)}"
@@ -180,7 +181,7 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     if passed_over or left_out:
         tables.append(two_columns({"left out or passed over": "", **left_out, **passed_over}))
     if found["duplicates"]:
-        copies = {place: f"{count:,} images" for place, count in found["duplicates"].items()}
+        copies = {place: plural(count, "image") for place, count in found["duplicates"].items()}
         tables.append(two_columns({"the same bytes more than once": "", **copies}))
     return tables
 

@@ -106,7 +106,8 @@ def logs(
 @click.command(short_help="Let a run save, and end it.")
 @click.argument("run")
 @options.runs_folder
-def cancel(run: str, runs_folder: Path) -> None:
+@options.as_json
+def cancel(run: str, runs_folder: Path, as_json: bool) -> None:
     """Let RUN finish its step, save, and end; on SLURM its job is not requeued.
 
     `bigbatch resume RUN` goes on with it.
@@ -114,13 +115,19 @@ def cancel(run: str, runs_folder: Path) -> None:
     from bigbatch.launcher.runs.registry import cancel as stop
     from bigbatch.launcher.runs.registry import find_run
 
-    options.say(stop(find_run(run, runs_folder)))
+    found = find_run(run, runs_folder)
+    done = stop(found)
+    if as_json:
+        options.print_json({"run": str(found.path), "done": done})
+    else:
+        options.say(done)
 
 
 @click.command(short_help="Send offline wandb records of runs.")
 @click.argument("names", metavar="RUN...", nargs=-1, required=True)
 @options.runs_folder
-def sync(names: tuple[str, ...], runs_folder: Path) -> None:
+@options.as_json
+def sync(names: tuple[str, ...], runs_folder: Path, as_json: bool) -> None:
     """Send to wandb what RUNs recorded offline: all attempts, as one wandb run each."""
     import subprocess
     import sys
@@ -133,27 +140,39 @@ def sync(names: tuple[str, ...], runs_folder: Path) -> None:
     for run in found:
         if look_up(run).state == "running":
             raise UserError(f"{run.name} is running, and writes those files; sync it when it ends")
-    status = 0
+    sent = {}
     for run in found:
         command = [*python("bigbatch.trainers.monitoring.wandb_sync"), str(run.path)]
-        status = max(status, subprocess.run(command, check=False).returncode)
-    sys.exit(1 if status else 0)
+        # What it says is no part of the object.
+        talk = 2 if as_json else None
+        sent[str(run.path)] = subprocess.run(command, stdout=talk, check=False).returncode == 0
+    if as_json:
+        options.print_json({"runs": [{"run": run, "sent": done} for run, done in sent.items()]})
+    sys.exit(0 if all(sent.values()) else 1)
 
 
 @click.command("rm", short_help="Remove runs.")
 @click.argument("names", metavar="RUN...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @options.runs_folder
-def remove(names: tuple[str, ...], yes: bool, runs_folder: Path) -> None:
+@options.as_json
+def remove(names: tuple[str, ...], yes: bool, runs_folder: Path, as_json: bool) -> None:
     """Remove run directories with all they hold. Refuses runs that run or wait in a queue."""
     from bigbatch.launcher.runs import registry
 
     found = [registry.find_run(name, runs_folder) for name in names]
-    for run in found:
-        step = registry.describe(run).step
-        link = f", a link to {run.path.resolve()}" if run.path.is_symlink() else ""
-        if not yes:
-            what = f"{run.path}{link}, at step {step}, with its checkpoints"
-            click.confirm(f"remove {what}?", abort=True)
-        registry.remove(run)
-        options.say(f"removed {run.path}{link}")
+    removed = []
+    try:
+        for run in found:
+            step = registry.describe(run).step
+            link = f", a link to {run.path.resolve()}" if run.path.is_symlink() else ""
+            if not yes:
+                what = f"{run.path}{link}, at step {step}, with its checkpoints"
+                click.confirm(f"remove {what}?", abort=True, err=as_json)
+            registry.remove(run)
+            removed.append(str(run.path))
+            if not as_json:
+                options.say(f"removed {run.path}{link}")
+    finally:
+        if as_json:
+            options.print_json({"removed": removed})

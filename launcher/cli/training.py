@@ -19,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _starts(function: F) -> F:
     """Arguments and options of what starts a run here; all of them belong to `_start`."""
     for option in (
+        options.as_json,
         options.runs_folder,
         options.new_run,
         click.option(
@@ -108,20 +109,24 @@ def _start(
     run: str | None,
     run_dir: Path | None,
     runs_folder: Path,
+    as_json: bool,
 ) -> None:
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
     from bigbatch.configs.notices import notice
     from bigbatch.configs.rundir import RunDir
     from bigbatch.launcher import start
+    from bigbatch.launcher.cli import result
     from bigbatch.launcher.env import cpus_per_task, find_peers
     from bigbatch.launcher.launchers import Launch
-    from bigbatch.launcher.members import run_members
+    from bigbatch.launcher.members import member_paths, run_members
     from bigbatch.launcher.runs import registry
 
     peers = find_peers(os.environ)
     start.hold_signals(peers)
     with start.one_voice(peers):
+        if as_json:
+            result.check_alone(peers)
         if teacher is not None:
             overrides = (*overrides, _taught_by(teacher, runs_folder))
         # Of several ranks one says what is to be said of the recipe.
@@ -141,7 +146,11 @@ def _start(
                 )
             start.check_start(loaded)
             path = run_dir or runs_folder / (run or loaded.name)
-            sys.exit(run_members(loaded, path, members, count or 1, at_once or 1))
+            status = run_members(loaded, path, members, count or 1, at_once or 1)
+            if as_json:
+                runs = [result.standing(each, status) for each in member_paths(path, members)]
+                options.print_json({"runs": runs, "exit_status": status})
+            sys.exit(status)
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         if not RunDir(path).summary.exists():  # a finished run needs its shards no more
             start.check_start(loaded, peers)
@@ -149,8 +158,13 @@ def _start(
             path = registry.new_run(path, loaded, made_up=run is None and run_dir is None).path
         else:
             joined = start.join_run(path, loaded)
+            if as_json and joined.summary.exists():
+                options.print_json(result.standing(path))
+                return
             if start.is_finished(joined, peers):  # launchers repeat their command
                 return
+        if as_json:
+            result.report_run(path)
         start.begin(path, peers, None if count is None else replace(launch, nproc=count))
 
 
@@ -170,6 +184,7 @@ def _taught_by(teacher: str, runs: Path) -> str:
     "--sbatch-arg", multiple=True, help="With --slurm: an option of sbatch; may be repeated."
 )
 @options.runs_folder
+@options.as_json
 def resume(
     run: str,
     overrides: tuple[str, ...],
@@ -177,6 +192,7 @@ def resume(
     slurm: bool,
     sbatch_arg: tuple[str, ...],
     runs_folder: Path,
+    as_json: bool,
 ) -> None:
     """Go on with RUN, a name or a directory, with any number of processes.
 
@@ -186,6 +202,7 @@ def resume(
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.launcher import start
+    from bigbatch.launcher.cli import result
     from bigbatch.launcher.env import find_peers
     from bigbatch.launcher.launchers import Launch
     from bigbatch.launcher.runs.registry import find_run
@@ -194,10 +211,15 @@ def resume(
     peers = find_peers(os.environ)
     start.hold_signals(peers)
     with start.one_voice(peers):
+        if as_json:
+            result.check_alone(peers)
         if sbatch_arg and not slurm:
             raise UserError("--sbatch-arg needs --slurm, which submits the run again")
         found = find_run(run, runs_folder)
         recipe = start.changed_recipe(found, overrides, peers) if overrides else found.recipe()
+        if as_json and found.summary.exists():
+            options.print_json(result.standing(found.path))
+            return
         if start.is_finished(found, peers):
             return
         if peers is None:
@@ -205,10 +227,16 @@ def resume(
         start.check_start(recipe, peers)
         if slurm:
             with start.stored(found, recipe, peers):
-                options.say(resubmit(found, sbatch_arg))
+                job = resubmit(found, sbatch_arg)
+            if as_json:
+                options.print_json({"job": job, "run": str(found.path)})
+            else:
+                options.say(job)
             return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
         with start.stored(found, recipe, peers):
+            if as_json:
+                result.report_run(found.path)
             start.begin(found.path, peers, None if count is None else Launch(nproc=count))
 
 

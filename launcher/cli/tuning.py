@@ -129,7 +129,8 @@ def find_micro_batch(
     limit = work.free_memory() if memory is None else int(memory * 1e9)
     if not as_json:
         options.say(
-            f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} on {world} ranks, within "
+            f"{options.plural(len(sizes), 'size')} of micro_batch, "
+            f"{options.span(min(sizes), max(sizes))}, on {options.plural(world, 'rank')}, within "
             f"{limit / 1e9:.2f} GB of host memory"
         )
 

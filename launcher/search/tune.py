@@ -25,6 +25,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.space import Space, override
+from bigbatch.configs.words import plural
 from bigbatch.launcher.child import Children, events, tail
 from bigbatch.launcher.runs.registry import describe
 from bigbatch.launcher.search import study
@@ -213,7 +214,7 @@ def _end(search: Search, found: optuna.Study, one: _Active) -> str:
     name = f"trial {one.trial.number}"
     if one.pruned and not one.run.summary.exists():
         found.tell(one.trial, state=TrialState.PRUNED)
-        return f"{name} pruned after {one.reported} evaluations"
+        return f"{name} pruned after {plural(one.reported, 'evaluation')}"
     outcome = outcomes(one.run, search.space)
     if outcome is not None:
         found.tell(one.trial, outcome)
@@ -229,8 +230,8 @@ def _end(search: Search, found: optuna.Study, one: _Active) -> str:
     failed = sum(t.state == TrialState.FAIL for t in trials)
     if failed >= _HOPELESS and all(t.state != TrialState.COMPLETE for t in trials):
         raise UserError(
-            f"{failed} trials failed and none worked; the last one, {one.run.path}, said:\n"
-            f"{tail(one.run)}"
+            f"{plural(failed, 'trial')} failed and none worked; the last one, {one.run.path}, "
+            f"said:\n{tail(one.run)}"
         )
     return f"{name} failed; see {one.run.path}"
 

@@ -12,10 +12,29 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from bigbatch.configs.files import write_atomically
+from bigbatch.configs.plot_style import MUTED, plot_style
 from bigbatch.configs.space import MAXIMISED, Float, Int
+from bigbatch.configs.words import plural
 from bigbatch.launcher.search import study
 from bigbatch.launcher.search.tune import Search, changes, run_of
 
+# Colours are those of a run's report. Wide tables and commands scroll by themselves, and pictures,
+# which are PNG files beside the page too, keep their white paper in dark mode.
+_STYLE = """
+:root{--page:#f6f7f9;--card:#fff;--ink:#1b2430;--muted:#5b6675;--grid:#e1e5ea}
+@media (prefers-color-scheme: dark){
+:root{--page:#10151c;--card:#182029;--ink:#e8edf3;--muted:#9aa7b6;--grid:#2c3743}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:70rem;margin:0 auto;padding:1.5rem 1rem 3rem}
+h1{font-size:1.6rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .6rem}
+img{display:block;max-width:100%;height:auto;background:#fff;border-radius:.5rem;padding:.5rem}
+pre,.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--grid);
+border-radius:.5rem;padding:.6rem .8rem;margin:0}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.25em .8em;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
+tr:last-child td{border-bottom:0}th{color:var(--muted);font-weight:500}.best{font-weight:bold}
+"""
 _SHOWN = 20  # trials in the terminal's table
 
 
@@ -71,7 +90,7 @@ def table(summary: dict[str, Any]) -> Any:
     first, sign = objectives[0], -1 if objectives[0] in MAXIMISED else 1
     complete.sort(key=lambda t: sign * t["values"][first])
     shown = [*complete, *others][:_SHOWN]
-    title = f"{len(shown)} of {len(summary['trials'])} trials"
+    title = f"{len(shown):,} of {plural(len(summary['trials']), 'trial')}"
     found = Table(title=title, title_justify="left")
     for name in ("trial", "state", *objectives):
         found.add_column(name, justify="right")
@@ -98,6 +117,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+@plot_style()
 def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -> Path:
     """Write report.html, one self-contained page, and its pictures as PNG beside it."""
     pictures = {"history": _history(search, found)}
@@ -106,25 +126,24 @@ def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -
     pictures["parameters"] = _slices(search, found)
     if len(search.space.objectives) > 1:
         pictures["front"] = _front(search, found)
-    parts = [f"<h1>{html.escape(search.recipe)}: {len(summary['trials'])} trials</h1>"]
+    trials = plural(len(summary["trials"]), "trial")
+    parts = [f"<h1>{html.escape(search.recipe)}: {trials}</h1>"]
     for best in summary["best"]:
         command = "bigbatch train " + shlex.join([search.recipe, *best["overrides"]])
         parts.append(f"<p>Trial {best['number']}:</p><pre>{html.escape(command)}</pre>")
     for name, figure in pictures.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=120, format="png")
+        figure.savefig(buffer, format="png")
         (search.folder / f"{name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
         parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
     parts.append(_html_table(summary))
-    style = (
-        "body{font:15px system-ui;max-width:60em;margin:2em auto}img{max-width:100%}"
-        "td,th{padding:.2em .7em;text-align:right}.best{font-weight:bold}"
-    )
     page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{html.escape(search.recipe)}: tuning</title><style>{style}</style>"
-        f"<body>{''.join(parts)}</body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(search.recipe)}: tuning</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
     path = search.folder / "report.html"
     write_atomically(path, page)
@@ -140,7 +159,8 @@ def _html_table(summary: dict[str, Any]) -> str:
         cells = _cells(t, objectives, names)
         row = "".join(f"<td>{html.escape(c)}</td>" for c in cells)
         rows.append(f'<tr class="{"best" if t["best"] else ""}">{row}</tr>')
-    return f"<h2>trials</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<h2>trials</h2><div class="scroll">{table}</div>'
 
 
 def _complete(found: optuna.Study) -> list[FrozenTrial]:
@@ -163,10 +183,9 @@ def _history(search: Search, found: optuna.Study) -> Figure:
         pruned = [t for t in found.get_trials(deepcopy=False) if t.state == TrialState.PRUNED]
         stopped = [(t.number, t.intermediate_values[t.last_step]) for t in pruned if t.last_step]
         if stopped and i == 0:
-            ax.plot(*zip(*stopped, strict=True), "x", color="0.6", label="pruned")
+            ax.plot(*zip(*stopped, strict=True), "x", color=MUTED, label="pruned")
         ax.set(xlabel="trial", ylabel=objective)
-        ax.legend(frameon=False)
-        ax.grid(alpha=0.3)
+        ax.legend()
     return figure
 
 
@@ -182,7 +201,7 @@ def _importances(summary: dict[str, Any]) -> Figure:
         ax.barh(places, [share.get(n, 0.0) for n in names], height, label=objective)
     ax.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names)
     ax.set(xlabel="importance (PED-ANOVA)", xlim=(0, 1))
-    ax.legend(frameon=False)
+    ax.legend()
     return figure
 
 
@@ -201,7 +220,6 @@ def _slices(search: Search, found: optuna.Study) -> Figure:
         if isinstance(parameter, Float | Int) and parameter.log:
             ax.set_xscale("log")
         ax.set(xlabel=key, ylabel=search.space.objectives[0])
-        ax.grid(alpha=0.3)
     return figure
 
 
@@ -216,6 +234,5 @@ def _front(search: Search, found: optuna.Study) -> Figure:
     ):
         ax.plot([t.values[0] for t in trials], [t.values[1] for t in trials], "o", label=label)
     ax.set(xlabel=search.space.objectives[0], ylabel=search.space.objectives[1])
-    ax.legend(frameon=False)
-    ax.grid(alpha=0.3)
+    ax.legend()
     return figure

@@ -6,11 +6,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bigbatch.configs.plot_style import MUTED, plot_style
 from bigbatch.trainers.advice.advise import PointsAdvice, RunAdvice
 from bigbatch.trainers.advice.critical_batch import CostCurve
 from bigbatch.trainers.monitoring.progress import duration
 
 
+@plot_style()
 def draw_points(fit: PointsAdvice, path: Path) -> None:
     """Points, the curve with its interval, and the critical batch size."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -21,10 +23,11 @@ def draw_points(fit: PointsAdvice, path: Path) -> None:
     if not fitted.all():
         axes.plot(fit.batch[~fitted], fit.cost[~fitted], "o", mfc="white", label="held out")
     axes.set(xlabel="batch size", ylabel=fit.unit)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.legend()
+    figure.savefig(path)
 
 
+@plot_style()
 def draw_run(found: RunAdvice, path: Path) -> None:
     """Samples over batch size beside time over GPUs."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -33,7 +36,7 @@ def draw_run(found: RunAdvice, path: Path) -> None:
     _cost(left, found.curve, min(batches), max(batches), found.curve.cost(found.batch))
     left.plot(found.batch, 1.0, "o", color="C0", label="this run")
     left.set(xlabel="batch size", ylabel="samples, relative to this run")
-    left.legend(frameon=False)
+    left.legend()
     gpus = [c.gpus for c in found.choices]
     low, high = zip(*(c.seconds_interval for c in found.choices), strict=True)
     right.fill_between(gpus, low, high, alpha=0.2, linewidth=0)
@@ -45,8 +48,7 @@ def draw_run(found: RunAdvice, path: Path) -> None:
     right.set_xticks(gpus, [f"{g:,}" for g in gpus])
     right.set_yticks(seconds, [duration(s) for s in seconds])
     right.minorticks_off()
-    right.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def _cost(axes: Axes, curve: CostCurve, smallest: float, largest: float, unit: float) -> None:
@@ -55,8 +57,7 @@ def _cost(axes: Axes, curve: CostCurve, smallest: float, largest: float, unit: f
     axes.fill_between(batches, low / unit, high / unit, alpha=0.2, linewidth=0)
     axes.plot(batches, curve.cost(batches) / unit, color="C0", label="floor (1 + B / critical)")
     if smallest / 2 < curve.critical < largest * 2:
-        axes.axvline(curve.critical, color="0.4", linestyle=":")
+        axes.axvline(curve.critical, color=MUTED, linestyle=":")
         axes.text(curve.critical, 0.02, " critical", transform=axes.get_xaxis_transform())
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)

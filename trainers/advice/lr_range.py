@@ -7,11 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.plot_style import BLUE, GREEN, MUTED, ORANGE, plot_style
+from bigbatch.configs.words import plural
 from bigbatch.trainers.monitoring.history import smooth
 
 Array = NDArray[np.float64]
@@ -82,21 +85,29 @@ def analyse(lr: Sequence[float], loss: Sequence[float]) -> RangeTest:
     )
 
 
+@plot_style()
 def draw(test: RangeTest, name: str, path: Path) -> None:
     """Losses over the rate, with the two readings (.png, .svg, .pdf)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(test.lr, test.loss, ".", color="0.75", markersize=3)
-    axes.plot(test.lr, test.smoothed, color="C0")
+    # The leap at the end is as high as it happens to be: what is beyond stands at the edge.
+    low, fallen = float(test.loss.min()), test.loss[: int(test.smoothed.argmin()) + 1]
+    high = min(float(test.loss.max()), low + 3 * max(float(fallen.max()) - low, 1e-12))
+    raw: Any = {"color": MUTED, "alpha": 0.5, "linestyle": "", "markeredgewidth": 0}
+    inside = test.loss <= high
+    axes.plot(test.lr[inside], test.loss[inside], marker=".", markersize=6, label="steps", **raw)
+    if not inside.all():
+        edge, beyond = np.full(int((~inside).sum()), high), plural(int((~inside).sum()), "step")
+        above = f"{beyond} above, up to {test.loss.max():.3g}"
+        axes.plot(test.lr[~inside], edge, marker="^", markersize=6, label=above, **raw)
+    axes.plot(test.lr, test.smoothed, color=BLUE)
     readings = (("steepest descent", test.steepest), ("minimum / 10", test.tenth))
-    for number, (label, rate) in enumerate(readings, 1):
-        axes.axvline(rate, color=f"C{number}", linestyle=":", label=f"{label}: {rate:.3g}")
-    low, high = float(test.smoothed.min()), float(np.median(test.smoothed[: len(test.lr) // 4 + 1]))
-    room = 0.3 * max(high - low, 1e-12)
+    for colour, (label, rate) in zip((ORANGE, GREEN), readings, strict=True):
+        axes.axvline(rate, color=colour, linestyle=":", label=f"{label}: {rate:.3g}")
+    room = 0.06 * max(high - low, 1e-12)
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=name)
-    axes.set_ylim(low - room, high + 2 * room)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    axes.set_ylim(low - room, high + room)
+    axes.legend()
+    figure.savefig(path)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from bigbatch.configs.plot_style import plot_style
 from bigbatch.trainers.compress.table import shown_split
 
 _COLOURS = {
@@ -41,6 +42,7 @@ def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     return front
 
 
+@plot_style()
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write the picture as PNG."""
     rows: Rows = result["results"]
@@ -63,13 +65,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     if any(row["runtime"] == "onnxruntime" for row in rows):
         handles.append(Line2D([], [], color="0.5", marker="D", ls="", label="by onnxruntime"))
     handles.append(Line2D([], [], color="0.8", lw=4, label="beaten by none in both"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     length = result["settings"]["finetune"]
     title = f"{result['member']}: what compression costs" + (
         f", fine-tuned {length}" * bool(length)
     )
     figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(path, format="png")
 
 
 def _panel(axes: Axes, rows: Rows, role: str, cost: Callable[[Mapping[str, Any]], float]) -> None:
@@ -111,7 +113,6 @@ def _panel(axes: Axes, rows: Rows, role: str, cost: Callable[[Mapping[str, Any]]
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.margins(x=0.12)
-    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 

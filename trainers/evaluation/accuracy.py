@@ -5,8 +5,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.trainers.evaluation.metrics import Labels
-
+Labels = NDArray[np.int64]  # [N]
 LEVEL = 0.95  # of every interval
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.trainers.evaluation.accuracy import Labels as Labels
+from bigbatch.trainers.evaluation.accuracy import balanced_accuracy
+
 Probabilities = npt.NDArray[np.float64]  # [N, C], rows sum to 1
-Labels = npt.NDArray[np.int64]  # [N]
 ECE_BINS = 15
 
 
@@ -16,9 +18,11 @@ def softmax(logits: npt.NDArray[np.floating]) -> Probabilities:
 
 
 def score(probabilities: Probabilities, labels: Labels) -> dict[str, float]:
-    """Accuracy in [0, 1], mean negative log-likelihood in nats, Brier score and ECE."""
+    """Accuracy and balanced accuracy in [0, 1], mean NLL in nats, Brier score and ECE."""
+    predicted = probabilities.argmax(axis=1)
     return {
-        "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+        "accuracy": float((predicted == labels).mean()),
+        "balanced_accuracy": balanced_accuracy(labels, predicted, probabilities.shape[1]),
         "nll": nll(probabilities, labels),
         "brier": brier(probabilities, labels),
         "ece": calibration_error(probabilities, labels),

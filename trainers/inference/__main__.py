@@ -30,6 +30,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.notices import notice
+from bigbatch.configs.words import plural
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
@@ -355,8 +356,9 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
     for note in listing.notes:
         notice(note)
     print(
-        f"{result['out']}: {result['rows']:,} rows, {result['unreadable']:,} of them without a "
-        f"prediction, in {result['seconds']:.1f} s ({result['images_per_s']:,.0f} images/s)"
+        f"{result['out']}: {plural(result['rows'], 'row')}, {result['unreadable']:,} of them "
+        f"without a prediction, in {result['seconds']:.1f} s "
+        f"({result['images_per_s']:,.0f} images/s)"
     )
     if result["accuracy"] is not None:
         print(f"accuracy {result['accuracy']:.2%} of {result['with_target']:,} with a target")

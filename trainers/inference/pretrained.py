@@ -20,6 +20,7 @@ from bigbatch.configs.files import to_json
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.notices import notice
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.words import plural
 from bigbatch.data.index import Index, some_samples
 from bigbatch.data.listing import open_listing
 from bigbatch.data.rng import uniforms
@@ -99,8 +100,8 @@ def features(options: argparse.Namespace, engine: Engine) -> int:
     for note in listing.notes if found else []:
         notice(note)
     print(
-        f"{result['out']}: features of {result['rows']:,} images, {result['unreadable']:,} of them "
-        f"unreadable, in {result['seconds']:.1f} s ({result['images_per_s']:,.0f} images/s)"
+        f"{result['out']}: features of {plural(result['rows'], 'image')}, {result['unreadable']:,} "
+        f"of them unreadable, in {result['seconds']:.1f} s ({result['images_per_s']:,.0f} images/s)"
     )
     return 0
 

@@ -162,6 +162,13 @@ def noise(history: History, phases: Sequence[Phase]) -> str:
             axes.plot(span, [phase.critical] * 2, color=ORANGE, label=label)
         axes.axhline(history.recipe.global_batch, color=MUTED, linestyle=":", label="global batch")
         axes.set_yscale("log")
+        # Powers of ten alone may all lie outside.
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(
+            LogLocator(
+                subs=(1, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5) if high < 200 * low else (1,)
+            )
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
@@ -236,14 +243,19 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
         return to_svg(drawn, "members", "Accuracy of members, ensemble and soup")
 
 
-def confusion(classes: Sequence[str], matrix: NDArray[np.int64]) -> str:
+def confusion(
+    classes: Sequence[str], matrix: NDArray[np.int64], images: NDArray[np.int64] | None = None
+) -> str:
     """SVG of a confusion matrix, rows are true classes; counts are written up to 20 classes.
+
+    `images` are those of each class, [C], where the matrix shows some of its answers alone.
 
     Right answers are blue and wrong ones orange, each darker with its share of the true
     class: an error of one per cent must not vanish beside a diagonal of ninety-nine.
     """
     count = len(classes)
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    total = matrix.sum(axis=1) if images is None else images
+    share = matrix / np.maximum(total, 1)[:, None]
     side = min(6.4, 2.2 + 0.36 * count)
     with figure(side, side) as (drawn, axes):
         axes.grid(visible=False)

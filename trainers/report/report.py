@@ -1,18 +1,21 @@
 """report.html: one self-contained page about a run, finished or not. Free of torch."""
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir, event_record
+from bigbatch.configs.words import plural
 from bigbatch.trainers.advice.advise import measure_phases
 from bigbatch.trainers.monitoring.history import History, read_history, straggler
 from bigbatch.trainers.monitoring.progress import duration
@@ -23,6 +26,9 @@ from bigbatch.trainers.report.results import COMBINED, MEASURES, figure, result_
 from bigbatch.trainers.report.svg import png_uri
 
 _SHOWN_RANKS = 16
+_MOST_CLASSES = 50  # of which a confusion matrix is more than specks
+_MOST_RECALLS = 1000  # classes in the page's table; evaluation.json has all
+_HARDEST = 25  # of more than that, so many are shown
 
 
 def write_report(run: RunDir, summary: Mapping[str, Any] | None = None) -> Path:
@@ -35,6 +41,7 @@ def write_report(run: RunDir, summary: Mapping[str, Any] | None = None) -> Path:
     if summary is not None:
         end = event_record("end", history.last_step, state="finished")
         history = replace(history, summary=summary, events=[*history.events, end])
+    rows = result_rows(history.summary or {})
     page = _template().render(
         history=history,
         tiles=_tiles(history),
@@ -45,11 +52,13 @@ def write_report(run: RunDir, summary: Mapping[str, Any] | None = None) -> Path:
         phases_plot=plots.phases(history),
         noise_plot=_noise_plot(history),
         trust_plot=plots.trust(history.trust),
-        rows=result_rows(history.summary or {}),
+        rows=rows,
         members_plot=_members_plot(history),
         measures=MEASURES,
         splits=[s for s in ("val", "test") if s in (history.summary or {})],
         combined=COMBINED,
+        answers="ensemble" if "ensemble" in {name for name, *_ in rows} else "model",
+        most_recalls=_MOST_RECALLS,
         confusion=_confusion(history),
         evaluations=shown_evaluations(run),
         augmented=png_uri(run.contact_sheet),
@@ -68,7 +77,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
+    environment.filters |= {"figure": figure, "plural": plural}
     source = Path(__file__).with_name("report.html")
     return environment.from_string(source.read_text(encoding="utf-8"))
 
@@ -82,13 +91,9 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
         ensemble, members = figures.get("ensemble"), figures.get("members") or []
         if ensemble and members:
             best = max(m["accuracy"] for m in members)
-            tiles.append(
-                (
-                    f"{split} accuracy",
-                    f"{ensemble['accuracy']:.2%}",
-                    f"ensemble; best member {best:.2%}",
-                )
-            )
+            alone = str(members[0]["name"]) if len(members) == 1 else None
+            remark = alone or f"ensemble; best member {best:.2%}"
+            tiles.append((f"{split} accuracy", f"{ensemble['accuracy']:.2%}", remark))
     if not summary and "accuracy" in history.evals.get("val", {}):
         accuracy = history.evals["val"]["accuracy"]
         tiles.append(("val accuracy", f"{accuracy[-1]:.2%}", f"best {np.nanmax(accuracy):.2%}"))
@@ -108,7 +113,25 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
             mfu = float(np.nanmean(history.train["mfu"]))
             tiles.append(("model FLOPs utilisation", f"{mfu:.1%}", "of the devices' peak"))
         tiles.append(("training time", duration(whole), f"ranks: {_world_sizes(history)}"))
+    wall = wall_seconds(history.events)
+    if wall:
+        starts = plural(sum(e["kind"] == "start" for e in history.events), "start")
+        tiles.append(("wall time", duration(wall), f"{starts}; also evaluation, saving"))
     return tiles
+
+
+def wall_seconds(events: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds from each start to the last event before the next one, added up."""
+    whole, began, last = 0.0, None, 0.0
+    for event in events:
+        now = event.get("time")
+        if not isinstance(now, int | float):
+            continue
+        if event["kind"] == "start":
+            whole += last - began if began is not None else 0.0
+            began = last = float(now)
+        last = max(last, float(now))
+    return whole + (last - began if began is not None else 0.0)
 
 
 def _ranks(history: History) -> dict[str, Any] | None:
@@ -163,34 +186,64 @@ def _confusion(history: History) -> dict[str, Any] | None:
     order = np.argsort(wrong, axis=None)[::-1][:8]
     pairs = [divmod(int(k), len(classes)) for k in order]
     recall = np.diag(matrix) / np.maximum(matrix.sum(axis=1), 1)
+    images = matrix.sum(axis=1)
+    there = images > 0
+    shown = hardest(matrix) if len(classes) > _MOST_CLASSES else np.arange(len(classes))
+    by_recall = np.argsort(np.where(there, recall, 2.0), kind="stable")[: int(there.sum())]
     return {
         "split": history.confusion.get("split", "test"),
-        "plot": plots.confusion(classes, matrix),
+        "plot": plots.confusion(
+            [classes[i] for i in shown], matrix[np.ix_(shown, shown)], images[shown]
+        ),
+        "shown": len(shown),
+        "classes": len(classes),
+        "balanced": float(recall[there].mean()) if there.any() else None,
         "total": int(matrix.sum()),
         "wrong": int(wrong.sum()),
         "mistakes": [(classes[i], classes[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]],
-        "weakest": [
-            (classes[i], float(recall[i]), int(matrix[i].sum())) for i in np.argsort(recall)[:5]
-        ],
+        "recalls": [(classes[i], float(recall[i]), int(images[i])) for i in by_recall],
     }
 
 
+def hardest(matrix: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The classes [k] of a confusion matrix that are in most mistakes, in the order of the classes.
+
+    A class counts by the share of its images that are missed, and of others' taken for it.
+    """
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
+    share = (wrong.sum(axis=1) + wrong.sum(axis=0)) / np.maximum(matrix.sum(axis=1), 1)
+    return np.sort(np.argsort(-share, kind="stable")[:_HARDEST])
+
+
 def _timeline(history: History) -> list[tuple[str, str, str, str]]:
-    """(time, step, what, details) of each event."""
+    """(time, step, what, details) of each event; checkpoints in a row are one."""
     rows = []
-    for event in history.events:
-        kind = str(event["kind"])
-        if kind == "start" and event.get("step"):
-            kind = "resume"
-        if kind == "end":
-            kind = str(event.get("state", "end"))
-        known = ("time", "date", "kind", "step", "state", "pid")
-        details = ", ".join(
-            f"{k} {_cut(v)}" for k, v in event.items() if k not in known and v is not None
-        )
-        stamp = str(event.get("date", ""))[:19].replace("T", " ")
-        rows.append((stamp, str(event.get("step", "")), kind.replace("_", " "), details))
+    for kind, group in itertools.groupby(history.events, lambda event: str(event["kind"])):
+        events = list(group)
+        if kind == "checkpoint" and len(events) > 1:
+            steps = [event.get("step", "") for event in events]
+            what = f"{len(events):,} checkpoints"
+            rows.append((_stamp(events[-1]), f"{steps[0]} to {steps[-1]}", what, ""))
+        else:
+            rows += [_row(event) for event in events]
     return rows
+
+
+def _row(event: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    kind = str(event["kind"])
+    if kind == "start" and event.get("step"):
+        kind = "resume"
+    if kind == "end":
+        kind = str(event.get("state", "end"))
+    known = ("time", "date", "kind", "step", "state", "pid")
+    details = ", ".join(
+        f"{k} {_cut(v)}" for k, v in event.items() if k not in known and v is not None
+    )
+    return _stamp(event), str(event.get("step", "")), kind.replace("_", " "), details
+
+
+def _stamp(event: Mapping[str, Any]) -> str:
+    return str(event.get("date", ""))[:19].replace("T", " ")
 
 
 def _cut(value: Any) -> str:

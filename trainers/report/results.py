@@ -43,7 +43,19 @@ def result_rows(summary: Mapping[str, Any]) -> list[Row]:
         for name, entry in entries:
             row = rows.setdefault(name, (name, {}, bool(entry.get("kept", True))))
             row[1][split] = entry
+    members = [row for row in rows if row not in COMBINED]
+    if len(members) == 1 and rows.get("ensemble", ("", {}, True))[1] == _scores(rows[members[0]]):
+        del rows["ensemble"]  # of one member: it would say the same again
     return list(rows.values())
+
+
+def _scores(row: Row) -> dict[str, Mapping[str, Any]]:
+    """A member's figures as an ensemble has them."""
+    own = ("name", "kept")
+    return {
+        split: {key: value for key, value in entry.items() if key not in own}
+        for split, entry in row[1].items()
+    }
 
 
 def figure(entry: Mapping[str, Any] | None, measure: str) -> str:

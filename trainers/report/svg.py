@@ -16,6 +16,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bigbatch.configs.plot_style import style
+
 # Stand-ins that no plot contains otherwise, and the CSS variables of the page they become.
 INK, MUTED, GRID, BLUE, ORANGE, GREEN = (f"#0102{i:02x}" for i in range(6))
 _VARIABLES = {
@@ -26,34 +28,7 @@ _VARIABLES = {
     ORANGE: "orange",
     GREEN: "green",
 }
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a class may be called $x$
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 10.5,
-    "legend.labelcolor": MUTED,
-}
+_STYLE: Any = style(INK, MUTED, GRID) | {"svg.fonttype": "none"}
 
 
 def png_uri(path: Path) -> str | None:

@@ -5,8 +5,9 @@ user, and after the end.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import plotext
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.terminal import Terminal
+from bigbatch.trainers.monitoring.alerts import TITLES
 from bigbatch.trainers.monitoring.history import (
     History,
     loss_ceiling,
@@ -30,7 +32,9 @@ from bigbatch.trainers.monitoring.history import (
 from bigbatch.trainers.monitoring.progress import duration
 
 STALE = 120.0  # seconds without a record after which a run is called silent
-_EVENTS = 6  # as many of the newest are shown
+_EVENTS = 6  # as many of the newest are shown; the newest alert is always one of them
+_ALL = 100  # lines, more than there are
+_LEAST = 7  # lines of a plot, its title and axis among them
 _STYLES = {"finished": "green", "failed": "red", "stopped": "yellow", "killed": "red"}
 _STYLES |= {"running": "cyan"}
 
@@ -45,19 +49,19 @@ def watch(
     """Show a run until it ends or Ctrl-C; one picture of it where there is no terminal.
 
     `ended` gives the state in which a run has ended, which its files alone cannot tell of a
-    killed one, and None before. `interval` is in seconds. Raises UserError where `run` is no
-    run directory.
+    killed one, and None before. A stopped run is followed, for it may go on: requeued, or
+    resumed by hand. `interval` is in seconds. Raises UserError where `run` is no run directory.
     """
     console = console or Terminal()
     history = read_history(run)
     if not console.is_terminal:
-        console.print(picture(run, history, console.width, 40, ended()))
+        console.print(picture(run, history, console.width, _ALL, ended()))
         return
     state: str | None = None
     live = Live(console=console, screen=True, auto_refresh=False)
     with suppress(KeyboardInterrupt), live:
-        while (state := ended()) is None:
-            live.update(picture(run, history, console.width, console.height), refresh=True)
+        while (state := ended()) in (None, "stopped"):
+            live.update(picture(run, history, console.width, console.height, state), refresh=True)
             time.sleep(interval)
             started = time.monotonic()
             history = read_history(run)
@@ -76,13 +80,20 @@ def picture(
     `state` is what is known beside the files.
     """
     age = time.time() - run.metrics.stat().st_mtime if run.metrics.exists() else None
-    columns = 2 if width >= 90 else 1
-    rows = 2 if columns == 2 else 3
-    plots = _plots(history, width // columns - 2, max(8, min(16, (height - 12) // rows)))
+    header, events = _header(history, age, state or history.state), _events(history)
+    # Plots take what is left. Where that is little, the last ones go: no event, and no alert.
+    left = height - 1 - _lines(header, width) - _lines(events, width)
+    columns = 2 if width >= 76 else 1
+    rows = max(1, min(4 // columns, left // _LEAST))
+    plots = _plots(history, width // columns - 2, max(_LEAST, min(16, left // rows)))
     grid = Table.grid(expand=True)
-    for row in range(0, len(plots), columns):
+    for row in range(0, min(len(plots), rows * columns), columns):
         grid.add_row(*plots[row : row + columns])
-    return Group(_header(history, age, state or history.state), grid, _events(history))
+    return Group(header, grid, events)
+
+
+def _lines(part: RenderableType, width: int) -> int:
+    return len(Console(width=width).render_lines(part))
 
 
 def _header(history: History, age: float | None, state: str) -> RenderableType:
@@ -91,6 +102,8 @@ def _header(history: History, age: float | None, state: str) -> RenderableType:
     title = Text.assemble((history.name, "bold"), "  ", (state, _STYLES.get(state, "")))
     if state == "running" and age is not None and age > STALE:
         title.append(f"  no record for {duration(age)}: stalled, or killed", style="red")
+    if state == "stopped":
+        title.append("  waiting for it to go on; Ctrl-C leaves")
     cells: list[RenderableType] = []
     if total:
         cells += [ProgressBar(total, history.last_step, width=20), f"{history.last_step}/{total}"]
@@ -184,19 +197,31 @@ def _plot(
     plotext.xticks(ticks, [f"{tick:,}" for tick in ticks])
     if limits and limits[1] > limits[0]:
         plotext.ylim(*limits)
-    return Text.from_ansi(plotext.build())
+    return Text.from_ansi(plotext.build().rstrip("\n"))
 
 
 def _events(history: History) -> RenderableType:
-    table = Table.grid(padding=(0, 2))
     # Checkpoints come and go by the hundred; what else happened must stay in sight.
     told = [event for event in history.events if event["kind"] != "checkpoint"]
-    for event in told[-_EVENTS:]:
+    shown = told[-_EVENTS:]
+    alerts = [event for event in told[:-_EVENTS] if _is_alert(event)]
+    if alerts and not any(map(_is_alert, shown)):
+        shown = [alerts[-1], *shown[1:]]
+    steps = [f"step {event.get('step', '')}" for event in shown]
+    kinds = [str(event["kind"]) for event in shown]
+    lines = []
+    for event, step, kind in zip(shown, steps, kinds, strict=True):
         known = ("time", "date", "kind", "step", "pid", "agent")
         details = ", ".join(
             f"{k} {v}" for k, v in event.items() if k not in known and v is not None
         )
         clock = str(event.get("date", ""))[11:19]
-        step, kind = f"step {event.get('step', '')}", str(event["kind"])
-        table.add_row(Text(clock, style="dim"), Text(step), Text(kind), Text(details, style="dim"))
-    return table
+        line = Text(no_wrap=True, overflow="ellipsis")  # one for each event
+        line.append(f"{clock:8}  ", "dim").append(f"{step:{max(map(len, steps))}}  ")
+        line.append(f"{kind:{max(map(len, kinds))}}  ", "yellow" if _is_alert(event) else "")
+        lines.append(line.append(details, "dim"))
+    return Group(*lines)
+
+
+def _is_alert(event: Mapping[str, Any]) -> bool:
+    return event["kind"] in TITLES and event["kind"] != "end"

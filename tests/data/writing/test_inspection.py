@@ -3,11 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import open_index
-from bigbatch.data.writing.inspection import inspect
+from bigbatch.data.writing.inspection import _name_classes, inspect, overlapping
 from bigbatch.data.writing.shard import shard
 
 
@@ -105,3 +106,16 @@ def test_shards_in_capitals_without_an_index_are_a_problem(tmp_path: Path) -> No
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "0.TAR").write_bytes(b"")
     assert "has no index" in inspect(tmp_path)["problems"][0]
+
+
+@pytest.mark.parametrize(("count", "length"), [(10, 1), (5, 9), (40, 16), (3, 200)])
+def test_names_of_classes_do_not_overlap(count: int, length: int) -> None:
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    axes = figure.subplots(1, 3)[0]
+    axes.bar(range(count), range(count))
+    _name_classes(axes, [f"{i:x<{length}}" for i in range(count)])
+    labels = axes.xaxis.get_ticklabels()
+    assert not overlapping(labels)
+    assert len(labels) >= min(count, 10)  # few are left out
+    bottom = min(label.get_window_extent().y0 for label in labels)
+    assert bottom >= 0  # and none runs out of the picture

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -426,3 +427,17 @@ def test_what_was_written_is_what_is_indexed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="wrote 1,797 samples, 1,796 are found"):
         write_shards(source, tmp_path / "d", splits=splits)
     assert not (tmp_path / "d").exists()
+
+
+def test_the_page_shows_how_to_read_what_shard_digits_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[3] / "docs" / "shards.md"
+    (snippet,) = re.findall(r"```python\n(import webdataset.*?)```", page.read_text(), re.DOTALL)
+    shard("digits", tmp_path / "shards/digits", progress=False)
+    monkeypatch.chdir(tmp_path)
+    read: list[tuple[Image.Image, int]] = []
+    exec(snippet.replace("    ...", "    read.append((image, label))"), {"read": read})
+    assert len(read) == 1077
+    assert {label for _, label in read} == set(range(10))
+    assert {image.size for image, _ in read} == {(8, 8)}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, log_loss
 
 from bigbatch.trainers.evaluation.metrics import (
     brier,
@@ -26,6 +26,8 @@ def test_against_scikit_learn(predictions):
     p, labels = predictions
     scores = score(p, labels)
     assert scores["accuracy"] == accuracy_score(labels, p.argmax(1))
+    balanced = balanced_accuracy_score(labels, p.argmax(1))
+    assert scores["balanced_accuracy"] == pytest.approx(balanced)
     assert scores["nll"] == pytest.approx(log_loss(labels, p))
     assert (confusion(p, labels) == confusion_matrix(labels, p.argmax(1))).all()
 

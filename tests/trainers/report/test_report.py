@@ -20,6 +20,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers.monitoring.history import read_history, smooth
 from bigbatch.trainers.report.diagnosis import diagnose
+from bigbatch.trainers.report.plots import noise
 from bigbatch.trainers.report.report import write_report
 from bigbatch.trainers.report.results import final_table, result_rows
 from bigbatch.trainers.report.watch import watch
@@ -380,3 +381,13 @@ def test_a_damaged_summary_or_picture_of_mistakes_leaves_a_report(tmp_path: Path
     for path in (run.summary, run.manifest, run.ensemble / "confusion.json"):
         path.write_bytes(b"[" * 100_000)
     assert "<html" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 7.0, 4000.0])
+def test_the_noise_scale_has_numbers_on_its_axis(tmp_path: Path, scale: float) -> None:
+    """A logarithmic axis within one power of ten would have none."""
+    history = read_history(make_run(tmp_path / "digits"))
+    history.train["noise_scale"] *= scale
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", noise(history, []))
+    beside = texts[texts.index("step") :]  # those of the steps come before
+    assert len([t for t in beside if re.fullmatch(r"[\d,.]+k?", t)]) >= 2

@@ -17,7 +17,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.runs.registry import ENDED, state_of
 from bigbatch.trainers.monitoring.history import read_history
-from bigbatch.trainers.report.watch import seconds_left, watch
+from bigbatch.trainers.report.watch import picture, seconds_left, watch
 from tests.trainers.report.test_report import make_run
 
 
@@ -86,16 +86,48 @@ def test_it_follows_until_the_run_ends(tmp_path: Path) -> None:
     assert "finished" in text
 
 
-@pytest.mark.parametrize("state", ["stopped", "killed"])
-def test_it_ends_when_a_run_was_stopped_or_killed(tmp_path: Path, state: str) -> None:
+def test_it_ends_when_a_run_was_killed(tmp_path: Path) -> None:
     """Of a killed run the files say no more than that it started."""
     run = make_run(tmp_path / "digits", steps=100, finished=False)
-    event = {"kind": "end", "step": 100, "state": state}
-    if state == "killed":
-        event = {"kind": "start", "step": 100, "host": socket.gethostname(), "pid": os.getpid()}
+    event = {"kind": "start", "step": 100, "host": socket.gethostname(), "pid": os.getpid()}
     with run.events.open("a") as file:
         print(json.dumps(event), file=file)
-    assert f"digits  {state}" in Text.from_ansi(watched(run, terminal=True)).plain
+    assert "digits  killed" in Text.from_ansi(watched(run, terminal=True)).plain
+
+
+def test_a_stopped_run_is_followed_since_it_may_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", steps=100, finished=False)
+    with run.events.open("a") as file:
+        print(json.dumps({"kind": "end", "step": 100, "state": "stopped"}), file=file)
+    states = iter(["stopped", "stopped", None, "finished"])
+    text = io.StringIO()
+    console = Console(file=text, width=120, height=40, force_terminal=True)
+    watch(run, ended=lambda: next(states), interval=0.001, console=console)
+    assert list(states) == []  # it looked until the end
+    shown = Text.from_ansi(text.getvalue()).plain
+    assert "digits  stopped  waiting for it to go on; Ctrl-C leaves" in shown
+    assert "digits  finished" in shown
+    assert "digits  stopped" in watched(run)  # without a terminal, one picture
+
+
+@pytest.mark.parametrize("size", [(80, 24), (60, 24), (100, 30), (200, 50)])
+def test_events_and_alerts_stay_in_sight(tmp_path: Path, size: tuple[int, int]) -> None:
+    run = make_run(tmp_path / "digits", steps=220, finished=False)
+    kinds = [{"kind": "spike", "step": 30, "loss": 9.0}]
+    kinds += [{"kind": "signal", "step": step, "note": "x" * 300} for step in range(40, 60)]
+    with run.events.open("a") as file:
+        for event in kinds:
+            print(json.dumps({"date": "2025-06-15T14:00:00+0000", **event}), file=file)
+    width, height = size
+    history = read_history(run)
+    console = Console(file=io.StringIO(), width=width, height=height)
+    lines = console.render_lines(picture(run, history, width, height))
+    assert len(lines) < height
+    text = "\n".join("".join(part.text for part in line) for line in lines)
+    assert "spike" in text
+    assert [f"step {step}" in text for step in (58, 59)] == [True, True]
+    for title in ("loss", "accuracy") if width > 60 else ("loss",):
+        assert title in text
 
 
 def test_time_left_is_the_pace_since_the_newest_start(tmp_path: Path) -> None:
