@@ -330,11 +330,11 @@ def diagnose(run: str, runs_folder: Path, as_json: bool) -> None:
     if as_json:
         options.print_json([finding.as_dict() for finding in findings])
     else:
-        from rich.console import Console
+        from bigbatch.configs.terminal import Terminal
 
         from bigbatch.trainers.report.findings import say_findings
 
-        say_findings(findings, Console(soft_wrap=True))
+        say_findings(findings, Terminal(soft_wrap=True))
 
 
 @click.command(short_help="Write a run's report.html.")
