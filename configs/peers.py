@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 # A key of a recipe, or an example of one: what others call it.
 _HERE = {
-    "optimizer.name": "opt optim optimizers optimiser",
+    "optimizer.name": "opt optim optimizers",
     "optimizer.lr": "lr learning_rate base_lr max_lr",
     "optimizer.scale": "lr_base lr_base_size lr_base_scale lr_scale auto_scale_lr",
     "optimizer.weight_decay": "weight_decay wd",

@@ -118,7 +118,7 @@ def describe(
         changed = [p.stat().st_mtime for p in _records(run) if p.exists()]
         age = max(0.0, now - max(changed))
         step, best = _progress(run.metrics)
-        totals = (e["total_steps"] for e in _newest(run, "start"))
+        totals = (e.get("total_steps") for e in _newest(run, "start"))
         total = next((int(t) for t in totals if t is not None), None)
         state = _state(run, age, trainers)
         job = job_of(run)

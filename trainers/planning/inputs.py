@@ -129,7 +129,7 @@ def open_split(data: Data, name: str) -> Index:
     """Open the index of a split, here or on remote storage."""
     if not is_url(data.path):
         root = Path(data.path)
-        if not (root / name).exists():
+        if root.is_dir() and not (root / name).exists():
             there = sorted(p.name for p in root.iterdir() if (p / "index").is_dir())
             write = "write it by `bigbatch shard SOURCE DEST --split 0.8,0.1,0.1`"
             remedies = {

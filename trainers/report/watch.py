@@ -93,7 +93,7 @@ def picture(
 
 
 def _lines(part: RenderableType, width: int) -> int:
-    return len(Console(width=width).render_lines(part))
+    return len(Terminal(width=width).render_lines(part))
 
 
 def _header(history: History, age: float | None, state: str) -> RenderableType:
