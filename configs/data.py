@@ -37,7 +37,8 @@ class Data(StrictModel):
     stream: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="train on tars that cannot be indexed, drawn at random, not exactly once: "
-        "paths, URLs, or pipe:COMMAND; {000..099} stands for many. val and test come from path",
+        "paths, URLs, or pipe:COMMAND (allowed by BIGBATCH_ALLOW_PIPE=1 in the environment); "
+        "{000..099} stands for many. val and test come from path",
     )
     sampling: Sampling = Field(
         Uniform(), description="how often an epoch draws each class: uniform, balanced, ..."

@@ -1,13 +1,15 @@
 """What a recipe whose training data is a stream may not ask for."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from bigbatch.configs.durations import Length
+from bigbatch.configs.errors import UserError
 
+ALLOW_PIPE = "BIGBATCH_ALLOW_PIPE"
 _EXACT = "what a stream holds is known only by reading it, once and in its own order"
 
 
@@ -37,6 +39,19 @@ def refusals(recipe: Any) -> Iterator[str]:
         yield (
             f"a stream has no epochs, in which {' and '.join(places)} "
             f"{'is' if len(places) == 1 else 'are'} given; give steps or samples"
+        )
+
+
+def refuse_commands(urls: Iterable[str], env: Mapping[str, str]) -> None:
+    """Raise UserError where a stream runs commands and who starts the run has not allowed that.
+
+    Only the environment allows it: a recipe from elsewhere cannot.
+    """
+    commands = [url for url in urls if "pipe:" in url]
+    if commands and env.get(ALLOW_PIPE) != "1":
+        raise UserError(
+            f"data.stream runs a command: {commands[0]!r}; read it, then allow it by "
+            f"{ALLOW_PIPE}=1 in the environment"
         )
 
 

@@ -5,16 +5,20 @@ hold here: samples are drawn with replacement, shard by shard ("resampling"), ea
 itself; an epoch is a number of samples and no sample's turn; other world sizes give other
 batches, and a resumed run goes on with fresh draws. Index the tars wherever they can be.
 
-The webdataset package resamples, takes archives apart and shuffles. Its decoders are not
-used, because they unpickle: members are read by an allow-list of extensions, and others are
-never looked at. Nor is its opener, which hands `pipe:` to a shell.
+The webdataset package resamples, and groups members to samples. Its decoders are not used,
+because they unpickle: members are read by an allow-list of extensions, and others are never
+looked at. Nor is its opener, which hands `pipe:` to a shell, nor its reader, which takes memory
+for a member of any size.
 """
 
+import os
+import random
+import re
 import shlex
 import subprocess
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +27,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from braceexpand import braceexpand
-from webdataset.filters import detshuffle
 from webdataset.shardlists import ResampledShards
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.stream import refuse_commands
 from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.decode import MAX_BYTES, Pixels, decode
 from bigbatch.data.journal import append
@@ -37,7 +41,11 @@ from bigbatch.data.rng import key64
 from bigbatch.data.samples import IMAGE_EXTENSIONS, class_number
 from bigbatch.data.staging import file_system, is_url
 
-_SHUFFLED = 2_000  # samples of which one is drawn
+_SHUFFLED = 2_000  # samples of which one is drawn, ...
+_SHUFFLED_BYTES = 1 << 30  # ... or fewer, of this many encoded bytes
+_MAX_EXTENDED_HEADER, _MAX_TEXT = 1 << 20, 1 << 20
+_TEXTS = (".cls", ".json")
+_META = re.compile(r"__[^/]*__($|/)")  # what WebDataset sets aside
 _ALLOWED = IMAGE_EXTENSIONS | {"cls", "json"}
 
 
@@ -109,10 +117,8 @@ def _samples(urls: Sequence[str], seed: int, part: int, faults: _Faults) -> Iter
         faults.members += right
         return right
 
-    files = tar_file_expander(_opened(shards, faults), handler=faults, select_files=allowed)
-    groups = group_by_keys(files, handler=faults)
-    mix = detshuffle(_SHUFFLED, initial=_SHUFFLED // 2, seed=key64(seed, part, "samples"))
-    yield from mix.run(_labelled(groups, faults))
+    groups = group_by_keys(_members(_opened(shards, faults), allowed, faults), handler=faults)
+    yield from _mixed(_labelled(groups, faults), key64(seed, part, "samples"))
 
 
 def stream_batches(
@@ -166,6 +172,78 @@ def stream_batches(
     return pinned(batches()) if decoding.pin_memory else batches()
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose extensions are of a size that they can have: tarfile reads them whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type in b"xgLKX" and self.size > _MAX_EXTENDED_HEADER:
+            raise tarfile.ReadError(
+                f"an extended header of {self.size:,} bytes is not plausible (at most "
+                f"{_MAX_EXTENDED_HEADER:,})"
+            )
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def _members(
+    shards: Iterator[dict[str, Any]], allowed: Callable[[str], bool], faults: _Faults
+) -> Iterator[dict[str, Any]]:
+    """The allowed members of each shard as webdataset groups them; {} ends a shard.
+
+    In place of the bytes of one that is larger than any that are decoded stands its size: a small
+    compressed archive may hold any number of gigabytes.
+    """
+    for shard in shards:
+        try:
+            with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=_Header) as archive:
+                for info in archive:
+                    archive.members = []  # which tarfile would keep, for an endless stream as well
+                    if not info.isreg() or _META.match(info.name) or not allowed(info.name):
+                        continue
+                    most = _MAX_TEXT if info.name.lower().endswith(_TEXTS) else MAX_BYTES
+                    data: bytes | int = info.size
+                    if info.size <= most:
+                        file = archive.extractfile(info)
+                        assert file is not None  # of a regular member
+                        data = file.read()
+                    yield {"fname": info.name, "data": data, "__url__": shard["url"]}
+            yield {}
+        except Exception as error:
+            faults(error)
+
+
+def _mixed(samples: Iterator[Encoded], seed: int) -> Iterator[Encoded]:
+    """Each sample once, drawn among the last 2,000, or among fewer of a gigabyte.
+
+    Draws are those of webdataset's detshuffle, which knows no size.
+    """
+    rng = random.Random(seed)
+    waiting: list[Encoded] = []
+    size = 0
+
+    def pick() -> Encoded:
+        place = rng.randint(0, len(waiting) - 1)
+        found, waiting[place] = waiting[place], waiting[-1]
+        waiting.pop()
+        return found
+
+    for sample in samples:
+        waiting.append(sample)
+        size += len(sample.image)
+        if len(waiting) < _SHUFFLED and size < _SHUFFLED_BYTES:
+            more = next(samples, None)
+            if more is not None:
+                waiting.append(more)
+                size += len(more.image)
+        while len(waiting) >= _SHUFFLED // 2 or size > _SHUFFLED_BYTES:
+            found = pick()
+            size -= len(found.image)
+            yield found
+            if size <= _SHUFFLED_BYTES:
+                break
+    while waiting:
+        yield pick()
+
+
 def _opened(shards: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[dict[str, Any]]:
     """Each shard with a stream of its bytes, which is closed when the next one is asked for."""
     for shard in shards:
@@ -189,6 +267,7 @@ def _opened(shards: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[dict[
 @contextmanager
 def _open(url: str) -> Iterator[BinaryIO]:
     if url.startswith("pipe:"):
+        refuse_commands([url], os.environ)
         command = shlex.split(url.removeprefix("pipe:"))
         with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
             assert process.stdout is not None
@@ -212,6 +291,11 @@ def _labelled(groups: Iterator[dict[str, Any]], faults: _Faults) -> Iterator[Enc
     for group in groups:
         shard = group["__url__"]
         images = [group[name] for name in group if name in IMAGE_EXTENSIONS]
+        large = [size for size in group.values() if isinstance(size, int)]
+        if large:
+            reason = f"a member of {large[0]:,} bytes, which is more than is read"
+            faults(BadSample(reason), group["__key__"], shard)
+            continue
         try:
             label = class_number(group.get("cls"), group.get("json"))
             if len(images) != 1 or label is None:

@@ -331,7 +331,6 @@ def diagnose(run: str, runs_folder: Path, as_json: bool) -> None:
         options.print_json([finding.as_dict() for finding in findings])
     else:
         from bigbatch.configs.terminal import Terminal
-
         from bigbatch.trainers.report.findings import say_findings
 
         say_findings(findings, Terminal(soft_wrap=True))

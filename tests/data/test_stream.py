@@ -1,19 +1,25 @@
 """Streams: what arrives is decoded by an allow-list, and faults are counted, not hidden."""
 
+import io
 import itertools
 import pickle
 import subprocess
+import tarfile
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
+from webdataset.filters import detshuffle
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.stream import ALLOW_PIPE
+from bigbatch.data import stream
 from bigbatch.data.batch import BatchPlan, Decoding
 from bigbatch.data.decode import decode
 from bigbatch.data.index import open_index
 from bigbatch.data.read import ShardReader
-from bigbatch.data.stream import stream_batches, stream_samples
+from bigbatch.data.stream import Encoded, stream_batches, stream_samples
 from bigbatch.data.tar import write_end, write_member
 from bigbatch.data.writing.shard import shard
 from tests.helpers.micro_batches import planned
@@ -37,6 +43,11 @@ def tar(path, members):
 def some(urls, count, **changes):
     options = {"seed": 1, "part": 0, "bad_samples": 0}
     return list(itertools.islice(stream_samples(urls, **{**options, **changes}), count))
+
+
+@pytest.fixture(autouse=True)
+def commands_are_allowed(monkeypatch):
+    monkeypatch.setenv(ALLOW_PIPE, "1")
 
 
 PLAN = BatchPlan(global_batch=32, micro_batch=8, rank=0, world=1, start_step=0, stop_step=5)
@@ -188,3 +199,84 @@ def test_classes_come_as_often_as_in_the_shards(digits):
     counts = open_index(digits).class_counts
     share = np.array([labels[c] for c in range(10)]) / labels.total()
     assert np.abs(share - counts / counts.sum()).max() < 0.03
+
+
+def test_a_command_runs_only_where_the_environment_allows_it(tmp_path, monkeypatch, digits):
+    mark = tmp_path / "mark"
+    for allowed in (None, "", "0", "true"):
+        if allowed is None:
+            monkeypatch.delenv(ALLOW_PIPE)
+        else:
+            monkeypatch.setenv(ALLOW_PIPE, allowed)
+        for url in (f"pipe:touch {mark}", f"{{pipe:touch {mark},pipe:false}}"):
+            with pytest.raises(UserError, match=f"runs a command.*{ALLOW_PIPE}=1"):
+                some([url], 1, bad_samples=10)
+    assert not mark.exists()
+    assert some([str(digits / "000000.tar")], 1)  # what is no command needs no word
+
+
+@pytest.mark.parametrize("name", ["big.png", "big.cls", "big.json"])
+def test_what_a_member_takes_is_known_before_it_is_read(tmp_path, digits, monkeypatch, name):
+    """A compressed tar of kilobytes took 23 GB behind the shuffle buffer."""
+    monkeypatch.setattr(stream, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(stream, "_SHUFFLED", 4)
+    path = tmp_path / "bomb.tar.gz"
+    png = next(iter(some([str(digits / "000000.tar")], 1))).image
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for member, size in ((name, 20 << 20), ("a.png", len(png)), ("a.cls", 1)):
+            info = tarfile.TarInfo(member)
+            info.size = size
+            data = png if member == "a.png" else b"1"
+            archive.addfile(info, Zeros(size) if member == name else io.BytesIO(data))
+    tracemalloc.start()
+    try:
+        found = some([str(path)], 1, bad_samples=10**6)
+        assert tracemalloc.get_traced_memory()[1] < 15 << 20
+    finally:
+        tracemalloc.stop()
+    assert [sample.key for sample in found] == ["a"]
+    with pytest.raises(UserError, match="20,971,520 bytes, which is more than is read"):
+        some([str(path)], 1)
+
+
+class Zeros(io.RawIOBase):
+    """A file of zeros."""
+
+    def __init__(self, size):
+        self.left = size
+
+    def read(self, size=-1):
+        size = min(self.left, size)
+        self.left -= size
+        return bytes(size)
+
+
+def test_an_extended_header_of_any_size_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "bomb.tar"
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 40
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 14))
+    with pytest.raises(UserError, match="extended header of 1,099,511,627,776 bytes"):
+        some([str(path)], 1)
+
+
+def test_large_samples_wait_in_a_smaller_buffer(monkeypatch):
+    monkeypatch.setattr(stream, "_SHUFFLED_BYTES", 1000)
+    taken = []
+
+    def endless():
+        for number in itertools.count():
+            taken.append(number)
+            yield Encoded(str(number), bytes(100), 0, "")
+
+    found = [sample.key for sample in itertools.islice(stream._mixed(endless(), 1), 200)]
+    assert len(set(found)) == 200
+    assert found != sorted(found, key=int)
+    assert len(taken) < 220  # no more than a dozen wait
+
+
+@pytest.mark.parametrize("count", [5, 1000, 5000])
+def test_draws_are_webdataset_s(count):
+    samples = [Encoded(str(number), b"", 0, "") for number in range(count)]
+    expected = list(detshuffle(2000, initial=1000, seed=7).run(iter(samples)))
+    assert list(stream._mixed(iter(samples), 7)) == expected

@@ -11,6 +11,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import ENSEMBLE
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import in_words
+from bigbatch.configs.stream import refuse_commands
 from bigbatch.data.geometry import Growth
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
@@ -65,6 +66,7 @@ def open_inputs(
             f"data.path {root} is no folder here ({Path.cwd()}); write the shards with "
             f"`bigbatch shard {source} {root}`, or set data.path=FOLDER"
         )
+    refuse_commands(data.stream or (), os.environ)
     train = data.train if data.stream is None else None
     names = {"train": train, "val": data.val, "test": data.test}
     notes = []

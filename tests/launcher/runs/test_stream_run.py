@@ -47,6 +47,11 @@ def here(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def commands_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGBATCH_ALLOW_PIPE", "1")
+
+
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
@@ -124,3 +129,12 @@ def test_commands_about_order_are_refused(
     monkeypatch.chdir(here)
     with pytest.raises(UserError, match=r"trains on data\.stream"):
         invoke(command[0], "streamed.yaml", *command[1:])
+
+
+def test_a_recipe_from_elsewhere_runs_no_command_unasked(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("BIGBATCH_ALLOW_PIPE")
+    with pytest.raises(UserError, match="read it, then allow it by BIGBATCH_ALLOW_PIPE=1"):
+        invoke("check", "streamed.yaml", "--quick")
