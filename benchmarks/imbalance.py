@@ -34,6 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import benchmark_parser, machine, write_figures
 
+from bigbatch.trainers.monitoring.history import confused_pairs
+
 POLICIES = ("uniform", "balanced", "label_shuffling")
 IMBALANCE = 100.0
 PROCESSES = 2
@@ -150,7 +152,9 @@ def train(folder: Path, policy: str, seed: int, steps: int) -> dict[str, Any]:
     result = folder / "runs" / recipe.stem
     table = json.loads((result / "ensemble" / "confusion.json").read_text())
     assert table["split"] == "test"
-    matrix = np.array(table["matrix"])
+    matrix = np.zeros((len(table["classes"]), len(table["classes"])), np.int64)
+    true, predicted, counts = confused_pairs(table).T
+    matrix[true, predicted] = counts
     recall = matrix.diagonal() / matrix.sum(axis=1)
     summary = json.loads((result / "summary.json").read_text())
     assert summary["steps"] == steps

@@ -196,7 +196,8 @@ def _members(
         try:
             with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=_Header) as archive:
                 for info in archive:
-                    archive.members = []  # which tarfile would keep, for an endless stream as well
+                    # tarfile would keep them all, of an endless stream as well.
+                    archive.members = []  # type: ignore[attr-defined]
                     if not info.isreg() or _META.match(info.name) or not allowed(info.name):
                         continue
                     most = _MAX_TEXT if info.name.lower().endswith(_TEXTS) else MAX_BYTES

@@ -18,8 +18,9 @@ from bigbatch.trainers.ensemble.folder import open_ensemble
 from bigbatch.trainers.ensemble.members import MEMBERS
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
+from bigbatch.trainers.evaluation.accuracy import confusion_pairs
 from bigbatch.trainers.evaluation.evaluate import Evaluator
-from bigbatch.trainers.evaluation.metrics import Labels, confusion, score, softmax
+from bigbatch.trainers.evaluation.metrics import Labels, score, softmax
 from bigbatch.trainers.evaluation.record import write_evaluation
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.recovery.stored import MODEL, list_snapshots
@@ -115,8 +116,9 @@ def combine(
             kept_logits = np.stack([found[name][i] for i in together])
             _write_evaluation(run, splits[name], kept_logits, labels[name], best)
     last = others[-1] if others else val
-    matrix = confusion(means[last], labels[last]).tolist()
-    table = {"split": last, "classes": list(splits[last].classes), "matrix": matrix}
+    classes = splits[last].classes
+    pairs = confusion_pairs(labels[last], means[last].argmax(axis=1), len(classes)).tolist()
+    table = {"split": last, "classes": list(classes), "pairs": pairs}
     write_atomically(run.ensemble / "confusion.json", to_json(table))
     return result
 

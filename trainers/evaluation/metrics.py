@@ -48,13 +48,13 @@ def calibration_error(probabilities: Probabilities, labels: Labels, bins: int = 
     return float(np.abs(gap).sum() / len(labels))
 
 
-def width_bins(values: npt.NDArray[np.float64], bins: int = ECE_BINS) -> npt.NDArray[np.int64]:
-    """The bin of each value in [0, 1]: bin k is (k / bins, (k + 1) / bins], as in Guo et al."""
-    return np.clip(np.ceil(values * bins).astype(np.int64) - 1, 0, bins - 1)
-
-
 def confusion(probabilities: Probabilities, labels: Labels) -> npt.NDArray[np.int64]:
-    """Counts [C, C]: row = true class, column = predicted class."""
+    """Counts [C, C]: row = true class, column = predicted class. Of many classes take pairs."""
     classes = probabilities.shape[1]
     pairs = labels * classes + probabilities.argmax(axis=1)
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def width_bins(values: npt.NDArray[np.float64], bins: int = ECE_BINS) -> npt.NDArray[np.int64]:
+    """The bin of each value in [0, 1]: bin k is (k / bins, (k + 1) / bins], as in Guo et al."""
+    return np.clip(np.ceil(values * bins).astype(np.int64) - 1, 0, bins - 1)

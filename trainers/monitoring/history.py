@@ -186,6 +186,18 @@ def loss_ceiling(history: History) -> float:
     return 1.15 * float(np.nanmax(losses))
 
 
+def confused_pairs(table: Mapping[str, Any]) -> NDArray[np.int64]:
+    """(true class, predicted class, count) [K, 3] of a confusion.json, of older versions too.
+
+    Those wrote the matrix, which of many classes is nearly all zeros.
+    """
+    if "pairs" in table:
+        return np.array(table["pairs"], dtype=np.int64).reshape(-1, 3)
+    matrix = np.array(table["matrix"], dtype=np.int64)
+    true, predicted = np.nonzero(matrix)
+    return np.stack([true, predicted, matrix[true, predicted]], axis=1)
+
+
 def read_json(path: Any) -> dict[str, Any] | None:
     """A JSON object; None where the file is missing, or is no object."""
     try:

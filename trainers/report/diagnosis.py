@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.monitoring.history import Columns, History, read_history
+from bigbatch.trainers.monitoring.history import Columns, History, confused_pairs, read_history
 from bigbatch.trainers.report.broken import broken
 from bigbatch.trainers.report.facts import Facts
 from bigbatch.trainers.report.findings import Finding, choose
@@ -107,7 +107,7 @@ def _combination(history: History) -> Iterator[Finding]:
     text += "."
     # The binomial standard error: on a few hundred images one image more or less is noise.
     table = history.confusion or {}
-    count = int(np.sum(table.get("matrix", 0))) if table.get("split") == split else 0
+    count = int(confused_pairs(table)[:, 2].sum()) if table.get("split") == split else 0
     error = 100 * float(np.sqrt(best * (1 - best) / count)) if count else 0.0
     if error:
         text += f" On {count:,} images one standard error is {error:.2f} points."

@@ -17,7 +17,12 @@ from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.words import plural
 from bigbatch.trainers.advice.advise import measure_phases
-from bigbatch.trainers.monitoring.history import History, read_history, straggler
+from bigbatch.trainers.monitoring.history import (
+    History,
+    confused_pairs,
+    read_history,
+    straggler,
+)
 from bigbatch.trainers.monitoring.progress import duration
 from bigbatch.trainers.report import plots
 from bigbatch.trainers.report.diagnosis import diagnose
@@ -181,37 +186,45 @@ def _confusion(history: History) -> dict[str, Any] | None:
     if not history.confusion:
         return None
     classes = [str(name) for name in history.confusion["classes"]]
-    matrix = np.array(history.confusion["matrix"], dtype=np.int64)
-    wrong = matrix * (1 - np.eye(len(classes), dtype=np.int64))
-    order = np.argsort(wrong, axis=None)[::-1][:8]
-    pairs = [divmod(int(k), len(classes)) for k in order]
-    recall = np.diag(matrix) / np.maximum(matrix.sum(axis=1), 1)
-    images = matrix.sum(axis=1)
+    pairs = confused_pairs(history.confusion)
+    true, predicted, counts = pairs.T
+    amiss = pairs[true != predicted]
+    mistakes = amiss[np.argsort(-amiss[:, 2], kind="stable")[:8]].tolist()
+    images = np.bincount(true, counts, len(classes)).astype(np.int64)  # [C], of true classes
+    missed = np.bincount(amiss[:, 0], amiss[:, 2], len(classes)).astype(np.int64)
+    taken = np.bincount(amiss[:, 1], amiss[:, 2], len(classes)).astype(np.int64)
+    recall = (images - missed) / np.maximum(images, 1)
     there = images > 0
-    shown = hardest(matrix) if len(classes) > _MOST_CLASSES else np.arange(len(classes))
+    shown = np.arange(len(classes))
+    if len(classes) > _MOST_CLASSES:
+        shown = hardest(images, missed, taken)
+    matrix = np.zeros((len(shown), len(shown)), np.int64)
+    inside = np.isin(true, shown) & np.isin(predicted, shown)
+    places = np.searchsorted(shown, pairs[inside, :2])
+    matrix[places[:, 0], places[:, 1]] = counts[inside]
     by_recall = np.argsort(np.where(there, recall, 2.0), kind="stable")[: int(there.sum())]
     return {
         "split": history.confusion.get("split", "test"),
-        "plot": plots.confusion(
-            [classes[i] for i in shown], matrix[np.ix_(shown, shown)], images[shown]
-        ),
+        "plot": plots.confusion([classes[i] for i in shown], matrix, images[shown]),
         "shown": len(shown),
         "classes": len(classes),
         "balanced": float(recall[there].mean()) if there.any() else None,
-        "total": int(matrix.sum()),
-        "wrong": int(wrong.sum()),
-        "mistakes": [(classes[i], classes[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]],
+        "total": int(images.sum()),
+        "wrong": int(missed.sum()),
+        "mistakes": [(classes[i], classes[j], n) for i, j, n in mistakes],
         "recalls": [(classes[i], float(recall[i]), int(images[i])) for i in by_recall],
     }
 
 
-def hardest(matrix: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The classes [k] of a confusion matrix that are in most mistakes, in the order of the classes.
+def hardest(
+    images: NDArray[np.int64], missed: NDArray[np.int64], taken: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The classes [k] that are in most mistakes, in the order of the classes.
 
-    A class counts by the share of its images that are missed, and of others' taken for it.
+    A class counts by the share of its `images` [C] that are `missed`, and of others' `taken`
+    for it.
     """
-    wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
-    share = (wrong.sum(axis=1) + wrong.sum(axis=0)) / np.maximum(matrix.sum(axis=1), 1)
+    share = (missed + taken) / np.maximum(images, 1)
     return np.sort(np.argsort(-share, kind="stable")[:_HARDEST])
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from rich.console import Console
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.monitoring.history import read_history, smooth
+from bigbatch.trainers.monitoring.history import confused_pairs, read_history, smooth
 from bigbatch.trainers.report.diagnosis import diagnose
 from bigbatch.trainers.report.plots import noise
 from bigbatch.trainers.report.report import write_report
@@ -391,3 +392,30 @@ def test_the_noise_scale_has_numbers_on_its_axis(tmp_path: Path, scale: float) -
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", noise(history, []))
     beside = texts[texts.index("step") :]  # those of the steps come before
     assert len([t for t in beside if re.fullmatch(r"[\d,.]+k?", t)]) >= 2
+
+
+def test_tens_of_thousands_of_classes_have_a_report(tmp_path: Path) -> None:
+    """The matrix of 30,000 classes took 24 GB."""
+    run = make_run(tmp_path / "run", steps=30, finished=False)
+    run.ensemble.mkdir(exist_ok=True)
+    classes = [f"c{i}" for i in range(30_000)]
+    pairs = [[i, i, 9] for i in range(30_000)] + [[7, 29_999, 5], [8, 3, 2]]
+    table = {"split": "val", "classes": classes, "pairs": sorted(pairs)}
+    (run.ensemble / "confusion.json").write_text(json.dumps(table))
+    tracemalloc.start()
+    try:
+        page = write_report(run).read_text()
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+    assert len(page) < 3_000_000
+    assert "c29999" in page
+    assert "30,000 classes the matrix shows the 25" in page
+
+
+def test_both_forms_of_the_mistakes_say_the_same(tmp_path: Path) -> None:
+    matrix = np.random.default_rng(1).integers(0, 3, (7, 7))
+    pairs = [[i, j, int(matrix[i, j])] for i in range(7) for j in range(7) if matrix[i, j]]
+    assert confused_pairs({"matrix": matrix.tolist()}).tolist() == pairs
+    assert confused_pairs({"pairs": pairs}).tolist() == pairs
+    assert confused_pairs({"pairs": []}).shape == (0, 3)
