@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,6 +116,27 @@ def checkpoint_bytes(recipe: Recipe, size: dict[str, int]) -> int:
 def average_bytes(recipe: Recipe, size: dict[str, int]) -> int:
     """Of the average of the weights, in float64."""
     return 8 * size["parameters"] if recipe.average is not None else 0
+
+
+def scores_memory(sizes: Sequence[int], classes: int, snapshots: int) -> Finding:
+    """What rank 0 holds at the end, of splits of `sizes` samples: every snapshot's scores.
+
+    Of each a float32 for every sample and class, once more of the split that is evaluated, and
+    its probabilities, their sum and what is computed of them, in float64.
+    """
+    largest = max(sizes)
+    need = classes * (4 * snapshots * (sum(sizes) + largest) + 24 * largest)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    what = f"{sum(sizes):,} samples x {classes:,} classes"
+    text = f"about {_gb(need)} on rank 0 for the scores of {what}"
+    if need <= there:
+        return Finding("results", "ok", text)
+    return Finding(
+        "results",
+        "warning",
+        f"{text} x {snapshots:,} snapshots, and this machine has {_gb(there)}: the run would end "
+        "without results; evaluate fewer samples (data.val, data.test), or keep fewer snapshots",
+    )
 
 
 def write_speed(folder: Path) -> float:

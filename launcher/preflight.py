@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from bigbatch.configs.plot_style import MUTED, plot_style
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import verify_index
-from bigbatch.launcher.estimate import Estimate, look
+from bigbatch.launcher.estimate import Estimate, look, scores_memory
 from bigbatch.trainers.models.weights_file import describe, differences, open_weights
 from bigbatch.trainers.planning.environment import check_environment
 from bigbatch.trainers.planning.inputs import fit, open_inputs
@@ -94,7 +95,10 @@ def estimate(recipe: Recipe, folder: Path, lead: int | None = None) -> Estimate:
     inputs = open_inputs(recipe)
     plan, _ = fit_rate(recipe, inputs.epoch_samples)
     classes = len(inputs.splits["val"].classes)
-    return look(recipe, plan, inputs.epoch_samples, classes, folder, lead)
+    found = look(recipe, plan, inputs.epoch_samples, classes, folder, lead)
+    sizes = [len(index) for role, index in inputs.splits.items() if role != "train"]
+    scoring = scores_memory(sizes, classes, len(plan.snapshots))
+    return replace(found, findings=[*found.findings, scoring])
 
 
 def spark(values: Sequence[float], width: int = 60) -> str:

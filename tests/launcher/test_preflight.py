@@ -152,3 +152,13 @@ def test_weights_to_start_from_are_looked_at(digits: Path, tmp_path: Path) -> No
     assert "their classes are others (2 and 10 of them)" in classes
     write_tensors(path, {"a": torch.zeros(2)})
     assert check(recipe, None)["weights"] == ["they do not say what they were trained for"]
+
+
+def test_scores_that_do_not_fit_are_known_before_training() -> None:
+    """100,000 classes could never be evaluated, which showed after all the training."""
+    fits = estimate.scores_memory([1000, 500], 10, 3)
+    assert (fits.state, "about 0.5 MB" in fits.text) == ("ok", True)
+    large = estimate.scores_memory([1_000_000], 100_000, 2)
+    assert large.state == "warning"
+    assert "about 4000.00 GB" in large.text
+    assert "fewer snapshots" in large.text

@@ -1,6 +1,6 @@
 """Members scored, selected and combined: a mean of probabilities, and a soup of weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -105,7 +105,7 @@ def combine(
         "soup_steps": [asdict(step) for step in steps],
     }
     write_atomically(run.ensemble / MEMBERS, to_json(content, indent=1))
-    means = {n: np.mean([softmax(found[n][i]) for i in together], axis=0) for n in splits}
+    means = {n: _mean_probabilities([found[n][i] for i in together]) for n in splits}
     result: dict[str, dict[str, Any]] = {}
     for name in splits:
         result[name] = {"members": members[name], "ensemble": score(means[name], labels[name])}
@@ -132,6 +132,14 @@ def _write_evaluation(
     content = about(ensemble, [run.path], index, notes)
     content |= statistics_of(ensemble, logits, labels, best=best)
     write_evaluation(run.evaluations / index.place.rstrip("/").rpartition("/")[2], content)
+
+
+def _mean_probabilities(logits: Sequence[Logits]) -> np.ndarray:
+    """np.mean of the members' probabilities [N, C], bit for bit, two of them at a time."""
+    total = softmax(logits[0])
+    for each in logits[1:]:
+        total += softmax(each)
+    return total / len(logits)
 
 
 def _score(logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float] | None:

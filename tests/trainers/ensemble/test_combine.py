@@ -15,10 +15,11 @@ from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.index import Index, open_index
 from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.ensemble.combine import combine
+from bigbatch.trainers.ensemble.combine import _mean_probabilities, combine
 from bigbatch.trainers.ensemble.members import find_members
 from bigbatch.trainers.evaluation import evaluate
 from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.evaluation.record import EVALUATION, read_evaluation
 from bigbatch.trainers.inference import __main__ as inference
 from bigbatch.trainers.recovery.tensor_files import save_weights
@@ -101,3 +102,10 @@ def test_logits_that_are_not_finite_are_no_evaluation(digits: Path, tmp_path: Pa
     scores = combined(run, digits)
     assert np.isnan(scores["val"]["members"][1]["nll"])
     assert not run.evaluations.exists()
+
+
+def test_the_mean_of_members_is_numpy_s_bit_for_bit() -> None:
+    logits = list(np.random.default_rng(0).normal(size=(5, 40, 7)).astype(np.float32) * 9)
+    for count in (1, 2, 5):
+        mean = np.mean([softmax(each) for each in logits[:count]], axis=0)
+        assert (_mean_probabilities(logits[:count]) == mean).all()
