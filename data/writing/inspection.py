@@ -204,7 +204,7 @@ def draw(indexes: dict[str, Index], sides: dict[str, npt.NDArray[np.int64]], pat
     resolutions.margins(0.1)
     for axis in (sizes.xaxis, resolutions.xaxis):
         if axis.get_scale() == "linear":
-            axis.set_major_locator(MaxNLocator(4))
+            axis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.set_minor_formatter(NullFormatter())
     names = labels.get_legend_handles_labels()

@@ -438,6 +438,6 @@ def test_the_page_shows_how_to_read_what_shard_digits_writes(
     monkeypatch.chdir(tmp_path)
     read: list[tuple[Image.Image, int]] = []
     exec(snippet.replace("    ...", "    read.append((image, label))"), {"read": read})
-    assert len(read) == 1077
+    assert len(read) == 1078
     assert {label for _, label in read} == set(range(10))
     assert {image.size for image, _ in read} == {(8, 8)}
