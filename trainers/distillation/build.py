@@ -20,13 +20,13 @@ _FORMAT = 1  # of views: another number where the same recipe gives other pixels
 _NO_VIEW: dict[str, Any] = {
     **dict.fromkeys(("name", "duration", "backend", "reduction", "clip", "model", "loss"), True),
     **dict.fromkeys(("distill", "optimizer", "schedule", "average", "checkpoint"), True),
-    **dict.fromkeys(("recovery", "regularise", "ensemble", "log"), True),
+    **dict.fromkeys(("recovery", "regularise", "ensemble", "log", "transfer"), True),
     "data": {
         *("path", "train", "val", "test", "cache", "cache_gb", "workers", "threads"),
         *("bad_samples", "image_size", "progressive"),
     },
     "augment": {"mean", "std"},
-    "evaluate": {"every", "batch", "image_size"},
+    "evaluate": {"every", "batch", "image_size", "precise_bn", "precise_bn_images"},
 }
 
 

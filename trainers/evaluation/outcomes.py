@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from bigbatch.trainers.evaluation.accuracy import balanced_accuracy
 from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, width_bins
 
 Array = NDArray[np.float64]
@@ -56,6 +57,11 @@ class Outcomes:
         )
         return {
             "accuracy": float(self.correct.mean()),
+            "balanced_accuracy": balanced_accuracy(
+                self.label,
+                self.predicted,
+                1 + int(max(self.label.max(initial=0), self.predicted.max(initial=0))),
+            ),
             "nll": float(self.losses.mean()),
             "brier": float((self.squares - 2 * self.chosen + 1).mean()),
             "ece": float(np.abs(gap).sum() / len(self)),

@@ -57,7 +57,7 @@ def test_a_constant_added_to_logits_changes_nothing():
 def test_no_samples_and_one_class(dtype):
     assert len(outcomes(np.empty((0, 3), dtype), np.empty(0, np.int64))) == 0
     assert outcomes(np.ones((2, 1), dtype), np.zeros(2, np.int64)).scores() == {
-        "accuracy": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0
+        "accuracy": 1.0, "balanced_accuracy": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0
     }  # fmt: skip
 
 

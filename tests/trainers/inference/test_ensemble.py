@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.terminal import Terminal
 from bigbatch.data.listing import Listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
@@ -245,7 +245,7 @@ def test_a_new_evaluation_leaves_no_picture_of_an_older_one(
 
 def test_names_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"accuracy": 0.5, "accuracy_interval": (0.4, 0.6), "nll": 1.0, "ece": 0.1}
-    Console(width=200).print(table_of({"te[b]st": [("x[/]y", figures), ("z[red]", figures)]}))
+    Terminal(width=200).print(table_of({"te[b]st": [("x[/]y", figures), ("z[red]", figures)]}))
     said = capsys.readouterr().out
     assert "x[/]y" in said
     assert "z[red]" in said
