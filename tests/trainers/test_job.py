@@ -58,7 +58,7 @@ def test_images_are_decoded_for_the_largest_of_student_and_teacher(
     cpu = SimpleNamespace(rank=0, world=1, device=SimpleNamespace(type="cpu"))
     job = Job(
         RunDir(Path("none")), recipe, cast(Any, cpu), open_inputs(recipe), nothing, nothing,
-        cast(Any, SimpleNamespace(view=view)), nothing, nothing,
+        cast(Any, SimpleNamespace(view=view)), nothing, nothing, nothing,
         None if teacher is None else cast(Any, SimpleNamespace(decoded_size=teacher)),
     )  # fmt: skip
     assert list(job.batches(0, 1)) == []
