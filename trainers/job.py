@@ -230,7 +230,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         freezing = Freezing(learning, engine, optimizer, engine.module)
     augmenter = build_augmenter(recipe, classes, engine.device, inputs)
     evaluator = Evaluator(engine, augmenter, recipe)
-    precise_bn = precise_statistics(recipe, inputs, augmenter, engine)
+    precise_bn = precise_statistics(recipe, inputs, engine)
     order_hash = "stream" if inputs.order is None else inputs.order.hash
     fingerprint: dict[str, JsonValue] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -271,10 +271,13 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     )
 
 
-def precise_statistics(
-    recipe: Recipe, inputs: Inputs, augmenter: Augmenter, engine: Engine
-) -> PreciseBatchNorm:
-    """What makes running statistics from the images that a recipe trains on."""
+def precise_statistics(recipe: Recipe, inputs: Inputs, engine: Engine) -> PreciseBatchNorm:
+    """What makes running statistics from the images that a recipe trains on.
+
+    Where images grow, of their last size, whatever the step: evaluation sees none smaller.
+    """
+    grown = replace(inputs, sizes=())
+    augmenter = build_augmenter(recipe, len(inputs.classes), engine.device, grown)
 
     def batches(recipe: Recipe, plan: BatchPlan) -> Iterator[MicroBatch]:
         return training_batches(recipe, inputs, plan, augmenter.view, engine.device)

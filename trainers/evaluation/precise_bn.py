@@ -29,8 +29,8 @@ from bigbatch.trainers.models.batch_stats import (
 class PreciseBatchNorm:
     """Makes running statistics of a model's weights, from what its recipe trains on.
 
-    The images are the first ones of the run, with the views that step 0 has, in whole
-    micro-batches: so statistics do not depend on the world size.
+    The images are the first ones of the run, with the views that step 0 has, at the size that the
+    augmenter gives step 0, in whole micro-batches: so statistics do not depend on the world size.
     """
 
     engine: Engine

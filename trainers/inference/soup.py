@@ -155,8 +155,8 @@ class _Kitchen:
         recipe = member.recipe
         self.model = member.build(engine.device)
         keep_statistics(self.model, recipe.transfer)
-        self._augmenter = build_augmenter(recipe, len(member.classes), engine.device)
-        self._evaluator = Evaluator(engine, self._augmenter, recipe)
+        augmenter = build_augmenter(recipe, len(member.classes), engine.device)
+        self._evaluator = Evaluator(engine, augmenter, recipe)
 
     def scores(self, split: Index) -> Scores | None:
         """How good the model is on a split, on rank 0. Collective."""
@@ -181,8 +181,7 @@ class _Kitchen:
 
     @cached_property
     def _precise_bn(self) -> PreciseBatchNorm:
-        recipe = self._recipe
-        return precise_statistics(recipe, open_inputs(recipe), self._augmenter, self.engine)
+        return precise_statistics(self._recipe, open_inputs(self._recipe), self.engine)
 
     def settle(self, images: int | None = None) -> None:
         """Make running statistics anew from about so many training images. Collective.

@@ -134,7 +134,6 @@ def test_statistics_are_the_same_at_any_world_size(runs: Any) -> None:
     (member,) = find_members(runs.whole, "cycle-01")
     recipe, inputs = member.recipe, open_inputs(member.recipe)
     device = torch.device("cpu")
-    augmenter = build_augmenter(recipe, len(member.classes), device)
     totals = []
     for world in (1, 3, 5):  # of which one has nothing to do
         parts: list[Tensor] = []
@@ -145,21 +144,50 @@ def test_statistics_are_the_same_at_any_world_size(runs: Any) -> None:
 
         for rank in range(world):
             engine: Any = SimpleNamespace(rank=rank, world=world, device=device, sum=keep)
-            precise_statistics(recipe, inputs, augmenter, engine).recompute(member.build())
+            precise_statistics(recipe, inputs, engine).recompute(member.build())
         totals.append(torch.stack(parts).sum(0))
     for total in totals[1:]:
         assert torch.equal(total, totals[0])
+
+
+def test_images_that_grow_are_seen_at_their_last_size(digits: Path) -> None:
+    """That of the evaluation, and not of step 0."""
+    settings = [
+        *(*SMALL, f"data.path={digits}", "data.image_size=16", "duration=4 steps"),
+        *("global_batch=64", "micro_batch=32", "schedule={name: constant}"),
+        "data.progressive={start: 8, until: 3 steps, multiple: 8}",
+    ]
+    recipe = load_recipe("digits", settings)
+    inputs, engine = open_inputs(recipe), open_engine("ddp", "fp32")
+    model, seen = nn.Sequential(nn.BatchNorm2d(1)), set()
+    model.register_forward_pre_hook(lambda _, images: seen.add(tuple(images[0].shape)))
+    assert inputs.sizes[0] == (0, 8)
+    precise_statistics(recipe, inputs, engine).recompute(model, 64)
+    assert seen == {(32, 1, 16, 16)}
+
+
+def test_statistics_go_by_the_strength_of_each_class(digits: Path) -> None:
+    """Also where they are made after the run, for a soup."""
+    settings = [*SMALL, f"data.path={digits}", "micro_batch=32", "augment.jitter=null"]
+    strong = "augment.ops=[{name: invert, p: 1.0}]"
+    none = f"augment.class_strength={[0.0] * 10}"
+    means = []
+    for changes in ([], [strong, none]):
+        recipe, model = load_recipe("digits", [*settings, *changes]), nn.BatchNorm2d(1)
+        engine = open_engine("ddp", "fp32")
+        precise_statistics(recipe, open_inputs(recipe), engine).recompute(model, 32)
+        means.append(model.running_mean)
+    assert torch.equal(means[0], means[1])
 
 
 def test_the_own_statistics_come_back_even_after_an_error(runs: Any) -> None:
     (member,) = find_members(runs.never, "cycle-01")
     model, recipe, engine = member.build(), member.recipe, open_engine("ddp", "fp32")
     inputs = open_inputs(recipe)
-    augmenter = build_augmenter(recipe, len(member.classes), engine.device)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def fail() -> None:
-        with precise_statistics(recipe, inputs, augmenter, engine).applied(model, 4) as made:
+        with precise_statistics(recipe, inputs, engine).applied(model, 4) as made:
             assert_same(made, running_statistics(model))
             assert not torch.equal(
                 model.state_dict()["bn1.running_mean"], before["bn1.running_mean"]
