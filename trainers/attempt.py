@@ -77,6 +77,8 @@ class Attempt:
             if not job.recipe.evaluate.is_precise(state.step):
                 yield model
                 return
+            if job.freezing is not None:
+                job.freezing.keep_statistics(model, state.step)
             with job.precise_bn.applied(model, state.step) as statistics:
                 state.evaluated = (state.step, statistics)
                 yield model

@@ -30,6 +30,8 @@ def finish(job: Job, log: Log) -> None:
     """Score the average, combine the snapshots, and write the summary and the report."""
     engine, recipe = job.engine, job.recipe
     engine.end_training()
+    if job.freezing is not None:
+        job.freezing.keep_statistics(engine.module, job.state.step)
     if recipe.regularise.early_stop is not None:
         keep_best(job, log)
     splits = {role: index for role, index in job.inputs.splits.items() if role != "train"}

@@ -1,5 +1,7 @@
 """Parts of a network that learn from some step on: frozen until then, on every backend."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,6 +26,8 @@ class Freezing:
         self._engine = engine
         starts = module_starts(model, learning)
         self._modules = [(m, start) for m, start in starts.items() if start != NEVER]
+        paths = {module: path for path, module in model.named_modules()}
+        self._paths = {paths[module]: start for module, start in self._modules}
         self._waiting = Waiting(optimizer)
         self._frozen: set[str] | None = None
 
@@ -38,3 +42,10 @@ class Freezing:
             if module.training != (step >= start):  # evaluation has left all as it began
                 module.training = step >= start
         return self._learning.begun(step)
+
+    def keep_statistics(self, model: nn.Module, step: int) -> None:
+        """Let BatchNorm of `model`, whole after `step` finished steps, keep its statistics where
+        they are made anew and it has not trained: it is evaluated as the rest was trained on it."""
+        for path, start in self._paths.items():
+            kept: Any = model.get_submodule(path)
+            kept.keeps_statistics = step <= start

@@ -129,8 +129,6 @@ def _build(groups: list[dict[str, Any]], config: c.Optimizer) -> torch.optim.Opt
             kind = getattr(pytorch_optimizer, type(config).__name__)
             optimizer: torch.optim.Optimizer = kind(groups, **options)
             return optimizer
-        case c.Muon():
-            raise AssertionError("of two optimizers: _build_muon makes it")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr_multiplier: float) -> None:

@@ -20,7 +20,7 @@ from bigbatch.trainers.engine import open_engine
 from bigbatch.trainers.engine.ddp import DdpEngine
 from bigbatch.trainers.engine.freezing import Freezing
 from bigbatch.trainers.engine.sharpness import Sharpness
-from bigbatch.trainers.models.batch_stats import StepStatistics
+from bigbatch.trainers.models.batch_stats import StepStatistics, recompute_statistics
 from bigbatch.trainers.models.regularise import keep_within
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.stages import NEVER, Learning, Stage, freeze
@@ -218,6 +218,22 @@ def test_evaluation_in_between_and_going_back_change_nothing(tmp_path: Path) -> 
     other.train(STEPS)
     for name, value in straight.weights().items():
         assert torch.equal(other.weights()[name], value), name
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_statistics_made_anew_are_of_what_has_trained(backend: str) -> None:
+    """What waits trains and is evaluated by the statistics that it started from."""
+    run = Run(backend)
+    images = draw(0, 0, run.dtype)[0]
+    trained = {2: set(), 3: {"blocks.1"}, 4: {"blocks.1"}, 5: {"blocks.0", "blocks.1"}}
+    for step, expected in trained.items():
+        run.train(step)
+        with run.engine.full_model() as model:
+            run.freezing.keep_statistics(model, step)
+            before = {n: b.clone() for n, b in model.named_buffers()}
+            recompute_statistics(model, [images], 1, lambda total: total)
+            changed = {n for n, b in model.named_buffers() if not torch.equal(b, before[n])}
+        assert {name[: len("blocks.0")] for name in changed} == expected
 
 
 def test_gradients_are_held_back_where_they_cross_ranks() -> None:
