@@ -1,6 +1,7 @@
 """What a user is told of a recipe that its schema refuses, and which keys a part may hold."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,12 @@ def explain(error: Any, tree: Mapping[str, Any]) -> str:
             return f"{where}: {told}"
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{where}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if kind == "union_tag_invalid":
+        known = re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
+        tag = str(error["ctx"]["tag"])
+        near = difflib.get_close_matches(tag, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{where} = {shortened(repr(tag), 80)}: {hint}there are {', '.join(known)}"
     if kind == "missing":
         return f"{where}: missing; it has no default, so write it"
     if kind == "value_error":

@@ -117,6 +117,10 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
                 notes.append(f"the average ({recipe.average.name}) starts anew")
     if before.precision != recipe.precision:
         content["scaler"] = None
+    if recipe.loss.name == "confusion_cost" and not (
+        same_batch and before.loss.name == "confusion_cost"
+    ):
+        notes.append("costs of loss confusion_cost are all 1 until the first evaluation")
     if not same_batch:
         content |= {"losses": [], "over": []}
     same = before.schedule == recipe.schedule and before.duration == recipe.duration

@@ -99,7 +99,7 @@ def advise(
         if plot is not None:
             options.write_picture(plot, lambda: advise_plot.draw_points(fit, plot))
         if as_json:
-            options.print_json(_finite(points_values(fit)))
+            options.print_json(points_values(fit))
         else:
             show(*points_tables(fit))
             for line in points_notes(fit):
@@ -123,7 +123,7 @@ def advise(
     if plot is not None:
         options.write_picture(plot, lambda: advise_plot.draw_run(found, plot))
     if as_json:
-        options.print_json(_finite(run_values(found, target_s, chosen)))
+        options.print_json(run_values(found, target_s, chosen))
     else:
         show(*run_tables(found, chosen))
         for line in run_notes(found, target_s, chosen):
@@ -175,15 +175,6 @@ def _seconds(text: str | None) -> float | None:
     if match is None or float(match[1]) == 0:
         raise UserError(f"--target-time {text!r} is no time such as 30s, 90min, 12h or 2d")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def _finite(value: Any) -> Any:
-    """Infinity and NaN as null: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_values(

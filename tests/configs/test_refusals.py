@@ -55,7 +55,7 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
         ),
         (["average={name: median}"], "average"),
         # The list of operations: each names its place.
-        (["augment.ops=[{name: rotat}]"], r"augment.ops.0 = .* 'rotate'"),
+        (["augment.ops=[{name: rotat}]"], r"augment.ops.0 = 'rotat': did you mean rotate"),
         (["augment.ops=[invert, {name: cutout, p: 2}]"], "augment.ops.1.p = 2: .* less than or eq"),
         (["augment.ops=[{name: invert, p: 0}]"], "augment.ops.0.p = 0: .* greater than 0"),
         (["augment.ops=[{name: blur, sigmas: [1, 2]}]"], "ops.0.sigmas: unknown key; did you mean"),

@@ -109,6 +109,11 @@ def test_another_batch_goes_on_at_the_same_sample(
         planned(parent, tmp_path / "d", 3, "global_batch=512", "micro_batch=32")
 
 
+def test_confusions_that_are_not_taken_over_are_said(parent: RunDir, tmp_path: Path) -> None:
+    _, plan = planned(parent, tmp_path / "b", 3, "loss.name=confusion_cost")
+    assert plan.notes == ("costs of loss confusion_cost are all 1 until the first evaluation",)
+
+
 def test_another_optimizer_starts_without_state(parent: RunDir, tmp_path: Path) -> None:
     changes = ("optimizer={name: adamw, lr: 0.001}", "average={name: ema, half_life: 9 steps}")
     changes = (*changes, "duration=7 steps")

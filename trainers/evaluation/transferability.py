@@ -116,7 +116,7 @@ def advise(
 
 
 def in_words(advice: dict[str, Any], recipe: str) -> list[str]:
-    """What `bigbatch advise --transfer` prints."""
+    """What `bigbatch advise --transfer` prints; `recipe` as a command line names it."""
     found = advice["measured"]
     low, high = found["interval"]
     unclear = "" if advice["clear"] else "; the interval leaves it open, so try both neighbours"

@@ -5,6 +5,7 @@ Its features of any images, and how well they tell the classes of the training s
 
 import argparse
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def transfer(options: argparse.Namespace, engine: Engine) -> int:
     if options.json:
         print(to_json(advice, indent=1))
         return 0
-    for line in transferability.in_words(advice, recipe.name):
+    for line in transferability.in_words(advice, shlex.join([options.recipe, *options.set])):
         print(line)
     return 0
 

@@ -1,6 +1,7 @@
 """Features of a network that was never trained here, and the advice that rests on them."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_advice_on_transfer(
     assert main(call("transfer", keys, "--samples", 300, "--small", 10_000)) == 0
     text = capsys.readouterr().out
     assert "size        small:" in text
-    assert "'transfer={name: head}'" in text
+    given = shlex.join(["digits", *keys])  # as it was asked: by its file, with the changes to it
+    assert f"bigbatch train {given} 'transfer={{name: head}}'" in text
 
 
 @pytest.mark.parametrize(
