@@ -68,6 +68,7 @@ _HERE = {
     "augment.ops, such as augment.ops: [vertical_flip]": "vflip",
     "loss.label_smoothing": "smoothing label_smoothing label_smoothing_factor",
     "loss.name, such as loss: bce": "bce_loss criterion loss_fn",
+    "loss.name; jsd, behind an augment.ops that ends with augmix": "jsd_loss aug_splits",
     "loss.class_weights": "class_weights class_weight",
     "average, such as average: {name: ema, half_life: 1 epochs}": "ema ema_decay model_ema "
     "model_ema_decay",
@@ -104,7 +105,6 @@ _NOT_OFFERED = {
     "see `bigbatch find-lr RECIPE`": "auto_lr_find lr_find",
     "see `bigbatch find-micro-batch RECIPE`": "auto_scale_batch_size auto_find_batch_size",
     "see `bigbatch evaluate RUN --tta`": "tta",
-    "see docs/craft.md: AugMix comes without its second loss": "jsd_loss aug_splits",
     "see docs/loading.md: each image is sampled once": "interpolation train_interpolation",
     "see docs/loading.md: buffers follow from data.workers": "prefetch_factor prefetch pin_memory",
     "see duration, which makes a trial short": "limit_train_batches limit_val_batches",

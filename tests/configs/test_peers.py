@@ -28,6 +28,7 @@ def refusal(key: str, value: object = 1) -> str:
         ("optimizer.learning_rate", "optimizer.learning_rate: unknown here; write optimizer.lr"),
         ("data.num_workers", "data.num_workers: unknown here; write data.workers"),
         ("model.num_classes", "model.num_classes: not offered; classes are counted in the shards"),
+        ("jsd_loss", "jsd_loss: unknown here; write loss.name; jsd, behind an augment.ops"),
         ("sync_bn", "sync_bn: not offered; see model.norm in docs/craft.md"),
         ("callbacks", "callbacks: not offered; see docs/craft.md"),
         ("devices", "devices: not offered; see `bigbatch train RECIPE --nproc N`"),

@@ -7,21 +7,27 @@ from typing import Any
 
 import pytest
 
-from bigbatch.configs.load import load_recipe
+from bigbatch.configs.load import load_recipe, parse_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.launcher import child
 from bigbatch.launcher.child import OUTPUT, Children, bare_recipe
 from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.planning.plan import make_plan
 
 
 def test_a_bare_run_has_no_schedule_of_the_whole_one() -> None:
     momentum = "{name: constant, warmup: 3 epochs, warmup_start: 0.9}"
     keys = ["optimizer={name: sgd, lr: 1}", f"optimizer.momentum_schedule={momentum}"]
     keys.append("data.progressive={start: 16, until: 9 epochs}")
+    weights = "class_weights: {name: effective_number}, class_weights_from: 9 epochs"
+    keys += [f"loss={{{weights}}}", "data.sampling=uniform"]
     recipe = load_recipe("digits", [*keys, "average={name: ema, half_life: 9 epochs}"])
     tree = bare_recipe(recipe, 4)
     assert "momentum_schedule" not in tree["optimizer"]
     assert tree["data"]["progressive"] is None
+    short = parse_recipe(tree, "bare")
+    assert make_plan(short, 1000).weights_from == 0
+    assert short.loss.class_weights == recipe.loss.class_weights
     assert tree["average"]["half_life"] == "1 steps"
 
 
