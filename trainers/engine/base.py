@@ -74,7 +74,7 @@ class Engine(Collectives, ABC):
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self._norms = MicroBatchNorms(self.device)
-        self._frozen: frozenset[str] = frozenset()  # parameters that wait to learn
+        self.frozen: frozenset[str] = frozenset()  # parameters that wait to learn
         self._watched: set[str] = set()  # that have waited, and are held back where they do
 
     @abstractmethod
@@ -118,14 +118,14 @@ class Engine(Collectives, ABC):
         Ranks exchange gradients of all that will ever be trained, so those of frozen ones are 0
         from the start of their way: in norms, clipping and the exchange alike.
         """
-        self._frozen = frozenset(names)
+        self.frozen = frozenset(names)
         for name, parameter in self.module.named_parameters():
-            if name in self._frozen and name not in self._watched:
+            if name in self.frozen and name not in self._watched:
                 self._watched.add(name)
                 parameter.register_hook(partial(self._held_back, name))
 
     def _held_back(self, name: str, gradient: Tensor) -> Tensor:
-        return torch.zeros_like(gradient) if name in self._frozen else gradient
+        return torch.zeros_like(gradient) if name in self.frozen else gradient
 
     @property
     def scaler(self) -> Any | None:
@@ -172,13 +172,14 @@ class Engine(Collectives, ABC):
     def layer_gradient_norms(self) -> dict[str, float]:
         """The L2 norm of the averaged gradient of each trained weight that is no vector, by name.
 
-        Collective; after `gradient_norm`, which removes the loss scale, and before `clip`.
+        What is frozen in this step is left out: its 0 says nothing of the network. Collective;
+        after `gradient_norm`, which removes the loss scale, and before `clip`.
         """
         own = self.own_weights()
         whole = {name: tensor.shape for name, tensor in own.items()}
         if self.pieces is not None:
             whole = {piece.name: piece.whole for piece in self.pieces.pieces}
-        names = [name for name, shape in whole.items() if len(shape) > 1]
+        names = [n for n, shape in whole.items() if len(shape) > 1 and n not in self.frozen]
         squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for i, name in enumerate(names):
             if (gradient := own[name].grad) is not None and gradient.numel():

@@ -45,8 +45,8 @@ class FsdpEngine(ShardedEngine):
         self._norms.begin()
 
     def freeze(self, names: Collection[str]) -> None:
-        self._frozen = frozenset(names)
-        if not self._frozen or self._watched:
+        self.frozen = frozenset(names)
+        if not self.frozen or self._watched:
             return
         places = {
             (id(module), key): f"{path}.{key}" if path else key

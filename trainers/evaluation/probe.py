@@ -7,7 +7,7 @@ of it follows from weights and recipe: it is the same at any world size.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,9 +43,10 @@ class Probe:
 
         Collective; empty on the other ranks. `train` and `val` hold accuracy, nll and samples, the
         latter with each class weighed by its share of the training samples, so that a difference
-        is none of shares. `dead` is the share of units, by layer, that were 0 for all images.
+        is none of shares. `dead` is the share of units, by layer, that were 0 for all images;
+        where nothing before a layer learns in this step (transfer), nothing can have died.
         """
-        with dead_units(model) as alive:
+        with dead_units(model, self._engine.frozen) as alive:
             outcomes = self._pass(model)
         every = self._engine.gather_values((outcomes, {k: v.tolist() for k, v in alive.items()}))
         if self._engine.rank != 0 or logits is None:
@@ -139,17 +140,38 @@ def by_class(
 
 
 @contextmanager
-def dead_units(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def dead_units(
+    model: nn.Module, frozen: Collection[str] = frozenset()
+) -> Iterator[dict[str, Tensor]]:
     """By layer, which units were above 0 for any image of the passes inside.
 
     A unit is a channel, over all places of its map, or the last dimension's. A ReLU that stands
-    in several places counts as a layer for each, in the order of the pass: `act`, `act#2`.
+    in several places counts as a layer for each, in the order of the pass: `act`, `act#2`. Layers
+    that come before the first parameter which learns (none of `frozen`, nor one without a
+    gradient) are left out; in a network where none does, all count.
     """
     alive: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
+    learners = {
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in frozen
+    }
+    reached = not learners
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        nonlocal reached
+        calls.clear()
+        reached = not learners
+
+    def reach(module: nn.Module, inputs: Any) -> None:
+        nonlocal reached
+        reached = True
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not reached:
+                return
             calls[name] = calls.get(name, 0) + 1
             layer = name if calls[name] == 1 else f"{name}#{calls[name]}"
             channel = 1 if output.ndim == 4 else output.ndim - 1
@@ -163,7 +185,12 @@ def dead_units(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for name, module in model.named_modules()
         if isinstance(module, _ZEROING)
     ]
-    handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
+    handles.append(model.register_forward_pre_hook(begin))
+    handles += [
+        module.register_forward_pre_hook(reach)
+        for name, module in model.named_modules()
+        if name in learners
+    ]
     try:
         yield alive
     finally:

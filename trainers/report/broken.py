@@ -127,7 +127,9 @@ def vanishing(facts: Facts) -> Iterator[Finding]:
     records = facts.gradients[1:] or facts.gradients
     if not records or not facts.poor:
         return
-    norms = {name: _median(r["norms"].get(name) for r in records) for name in records[0]["norms"]}
+    # What waits for its turn under transfer has no norm until then; from then on it has.
+    names = dict.fromkeys(name for r in records for name in r["norms"])
+    norms = {name: _median(r["norms"].get(name) for r in records) for name in names}
     if not norms:
         return
     low = min(norms, key=lambda name: norms[name])

@@ -186,10 +186,14 @@ def test_no_gradient_is_computed_of_what_is_frozen_where_no_rank_waits_for_it() 
     run.train(1)
     taken = {n for n, p in run.engine.module.named_parameters() if p.grad is not None}
     assert taken == {"head.weight", "head.bias"}
+    assert set(run.engine.layer_gradient_norms()) == {"head.weight"}
     run.train(5)
     taken = {n for n, p in run.engine.module.named_parameters() if p.grad is not None}
     assert "blocks.0.conv.weight" in taken
     assert "stem.weight" not in taken
+    norms = run.engine.layer_gradient_norms()
+    run.engine.frozen = frozenset({"blocks.0.conv.weight"})  # where ranks wait for it, it has a 0
+    assert norms.keys() - run.engine.layer_gradient_norms().keys() == run.engine.frozen
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -54,7 +54,12 @@ def look(
             return said
 
         engine: Any = SimpleNamespace(
-            rank=rank, world=world, device=CPU, autocast=nullcontext, gather_values=gather
+            rank=rank,
+            world=world,
+            device=CPU,
+            autocast=nullcontext,
+            gather_values=gather,
+            frozen=frozenset(),
         )
         splits = {"train": split, "val": split}
         probe = Probe(engine, Evaluator(engine, augmenter, recipe), splits, images, 1)
@@ -119,6 +124,24 @@ def test_dead_units_by_layer_and_call() -> None:
         pass
     model(x)
     assert later == {}  # no hook is left
+
+
+def test_where_nothing_learns_nothing_died() -> None:
+    """Transfer: of what waits, by its gradient or by name, units are as they came."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    def layers(frozen: Sequence[str] = ()) -> set[str]:
+        with dead_units(model, frozen) as alive:
+            model(torch.ones(4, 3))
+            model(torch.ones(2, 3))  # each pass begins anew
+        return set(alive)
+
+    assert layers() == {"1", "3"}
+    assert layers(["0.weight", "0.bias"]) == {"3"}
+    assert layers(["0.weight"]) == {"1", "3"}  # its bias learns
+    model[0].requires_grad_(False)
+    assert layers() == {"3"}
+    assert layers(["2.weight", "2.bias"]) == set()
 
 
 def test_classes_weigh_as_in_training() -> None:
