@@ -17,6 +17,8 @@ from bigbatch.trainers.report.findings import Finding, choose
 from bigbatch.trainers.report.fit import fit
 
 _ORDER = ("problem", "note", "good")
+_WAITED = 0.2  # of the step time, in waiting for data
+_LITTLE_WAIT = 30.0  # s in all: of so short a run its share is no problem
 
 
 def diagnose(history: History) -> list[Finding]:
@@ -73,14 +75,16 @@ def _speed(history: History) -> Iterator[Finding]:
     # The first steps wait for the first batches, which says nothing about the rest.
     data, total = np.nansum(train["data_s"][5:]), np.nansum(train["step_s"][5:])
     share = data / total if total else 0.0
-    if share > 0.2:
+    if share > _WAITED:
+        # Records may be of every so many steps.
+        seconds = float(np.nanmean(train["data_s"][5:])) * history.last_step
         yield Finding(
-            "problem",
+            "problem" if seconds > _LITTLE_WAIT else "note",
             "Waiting for data",
-            f"{share:.0%} of the step time went into waiting for the loader. Raise data.workers, "
-            "or pre-size the images with `bigbatch shard --short-side`.",
+            f"{share:.0%} of the step time, {seconds:,.0f} s in all, went into waiting for the "
+            "loader. Raise data.workers, or pre-size images with `bigbatch shard --short-side`.",
             "waiting_for_data",
-            {"share": share},
+            {"share": share, "seconds": seconds},
             choose(history.recipe, [("data.workers", 2 * history.recipe.data.workers + 2)]),
         )
     else:

@@ -31,8 +31,14 @@ class Facts:
 
     @cached_property
     def start(self) -> float:
-        """The loss of the first five records; that of one is noise."""
-        return float(np.nanmedian(self.loss[:5])) if np.isfinite(self.loss[:5]).any() else np.nan
+        """The loss of the first five records; that of one is noise.
+
+        Where it has doubled by then, that of the first: a rate can be so high that two steps do it.
+        """
+        if not np.isfinite(self.loss[:5]).any():
+            return np.nan
+        usual, first = float(np.nanmedian(self.loss[:5])), float(self.loss[0])
+        return first if usual > 2 * first else usual
 
     @cached_property
     def end(self) -> float:
@@ -42,13 +48,29 @@ class Facts:
     @cached_property
     def left(self) -> float | None:
         """The last probe's loss on training images, over that of who knows the classes' shares."""
-        train, prior = self.probe.get("train"), self.probe.get("prior_nll")
-        return train["nll"] / prior if train and prior and train["nll"] is not None else None
+        return self._left("train")
+
+    @cached_property
+    def val_left(self) -> float | None:
+        """The same of validation images."""
+        return self._left("val")
+
+    def _left(self, split: str) -> float | None:
+        found, prior = self.probe.get(split), self.probe.get("prior_nll")
+        return found["nll"] / prior if found and prior and found["nll"] is not None else None
 
     @property
     def poor(self) -> bool:
         """Whether little was learned: without a probe, by the training loss, whatever it holds."""
         return self.end > 0.6 * self.start if self.left is None else self.left > POOR
+
+    def noise(self, accuracy: float) -> float:
+        """What a validation accuracy is uncertain by (`SIGMAS`); 0 where no probe counted images.
+
+        Two of one network on the same images differ by chance by less.
+        """
+        samples = (self.probe.get("val") or {}).get("samples")
+        return SIGMAS * float(np.sqrt(_variance(accuracy, samples))) if samples else 0.0
 
     def at(self, step: float) -> float:
         """The smoothed training loss at the recorded step nearest below `step`."""
@@ -77,13 +99,15 @@ def gap(probe: Record) -> tuple[float, float]:
     With none of a few samples wrong the error is not 0: one more of each outcome is added to it
     (Agresti and Caffo 2000, for the difference of two shares).
     """
-    variance = 0.0
-    for split in ("train", "val"):
-        found = probe[split]
-        n = found["samples"] + 2
-        p = (found["accuracy"] * found["samples"] + 1) / n
-        variance += p * (1 - p) / n
-    return probe["train"]["accuracy"] - probe["val"]["accuracy"], float(np.sqrt(variance))
+    train, val = probe["train"], probe["val"]
+    variance = sum(_variance(found["accuracy"], found["samples"]) for found in (train, val))
+    return train["accuracy"] - val["accuracy"], float(np.sqrt(variance))
+
+
+def _variance(accuracy: float, samples: int) -> float:
+    n = samples + 2
+    p = (accuracy * samples + 1) / n
+    return p * (1 - p) / n
 
 
 def compared(probe: Record) -> bool:

@@ -7,7 +7,8 @@ import numpy as np
 
 from bigbatch.data.writing.sources import printable
 from bigbatch.trainers.evaluation.accuracy import wilson
-from bigbatch.trainers.report.facts import SIGMAS, Facts, compared, gap
+from bigbatch.trainers.monitoring.history import Record
+from bigbatch.trainers.report.facts import POOR, SIGMAS, Facts, compared, gap
 from bigbatch.trainers.report.findings import Finding, Turn, choose, times
 
 _GAP = 0.1  # of accuracies on training and validation images
@@ -29,7 +30,8 @@ def fit(facts: Facts) -> list[Finding]:
     if len(facts.val.get("step", ())) < 4 or not {"accuracy", "nll"} <= facts.val.keys():
         text = "Fewer than 4 evaluations are recorded."
         return [Finding("note", "No verdict on the fit", text, "unfinished")]
-    for rule in (too_slow, overfitting, plateau, underfitting, overconfident, improving):
+    settled = (too_slow, plateau, hard_class)
+    for rule in (*settled, overfitting, underfitting, wide_gap, overconfident, improving):
         if found := [*rule(facts)]:
             return found
     return [converged(facts)]
@@ -46,8 +48,8 @@ def mismatch(facts: Facts) -> Iterator[Finding]:
     if -wide > max(_GAP / 2, SIGMAS * error):
         text = (
             f"Validation images are right by {val:.1%}, training images, seen as they are, by "
-            f"{train:.1%}: the validation split is easier, or holds images that are trained on "
-            "(`bigbatch inspect`). Its score says little of other images."
+            f"{train:.1%}: the validation split is easier, holds images that are trained on "
+            "(`bigbatch inspect`), or labels of the training split are wrong more often."
         )
         evidence = {"step": last["step"], "train": last["train"], "val": last["val"]}
         yield Finding("note", "Validation is easier than training", text, "mismatch", evidence)
@@ -76,20 +78,37 @@ def mismatch(facts: Facts) -> Iterator[Finding]:
 
 
 def starved(facts: Facts) -> Iterator[Finding]:
+    """Classes that are rare in training, and little recalled."""
+    return _left_behind(facts, rare=True)
+
+
+def hard_class(facts: Facts) -> Iterator[Finding]:
+    """Those that are not rare: of a run that had come to rest, and learned the others."""
+    return iter(()) if facts.poor else _left_behind(facts, rare=False)
+
+
+def _left_behind(facts: Facts, rare: bool) -> Iterator[Finding]:
     rows = facts.probe.get("classes") or []
     mean = float(facts.probe.get("balanced_accuracy") or 0.0)
     chance = float(np.exp(-facts.probe.get("prior_nll", 0.0)))
-    found = [
-        row
-        for row in rows
-        if row["samples"] >= _FEW
-        and wilson(round(row["recall"] * row["samples"]), row["samples"])[1] < mean / 2
-    ]
+    usual = facts.probe.get("trained_mean")
+
+    def is_rare(row: Record) -> bool:
+        if usual is None or row.get("trained") is None:
+            return False
+        return bool(row["trained"] < usual / 2)
+
+    def is_worse(row: Record) -> bool:
+        most = wilson(round(row["recall"] * row["samples"]), row["samples"])[1]
+        if rare:  # there is a reason, so that a recall clearly below the mean will do
+            return bool(row["recall"] < mean / 2 and most < mean)
+        return most < mean / 2
+
+    found = [r for r in rows if r["samples"] >= _FEW and is_rare(r) == rare and is_worse(r)]
     if not found or mean < chance + _LEARNED:
         return
-    worst, usual = found[0], facts.probe.get("trained_mean")
+    worst = found[0]
     trained = worst.get("trained")
-    rare = trained is not None and usual is not None and trained < usual / 2
     others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     seen = f" It has {trained:,} training images, a class {usual:,.0f} on average." if usual else ""
     text = (
@@ -117,7 +136,12 @@ def _rise(facts: Facts) -> tuple[float, str, dict[str, Any]]:
     share = rise / max(float(nll[low]), 1e-12)
     evidence = {"lowest_nll": float(nll[low]), "step": int(step[low]), "nll": float(nll[-1])}
     fell = facts.at(step[-1]) < facts.at(step[low])
-    if not (rise >= _LEAST_RISE and share >= _RISE and fell):  # nor where one of them is NaN
+    samples = (facts.probe.get("val") or {}).get("samples")
+    least = _RISE
+    if samples and "accuracy" in facts.val:
+        # Most of the loss is that of images that are wrong: of few, their number is chance.
+        least = max(least, max(1.0, samples * (1 - facts.val["accuracy"][low])) ** -0.5)
+    if not (rise >= _LEAST_RISE and share >= least and fell):  # nor where one of them is NaN
         return 0.0, "", evidence
     return (
         rise,
@@ -127,31 +151,55 @@ def _rise(facts: Facts) -> tuple[float, str, dict[str, Any]]:
     )
 
 
+def _apart(facts: Facts) -> bool:
+    """Whether training images are right clearly more often than validation images."""
+    if not compared(facts.probe):
+        return False
+    apart, error = gap(facts.probe)
+    return apart > max(_GAP, SIGMAS * error)
+
+
+def _both(facts: Facts) -> str:
+    train, val = facts.probe["train"], facts.probe["val"]
+    return (
+        f"Training images, seen as validation images are, are right by {train['accuracy']:.1%}, "
+        f"validation images by {val['accuracy']:.1%}."
+    )
+
+
 def overfitting(facts: Facts) -> Iterator[Finding]:
+    """A run that went on past its best, or that learned little but its training images.
+
+    A gap alone is neither: many networks fit all of a small split and get better to the end.
+    """
     accuracy = facts.val["accuracy"]
     rise, said, evidence = _rise(facts)
-    best = float(np.nanmax(accuracy))
-    wide = False
+    best, wide = float(np.nanmax(accuracy)), _apart(facts)
+    worse = best - accuracy[-1] > max(0.01, facts.noise(best))
     if compared(facts.probe):
-        train, val = facts.probe["train"], facts.probe["val"]
-        apart, error = gap(facts.probe)
-        wide = apart > max(_GAP, SIGMAS * error)
-        samples = val["samples"] + 2
-        noise = (
-            SIGMAS * ((best * samples + 1) / samples * (1 - best + 1 / samples) / samples) ** 0.5
-        )
-        worse = best - accuracy[-1] > max(0.01, noise)
-        evidence |= {"train": train, "val": val}
-        if wide:
-            said = (
-                f"Training images, seen as validation images are, are right by "
-                f"{train['accuracy']:.1%}, validation images by {val['accuracy']:.1%}. {said}"
-            ).strip()
+        evidence |= {split: facts.probe[split] for split in ("train", "val")}
     else:
-        worse = best - accuracy[-1] > 0.01 or accuracy[-1] < 0.9
-    if wide or (rise and worse):
-        text = f"{said} Train for less long, or add augmentation, mixup or weight decay."
-        yield Finding("problem", "Over-fitting", text, "overfitting", evidence, _regularise(facts))
+        worse |= accuracy[-1] < 0.9
+    by_heart = wide and not facts.poor and (facts.val_left or 0.0) > POOR
+    if not (by_heart or (rise and (wide or worse))):
+        return
+    text = f"{said} {_both(facts) if wide else ''}".strip()
+    text += " Train for less long, or add augmentation, mixup or weight decay."
+    yield Finding("problem", "Over-fitting", text, "overfitting", evidence, _regularise(facts))
+
+
+def wide_gap(facts: Facts) -> Iterator[Finding]:
+    if not _apart(facts):
+        return
+    yield Finding(
+        "note",
+        "Wide gap to validation",
+        f"{_both(facts)} The run did not pass its best; more images, augmentation or "
+        "regularisation may narrow the gap.",
+        "gap",
+        {split: facts.probe[split] for split in ("train", "val")},
+        _regularise(facts),
+    )
 
 
 def _regularise(facts: Facts) -> Turn | None:
@@ -298,7 +346,8 @@ def improving(facts: Facts) -> Iterator[Finding]:
     late = step > step[-1] * 0.8  # the last fifth of the run
     gain = 100 * float(np.nanmax(accuracy[late]) - np.nanmax(accuracy[~late]))
     length = facts.recipe.duration
-    if gain > 0.5 and int(np.nanargmax(accuracy)) >= len(accuracy) - 2:
+    least = max(0.5, 100 * facts.noise(float(np.nanmax(accuracy))))
+    if gain > least and int(np.nanargmax(accuracy)) >= len(accuracy) - 2:
         yield Finding(
             "note",
             "Still improving at the end",
