@@ -111,8 +111,9 @@ def test_rectangles_of_any_size_and_fraction(
     difference = (found - expected).abs()
     boxes = centre_boxes(np.array([[height, width]]), fraction, out=None if squash else out)
     shrink = max(boxes[0, 3] / out[0], boxes[0, 2] / out[1])
-    rare = (difference > SAMPLED).float().mean()
-    assert rare <= (1e-3 if nearly_whole(boxes) and shrink > 8 else 0)
+    beside = int((difference > SAMPLED).sum())
+    few = max(1, difference.numel() // 1000) if shrink > 8 else 1
+    assert beside <= (few if nearly_whole(boxes) else 0)
     assert difference.max() <= 1.001 / 255
 
 
@@ -136,7 +137,8 @@ def test_any_size_and_fraction(
     # just between two steps may go to the other one. Below that it is one in ten million.
     beside = int((difference > SAMPLED).sum())
     far = min(height, width) * fraction > 8 * out
-    assert beside <= ((difference.numel() // 1000 if far else 1) if whole else 0)
+    few = max(1, difference.numel() // 1000) if far else 1
+    assert beside <= (few if whole else 0)
     assert difference.max() <= 1.001 / 255
 
 
