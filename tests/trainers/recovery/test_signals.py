@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from bigbatch.launcher.env import Peers
-from bigbatch.launcher.start import hold_signals
 from bigbatch.trainers.recovery.signals import CAUGHT, SAVED, StopFlag
 
 
@@ -44,9 +42,19 @@ def test_before_there_is_anything_to_save_a_start_ends_at_once_and_says_so(
 
 
 def test_of_a_launcher_s_ranks_the_worker_answers() -> None:
-    hold_signals(Peers("torchrun", rank=0, local_rank=0, size=2, job=None))
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
-        os.kill(os.getpid(), number)  # waits
-    flag = StopFlag()
-    assert flag
-    flag.close()
+    """In a program of its own: a signal that one thread holds goes to another one of a process."""
+    program = """
+import os, signal
+from bigbatch.launcher.env import Peers
+from bigbatch.launcher.start import hold_signals
+from bigbatch.trainers.recovery.signals import StopFlag
+hold_signals(Peers("torchrun", rank=0, local_rank=0, size=2, job=None))
+for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+    os.kill(os.getpid(), number)  # waits
+flag = StopFlag()
+assert flag
+flag.close()
+print("answered")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
