@@ -73,7 +73,7 @@ def test_recipes_write_clipping_as_one_part() -> None:
     for override, says in (
         ("clip={name: norm}", "clip.limit: missing"),
         ("clip={name: norm, limit: 0}", "greater than 0"),
-        ("clip={name: units, limit: 1}", "'norm', 'value', 'adaptive'"),
+        ("clip={name: units, limit: 1}", "there are norm, value, adaptive"),
         ("clip_norm=1", "did you mean clip?"),
     ):
         with pytest.raises(UserError, match=says):
