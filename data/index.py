@@ -35,6 +35,7 @@ from bigbatch.data.index_files import (
     write_files,
 )
 from bigbatch.data.pool import map_all
+from bigbatch.data.rng import uniforms
 from bigbatch.data.samples import Scan, scan_shard
 from bigbatch.data.splits import one_split_only
 from bigbatch.data.staging import Remote
@@ -111,6 +112,12 @@ def some_samples(index: Index, samples: npt.NDArray[np.int64]) -> Index:
     """Samples of an index, in this order, to read; its lists of classes stay those of the whole."""
     columns = ("shard", "offset", "size", "label", "crc")
     return replace(index, **{name: getattr(index, name)[samples] for name in columns})
+
+
+def draw_samples(index: Index, count: int, *key: int | str) -> Index:
+    """`count` samples, or all there are, in their order; which ones follows from the key alone."""
+    drawn = uniforms((len(index),), *key)
+    return some_samples(index, np.sort(np.argsort(drawn, kind="stable")[:count]))
 
 
 def open_index(root: Path, remote: Remote | None = None) -> Index:

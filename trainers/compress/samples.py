@@ -1,14 +1,12 @@
 """Images of the training split by which weights and channels are scored, and int8 is calibrated."""
 
-import numpy as np
 import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.size import height_width
 from bigbatch.data.batch import Decoding
-from bigbatch.data.index import Index, some_samples
+from bigbatch.data.index import Index, draw_samples
 from bigbatch.data.loader import eval_batches
-from bigbatch.data.rng import uniforms
 from bigbatch.trainers.compress.pruning import Batch
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.models.build import build_augmenter
@@ -23,8 +21,6 @@ def training_images(member: Member, index: Index, count: int) -> list[Batch]:
     are left out. Raises UserError where none is left.
     """
     recipe = member.recipe
-    drawn = uniforms((len(index),), recipe.seed, "compress")
-    chosen = np.sort(np.argsort(drawn, kind="stable")[:count])
     augmenter = build_augmenter(recipe, len(member.classes), torch.device("cpu"))
     decoding = Decoding(
         image_size=max(height_width(recipe.eval_size)),
@@ -33,7 +29,7 @@ def training_images(member: Member, index: Index, count: int) -> list[Batch]:
         threads=recipe.data.threads,
         view=augmenter.eval_view,
     )
-    few = some_samples(index, chosen)
+    few = draw_samples(index, count, recipe.seed, "compress")
     batches = eval_batches(few, decoding, batch=_BATCH, rank=0, world=1, leave_out_bad=True)
     found = [(augmenter.evaluate(b), b.labels) for b in batches if len(b.samples)]
     if not found:

@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bigbatch.data.index import Index, some_samples
+from bigbatch.data.index import Index, draw_samples
 from bigbatch.data.loader import eval_batches
-from bigbatch.data.rng import uniforms
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator, in_parts
 from bigbatch.trainers.evaluation.metrics import softmax
@@ -36,7 +35,7 @@ class Probe:
     ) -> None:
         self._engine, self._evaluator = engine, evaluator
         self._val, self._train = splits["val"], splits.get("train")
-        self._seen = _draw(self._train or self._val, images, seed)
+        self._seen = draw_samples(self._train or self._val, images, seed, "probe")
 
     def look(self, model: nn.Module, logits: npt.NDArray[np.floating] | None) -> dict[str, Any]:
         """What to record of `model`; `logits` [N, C] are those of the validation split, on rank 0.
@@ -196,11 +195,3 @@ def dead_units(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _draw(index: Index, images: int, seed: int) -> Index:
-    """So many samples of an index, the same for one seed, in their order."""
-    if len(index) <= images:
-        return index
-    chosen = np.argsort(uniforms((len(index),), seed, "probe"), kind="stable")[:images]
-    return some_samples(index, np.sort(chosen))

@@ -22,9 +22,8 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.notices import notice
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.words import plural
-from bigbatch.data.index import Index, some_samples
+from bigbatch.data.index import draw_samples
 from bigbatch.data.listing import open_listing
-from bigbatch.data.rng import uniforms
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import Ensemble
@@ -115,7 +114,7 @@ def transfer(options: argparse.Namespace, engine: Engine) -> int:
     index = open_split(recipe.data, recipe.data.train)
     ensemble = open_pretrained(recipe, index.classes, engine.rank != 0)
     started = time.perf_counter()
-    chosen = some_of(index, options.samples, recipe.seed)
+    chosen = draw_samples(index, options.samples, recipe.seed, "transfer")
     forward = Forward(engine, ensemble.members, batch=options.batch, features=True)
     gathered = forward.gathered(chosen)
     if gathered is None:
@@ -131,12 +130,6 @@ def transfer(options: argparse.Namespace, engine: Engine) -> int:
     for line in transferability.in_words(advice, shlex.join([options.recipe, *options.set])):
         print(line)
     return 0
-
-
-def some_of(index: Index, count: int, seed: int) -> Index:
-    """At most `count` samples of a split, which follow from the seed and its size alone."""
-    drawn = uniforms((len(index),), seed, "transfer")
-    return some_samples(index, np.sort(np.argsort(drawn, kind="stable")[:count]))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Engine], int]] = {

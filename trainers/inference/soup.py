@@ -10,8 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import Index, some_samples
-from bigbatch.data.rng import uniforms
+from bigbatch.data.index import Index, draw_samples
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.ensemble.selection import within_margin
@@ -116,9 +115,7 @@ def _barriers(
 ) -> list[dict[str, Any]]:
     """Losses on the line from the first ingredient, the best, to each other one."""
     (best, path), *others = ingredients.items()
-    images, model = min(_IMAGES, len(split)), kitchen.model
-    keys = uniforms((len(split),), "barrier", split.hash)
-    few = some_samples(split, np.sort(np.argsort(keys)[:images]))
+    few, model = draw_samples(split, _IMAGES, "barrier", split.hash), kitchen.model
 
     def loss(weights: dict[str, Tensor]) -> float:
         model.load_state_dict(weights)
@@ -129,8 +126,8 @@ def _barriers(
     if not others:
         return []
     say(
-        f"loss barriers to {best}, the best here: {_POINTS} points of the line, {images:,} images "
-        "of the split, running statistics made anew at each"
+        f"loss barriers to {best}, the best here: {_POINTS} points of the line, {len(few):,} "
+        "images of the split, running statistics made anew at each"
     )
     found = []
     start = load_weights(model, path)
@@ -139,7 +136,7 @@ def _barriers(
         say(f"  {name}: {line.height:.4f} nats")
         found.append(
             {"from": best, "to": name, "height": line.height, "losses": line.losses,
-             "images": images}
+             "images": len(few)}
         )  # fmt: skip
     if any(row["height"] > _HIGH * np.log(len(split.classes)) for row in found):
         say("  barriers this high are those of members that do not share a trunk: their average is")
