@@ -10,6 +10,9 @@ from pydantic import BaseModel
 from bigbatch.configs.peers import peers_key
 from bigbatch.configs.schema import Recipe
 
+# Pydantic's words for a value where a part with keys belongs.
+_NO_PART = ("model_attributes_type", "model_type", "dict_type")
+
 
 def explain(error: Any, tree: Mapping[str, Any]) -> str:
     """One line for one pydantic error: place, value, rule, remedy."""
@@ -30,6 +33,8 @@ def explain(error: Any, tree: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(tag, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{where} = {shortened(repr(tag), 80)}: {hint}there are {', '.join(known)}"
+    if kind == "union_tag_not_found":
+        return f"{where}: says no `name`; there are {', '.join(_kinds_at(place))}"
     if kind == "missing":
         return f"{where}: missing; it has no default, so write it"
     if kind == "value_error":
@@ -38,7 +43,25 @@ def explain(error: Any, tree: Mapping[str, Any]) -> str:
         value = repr(error["input"])
     except ValueError:  # an integer of thousands of digits
         value = "a number too long to show"
+    if kind in _NO_PART:
+        message = _how_to_write(place) or message
+    elif kind == "list_type":
+        message = f"a list is written [...], as in {where}=[{shortened(value, 80)}]"
     return f"{where} = {shortened(value, 80)}: {message}"
+
+
+def _how_to_write(place: Sequence[Any]) -> str | None:
+    """What stands at a place where a number or a word was written for a whole part."""
+    if kinds := _kinds_at(place):
+        return f"write its kind, KIND or {{name: KIND, ...}}; there are {', '.join(kinds)}"
+    keys = sorted({key for model in _parts_at(place) for key in model.model_fields})
+    return f"write its keys, {{KEY: VALUE, ...}}; there are {', '.join(keys)}" if keys else None
+
+
+def _kinds_at(place: Sequence[Any]) -> list[str]:
+    """The kinds of parts that may stand at a place in a recipe, in the schema's order."""
+    named = [m for m in _parts_at(place) if "name" in m.model_fields]
+    return [str(kind) for model in named for kind in _names(model)]
 
 
 def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
@@ -78,10 +101,12 @@ def keys_of_kind(place: Sequence[str], kind: Any) -> set[str] | None:
     return {key for m in found for key in m.model_fields} or None
 
 
-def _parts_at(place: Sequence[str]) -> list[type[BaseModel]]:
+def _parts_at(place: Sequence[Any]) -> list[type[BaseModel]]:
     """What may stand at a place in a recipe: one class, or those of a union."""
     models: list[type[BaseModel]] = [Recipe]
     for key in place:
+        if isinstance(key, int):  # of a list's elements: the list's parts are known
+            continue
         fields = [m.model_fields[key] for m in models if key in m.model_fields]
         models = [m for f in fields for m in _models_in((f.annotation, *f.metadata))]
     return models

@@ -84,6 +84,17 @@ def test_plain_values_are_read_as_yaml_1_2_reads_them(tmp_path, text, value):
         ("data.sampling=fair", ["data.sampling = 'fair': there are uniform, balanced"]),
         ("optimizer=adamm", ["optimizer = 'adamm': did you mean adam? there are sgd, lars"]),
         ("augment.ops=[{name: augmax}]", ["augment.ops.0 = 'augmax': did you mean augmix?"]),
+        (
+            "clip=1.0",
+            ["clip = 1.0: write its kind, KIND or {name: KIND, ...}; there are norm, val"],
+        ),
+        ("augment.ops=[3]", ["augment.ops.0 = 3: write its kind, ", "there are rotate, shear"]),
+        ("augment.ops=3", ["augment.ops = 3: a list is written [...], as in augment.ops=[3]"]),
+        (
+            "data.progressive=16",
+            ["data.progressive = 16: write its keys, ", "there are after, mul"],
+        ),
+        ("model.norm={}", ["model.norm: says no `name`; there are group, layer"]),
         ("data.sampling={name: balanced, x: 1}", ["data.sampling.x", "unknown key"]),
         ("schedule.name=cosin", ["cosin", "did you mean cosine?"]),
         ("augment.mean=[0.1, 0.2]", ["augment.mean", "data.channels = 1"]),
