@@ -137,10 +137,14 @@ def _hashes(purpose: str, keys: Sequence[str]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One archive to write: the samples at positions `items` of the source, in this order."""
+    """One archive to write: the samples at positions `items` of the source, in this order.
+
+    `windows`, ascending, number what must be in memory for each: see Source.window.
+    """
 
     name: str
     items: npt.NDArray[np.int64]
+    windows: npt.NDArray[np.int64]
 
 
 def plan_shards(source: Source, splits: npt.NDArray[np.str_], per_shard: int) -> list[list[Shard]]:
@@ -159,9 +163,10 @@ def plan_shards(source: Source, splits: npt.NDArray[np.str_], per_shard: int) ->
     for split in SPLITS:
         inside = np.flatnonzero(splits == split)
         inside = inside[np.lexsort((hashes[inside], windows[inside]))]
+        parts = [inside[first : first + per_shard] for first in range(0, len(inside), per_shard)]
         shards = [
-            Shard(f"{split}/{number:06d}.tar", inside[first : first + per_shard])
-            for number, first in enumerate(range(0, len(inside), per_shard))
+            Shard(f"{split}/{number:06d}.tar", items, windows[items])
+            for number, items in enumerate(parts)
         ]
         together = 1
         if source.groups is not None and shards:

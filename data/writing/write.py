@@ -13,6 +13,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -43,27 +44,64 @@ class Work:
     quality: int
 
 
-def _write_shard(work: Work, shard: Shard, tick: Callable[[int], None]) -> dict[str, Any]:
-    """Write one archive through a temporary file; return its record for the journal."""
-    path = Path(work.folder) / shard.name
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    skipped: list[tuple[str, str]] = []
-    with temporary.open("wb", buffering=1 << 20) as file, ThreadPoolExecutor(_THREADS) as threads:
-        images = _prepared(work, _read(work, shard.items.tolist(), tick), threads)
-        for i, image in zip(shard.items.tolist(), images, strict=True):
-            key = work.source.keys[i]
-            if isinstance(image, str):
-                skipped.append((key, image))
-                continue
-            data, extension = image
-            write_member(file, f"{key}.{extension}", data)
-            write_member(file, f"{key}.cls", str(work.source.labels[i]).encode())
-        write_end(file)
-        size = file.tell()
-    temporary.rename(path)
-    samples = len(shard.items) - len(skipped)
-    return {"shard": shard.name, "samples": samples, "bytes": size, "skipped": skipped}
+class _Archive:
+    """One shard while it is written: through a temporary file, under its name when it is whole."""
+
+    def __init__(self, work: Work, shard: Shard) -> None:
+        self.shard = shard
+        self.path = Path(work.folder) / shard.name
+        self.path.parent.mkdir(exist_ok=True)
+        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self.file = self.temporary.open("wb", buffering=1 << 20)
+        self.left = len(shard.items)
+        self.skipped: list[tuple[str, str]] = []
+
+    def add(self, key: str, label: int, image: tuple[bytes, str] | str) -> None:
+        """The next sample, or why it is left out."""
+        self.left -= 1
+        if isinstance(image, str):
+            self.skipped.append((key, image))
+            return
+        data, extension = image
+        write_member(self.file, f"{key}.{extension}", data)
+        write_member(self.file, f"{key}.cls", str(label).encode())
+
+    def finish(self) -> dict[str, Any]:
+        """The record for the journal."""
+        write_end(self.file)
+        size = self.file.tell()
+        self.file.close()
+        self.temporary.rename(self.path)
+        samples = len(self.shard.items) - len(self.skipped)
+        name = self.shard.name
+        return {"shard": name, "samples": samples, "bytes": size, "skipped": self.skipped}
+
+
+def _write_shards(
+    work: Work, shards: Sequence[Shard], tick: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """Write one archive or more; yield the record of each when it is whole.
+
+    Window by window: what is read for one of them serves those of other splits, too. Without
+    windows one archive comes behind the other.
+    """
+    numbers = np.repeat(np.arange(len(shards)), [len(shard.items) for shard in shards])
+    order = np.lexsort((numbers, np.concatenate([shard.windows for shard in shards])))
+    items = np.concatenate([shard.items for shard in shards])[order].tolist()
+    opened: dict[int, _Archive] = {}
+    try:
+        with ThreadPoolExecutor(_THREADS) as threads:
+            images = _prepared(work, _read(work, items, tick), threads)
+            for i, number, image in zip(items, numbers[order].tolist(), images, strict=True):
+                if number not in opened:
+                    opened[number] = _Archive(work, shards[number])
+                archive = opened[number]
+                archive.add(work.source.keys[i], int(work.source.labels[i]), image)
+                if not archive.left:
+                    yield opened.pop(number).finish()
+    finally:
+        for archive in opened.values():
+            archive.file.close()
 
 
 # Each process checks images in two threads, while it reads the next ones and writes those before:
@@ -147,13 +185,13 @@ def write_all(
     progress: bool,
 ) -> Generator[dict[str, Any], None, None]:
     """Write shards, here or in `workers` processes; yield the records as they come."""
+    if not tasks:
+        return
     total = sum(len(s.items) for task in tasks for s in task)
     workers = processes(work.source, workers)
     with _progress_bar(total, progress) as advance:
         if workers == 1 or len(tasks) <= 1:
-            for task in tasks:
-                for planned in task:
-                    yield _write_shard(work, planned, advance)
+            yield from _write_shards(work, [s for task in tasks for s in task], advance)
             return
         counter, stop = CONTEXT.Value("q", 0), CONTEXT.Event()
         with process_pool(min(workers, len(tasks)), _start_worker, work, counter, stop) as pool:
@@ -199,7 +237,7 @@ def _start_worker(work: Work, counter: "Synchronized[int]", stop: Event) -> None
 
 def _work_on(task: list[Shard]) -> list[dict[str, Any]]:
     work, tick = _worker
-    return [_write_shard(work, planned, tick) for planned in task]
+    return list(_write_shards(work, task, tick))
 
 
 class _Speed(ProgressColumn):

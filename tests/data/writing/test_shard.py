@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from bigbatch.data.decode import MAX_PIXELS
 from bigbatch.data.index import open_index
 from bigbatch.data.writing.shard import ShardReport, parse_bytes, shard, write_shards
 from bigbatch.data.writing.sources import digits
-from bigbatch.data.writing.write import _write_shard
+from bigbatch.data.writing.write import _write_shards
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -318,15 +319,12 @@ def test_ctrl_c_is_one_line_whenever_it_comes(many_photos: Path, tmp_path: Path)
 
 def interrupt_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let writing stop, as by Ctrl-C, when some shards are done."""
-    done = Counter[str]()
 
-    def write_some(*args: object) -> dict[str, object]:
-        if done.total() == shards:
-            raise KeyboardInterrupt
-        done["shards"] += 1
-        return _write_shard(*args)  # type: ignore[arg-type]
+    def write_some(*args: object) -> Iterator[dict[str, object]]:
+        yield from islice(_write_shards(*args), shards)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("bigbatch.data.writing.write._write_shard", write_some)
+    monkeypatch.setattr("bigbatch.data.writing.write._write_shards", write_some)
 
 
 def test_finished_shards_are_not_written_again(
@@ -356,12 +354,12 @@ def place(partial: Path, tmp_path: Path) -> Path:
 def test_two_at_once_are_refused(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_and_start_another(*args: object) -> dict[str, object]:
+    def write_and_start_another(*args: object) -> Iterator[dict[str, object]]:
         with pytest.raises(UserError, match="another process is writing"):
             shard(str(photo_folder), tmp_path / "d")
-        return _write_shard(*args)  # type: ignore[arg-type]
+        return _write_shards(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bigbatch.data.writing.write._write_shard", write_and_start_another)
+    monkeypatch.setattr("bigbatch.data.writing.write._write_shards", write_and_start_another)
     assert shard(str(photo_folder), tmp_path / "d").samples["train"] == 30
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from bigbatch.data.writing.assign import Shard
+from bigbatch.data.writing.assign import Shard, assign_splits, plan_shards
 from bigbatch.data.writing.recode import prepare
 from bigbatch.data.writing.sources import Source
-from bigbatch.data.writing.write import Work, _write_shard
+from bigbatch.data.writing.write import Work, _write_shards, write_all
 
 
 def sources_of_all_sorts() -> Source:
@@ -37,6 +38,10 @@ def sources_of_all_sorts() -> Source:
 
     labels = np.arange(60, dtype=np.int32) % 3
     return Source([f"{i:03d}" for i in range(60)], labels, ("a", "b", "c"), read)
+
+
+def one_shard(items: npt.NDArray[np.int64]) -> Shard:
+    return Shard("train/000000.tar", items, np.zeros_like(items))
 
 
 @pytest.mark.parametrize("short_side", [None, 24])
@@ -67,7 +72,7 @@ def test_what_is_written_is_as_one_by_one(
                 tar.addfile(info, io.BytesIO(content))
         end = tar.offset
     work = Work(source, str(tmp_path), short_side, 90)
-    record = _write_shard(work, Shard("train/000000.tar", order), ticks.append)
+    (record,) = _write_shards(work, [one_shard(order)], ticks.append)
     assert (record["samples"], record["skipped"]) == (60 - len(skipped), skipped)
     assert len(skipped) == 25
     assert sum(ticks) == 60
@@ -85,5 +90,37 @@ def test_an_error_of_the_disk_ends_it(tmp_path: Path) -> None:
 
     work = Work(replace(source, read=read), str(tmp_path), None, 90)
     with pytest.raises(OSError, match="Input/output error"):
-        _write_shard(work, Shard("train/000000.tar", np.arange(60)), lambda _: None)
+        list(_write_shards(work, [one_shard(np.arange(60))], lambda _: None))
     assert not (tmp_path / "train" / "000000.tar").exists()
+
+
+def test_what_is_in_memory_serves_all_splits(tmp_path: Path) -> None:
+    """Groups are read once for train, val and test together; bytes are as of one shard each."""
+    reads = list[int]()
+    source = sources_of_all_sorts()
+
+    def read(i: int) -> bytes:
+        if not reads or reads[-1] != i // 12:
+            reads.append(i // 12)
+        return source.read(i)
+
+    grouped = replace(source, read=read, groups=np.arange(60) // 12)
+    splits = assign_splits(grouped, None)
+    tasks = plan_shards(grouped, splits, 9)
+    assert len(tasks) > 3
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for folder in (together, alone):
+        folder.mkdir()
+    records = list(write_all(Work(grouped, str(together), None, 90), tasks, 1, False))
+    assert sorted(reads) == [0, 1, 2, 3, 4]
+    expected = [
+        record
+        for task in tasks
+        for shard in task
+        for record in _write_shards(Work(source, str(alone), None, 90), [shard], lambda _: None)
+    ]
+    assert sorted(records, key=str) == sorted(expected, key=str)
+    assert {r["shard"].partition("/")[0] for r in records} == {"train", "val", "test"}
+    for record in records:
+        name = record["shard"]
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
