@@ -17,22 +17,25 @@ BIN = Path(sys.executable).parent
 MODULE = "bigbatch.launcher.cli"
 CHANGES = ["duration=6 steps", "schedule.warmup=1 steps", "schedule.rewarmup=0 steps"]
 CHANGES += ["global_batch=64", "micro_batch=16", "ensemble.soup=false"]
+# accelerate and deepspeed meet at 29500 unless told another port: any other run's, too.
 COMMANDS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", MODULE],
     "accelerate": [
         *("accelerate", "launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("-m", MODULE),
+        *("--main_process_port", "0", "-m", MODULE),
     ],
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", MODULE],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "PORT", "--module", MODULE],
 }
 
 
 def call(folder: str, *command: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    words = [str(BIN / str(command[0])), *map(str, command[1:])]
+    port = str(free_port())
+    words = [port if word == "PORT" else str(word) for word in command]
+    words[0] = str(BIN / words[0])
     return subprocess.run(
-        words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=280
+        words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=900
     )
 
 
@@ -96,7 +99,7 @@ def test_two_agents_that_meet_give_the_same_weights(shards: str, local: RunDir) 
     command = [BIN / "bigbatch", "train", "digits", *CHANGES, *options, "--run", "nodes"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     agents = [subprocess.Popen(list(map(str, command)), cwd=shards, env=env) for _ in range(2)]
-    assert [agent.wait(240) for agent in agents] == [0, 0]
+    assert [agent.wait(900) for agent in agents] == [0, 0]
     run = RunDir(local.path.with_name("nodes"))
     assert json.loads(run.summary.read_text())["world_size"] == 2
     weights = "checkpoints/step-00000006/model.safetensors"
