@@ -1,9 +1,10 @@
 """What happens to images before the network, as a recipe writes it; data/augment does it."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from bigbatch.configs import augment_ops as c
 from bigbatch.configs.part import Fraction, NonNegative, Positive, Range, Share, StrictModel
@@ -12,6 +13,25 @@ from bigbatch.configs.size import height_width, in_words
 _LONGEST = 100  # times as wide as high: a crop beyond it is less than a pixel high
 _MOVING = (c.Rotate, c.Shear, c.Translate, c.Scale, c.Perspective, c.PadCrop)
 _MOST = 10.0  # of a mean or std of pixels in [0, 1]; those of 0..255 are far above it
+
+
+def _parse_statistic(value: Any) -> Any:
+    numbers = isinstance(value, list | tuple) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value
+    )
+    if not numbers and value != "measured":
+        raise ValueError(
+            f"{value!r} is neither a list of numbers, one for each channel, nor measured"
+        )
+    return [float(x) for x in value] if numbers else value
+
+
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+Statistic = Annotated[
+    list[float] | Literal["measured"],
+    BeforeValidator(_parse_statistic),
+    WithJsonSchema({"anyOf": [_NUMBERS, {"const": "measured"}]}),
+]
 
 
 class Crop(StrictModel):
@@ -92,21 +112,44 @@ class Augment(StrictModel):
     mix_switch: Fraction | None = Field(
         None, description="share of images that cutmix gets where mixup is on too; null is 0.5"
     )
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0,1]")
-    std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel")
+    mean: Statistic = Field(
+        [0.485, 0.456, 0.406],
+        description="per channel, of pixels in [0,1]; measured: that of the training split, as "
+        "`bigbatch inspect --stats` has it, which the run's own recipe then says",
+    )
+    std: Statistic = Field([0.229, 0.224, 0.225], description="per channel, or measured")
+
+    @property
+    def pixel_mean(self) -> list[float]:
+        """The mean as numbers, which a run's recipe has (data/measured.py)."""
+        assert isinstance(self.mean, list), "it is measured before it is used"
+        return self.mean
+
+    @property
+    def pixel_std(self) -> list[float]:
+        assert isinstance(self.std, list), "it is measured before it is used"
+        return self.std
 
 
 def refusals(recipe: Any) -> Iterator[str]:
     """What a recipe's augmentation cannot do to its images."""
     for name in ("mean", "std"):
         values = getattr(recipe.augment, name)
-        if len(values) != recipe.data.channels:
+        if values == "measured":
+            if recipe.data.stream is not None:
+                yield (
+                    f"augment.{name}: measured looks at the training split, and a stream has none; "
+                    "give one value per channel"
+                )
+        elif len(values) != recipe.data.channels:
             yield (
                 f"augment.{name} has {len(values)} values for data.channels = "
                 f"{recipe.data.channels}; give one value per channel"
             )
     mean, std = recipe.augment.mean, recipe.augment.std
-    if any(abs(x) > _MOST for x in mean) or not all(1 / 1000 <= x <= _MOST for x in std):
+    if any(abs(x) > _MOST for x in _numbers(mean)) or not all(
+        1 / 1000 <= x <= _MOST for x in _numbers(std)
+    ):
         yield (
             f"augment.mean {mean} and std {std} are no values of pixels in [0, 1]: divide those "
             "of pixels in 0..255 by 255, and give no channel a std below 0.001"
@@ -136,6 +179,10 @@ def refusals(recipe: Any) -> Iterator[str]:
                 f"augment.ops.{i}.size = {op.size} covers every image of {in_words(size)} "
                 "pixels; lower it"
             )
+
+
+def _numbers(values: list[float] | str) -> list[float]:
+    return values if isinstance(values, list) else []
 
 
 def _colourless(recipe: Any) -> Iterator[str]:

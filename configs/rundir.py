@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -120,9 +121,12 @@ class RunExists(UserError):
     """The run directory is there already."""
 
 
-def create_run(path: Path, recipe: Recipe) -> RunDir:
+def create_run(
+    path: Path, recipe: Recipe, fill_in: Callable[[Recipe], Recipe] = lambda recipe: recipe
+) -> RunDir:
     """Make a new run directory with the resolved recipe, its hash and the versions.
 
+    `fill_in` gives a recipe what it leaves to be measured, once the directory is this caller's.
     Raises RunExists where a run is there already: nothing is ever overwritten.
     """
     check_name(path.name)
@@ -137,6 +141,17 @@ def create_run(path: Path, recipe: Recipe) -> RunDir:
     except OSError as error:
         raise UserError(f"cannot create the run directory {path}: {error}") from None
     run = RunDir(path)
+    try:
+        recipe = fill_in(recipe)
+    except BaseException:
+        path.rmdir()
+        raise
+    if "measured" in (recipe.augment.mean, recipe.augment.std):
+        path.rmdir()
+        raise UserError(
+            "augment.mean and std can be measured for a new run alone; write their numbers, which "
+            "`bigbatch inspect SHARDS --stats` prints"
+        )
     manifest = {
         "name": path.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

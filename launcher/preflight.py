@@ -13,6 +13,7 @@ from bigbatch.configs.plot_style import MUTED, plot_style
 from bigbatch.configs.schedules import depends_on_evaluations
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.index import verify_index
+from bigbatch.data.measured import with_measured
 from bigbatch.launcher.estimate import Estimate, look, scores_memory
 from bigbatch.trainers.models.weights_file import describe, differences, open_weights
 from bigbatch.trainers.planning.environment import check_environment
@@ -42,6 +43,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
     if world is not None:
         check_world(recipe, world)
     inputs = open_inputs(recipe)
+    recipe = with_measured(recipe)
     for index in inputs.splits.values():
         verify_index(index)
     weights = look_at_weights(recipe, inputs.classes)

@@ -18,8 +18,9 @@ from bigbatch.configs.files import write_atomically
 from bigbatch.configs.identity import NO_EFFECT, differences, summary
 from bigbatch.configs.load import change_recipe, dump_recipe
 from bigbatch.configs.notices import notice
-from bigbatch.configs.rundir import NAME, RunDir, check_name, create_run
+from bigbatch.configs.rundir import RunDir, RunExists, check_name, create_run
 from bigbatch.configs.schema import Recipe
+from bigbatch.data.measured import as_in, with_measured
 from bigbatch.launcher.env import (
     CHOSEN,
     Peers,
@@ -174,11 +175,13 @@ def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
     there is gone on with. Raises UserError where it has another recipe.
     """
     try:
-        return create_run(path, recipe)
-    except UserError:
-        if not path.is_dir() or not NAME.fullmatch(path.name):
+        return create_run(path, recipe, with_measured)
+    except RunExists:
+        if not path.is_dir():
             raise
     run = RunDir(path)
+    if "measured" in (recipe.augment.mean, recipe.augment.std):
+        wait_s *= 10  # another rank looks at many images
     deadline = time.monotonic() + wait_s
     while not run.recipe_file.exists():
         if time.monotonic() > deadline:
@@ -186,8 +189,10 @@ def join_run(path: Path, recipe: Recipe, wait_s: float = _WAIT_S) -> RunDir:
                 f"{path} exists but got no recipe.yaml within {wait_s:.0f} s; remove it, or "
                 "choose another name with --run"
             )
+        if not path.is_dir():  # whose maker met an error, which this rank shall say, too
+            return join_run(path, recipe)
         time.sleep(0.1)
-    if found := differences(run.recipe(), recipe):
+    if found := differences(run.recipe(), as_in(run.recipe(), recipe)):
         raise UserError(
             f"{path} was created with another recipe: {summary(found)}; go on with it by "
             f"`bigbatch resume {path}`, or choose another name with --run"

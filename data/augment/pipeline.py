@@ -59,8 +59,8 @@ class Augmenter:
         memory_format: torch.memory_format = torch.contiguous_format,
         views: bool = False,
     ) -> None:
-        self.mean = torch.tensor(augment.mean, device=device)
-        self.std = torch.tensor(augment.std, device=device)
+        self.mean = torch.tensor(augment.pixel_mean, device=device)
+        self.std = torch.tensor(augment.pixel_std, device=device)
         seen = Counter(_TAKEN)
         self.view = geometry.View(
             image_size,

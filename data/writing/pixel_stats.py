@@ -22,6 +22,7 @@ from bigbatch.data.read import BadSample, ShardReader
 from bigbatch.data.rng import key64
 
 Floats = npt.NDArray[np.float64]
+IMAGES = 10_000  # that are measured where nobody says how many; `mean_error` is for them
 _AT_ONCE = 1 << 18  # pixels: sums of their products are below 2^53, and so exact in float64
 
 

@@ -79,9 +79,11 @@ def advise(
     _check_options("RUN" if run else "--points" if points else "--transfer")
     if transfer is not None:
         from bigbatch.configs.load import load_recipe
+        from bigbatch.data.measured import measured_keys
         from bigbatch.launcher.cli.inference import start_of_recipe
 
-        load_recipe(transfer, overrides)  # before torch takes its seconds
+        loaded = load_recipe(transfer, overrides)  # before torch takes its seconds
+        overrides = (*overrides, *measured_keys(loaded))
         more = {"samples": samples, "small": small}
         start_of_recipe("transfer", transfer, overrides, None, None, as_json, **more)
         return

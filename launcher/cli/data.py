@@ -199,7 +199,7 @@ def inspect(
         raise UserError("--images and --channels are for --stats and --pca; add one of them")
     if measured:
         assert shards is not None
-        _measure(shards, pca, 10_000 if images is None else images, channels, as_json)
+        _measure(shards, pca, images, channels, as_json)
         return
     if journal is not None:
         from bigbatch.launcher.runs.bad_samples import describe
@@ -229,16 +229,20 @@ def inspect(
     sys.exit(1 if found["problems"] else 0)
 
 
-def _measure(root: Path, pca: bool, images: int, channels: str | None, as_json: bool) -> None:
+def _measure(
+    root: Path, pca: bool, images: int | None, channels: str | None, as_json: bool
+) -> None:
     import os
 
     import yaml
 
-    from bigbatch.data.writing.pixel_stats import measure
+    from bigbatch.data.writing.pixel_stats import IMAGES, measure
 
-    threads = len(os.sched_getaffinity(0))
     found = measure(
-        root, images=images, channels=int(channels) if channels else None, threads=threads
+        root,
+        images=IMAGES if images is None else images,
+        channels=int(channels) if channels else None,
+        threads=len(os.sched_getaffinity(0)),
     )
     keys = found.recipe(pca=pca)
     if as_json:

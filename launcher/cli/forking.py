@@ -47,6 +47,7 @@ def fork(
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import change_recipe
     from bigbatch.configs.notices import notice
+    from bigbatch.data.measured import with_measured
     from bigbatch.launcher import fork as branching
     from bigbatch.launcher import start
     from bigbatch.launcher.env import find_peers
@@ -70,7 +71,7 @@ def fork(
         parent, step = name, int(number)
     trunk = find_run(parent, runs_folder)
     checkpoint = branching.find_checkpoint(trunk, step)
-    recipe = change_recipe(trunk.recipe(), overrides, notice)
+    recipe = with_measured(change_recipe(trunk.recipe(), overrides, notice))
     nproc = start.ranks_here(recipe, None, nproc, 1, os.environ)
     path = run_dir or runs_folder / (run or f"{trunk.name}-fork")
     if members is None:

@@ -161,9 +161,11 @@ def features(
     was trained here, `predict --features` gives them. Rows are those of SOURCE, in its order.
     """
     from bigbatch.configs.load import load_recipe
+    from bigbatch.data.measured import measured_keys
 
     _check_new_table(out)
-    load_recipe(recipe, overrides)  # before torch takes its seconds
+    loaded = load_recipe(recipe, overrides)  # before torch takes its seconds
+    overrides = (*overrides, *measured_keys(loaded))
     start_of_recipe("features", recipe, overrides, batch, nproc, as_json, out=out, source=source)
 
 

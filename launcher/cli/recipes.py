@@ -254,9 +254,11 @@ def augment(
     bigbatch augment mine.yaml "augment.ops=[randaugment, erasing]" --out grid.png --step 100
     """
     from bigbatch.configs.load import load_recipe
+    from bigbatch.data.measured import measured_keys
     from bigbatch.launcher.launchers import python
 
-    load_recipe(recipe, overrides)  # before torch takes its seconds
+    loaded = load_recipe(recipe, overrides)  # before torch takes its seconds
+    overrides = (*overrides, *measured_keys(loaded))
     command = [*python("bigbatch.trainers.inference.augmented"), "--out", str(out)]
     command += ["--images", str(images), "--step", str(step), *(["--json"] if as_json else [])]
     command += ["--", recipe, *overrides]

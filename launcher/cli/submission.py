@@ -78,6 +78,7 @@ def submit(
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
+    from bigbatch.data.measured import with_measured
     from bigbatch.launcher import preflight, start
     from bigbatch.launcher.runs.registry import job_number
     from bigbatch.launcher.slurm import script
@@ -135,6 +136,7 @@ def submit(
         else:
             options.say(text, nl=False)
         return
+    recipes = [with_measured(each) for each in recipes]
     number = submission.submit(recipes, job, path, mounts)
     if as_json:
         options.print_json({"job": number, **made})

@@ -115,6 +115,7 @@ def _start(
     from bigbatch.configs.load import load_recipe
     from bigbatch.configs.notices import notice
     from bigbatch.configs.rundir import RunDir
+    from bigbatch.data.measured import with_measured
     from bigbatch.launcher import start
     from bigbatch.launcher.cli import result
     from bigbatch.launcher.env import cpus_per_task, find_peers
@@ -145,6 +146,7 @@ def _start(
                     "and --nnodes, or train them on SLURM with `bigbatch submit --array`"
                 )
             start.check_start(loaded)
+            loaded = with_measured(loaded)
             path = run_dir or runs_folder / (run or loaded.name)
             status = run_members(loaded, path, members, count or 1, at_once or 1)
             if as_json:
@@ -265,6 +267,7 @@ def prove(
 
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
+    from bigbatch.data.measured import with_measured
     from bigbatch.launcher import prove as proof
     from bigbatch.launcher.start import check_start
 
@@ -276,6 +279,7 @@ def prove(
         except ValueError:
             raise UserError(f"--ranks {ranks!r} is not a list such as 1,2,4") from None
     check_start(loaded)
+    loaded = with_measured(loaded)
     if keep is not None and keep.exists():
         raise UserError(f"--keep {keep} exists already; name a new folder")
     with tempfile.TemporaryDirectory(prefix="bigbatch-prove-") as temporary:

@@ -36,6 +36,7 @@ def find_lr(
     import tempfile
 
     from bigbatch.configs.load import load_recipe
+    from bigbatch.data.measured import with_measured
     from bigbatch.launcher import start
     from bigbatch.launcher.child import RunFailed
     from bigbatch.launcher.search import find_lr as work
@@ -49,6 +50,7 @@ def find_lr(
     nproc = start.ranks_here(loaded, None, nproc, 1, os.environ)
     assert nproc is not None
     start.check_start(loaded)
+    loaded = with_measured(loaded)
     with tempfile.TemporaryDirectory(prefix="bigbatch-find-lr-") as folder:
         try:
             with options.steps_bar("sweep", steps) as progress:
@@ -115,6 +117,7 @@ def find_micro_batch(
 
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.load import load_recipe
+    from bigbatch.data.measured import with_measured
     from bigbatch.launcher import start
     from bigbatch.launcher.child import RunFailed
     from bigbatch.launcher.env import default_nproc
@@ -126,6 +129,7 @@ def find_micro_batch(
     world = nproc or min(default_nproc(os.environ), loaded.global_batch)
     sizes = work.sizes(loaded, world)
     start.check_start(loaded)
+    loaded = with_measured(loaded)
     limit = work.free_memory() if memory is None else int(memory * 1e9)
     if not as_json:
         options.say(

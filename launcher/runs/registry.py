@@ -21,6 +21,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, create_run
 from bigbatch.configs.schema import Recipe
+from bigbatch.data.measured import with_measured
 from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.squeue import QueuedJob
@@ -160,7 +161,7 @@ def new_run(path: Path, recipe: Recipe, made_up: bool) -> RunDir:
     """
     while True:
         try:
-            return create_run(path, recipe)
+            return create_run(path, recipe, with_measured)
         except RunExists:
             there = RunDir(path)
             if made_up:

@@ -26,6 +26,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.space import Space, override
 from bigbatch.configs.words import plural
+from bigbatch.data.measured import with_measured
 from bigbatch.launcher.child import Children, events, tail
 from bigbatch.launcher.runs.registry import describe
 from bigbatch.launcher.search import study
@@ -177,7 +178,7 @@ def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> 
     check_start(recipe)
     if search.slurm is not None and new:
         submit(search.recipe, overrides, run, search.slurm, "--dry-run", "--no-check")
-    return recipe
+    return with_measured(recipe)
 
 
 def _begin_here(recipe: Recipe, run: RunDir, children: Children) -> Handle:

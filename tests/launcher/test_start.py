@@ -3,6 +3,7 @@
 import errno
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,38 @@ def test_ranks_that_start_together_share_one_run(tmp_path: Path) -> None:
     assert joined == [tmp_path / "a"] * 8
     # The same command again, as at a requeue, goes on with the run.
     assert join_run(tmp_path / "a", DIGITS).recipe() == DIGITS
+
+
+def test_one_of_the_ranks_measures_and_all_of_them_join(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("digits", [f"data.path={digits}", "augment.mean=measured"])
+    path, asked = tmp_path / "a", []
+    monkeypatch.setattr(
+        "bigbatch.data.measured._measured",
+        lambda *_: asked.append(1) or time.sleep(0.2) or {"mean": [0.25], "std": [0.5]},
+    )
+    threads = [threading.Thread(target=join_run, args=(path, recipe)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == [1]
+    assert join_run(path, recipe).recipe().augment.mean == [0.25]
+    with pytest.raises(UserError, match=r"with another recipe: augment\.mean"):
+        join_run(path, load_recipe("digits", [f"data.path={digits}", "augment.mean=[0.5]"]))
+
+
+def test_who_waits_for_a_rank_that_failed_says_why(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("digits", [f"data.path={digits}/none", "augment.mean=measured"])
+    path = tmp_path / "a"
+    path.mkdir()  # of a rank that is about to fail
+    threading.Timer(0.2, path.rmdir).start()
+    with pytest.raises(UserError, match="none/train is not a folder"):
+        join_run(path, recipe)
+    assert not path.exists()
 
 
 def test_a_run_of_another_recipe_is_not_joined(tmp_path: Path) -> None:

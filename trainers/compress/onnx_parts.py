@@ -85,8 +85,8 @@ class _Before(nn.Module):
         self.crop = CentreCrop(
             recipe.eval_size, recipe.evaluate.crop_fraction, recipe.evaluate.squash
         )
-        self.register_buffer("mean", torch.tensor(recipe.augment.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(recipe.augment.std)[:, None, None])
+        self.register_buffer("mean", torch.tensor(recipe.augment.pixel_mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(recipe.augment.pixel_std)[:, None, None])
 
     def forward(self, pixels: Tensor) -> Tensor:
         images: Tensor = self.crop(pixels)

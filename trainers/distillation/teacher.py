@@ -76,7 +76,7 @@ class Teacher:
         self._watched: list[Watched] = []
         alike: dict[Any, list[int]] = {}
         for place, member in enumerate(ensemble.members):
-            mean, std = member.recipe.augment.mean, member.recipe.augment.std
+            mean, std = member.recipe.augment.pixel_mean, member.recipe.augment.pixel_std
             order = choose_memory_format(member.recipe.model, engine.device)
             key = member.recipe.data.image_size, tuple(mean), tuple(std), order
             alike.setdefault(key, []).append(place)
@@ -187,8 +187,8 @@ def teacher_hash(ensemble: Ensemble) -> str:
             "weights": _sha256(member),
             "model": member.recipe.model.model_dump(include={"name", "stem", "options"})
             | member.recipe.model.network(),
-            "mean": member.recipe.augment.mean,
-            "std": member.recipe.augment.std,
+            "mean": member.recipe.augment.pixel_mean,
+            "std": member.recipe.augment.pixel_std,
             "image_size": member.recipe.data.image_size,
             "classes": member.classes,
         }

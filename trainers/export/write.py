@@ -86,8 +86,8 @@ def served(members: Sequence[Member], combination: Combination) -> Served:
                 image_size=member.recipe.eval_size,
                 crop_fraction=member.recipe.evaluate.crop_fraction,
                 squash=member.recipe.evaluate.squash,
-                mean=tuple(member.recipe.augment.mean),
-                std=tuple(member.recipe.augment.std),
+                mean=tuple(member.recipe.augment.pixel_mean),
+                std=tuple(member.recipe.augment.pixel_std),
             )
             for member in members
         ],

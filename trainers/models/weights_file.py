@@ -63,8 +63,8 @@ def describe(recipe: Recipe, classes: Sequence[str]) -> WeightsInfo:
     return WeightsInfo(
         model=recipe.model.name,
         classes=tuple(classes),
-        mean=tuple(augment.mean),
-        std=tuple(augment.std),
+        mean=tuple(augment.pixel_mean),
+        std=tuple(augment.pixel_std),
         image_size=data.image_size,
         channels=data.channels,
     )

@@ -174,6 +174,14 @@ def test_shard_index_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert invoke("inspect", "out").exit_code == 1
 
 
+def test_check_measures_what_a_run_will_measure(here: Path) -> None:
+    asked = invoke("check", "--quick", *DIGITS, "augment={mean: measured, std: measured}", "--json")
+    stats = yaml.safe_load(invoke("inspect", "shards/digits", "--stats").output)["augment"]
+    numbers = [f"augment.{name}={stats[name]}" for name in ("mean", "std")]
+    written = invoke("check", "--quick", *DIGITS, *numbers, "--json")
+    assert json.loads(asked.stdout)["hash"] == json.loads(written.stdout)["hash"]
+
+
 def test_check_says_what_a_run_will_do(here: Path) -> None:
     found = json.loads(invoke("check", "--quick", *DIGITS, "--nproc", "4", "--json").output)
     assert (found["classes"], found["micro_batches"], found["world_size"]) == (10, 4, 4)
