@@ -77,6 +77,11 @@ class Model(StrictModel):
         description="compute activations again in the backward pass rather than keep them: less "
         "memory, about a third more work, the same weights",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile for the passes of training, after minutes of compiling at each "
+        "start; dropout masks are those without it, and evaluation is never compiled",
+    )
     init: Init | None = Field(None, description="fresh weights drawn otherwise than the model does")
 
     @property
@@ -96,7 +101,7 @@ class Model(StrictModel):
         """The keys that say which function the weights are of, and what they say."""
         kept = self.without_weights()
         return kept.model_dump(
-            mode="json", exclude={"channels_last", "recompute"}, exclude_defaults=True
+            mode="json", exclude={"channels_last", "recompute", "compile"}, exclude_defaults=True
         )
 
     def form(self) -> dict[str, Any]:
@@ -135,6 +140,8 @@ def refusals(recipe: Any) -> Iterator[str]:
             )
     if recipe.model.joined_stages:
         yield from _joined_refusals(recipe.model)
+    if recipe.model.compile:
+        yield from _compile_refusals(recipe)
     written = options.get("img_size", size)
     if written not in (size, list(height_width(size))):
         yield (
@@ -157,6 +164,31 @@ def _joined_refusals(model: Model) -> Iterator[str]:
             "model.recompute is not done where model.joined_stages takes maps on the way; leave "
             "one of them out"
         )
+
+
+def _compile_refusals(recipe: Any) -> Iterator[str]:
+    """What has not been shown to compute the same compiled, or would compile anew in mid-run."""
+    if recipe.backend != "ddp":
+        yield (
+            f"model.compile: backend {recipe.backend} takes parameters apart between the passes "
+            "that would be compiled; set backend to ddp, or model.compile to false"
+        )
+    if recipe.model.recompute:
+        yield (
+            "model.compile chooses by itself what to compute again in the backward pass; set "
+            "model.recompute to false, or model.compile"
+        )
+    again = {
+        "data.progressive": recipe.data.progressive is not None,
+        "transfer = gradual": recipe.transfer is not None and recipe.transfer.name == "gradual",
+    }
+    for key, here in again.items():
+        if here:
+            yield (
+                f"model.compile: {key} would have the network compiled again in the middle of the "
+                f"run, for minutes in which ranks seem to hang; drop {key}, or set model.compile "
+                "to false"
+            )
 
 
 def _without_pretrained(model: Model) -> str | None:

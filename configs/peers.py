@@ -51,6 +51,7 @@ _HERE = {
     "model.options, such as model.options: {drop_path_rate: 0.1}": "model_kwargs drop drop_rate "
     "drop_path drop_path_rate",
     "model.pool": "gp global_pool",
+    "model.compile": "compile torchcompile torch_compile",
     "model.recompute": "grad_checkpointing gradient_checkpointing",
     "model.channels_last": "channels_last",
     "evaluate.crop_fraction": "crop_pct val_crop_ratio",
@@ -89,8 +90,7 @@ _NOT_OFFERED = {
     "class_map",
     "see model.norm in docs/craft.md: BatchNorm takes a micro-batch's statistics, at any number "
     "of ranks": "sync_bn sync_batchnorm bn_momentum",
-    "see model.channels_last and precision for faster steps": "compile torchcompile torch_compile "
-    "fuser torchscript",
+    "see model.channels_last, model.compile and precision for faster steps": "fuser torchscript",
     "see docs/craft.md for what a recipe can say; it runs no code": "callback callbacks algorithms",
     "see log, and docs/monitoring.md": "logger loggers",
     "see `bigbatch train RECIPE --nproc N`": "devices gpus num_gpus nproc world_size",

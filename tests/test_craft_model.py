@@ -72,7 +72,8 @@ def test_blocks() -> None:
     assert set(attention["se"]) | {"name"} == set(Attention.model_fields)
     said = {key.partition(":")[0] for key in keys if key.startswith("model.")}
     assert said == {
-        f"model.{key}" for key in ("activation", "pool", "attention", "joined_stages", "recompute")
+        f"model.{key}"
+        for key in ("activation", "pool", "attention", "joined_stages", "recompute", "compile")
     }
 
 

@@ -225,6 +225,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         keep_within(optimizer, model, own.max_norm)
     check_precise(recipe, model)
     engine.prepare(model, optimizer, recipe.micro_batches)
+    if recipe.model.compile:
+        engine.compile()
     freezing = None
     if recipe.transfer is not None and recipe.transfer.name == "gradual":
         freezing = Freezing(learning, engine, optimizer, engine.module)

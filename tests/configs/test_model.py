@@ -52,6 +52,20 @@ HE = "model.init.weights.name=he"
             "global_pool both say how maps are pooled",
         ),
         (["model.name=''"], "at least 1 character"),
+        (["model.compile=true", "backend=zero2", "reduction=overlapped"], "compile: backend zero2"),
+        (["model.compile=true", "model.recompute=true"], "chooses by itself what to compute again"),
+        (
+            ["model.compile=true", "data.progressive={start: 16, until: 2 steps, multiple: 8}"],
+            "data.progressive would have the network compiled again in the middle",
+        ),
+        (
+            [
+                "model.compile=true",
+                "transfer={name: gradual, every: 1 epochs}",
+                "model.pretrained=true",
+            ],
+            "transfer = gradual would have the network compiled again",
+        ),
     ],
 )
 def test_refused(overrides: list[str], says: str) -> None:
@@ -73,7 +87,7 @@ def test_what_the_weights_are_of_says_every_key_that_changes_it() -> None:
     assert Model(name="lenet5").beyond_timm() == ["model.name = lenet5"]
     drawn = Model.model_validate({"name": "resnet18", "init": {"bias": 0}})
     assert drawn.network() == {"name": "resnet18"}  # where weights come from is no function
-    no_function = {"pretrained", "checkpoint", "channels_last", "init", "recompute"}
+    no_function = {"pretrained", "checkpoint", "channels_last", "init", "recompute", "compile"}
     every = Model.model_construct(**dict.fromkeys(Model.model_fields, "x"))
     with warnings.catch_warnings(action="ignore"):  # of values that are none
         assert every.network().keys() == Model.model_fields.keys() - no_function

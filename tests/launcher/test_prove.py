@@ -5,10 +5,11 @@ tests/test_main_job.py runs the whole proof.
 
 import json
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import recipe_hash
@@ -26,6 +27,7 @@ from bigbatch.launcher.prove import (
     relative_difference,
     run_to_end,
 )
+from bigbatch.trainers.models.build import build_model
 
 pytestmark = pytest.mark.usefixtures("forked")
 DIGITS = load_recipe("digits", ["global_batch=256", "micro_batch=64"])
@@ -181,6 +183,24 @@ def test_the_proof_holds_for_losses_and_regularisation(digits: Path, tmp_path: P
     results = prove(recipe, tmp_path, steps=5, ranks=(1, 2), say=lambda text: None)
     assert [result.difference for result in results] == [0.0, 0.0]
     assert all(result.passed for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler")
+def test_the_proof_holds_for_a_compiled_network_with_dropout(digits: Path, tmp_path: Path) -> None:
+    """Masks of every kind, and a loss that looks inside; evaluated, and not compiled, half-way."""
+    keys = [
+        "model={name: 'tests.helpers.nets:convolutions', compile: true, options: {dropout: 0.3}}",
+        *("evaluate.every=2 steps", "optimizer={name: sgd, lr: 0.05, nesterov: true}"),
+        *("regularise={input_noise: 0.1}", "loss={name: large_margin}", "augment.mixup=0"),
+    ]
+    recipe = load_recipe("digits", [*SMALL, *keys, f"data.path={digits}", "reduction=exact"])
+    results = prove(recipe, tmp_path, steps=5, ranks=(1, 2), say=lambda text: None)
+    assert [result.difference for result in results] == [0.0, 0.0]
+    assert all(result.passed for result in results)
+    (weights,) = (tmp_path / "killed" / "checkpoints").glob("step-00000005/model.safetensors")
+    plain = build_model(recipe.model, classes=10, channels=1, seed=0, image_size=16)
+    assert load_file(weights).keys() == plain.state_dict().keys()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine.collectives import Collectives
+from bigbatch.trainers.engine.compiled import as_written, compile_network, forget_compiled
 from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.planning.environment import asks_for_cpu, check_environment
@@ -208,10 +209,19 @@ class Engine(Collectives, ABC):
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
         """A plain module with whole weights, to evaluate or to keep. Collective."""
-        yield self.module
+        with as_written(self.module):
+            yield self.module
+
+    def compile(self) -> None:
+        """Compile what goes forward in training; after `prepare`, where parameters stay whole.
+
+        Raises UserError where this machine cannot.
+        """
+        compile_network(self.module, self.device)
 
     def end_training(self) -> None:
         """Make `module` a plain one with whole weights, for good. Collective."""
+        forget_compiled(self.module)
 
     def own_weights(self) -> dict[str, Tensor]:
         """What this rank's optimizer updates, by name: trained parameters, or pieces of them."""

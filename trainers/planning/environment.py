@@ -173,6 +173,18 @@ TABLE: tuple[Variable, ...] = (
         "it decides in which order NCCL adds up gradients",
     ),
     Variable(
+        (
+            *("TORCHINDUCTOR_MAX_AUTOTUNE", "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM"),
+            *("TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE", "TORCHINDUCTOR_NUMERICS"),
+            *("TORCHINDUCTOR_COORDINATE_DESCENT_TUNING", "TORCHINDUCTOR_USE_FAST_MATH"),
+            *("TORCHINDUCTOR_EMULATE_PRECISION_CASTS", "TORCHINDUCTOR_CPP_MARCH"),
+            "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG",
+        ),
+        "recorded",
+        "it chooses what model.compile makes of a network, and with it how sums are rounded",
+        frozenset({"0"}),
+    ),
+    Variable(
         ("TRITON_INTERPRET",), "recorded", "LARS and LAMB are interpreted, not compiled", _OFF
     ),
     Variable(
