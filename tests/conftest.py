@@ -1,5 +1,6 @@
 """Fixtures that several folders use."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# What is imported and collected stays to the end: there is nothing in it to look for, now or later.
+gc.disable()
 # One thread a process: the tests start many, and results must not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -14,6 +17,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 _SIGNALS = {
