@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Processes that share the files of tests, each file whole: fixtures of a module are made once.
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile
 
 .PHONY: setup train test test-slow test-slurm check bench clean
 
@@ -19,11 +22,11 @@ train: setup
 	$(BIN)/bigbatch train digits --nproc 2
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 # Minutes long: more seeds, more kills, more world sizes.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow --timeout 1800
+	$(BIN)/python -m pytest $(SHARED) -m slow --timeout 1800
 
 # On a real SLURM of four nodes on this machine; skipped with a reason where it cannot be.
 test-slurm: setup

@@ -23,7 +23,7 @@ BIGBATCH = Path(sys.executable).parent / "bigbatch"
 def bigbatch(*arguments, cwd, status=0):
     """Run the command line; returns what it wrote to both streams."""
     done = subprocess.run(
-        [BIGBATCH, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=280
+        [BIGBATCH, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=900
     )
     said = done.stdout + done.stderr
     assert done.returncode == status, said

@@ -15,12 +15,12 @@ def free_port() -> int:
     return port
 
 
-def run_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> None:
+def run_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 900) -> None:
     """Run `script` as `world` ranks that can meet; every one has to end with status 0."""
     assert end_ranks(world, script, *arguments, timeout=timeout) == [0] * world
 
 
-def end_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 280) -> list[int]:
+def end_ranks(world: int, script: Path, *arguments: str | Path, timeout: float = 900) -> list[int]:
     """The same, with the status that each ends with."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

@@ -83,7 +83,7 @@ class Place:
             env=self.cluster.env,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=900,
             check=False,
         )
         assert done.returncode == status, done.stdout + done.stderr
@@ -101,7 +101,7 @@ class Place:
         fields = dict(word.split("=", 1) for word in words if "=" in word)
         return f"{fields['JobState']} {fields['ExitCode']}"
 
-    def wait(self, job: str, state: str, limit_s: float = 240) -> None:
+    def wait(self, job: str, state: str, limit_s: float = 900) -> None:
         deadline = time.monotonic() + limit_s
         while (now := self.state(job)) != state:
             assert now.split()[0] in WAITING, f"{now}, not {state}"
