@@ -118,24 +118,26 @@ def average_bytes(recipe: Recipe, size: dict[str, int]) -> int:
     return 8 * size["parameters"] if recipe.average is not None else 0
 
 
-def scores_memory(sizes: Sequence[int], classes: int, snapshots: int) -> Finding:
-    """What rank 0 holds at the end, of splits of `sizes` samples: every snapshot's scores.
+def scores_memory(sizes: Sequence[int], classes: int, snapshots: int, batch: int) -> Finding:
+    """What rank 0 holds at the end, of splits of `sizes` samples, evaluated `batch` at a time.
 
-    Of each a float32 for every sample and class, once more of the split that is evaluated, and
-    its probabilities, their sum and what is computed of them, in float64.
+    By snapshot, and of their ensemble: outcomes (six float64 a sample, copied while they are put
+    in order), sums of calibration (15 bins a class, twice, and once more to add up ranks), and
+    the logits of a batch. The weights of all snapshots come on top.
     """
-    largest = max(sizes)
-    need = classes * (4 * snapshots * (sum(sizes) + largest) + 24 * largest)
+    models = snapshots + 2
+    need = models * (3 * 48 * sum(sizes) + 3 * 240 * classes) + 2 * 4 * models * batch * classes
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    what = f"{sum(sizes):,} samples x {classes:,} classes"
+    what = f"{sum(sizes):,} samples, {classes:,} classes, {snapshots:,} snapshots"
     text = f"about {_gb(need)} on rank 0 for the scores of {what}"
     if need <= there:
         return Finding("results", "ok", text)
     return Finding(
         "results",
         "warning",
-        f"{text} x {snapshots:,} snapshots, and this machine has {_gb(there)}: the run would end "
-        "without results; evaluate fewer samples (data.val, data.test), or keep fewer snapshots",
+        f"{text}, and this machine has {_gb(there)}: the run would end without results; evaluate "
+        "fewer samples (data.val, data.test) or fewer at a time (evaluate.batch), or keep fewer "
+        "snapshots",
     )
 
 

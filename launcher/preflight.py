@@ -99,7 +99,7 @@ def estimate(recipe: Recipe, folder: Path, lead: int | None = None) -> Estimate:
     classes = len(inputs.splits["val"].classes)
     found = look(recipe, plan, inputs.epoch_samples, classes, folder, lead)
     sizes = [len(index) for role, index in inputs.splits.items() if role != "train"]
-    scoring = scores_memory(sizes, classes, len(plan.snapshots))
+    scoring = scores_memory(sizes, classes, len(plan.snapshots), recipe.evaluate.batch)
     return replace(found, findings=[*found.findings, scoring])
 
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.ensemble.members import save_snapshot
-from bigbatch.trainers.evaluation.metrics import confusion, score, softmax
+from bigbatch.trainers.evaluation.metrics import confusion
 from bigbatch.trainers.evaluation.probe import Probe
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.confusion import Counts
@@ -49,19 +48,21 @@ class Attempt:
         job, state = self.job, self.job.state
         val = job.inputs.splits["val"]
         with self._evaluated_model() as model:
-            logits = job.evaluator.logits(model, val)
-            labels = val.label.astype(np.int64)
-            found = None if logits is None else score(softmax(logits), labels)
-            scores: dict[str, float] = job.engine.from_main(found)
+            found = job.evaluator.outcomes(model, val)
+            scores: dict[str, float] = job.engine.from_main(
+                None if found is None else found.scores()
+            )
             if self.probe is not None and state.step in job.inputs.plan.probes.steps:
-                self.log.detail(state.step, "probe", **self.probe.look(model, logits))
+                self.log.detail(state.step, "probe", **self.probe.look(model, found))
             if snapshot and job.engine.rank == 0:
                 number = sorted(job.inputs.plan.snapshots).index(state.step) + 1
                 save_snapshot(job.run.snapshots, number, state.step, model, scores, state.info)
         if snapshot:
             job.engine.barrier()
         if job.course.costs is not None:
-            table = None if logits is None else confusion(softmax(logits), labels).tolist()
+            table = None
+            if found is not None:
+                table = confusion(found.label, found.predicted, len(val.classes)).tolist()
             counts: Counts = job.engine.from_main(table)
             self.log.detail(state.step, "confusion", matrix=counts)  # before it takes effect
             job.course.costs.update(counts)

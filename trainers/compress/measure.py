@@ -13,7 +13,7 @@ from torch import nn
 from bigbatch.configs.size import Size
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.evaluation.accuracy import wilson
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, score
+from bigbatch.trainers.evaluation.outcomes import Outcomes
 from bigbatch.trainers.evaluation.paired import bootstrap
 from bigbatch.trainers.models.size import count_flops
 
@@ -58,18 +58,18 @@ def milliseconds(runs: Sequence[Callable[[], object]], rounds: int) -> npt.NDArr
     return times
 
 
-def scores(probabilities: Probabilities, labels: Labels, before: Probabilities) -> dict[str, Any]:
+def scores(found: Outcomes, before: Outcomes) -> dict[str, Any]:
     """Scores with Wilson's interval of the accuracy, and what changed from `before`.
 
     `change` is the difference of accuracies, with its interval by a paired bootstrap;
     `agreement` the share of images with the label of before.
     """
-    right, was_right = (p.argmax(axis=1) == labels for p in (probabilities, before))
-    difference = right.astype(np.float64) - was_right
+    right = found.correct
+    difference = right.astype(np.float64) - before.correct
     return {
-        **score(probabilities, labels),
-        "interval": wilson(int(right.sum()), len(labels)),
+        **found.scores(),
+        "interval": wilson(int(right.sum()), len(found)),
         "change": float(difference.mean()),
         "change_interval": bootstrap(difference[:, None])[0].tolist(),
-        "agreement": float((probabilities.argmax(axis=1) == before.argmax(axis=1)).mean()),
+        "agreement": float((found.predicted == before.predicted).mean()),
     }

@@ -18,7 +18,9 @@ from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.evaluation.metrics import Probabilities
+from bigbatch.trainers.evaluation import outcomes
+from bigbatch.trainers.evaluation.evaluate import labels_of
+from bigbatch.trainers.evaluation.outcomes import Outcomes, outcomes_of_rows, row_chunks
 from bigbatch.trainers.export.combine import Combine
 from bigbatch.trainers.export.preprocess import CentreCrop
 from bigbatch.trainers.export.served import INPUT
@@ -151,15 +153,18 @@ def operations(model: bytes) -> Counter[str]:
         return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def probabilities(session: Any, member: Member, index: Index) -> Probabilities:
-    """Probabilities [N, classes] of a split by a file, which is handed whole images."""
+def outcomes_by(session: Any, member: Member, index: Index) -> Outcomes:
+    """What a file, which is handed whole images, says of a split."""
     data, batch = member.recipe.data, member.recipe.evaluate.batch
     decoding = Decoding(_NEVER_REDUCED, data.channels, workers=0, threads=data.threads)
-    found = np.empty((len(index), len(member.classes)))
+    parts = []
     for micro_batch in eval_batches(index, decoding, batch=batch, rank=0, world=1):
         images = micro_batch.images()
+        labels = labels_of(index, micro_batch.samples)
+        found = np.empty((len(images), len(member.classes)))
         for shape in dict.fromkeys(image.shape for image in images):
             places = [i for i, image in enumerate(images) if image.shape == shape]
             pixels = torch.stack([images[i] for i in places]).numpy()
-            found[micro_batch.samples[places]] = session.run(["probabilities"], {INPUT: pixels})[0]
-    return found
+            found[places] = session.run(["probabilities"], {INPUT: pixels})[0]
+        parts += [outcomes_of_rows(found[rows], labels[rows]) for rows in row_chunks(*found.shape)]
+    return outcomes.join(parts)

@@ -28,13 +28,14 @@ from bigbatch.trainers.compress.candidates import (
     write_onnx,
 )
 from bigbatch.trainers.compress.finetune import check_finetuning
-from bigbatch.trainers.compress.onnx_parts import open_session, operations, probabilities
+from bigbatch.trainers.compress.onnx_parts import open_session, operations, outcomes_by
 from bigbatch.trainers.compress.picture import draw
 from bigbatch.trainers.compress.samples import training_images
 from bigbatch.trainers.compress.variants import FINE_TUNED, SCORED, Variant
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.evaluation.metrics import Probabilities, softmax
+from bigbatch.trainers.evaluation.evaluate import labels_of
+from bigbatch.trainers.evaluation.outcomes import Outcomes, join, outcomes_of
 from bigbatch.trainers.export.served import INPUT
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
@@ -144,7 +145,7 @@ def _sweep(
     splits = {role: index for role, index in inputs.splits.items() if role != "train"}
     _measure_networks(engine, members, torch_rows, splits)
     _measure_files(files, onnx_rows, member, splits, torch_rows[0])
-    _score(rows, splits)
+    _score(rows)
     _time(engine, members, files, rows, settings.rounds)
     for path in files[:1]:
         path.unlink()
@@ -181,10 +182,13 @@ def _measure_networks(
         row |= measure.counts(member.build(), recipe.data.channels, recipe.eval_size)
     forward = Forward(engine, members)
     for role, index in splits.items():
-        logits = forward.logits(index)
-        assert logits is not None
-        for row, own in zip(rows, logits, strict=True):
-            row.setdefault("probabilities", {})[role] = softmax(own)
+        parts: list[list[Outcomes]] = [[] for _ in rows]
+        for outputs in forward.outputs(index):
+            labels = labels_of(index, outputs.samples)
+            for own, logits in zip(parts, outputs.logits, strict=True):
+                own.append(outcomes_of(logits, labels))
+        for row, own in zip(rows, parts, strict=True):
+            row.setdefault("outcomes", {})[role] = join(own)
 
 
 def _measure_files(
@@ -194,24 +198,21 @@ def _measure_files(
         row |= measure.sizes(path)
         row |= {"parameters": plain["parameters"], "nonzero": None, "flops": None}
         session = open_session(path.read_bytes(), torch.get_num_threads())
-        row["probabilities"] = {
-            role: probabilities(session, member, index) for role, index in splits.items()
+        row["outcomes"] = {
+            role: outcomes_by(session, member, index) for role, index in splits.items()
         }
         types = operations(path.read_bytes())
         left = types["Conv"] + types["FusedConv"]
         row["convolutions"] = {"int8": types["QLinearConv"], "float32": left}
 
 
-def _score(rows: list[Row], splits: dict[str, Index]) -> None:
-    """Scores in place of probabilities; each row's `before` is the first one of its runtime."""
-    before: dict[str, dict[str, Probabilities]] = {}
+def _score(rows: list[Row]) -> None:
+    """Scores in place of outcomes; each row's `before` is the first one of its runtime."""
+    before: dict[str, dict[str, Outcomes]] = {}
     for row in rows:
-        found = row.pop("probabilities")
+        found = row.pop("outcomes")
         plain = before.setdefault(row["runtime"], found)
-        row["splits"] = {
-            role: measure.scores(found[role], index.label.astype(np.int64), plain[role])
-            for role, index in splits.items()
-        }
+        row["splits"] = {role: measure.scores(found[role], plain[role]) for role in found}
 
 
 def _time(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +9,6 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator
-from bigbatch.trainers.evaluation.metrics import score, softmax
 from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.recovery.tensor_files import save_weights
 
@@ -47,7 +45,7 @@ def score_average(
     engine.on_main(keep)
     scores = {}
     for role, index in splits.items():
-        logits = evaluator.logits(model, index)
-        if logits is not None:
-            scores[role] = score(softmax(logits), np.asarray(index.label, np.int64))
+        found = evaluator.outcomes(model, index)
+        if found is not None:
+            scores[role] = found.scores()
     return scores

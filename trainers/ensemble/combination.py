@@ -12,9 +12,9 @@ import numpy.typing as npt
 from bigbatch.trainers.ensemble.trees import Trees
 from bigbatch.trainers.evaluation.calibration import tempered
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, softmax
+from bigbatch.trainers.evaluation.metrics import Logits as Logits
 from bigbatch.trainers.evaluation.outcomes import row_chunks
 
-Logits = npt.NDArray[np.float32]  # [M, N, C]: members, samples, classes
 Method = Literal["mean", "logits", "weights", "vote", "stack", "boost"]
 METHODS: tuple[str, ...] = get_args(Method)
 # What the mean probability counts beside a vote: it decides ties, and nothing else.

@@ -1,7 +1,7 @@
 """Members scored, selected and combined: a mean of probabilities, and a soup of weights."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,33 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data.index import Index
+from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.ensemble.combination import Logits
-from bigbatch.trainers.ensemble.evaluations import about, statistics_of
+from bigbatch.trainers.ensemble.combination import Combination, Logits
+from bigbatch.trainers.ensemble.evaluations import EnsembleStatistics, about
+from bigbatch.trainers.ensemble.folder import Ensemble as Folder
 from bigbatch.trainers.ensemble.folder import open_ensemble
-from bigbatch.trainers.ensemble.members import MEMBERS
+from bigbatch.trainers.ensemble.members import MEMBERS, find_members
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
 from bigbatch.trainers.evaluation.accuracy import confusion_pairs
-from bigbatch.trainers.evaluation.evaluate import Evaluator
-from bigbatch.trainers.evaluation.metrics import Labels, score, softmax
+from bigbatch.trainers.evaluation.evaluate import (
+    Again,
+    Evaluator,
+    gather_outcomes,
+    gather_statistics,
+    labels_of,
+)
+from bigbatch.trainers.evaluation.metrics import Probabilities, softmax
+from bigbatch.trainers.evaluation.outcomes import (
+    Outcomes,
+    join,
+    outcomes_of,
+    outcomes_of_rows,
+    row_chunks,
+)
 from bigbatch.trainers.evaluation.record import write_evaluation
+from bigbatch.trainers.evaluation.statistics import Statistics
 from bigbatch.trainers.models.weights_file import describe
 from bigbatch.trainers.recovery.stored import MODEL, list_snapshots
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
@@ -55,26 +71,20 @@ def combine(
         )
     model = engine.module
     val, *others = splits
-    labels = {name: np.asarray(index.label, np.int64) for name, index in splits.items()}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in splits}
     weights = [load_weights(model, path / MODEL) for path in paths]
+    # Of the validation split once to choose members, and once more to combine those.
+    again = Again(lambda: evaluator.batches(model, splits[val], weights))
+    kept, losses = engine.from_main(
+        _best_first(look(evaluator, splits[val], again, len(paths)), config.selection_margin)
+    )
+    together = sorted(kept)
+    names = [paths[i].name for i in together]
+    ensemble = Folder(tuple(find_members(run, ",".join(names))), Combination())
+    seen: dict[str, Seen | None] = {}
     for name, index in splits.items():
-        found[name] = evaluator.logits_of(model, index, weights) or []
-
-    members: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
-    kept: list[int] = []
-    if engine.rank == 0:
-        for name in splits:
-            for path, logits in zip(paths, found[name], strict=True):
-                members[name].append({"name": path.name, **score(softmax(logits), labels[name])})
-        accuracies = [m["accuracy"] for m in members[val]]
-        kept = within_margin(accuracies, config.selection_margin)
-        for name in splits:
-            for number, member in enumerate(members[name]):
-                member["kept"] = number in kept
-        # Best first, the order in which a greedy soup tries its ingredients.
-        kept.sort(key=lambda i: (-accuracies[i], i))
-    kept, losses = engine.from_main((kept, [members[val][i]["nll"] for i in kept]))
+        batches = again if name == val else evaluator.batches(model, index, weights)
+        seen[name] = look(evaluator, index, batches, len(paths), together, ensemble)
+    del again
 
     steps: list[SoupStep] = []
     soup_scores: dict[str, dict[str, float]] = {}
@@ -84,11 +94,11 @@ def combine(
             losses,
             model,
             engine,
-            lambda: _score(evaluator.logits(model, splits[val]), labels[val]),
+            lambda: _scores(evaluator.outcomes(model, splits[val])),
             recompute,
         )
         for name, index in splits.items():
-            scores = _score(evaluator.logits(model, index), labels[name])
+            scores = _scores(evaluator.outcomes(model, index))
             if scores is not None:
                 soup_scores[name] = scores
     if engine.rank != 0:
@@ -98,43 +108,106 @@ def combine(
     if soup_scores:
         info = describe(run.recipe(), splits[val].classes)
         save_weights(model, run.ensemble / SOUP, info)
-    together = sorted(kept)
     content = {
-        "kept": [paths[i].name for i in together],
+        "kept": names,
         "soup": [step.name for step in steps if step.kept],
         "soup_steps": [asdict(step) for step in steps],
     }
     write_atomically(run.ensemble / MEMBERS, to_json(content, indent=1))
-    means = {n: _mean_probabilities([found[n][i] for i in together]) for n in splits}
     result: dict[str, dict[str, Any]] = {}
-    for name in splits:
-        result[name] = {"members": members[name], "ensemble": score(means[name], labels[name])}
+    last = others[-1] if others else val
+    for name, index in splits.items():
+        found = seen[name]
+        assert found is not None  # on rank 0
+        assert found.mean is not None
+        members = [
+            {"name": path.name, **own.scores(), "kept": number in kept}
+            for number, (path, own) in enumerate(zip(paths, found.members, strict=True))
+        ]
+        result[name] = {"members": members, "ensemble": found.mean.scores()}
         if soup_scores:
             result[name]["soup"] = soup_scores[name]
-        if all(np.isfinite(found[name][i]).all() for i in together):
+        if found.statistics is not None:
             best = None if name == val else f"{run.name}/{paths[kept[0]].name}"
-            kept_logits = np.stack([found[name][i] for i in together])
-            _write_evaluation(run, splits[name], kept_logits, labels[name], best)
-    last = others[-1] if others else val
-    classes = splits[last].classes
-    pairs = confusion_pairs(labels[last], means[last].argmax(axis=1), len(classes)).tolist()
-    table = {"split": last, "classes": list(classes), "pairs": pairs}
-    write_atomically(run.ensemble / "confusion.json", to_json(table))
+            _write_evaluation(run, index, found.statistics, best)
+        if name == last:
+            mean, classes = found.mean, index.classes
+            pairs = confusion_pairs(mean.label, mean.predicted, len(classes)).tolist()
+            table = {"split": last, "classes": list(classes), "pairs": pairs}
+            write_atomically(run.ensemble / "confusion.json", to_json(table))
     return result
 
 
-def _write_evaluation(
-    run: RunDir, index: Index, logits: Logits, labels: Labels, best: str | None
-) -> None:
-    """Write what `bigbatch evaluate` would of the kept members' logits [M, N, C]."""
-    ensemble = open_ensemble([run.path])
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was seen of a split, of all samples."""
+
+    members: list[Outcomes]
+    mean: Outcomes | None  # of the kept members' mean probability
+    statistics: Statistics | None  # of the kept members; None where a logit is not finite
+
+
+def look(
+    evaluator: Evaluator,
+    index: Index,
+    batches: Iterable[tuple[Positions, Logits]],
+    members: int,
+    kept: Sequence[int] = (),
+    ensemble: Folder | None = None,
+) -> Seen | None:
+    """Go once through `Evaluator.batches` of a split; on rank 0 what was seen. Collective.
+
+    `ensemble` is that of the `kept` members. No more than a batch's logits are held.
+    """
+    each: list[list[Outcomes]] = [[] for _ in range(members)]
+    means: list[Outcomes] = []
+    statistics = None if ensemble is None else EnsembleStatistics(ensemble)
+    finite = True
+    for samples, logits in batches:
+        labels = labels_of(index, samples)
+        for own, member in zip(each, logits, strict=True):
+            own.append(outcomes_of(member, labels))
+        if statistics is None:
+            continue
+        chosen = logits[list(kept)]
+        means += [
+            outcomes_of_rows(_mean_probabilities(chosen[:, rows]), labels[rows])
+            for rows in row_chunks(len(labels), chosen.shape[2])
+        ]
+        finite = finite and bool(np.isfinite(chosen).all())
+        if finite:
+            statistics.add(chosen, labels)
+    engine, count, batch = evaluator.engine, len(index), evaluator.batch
+    found = [gather_outcomes(engine, join(own), count, batch) for own in each]
+    mean = whole = None
+    if statistics is not None:
+        mean = gather_outcomes(engine, join(means), count, batch)
+    if statistics is not None and all(engine.gather_values(finite)):
+        whole = gather_statistics(engine, statistics.statistics, count, batch)
+    if engine.rank != 0:
+        return None
+    return Seen([own for own in found if own is not None], mean, whole)
+
+
+def _best_first(seen: Seen | None, margin: float) -> tuple[list[int], list[float]]:
+    """The members to keep, and their NLL, in the order in which a greedy soup tries them."""
+    if seen is None:
+        return [], []
+    scores = [own.scores() for own in seen.members]
+    accuracies = [score["accuracy"] for score in scores]
+    kept = sorted(within_margin(accuracies, margin), key=lambda i: (-accuracies[i], i))
+    return kept, [scores[i]["nll"] for i in kept]
+
+
+def _write_evaluation(run: RunDir, index: Index, found: Statistics, best: str | None) -> None:
+    """Write what `bigbatch evaluate` would of the kept members."""
     notes = ["members were chosen on this split"] if best is None else []
-    content = about(ensemble, [run.path], index, notes)
-    content |= statistics_of(ensemble, logits, labels, best=best)
+    content = about(open_ensemble([run.path]), [run.path], index, notes)
+    content |= found.summary(best)
     write_evaluation(run.evaluations / index.place.rstrip("/").rpartition("/")[2], content)
 
 
-def _mean_probabilities(logits: Sequence[Logits]) -> np.ndarray:
+def _mean_probabilities(logits: Logits) -> Probabilities:
     """np.mean of the members' probabilities [N, C], bit for bit, two of them at a time."""
     total = softmax(logits[0])
     for each in logits[1:]:
@@ -142,5 +215,5 @@ def _mean_probabilities(logits: Sequence[Logits]) -> np.ndarray:
     return total / len(logits)
 
 
-def _score(logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float] | None:
-    return None if logits is None else score(softmax(logits), labels)
+def _scores(found: Outcomes | None) -> dict[str, float] | None:
+    return None if found is None else found.scores()

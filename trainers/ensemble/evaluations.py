@@ -16,6 +16,32 @@ from bigbatch.trainers.evaluation.outcomes import row_chunks
 from bigbatch.trainers.evaluation.statistics import Statistics
 
 
+class EnsembleStatistics:
+    """What docs/statistics.md lists, of an ensemble whose members' logits may come in pieces.
+
+    `sets` were fitted on other samples. Ranks add `statistics` up, which hold no logits.
+    """
+
+    def __init__(self, ensemble: Ensemble, sets: Sequence[ConformalSets] = ()) -> None:
+        combination = ensemble.combination
+        self._alone = len(ensemble.members) == 1
+        self._plain = replace(combination, temperature=1.0)
+        self.statistics = Statistics(
+            len(ensemble.classes),
+            members=[] if self._alone else [member.name for member in ensemble.members],
+            temperature=combination.temperature,
+            sets=sets,
+            reject_below=combination.reject_below,
+        )
+
+    def add(self, logits: Logits, labels: Labels) -> None:
+        """Logits [M, n, C] and labels [n]. ValueError where a logit is not finite."""
+        for rows in row_chunks(len(labels), logits.shape[0] * logits.shape[2]):
+            own = logits[:, rows]
+            each = None if self._alone else np.stack([softmax(member) for member in own])
+            self.statistics.add(labels[rows], self._plain.apply(own), each)
+
+
 def statistics_of(
     ensemble: Ensemble,
     logits: Logits,
@@ -24,25 +50,13 @@ def statistics_of(
     best: str | None = None,
     sets: Sequence[ConformalSets] = (),
 ) -> dict[str, Any]:
-    """What docs/statistics.md lists, of the ensemble and its members' logits [M, N, C].
+    """`EnsembleStatistics` of whole arrays: logits [M, N, C] and labels [N].
 
-    `best` is the member that did best on other samples, `sets` were fitted on other samples.
+    `best` is the member that did best on other samples.
     """
-    members = [member.name for member in ensemble.members] if len(logits) > 1 else []
-    combination = ensemble.combination
-    plain = replace(combination, temperature=1.0)
-    statistics = Statistics(
-        len(ensemble.classes),
-        members=members,
-        temperature=combination.temperature,
-        sets=sets,
-        reject_below=combination.reject_below,
-    )
-    for rows in row_chunks(len(labels), logits.shape[0] * logits.shape[2]):
-        own = logits[:, rows]
-        each = np.stack([softmax(member) for member in own]) if members else None
-        statistics.add(labels[rows], plain.apply(own), each)
-    return statistics.summary(best)
+    found = EnsembleStatistics(ensemble, sets)
+    found.add(logits, labels)
+    return found.statistics.summary(best)
 
 
 def about(

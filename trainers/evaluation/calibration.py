@@ -1,12 +1,14 @@
 """Whether confidence can be believed, and the temperature that mends it. NumPy only."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, Probabilities, width_bins
 from bigbatch.trainers.evaluation.outcomes import Array, row_chunks
+from bigbatch.trainers.evaluation.sums import ExactSum
 
 TEMPERATURES = (0.01, 100.0)  # between which one is fitted
 _PRECISION = 1e-10  # relative
@@ -59,8 +61,9 @@ class ClasswiseError:
     """
 
     def __init__(self, classes: int, bins: int = ECE_BINS) -> None:
-        self._classes, self._bins, self._samples = classes, bins, 0
-        self._gaps = np.zeros((classes, bins))
+        self._classes, self._bins = classes, bins
+        self._samples = np.zeros((), np.int64)
+        self._gaps = ExactSum(classes, bins)
 
     def add(self, probabilities: Probabilities, labels: Labels) -> None:
         """Rows [n, C] and their labels [n]."""
@@ -70,15 +73,20 @@ class ClasswiseError:
             # A row has fewer than `bins` probabilities above 1 / bins: all others are in bin 0.
             row, column = np.nonzero(p * self._bins > 1)
             above = p[row, column]
-            self._gaps[:, 0] -= p.sum(axis=0)
-            np.add.at(self._gaps[:, 0], column, above)
-            np.add.at(self._gaps, (column, width_bins(above, self._bins)), -above)
+            first = -p.sum(axis=0)
+            np.add.at(first, column, above)
+            self._gaps.add(first, (slice(None), 0))
+            self._gaps.add_at((column, width_bins(above, self._bins)), -above)
             of_label = p[np.arange(len(label)), label]
-            np.add.at(self._gaps, (label, width_bins(of_label, self._bins)), 1)
+            self._gaps.add_at((label, width_bins(of_label, self._bins)), np.ones(len(label)))
+
+    def sums(self) -> list[NDArray[Any]]:
+        """What ranks may add up in place: each has seen other samples."""
+        return [self._samples, self._gaps.parts]
 
     @property
     def error(self) -> float:
-        return float(np.abs(self._gaps).sum() / (self._samples * self._classes))
+        return float(np.abs(self._gaps.total).sum() / (self._samples * self._classes))
 
 
 def tempered(probabilities: Probabilities, temperature: float) -> Probabilities:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from bigbatch.data.rng import uniforms
 from bigbatch.trainers.evaluation.calibration import fit_temperature, tempered
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities, nll
 from bigbatch.trainers.evaluation.outcomes import Array, row_chunks
+from bigbatch.trainers.evaluation.sums import ExactSum
 
 _SUBSETS = 20  # of each size at most
 
@@ -75,20 +76,26 @@ class ByNumber:
     def __init__(self, members: int, seed: int = 0) -> None:
         self._subsets = subsets(members, seed)
         self._hits = [np.zeros(len(s), np.int64) for s in self._subsets]
-        self._nll = [np.zeros(len(s)) for s in self._subsets]
-        self._samples = 0
+        self._nll = [ExactSum(len(s)) for s in self._subsets]
+        self._samples = np.zeros((), np.int64)
 
     def add(self, members: NDArray[np.floating], labels: Labels) -> None:
         """Probabilities [M, n, C] of any float type, and labels [n]."""
         self._samples += len(labels)
         for rows in row_chunks(len(labels), members.shape[0] * members.shape[2]):
             p, label = members[:, rows].astype(np.float64, copy=False), labels[rows]
-            for of_size, hits, losses in zip(self._subsets, self._hits, self._nll, strict=True):
+            for of_size, hits, sums in zip(self._subsets, self._hits, self._nll, strict=True):
+                losses = np.zeros(len(of_size))
                 for i, (first, *others) in enumerate(of_size):
                     # The bits of mean(axis=0), without a copy of the members.
                     mean = sum((p[k] for k in others), start=p[first]) / (1 + len(others))
                     hits[i] += np.count_nonzero(mean.argmax(axis=1) == label)
-                    losses[i] += nll(mean, label) * len(label)
+                    losses[i] = nll(mean, label) * len(label)
+                sums.add(losses)
+
+    def sums(self) -> list[NDArray[Any]]:
+        """What ranks may add up in place: each has seen other samples."""
+        return [self._samples, *self._hits, *(sums.parts for sums in self._nll)]
 
     def accuracies(self) -> list[Array]:
         """For each number of members, the accuracy of each subset."""
@@ -96,7 +103,7 @@ class ByNumber:
 
     def losses(self) -> list[Array]:
         """For each number of members, the mean NLL of each subset, in nats."""
-        return [sums / self._samples for sums in self._nll]
+        return [sums.total / self._samples for sums in self._nll]
 
 
 def calibrated_nll(

@@ -1,6 +1,6 @@
 """Exact distributed evaluation: every sample once, at any world size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,17 @@ from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
+from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.evaluation.metrics import Labels, Logits
+from bigbatch.trainers.evaluation.outcomes import (
+    Outcomes,
+    from_rows,
+    join,
+    outcomes_of,
+    to_rows,
+)
+from bigbatch.trainers.evaluation.statistics import Statistics
 
 # Images that go through a network together on a CPU: the activations of more leave the caches,
 # which takes up to twice as long (benchmarks/predict.py). Also in inference/forward.py, so that a
@@ -20,6 +30,8 @@ from bigbatch.trainers.engine import Engine
 _PART = 32
 # Below this many images a rank decodes them itself, faster than workers could start.
 FEW_IMAGES = 2000
+# Logits that a rank keeps to go through them once more; more are computed again.
+KEPT_BYTES = 2**28
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,25 +56,34 @@ class Evaluator:
             view=self.augmenter.eval_view,
         )
 
-    def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
-        """Logits [N, C] in index order, float32, on rank 0; None on the other ranks."""
-        found = self._logits(model, index, [{}])
-        return None if found is None else found[0]
+    def outcomes(self, model: nn.Module, index: Index) -> Outcomes | None:
+        """What a model says of each sample, in index order, on rank 0; None on the other ranks.
 
-    def logits_of(
-        self, model: nn.Module, index: Index, weights: Sequence[Mapping[str, Tensor]]
-    ) -> list[np.ndarray] | None:
-        """The same for each set of weights, with every image decoded once.
-
-        Leaves the last set in `model`. A set is copied into it anew for each batch: so the device
-        holds one model, however many sets there are, which may lie on the host or in a file.
+        No rank holds more logits than those of a batch. Collective.
         """
-        return self._logits(model, index, weights)
+        parts = [
+            outcomes_of(logits[0], labels_of(index, samples))
+            for samples, logits in self.batches(model, index)
+        ]
+        return gather_outcomes(self.engine, join(parts), len(index), self.batch)
+
+    def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
+        """Logits [N, C] in index order, float32, on rank 0; None on the others. For few classes."""
+        found = [torch.zeros(0, len(index.classes))]
+        found += [torch.from_numpy(logits[0]) for _, logits in self.batches(model, index)]
+        rows = torch.cat(found).to(self.engine.device)
+        return gather_in_order(self.engine, rows, len(index), self.batch)
 
     @torch.inference_mode()
-    def _logits(
-        self, model: nn.Module, index: Index, weights: Sequence[Mapping[str, Tensor]]
-    ) -> list[np.ndarray] | None:
+    def batches(
+        self, model: nn.Module, index: Index, weights: Sequence[Mapping[str, Tensor]] = ({},)
+    ) -> Iterator[tuple[Positions, Logits]]:
+        """This rank's batches: samples [n], and their logits [M, n, C] by each set of weights.
+
+        Every image is decoded once. Leaves the last set in `model`; none stands for the weights
+        that it has. A set is copied into it anew for each batch: so the device holds one model,
+        however many sets there are, which may lie on the host or in a file.
+        """
         engine = self.engine
         share = -(-len(index) // engine.world)
         decoding = self.decoding(self.data.workers if share > FEW_IMAGES else 0)
@@ -71,25 +92,69 @@ class Evaluator:
         )
         was_training = model.training
         model.eval()
-        outputs: list[list[Tensor]] = [[] for _ in weights]
         for batch in batches:
             images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
-            for tensors, found in zip(weights, outputs, strict=True):
+            found = []
+            for tensors in weights:
                 if tensors:
                     model.load_state_dict(tensors)
                     torch.clear_autocast_cache()  # the caller's may hold the former weights
                 # A model may write into what it is given, and the next one needs it.
                 own = images.clone() if len(weights) > 1 else images
                 with engine.autocast():
-                    found.append(in_parts(model, own).float())
+                    found.append(in_parts(model, own).float().cpu().numpy())
+            yield batch.samples, np.stack(found)
         model.train(was_training)
 
-        gathered = []
-        for found in outputs:
-            none = torch.zeros(0, len(index.classes), device=engine.device)
-            rows = torch.cat(found) if found else none
-            gathered.append(gather_in_order(engine, rows, len(index), self.batch))
-        return [rows for rows in gathered if rows is not None] if engine.rank == 0 else None
+
+class Again:
+    """What an iterator gives, as often as it is gone through: kept if it takes few bytes, else
+    made anew."""
+
+    def __init__(self, make: Callable[[], Iterator[tuple[Positions, Logits]]]) -> None:
+        self._make = make
+        self._kept: list[tuple[Positions, Logits]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Positions, Logits]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[tuple[Positions, Logits]] | None = []
+        size = 0
+        for item in self._make():
+            size += item[1].nbytes
+            if kept is not None:
+                kept.append(item)
+            if size > KEPT_BYTES:
+                kept = None
+            yield item
+        self._kept = kept
+
+
+def labels_of(index: Index, samples: Positions) -> Labels:
+    return index.label[samples].astype(np.int64)
+
+
+def gather_outcomes(engine: Engine, own: Outcomes, count: int, batch: int) -> Outcomes | None:
+    """Outcomes of all samples in their order on rank 0, of `gather_in_order`'s batches."""
+    rows = torch.from_numpy(to_rows(own)).to(engine.device)
+    ordered = gather_in_order(engine, rows, count, batch)
+    return None if ordered is None else from_rows(ordered)
+
+
+def gather_statistics(engine: Engine, own: Statistics, count: int, batch: int) -> Statistics | None:
+    """Statistics of all samples on rank 0, where each rank has those of its batches. Collective."""
+    if engine.world == 1:
+        return own
+    sums = own.sums()
+    parts = {str(i): torch.from_numpy(each) for i, each in enumerate(sums)}
+    for each, total in zip(sums, engine.sum_by_name(parts).values(), strict=True):
+        each[...] = total.cpu().numpy()
+    found = [gather_outcomes(engine, each, count, batch) for each in own.outcomes()]
+    if engine.rank != 0:
+        return None
+    own.put([each for each in found if each is not None])
+    return own
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

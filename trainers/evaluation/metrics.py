@@ -6,6 +6,7 @@ import numpy.typing as npt
 from bigbatch.trainers.evaluation.accuracy import Labels as Labels
 from bigbatch.trainers.evaluation.accuracy import balanced_accuracy
 
+Logits = npt.NDArray[np.float32]  # [M, N, C]: members, samples, classes
 Probabilities = npt.NDArray[np.float64]  # [N, C], rows sum to 1
 ECE_BINS = 15
 
@@ -48,10 +49,9 @@ def calibration_error(probabilities: Probabilities, labels: Labels, bins: int = 
     return float(np.abs(gap).sum() / len(labels))
 
 
-def confusion(probabilities: Probabilities, labels: Labels) -> npt.NDArray[np.int64]:
+def confusion(labels: Labels, predicted: Labels, classes: int) -> npt.NDArray[np.int64]:
     """Counts [C, C]: row = true class, column = predicted class. Of many classes take pairs."""
-    classes = probabilities.shape[1]
-    pairs = labels * classes + probabilities.argmax(axis=1)
+    pairs = labels * classes + predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.trainers.evaluation.accuracy import balanced_accuracy
-from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, width_bins
+from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, softmax, width_bins
 
 Array = NDArray[np.float64]
 _NUMBERS = 2**20  # in a chunk of rows: 8 MB, which a few temporaries of its size may multiply
@@ -80,12 +80,26 @@ def outcomes(probabilities: NDArray[np.floating], labels: Labels) -> Outcomes:
     return join([_of_rows(probabilities[r], labels[r]) for r in row_chunks(n, classes)])
 
 
+def outcomes_of(logits: NDArray[np.floating], labels: Labels) -> Outcomes:
+    """Outcomes of the softmax of logits [N, C].
+
+    Of those that are not finite too, so that weights gone wrong have scores, which are NaN.
+    """
+    chunks = row_chunks(*logits.shape)
+    return join([outcomes_of_rows(softmax(logits[rows]), labels[rows]) for rows in chunks])
+
+
 def _of_rows(probabilities: NDArray[np.floating], labels: Labels) -> Outcomes:
     p = probabilities.astype(np.float64, copy=False)
     wrong = ~(np.abs(p.sum(axis=1) - 1) <= _SUM_TOLERANCE) | (p.min(axis=1) < 0)
     if wrong.any():
         row = p[wrong.argmax()]
         raise ValueError(f"{row} is no row of probabilities: they are 0 or more, and sum to 1")
+    return outcomes_of_rows(p, labels)
+
+
+def outcomes_of_rows(p: Array, labels: Labels) -> Outcomes:
+    """Outcomes of a few rows of float64 [N, C], which are not looked at."""
     predicted = p.argmax(axis=1)
     rows = np.arange(len(p))
     chosen = p[rows, labels]
@@ -108,6 +122,18 @@ def join(parts: Sequence[Outcomes]) -> Outcomes:
         return Outcomes(none, none, zero, zero, zero, none)
     names = [field.name for field in fields(Outcomes)]
     return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def to_rows(of: Outcomes) -> Array:
+    """The columns side by side [N, 6], in which form ranks pass them on."""
+    return np.stack([getattr(of, field.name) for field in fields(Outcomes)], axis=1)
+
+
+def from_rows(rows: Array) -> Outcomes:
+    """What `to_rows` was made of: whole numbers below 2^53 are exact."""
+    label, predicted, confidence, chosen, squares, rank = rows.T
+    whole = (column.astype(np.int64) for column in (label, predicted, rank))
+    return Outcomes(next(whole), next(whole), confidence, chosen, squares, next(whole))
 
 
 def row_chunks(rows: int, width: int) -> Iterator[slice]:

@@ -20,7 +20,7 @@ from bigbatch.data.index import Index, draw_samples
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import Evaluator, in_parts
-from bigbatch.trainers.evaluation.metrics import softmax
+from bigbatch.trainers.evaluation.outcomes import Outcomes, outcomes_of
 
 _BATCH = 64  # images that one rank takes at a time
 _WORST = 10  # classes that a record names
@@ -37,8 +37,8 @@ class Probe:
         self._val, self._train = splits["val"], splits.get("train")
         self._seen = draw_samples(self._train or self._val, images, seed, "probe")
 
-    def look(self, model: nn.Module, logits: npt.NDArray[np.floating] | None) -> dict[str, Any]:
-        """What to record of `model`; `logits` [N, C] are those of the validation split, on rank 0.
+    def look(self, model: nn.Module, found: Outcomes | None) -> dict[str, Any]:
+        """What to record of `model`; `found` is what it says of the validation split, on rank 0.
 
         Collective; empty on the other ranks. `train` and `val` hold accuracy, nll and samples, the
         latter with each class weighed by its share of the training samples, so that a difference
@@ -46,14 +46,14 @@ class Probe:
         where nothing before a layer learns in this step (transfer), nothing can have died.
         """
         with dead_units(model, self._engine.frozen) as alive:
-            outcomes = self._pass(model)
-        every = self._engine.gather_values((outcomes, {k: v.tolist() for k, v in alive.items()}))
-        if self._engine.rank != 0 or logits is None:
+            own = self._pass(model)
+        every = self._engine.gather_values((own, {k: v.tolist() for k, v in alive.items()}))
+        if self._engine.rank != 0 or found is None:
             return {}
         record: dict[str, Any] = {"images": len(self._seen)}
         counts = None if self._train is None else self._train.class_counts.astype(np.float64)
         if counts is not None:
-            rows = sorted(row for found, _ in every for row in found)  # by place: any world's order
+            rows = sorted(row for part, _ in every for row in part)  # by place: any world's order
             shares = counts[counts > 0] / counts.sum()
             record |= {
                 "prior_nll": float(-(shares * np.log(shares)).sum()),
@@ -65,12 +65,12 @@ class Probe:
                 },
             }
         layers: dict[str, npt.NDArray[np.bool_]] = {}
-        for _, found in every:
-            for name, units in found.items():
+        for _, dead in every:
+            for name, units in dead.items():
                 row = np.array(units, dtype=bool)
                 layers[name] = layers.get(name, np.zeros_like(row)) | row
         record["dead"] = {name: float(1 - row.mean()) for name, row in layers.items()}
-        return record | by_class(logits, self._val, counts)
+        return record | by_class(found, self._val, counts)
 
     def _pass(self, model: nn.Module) -> list[tuple[int, bool, float]]:
         """(place, right, -log p) of each of this rank's images."""
@@ -91,29 +91,25 @@ class Probe:
                 if not len(batch.samples):
                     continue
                 logits = in_parts(model, self._evaluator.augmenter.evaluate(batch)).float()
-                p, labels = softmax(logits.cpu().numpy()), batch.labels.cpu().numpy()
-                chosen = np.maximum(p[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
-                right = p.argmax(axis=1) == labels
-                nll = (-np.log(chosen)).tolist()
-                outcomes += zip(batch.samples.tolist(), right.tolist(), nll, strict=True)
+                seen = outcomes_of(logits.cpu().numpy(), batch.labels.cpu().numpy())
+                right, nll = seen.correct.tolist(), seen.losses.tolist()
+                outcomes += zip(batch.samples.tolist(), right, nll, strict=True)
         model.train(was_training)
         return outcomes
 
 
 def by_class(
-    logits: npt.NDArray[np.floating], val: Index, trained: npt.NDArray[np.float64] | None
+    found: Outcomes, val: Index, trained: npt.NDArray[np.float64] | None
 ) -> dict[str, Any]:
     """Recalls of the validation split: `val`, their mean, and the `classes` that are worst off.
 
     `trained` are the training samples of each class [C], by which `val` weighs classes.
     """
-    labels, count = val.label.astype(np.int64), len(val.classes)
-    p = softmax(logits)
+    labels, count = found.label, len(val.classes)
     samples = np.bincount(labels, minlength=count)
     there = samples > 0
-    chosen = np.maximum(p[np.arange(len(labels)), labels], np.finfo(np.float64).tiny)
-    hits = np.bincount(labels, p.argmax(axis=1) == labels, minlength=count)
-    losses = np.bincount(labels, -np.log(chosen), minlength=count)
+    hits = np.bincount(labels, found.correct, minlength=count)
+    losses = np.bincount(labels, found.losses, minlength=count)
     recall, nll = hits[there] / samples[there], losses[there] / samples[there]
     weight = (samples if trained is None else trained)[there].astype(np.float64)
     weight /= max(1.0, float(weight.sum()))

@@ -89,6 +89,25 @@ class Statistics:
                     scored.add(piece, label)
                 self._by_number.add(pieces, label)
 
+    def sums(self) -> list[NDArray[Any]]:
+        """What ranks add up in place, where each was given other samples."""
+        found = [each for scored in self._models() for each in scored.sums()]
+        found += self._by_number.sums()
+        return found + [each for _, sizes in self._sets for each in sizes.sums()]
+
+    def outcomes(self) -> list[Outcomes]:
+        """Of each model, in the order in which samples were added; the first are as served."""
+        return [scored.outcomes() for scored in self._models()]
+
+    def put(self, outcomes: Sequence[Outcomes]) -> None:
+        """Take these, of all samples, in place of those of `outcomes`."""
+        for scored, own in zip(self._models(), outcomes, strict=True):
+            scored.put(own)
+
+    def _models(self) -> list["_Scored"]:
+        plain = [self._combined] if self._served is not self._combined else []
+        return [self._served, *plain, *self._members]
+
     def confusion(self) -> NDArray[np.int64]:
         """(true class, predicted class, count) [K, 3] of what occurs."""
         served = self._served.outcomes()
@@ -222,6 +241,12 @@ class _Scored:
         self._parts = [join(self._parts)]
         return self._parts[0]
 
+    def put(self, outcomes: Outcomes) -> None:
+        self._parts = [outcomes]
+
+    def sums(self) -> list[NDArray[Any]]:
+        return self._classwise.sums()
+
     def scores(self) -> Scores:
         whole = self.outcomes()
         equal_mass = reliability(whole.confidence, whole.correct, equal_mass=True)
@@ -237,11 +262,14 @@ class _SetSizes:
 
     def __init__(self, classes: int) -> None:
         self.sizes = np.zeros(classes + 1, np.int64)
-        self.held = 0
+        self.held = np.zeros((), np.int64)
+
+    def sums(self) -> list[NDArray[Any]]:
+        return [self.sizes, self.held]
 
     def add(self, sets: NDArray[np.bool_], labels: Labels) -> None:
         self.sizes += np.bincount(np.count_nonzero(sets, axis=1), minlength=len(self.sizes))
-        self.held += int(sets[np.arange(len(labels)), labels].sum())
+        self.held += sets[np.arange(len(labels)), labels].sum()
 
 
 def _shares(name: str, hits: NDArray[np.bool_] | None) -> Scores:
@@ -284,14 +312,14 @@ def _rejection(of: Outcomes, below: float | None) -> dict[str, Any] | None:
 
 
 def _conformal(rule: ConformalSets, found: _SetSizes) -> dict[str, Any]:
-    n = int(found.sizes.sum())
+    n, held = int(found.sizes.sum()), int(found.held)
     return {
         "method": rule.method,
         "level": rule.level,
         "threshold": rule.threshold,
         "fitted_on": rule.samples,
-        "coverage": found.held / n,
-        "coverage_interval": list(wilson(found.held, n)),
+        "coverage": held / n,
+        "coverage_interval": list(wilson(held, n)),
         "mean_size": float(found.sizes @ np.arange(len(found.sizes)) / n),
         "empty": float(found.sizes[0] / n),
         "single": float(found.sizes[1] / n),

@@ -23,7 +23,6 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # while it imports, as the worker does
 
-import numpy as np
 from pydantic import JsonValue
 
 from bigbatch.configs.errors import UserError
@@ -34,7 +33,7 @@ from bigbatch.configs.words import plural
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination, Logits
-from bigbatch.trainers.ensemble.evaluations import about, statistics_of
+from bigbatch.trainers.ensemble.evaluations import about
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
 from bigbatch.trainers.ensemble.held_out import check_decides
 from bigbatch.trainers.ensemble.members import Member
@@ -145,18 +144,16 @@ def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     listing = _open_labelled(options.source, engine, ensemble)
     forward = _forward(options, engine, ensemble)
     started = time.perf_counter()
-    logits = forward.logits(listing.index)
-    if logits is None:
+    whole = forward.statistics(ensemble, listing.index)
+    if whole is None:
         return 0
     cost = cost_of(forward, len(listing.index), time.perf_counter() - started)
-    labels = listing.index.label.astype(np.int64)
-    statistics = statistics_of(ensemble, logits, labels)
+    statistics = whole.summary()
     result = about(ensemble, options.model, listing.index, listing.notes) | statistics
     result |= {"source": options.source, "tta": options.tta, "mc_dropout": options.mc_dropout}
     result["cost"] = cost
     if options.out is not None:
-        probabilities = ensemble.combination.apply(logits)
-        evaluation.save_evaluation(options.out, ensemble, listing, result, probabilities, labels)
+        evaluation.save_evaluation(options.out, ensemble, listing, result, whole.outcomes()[0])
         report = evaluation.renew_report(options.out)
     if options.json:
         print(to_json(result, indent=1))
@@ -199,6 +196,8 @@ def _ensemble(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -
     report_on = None
     if options.report is not None:
         report_on = _open_labelled(options.report, engine, ensemble)
+    splits = [split for split in (fit_on, report_on) if split is not None]
+    engine.on_main(lambda: making.check_room(ensemble.members, splits))
     with _one_model(options, engine, ensemble, fit_on) as one:
         return _combined(options, engine, one, fit_on, report_on)
 

@@ -1,17 +1,20 @@
 """`bigbatch ensemble`: members chosen and combined on one split, reported on another."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from google_crc32c import value as crc32c
 
+from bigbatch.configs.errors import UserError
 from bigbatch.data.listing import Listing
 from bigbatch.trainers.ensemble.combination import Logits
 from bigbatch.trainers.ensemble.evaluations import statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.held_out import FitData, ReportData, report
+from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.ensemble.selection import CrossFitted, cross_fit, fit_ensemble
 from bigbatch.trainers.evaluation.conformal import fit_sets
 from bigbatch.trainers.evaluation.metrics import Labels
@@ -89,6 +92,24 @@ def make(
         "kept_in_folds": _times_kept(members, crossed),
     }
     return Made(ensemble, _out_of_fold(crossed, data, ensemble, kept), reported, record)
+
+
+def check_room(members: Sequence[Member], splits: Sequence[Listing]) -> None:
+    """Raise UserError where rank 0 could not hold the logits that a fit goes through many times.
+
+    Copied while they are gathered and put in order, and as probabilities in float64 out of fold.
+    """
+    classes = len(members[0].classes)
+    samples = sum(len(split.index) for split in splits)
+    need = samples * classes * (16 * len(members) + 16)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise UserError(
+            f"{samples:,} samples x {classes:,} classes x {len(members)} members: a fit holds "
+            f"their logits, about {need / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB; "
+            "fit and report smaller splits, or choose members with --members (`bigbatch evaluate "
+            "RUN...` scores their mean in any memory)"
+        )
 
 
 def fit_data(listing: Listing, logits: Logits) -> FitData:

@@ -8,7 +8,7 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.data.staging import is_url
 from bigbatch.trainers.ensemble.folder import Ensemble
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
+from bigbatch.trainers.evaluation.outcomes import Outcomes
 from bigbatch.trainers.evaluation.record import WORST, write_evaluation
 from bigbatch.trainers.inference.worst import draw_worst
 
@@ -42,13 +42,12 @@ def save_evaluation(
     ensemble: Ensemble,
     listing: Listing,
     result: dict[str, Any],
-    probabilities: Probabilities,
-    labels: Labels,
+    found: Outcomes,
 ) -> None:
-    """Write the figures and the picture of the worst mistakes into `folder`."""
+    """Write the figures, and the picture of the worst mistakes in `found`, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WORST).unlink(missing_ok=True)  # of another evaluation
-    drawn = draw_worst(ensemble, listing, probabilities, labels, folder / WORST)
+    drawn = draw_worst(ensemble, listing, found, folder / WORST)
     result["mistakes_drawn"] = drawn
     write_evaluation(folder, result)
 

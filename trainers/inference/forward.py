@@ -18,8 +18,18 @@ from bigbatch.data.loader import eval_batches
 from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.combination import Logits, log_softmax
+from bigbatch.trainers.ensemble.evaluations import EnsembleStatistics
+from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, autocast, gather_in_order, in_parts
+from bigbatch.trainers.evaluation.evaluate import (
+    FEW_IMAGES,
+    autocast,
+    gather_in_order,
+    gather_statistics,
+    in_parts,
+    labels_of,
+)
+from bigbatch.trainers.evaluation.statistics import Statistics
 from bigbatch.trainers.inference.dropout import drop, let_drop
 from bigbatch.trainers.inference.looks import looks_of, view_of
 from bigbatch.trainers.inference.progress import Progress
@@ -197,6 +207,18 @@ class Forward:
             members.append(rows.view(-1, count, rows.shape[1]).mean(0).cpu().numpy())
             taken.clear()
         return np.concatenate(members, axis=1)
+
+    def statistics(self, ensemble: Ensemble, index: Index) -> Statistics | None:
+        """Statistics of an ensemble of these members, on rank 0. Collective.
+
+        No rank holds more logits than those of a batch.
+        """
+        found = EnsembleStatistics(ensemble)
+        with Progress("evaluating", len(index), self.engine) as progress:
+            for outputs in self.outputs(index):
+                found.add(outputs.logits, labels_of(index, outputs.samples))
+                progress.advance(len(outputs.samples))
+        return gather_statistics(self.engine, found.statistics, len(index), self.batch)
 
     def logits(self, index: Index) -> Logits | None:
         """Logits [M, N, C] of all samples on rank 0, in index order; None elsewhere. Collective."""

@@ -64,7 +64,7 @@ def predict(
             nothing = np.zeros((0, len(ensemble.classes)))
             none = np.zeros((0, 0), np.float32) if features else None
             last = table.rows(keys, [-1] * len(keys), nothing, reasons, none)
-            return join(folder, engine.world, batches, last, out)
+            return join(folder, engine.world, batches, last, out, len(ensemble.classes))
 
         rows = engine.on_main(joined)
     finally:  # on each rank: rank 0 may be the one that was killed

@@ -18,7 +18,8 @@ from bigbatch.configs.files import sync, to_json
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.evaluation.metrics import Probabilities
 
-_ROWS = 8192  # of a row group of the result
+_ROWS = 8192  # of a row group of the result, at most
+_NUMBERS = 2**22  # in one, about: probabilities of as many classes as there are
 
 
 class Table:
@@ -115,11 +116,13 @@ def _part(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.parquet"
 
 
-def join(folder: Path, world: int, batches: int, last: pa.Table, out: Path) -> int:
+def join(folder: Path, world: int, batches: int, last: pa.Table, out: Path, width: int = 1) -> int:
     """Write the rows of all batches, and `last` behind them, to `out`; returns how many.
 
-    Batch b is row group b // world of rank b % world. The file appears whole, or not at all.
+    Batch b is row group b // world of rank b % world; `width` are a row's numbers. The file
+    appears whole, or not at all.
     """
+    rows = max(1, min(_ROWS, _NUMBERS // width))
     parts = [pq.ParquetFile(_part(folder, rank)) for rank in range(world)]
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
 
@@ -131,9 +134,13 @@ def join(folder: Path, world: int, batches: int, last: pa.Table, out: Path) -> i
     count = 0
     try:
         with _writer(temporary, out.suffix, last.schema) as writer:
-            for table in _grouped(tables()):
+            for table in _grouped(tables(), rows):
                 count += len(table)
-                writer.write_table(_flat(table) if out.suffix == ".csv" else table)
+                if out.suffix != ".csv":
+                    writer.write_table(table)
+                    continue
+                for first in range(0, len(table), rows):  # lists of Python's numbers are large
+                    writer.write_table(_flat(table.slice(first, rows)))
         sync(temporary)
         temporary.rename(out)
     except BaseException:
@@ -148,12 +155,12 @@ def _writer(path: Path, suffix: str, schema: pa.Schema) -> Any:
     return pa.csv.CSVWriter(str(path), _flat(schema.empty_table()).schema)
 
 
-def _grouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Tables of about _ROWS rows."""
+def _grouped(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Tables of about so many rows."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
-        if sum(map(len, waiting)) >= _ROWS:
+        if sum(map(len, waiting)) >= rows:
             yield pa.concat_tables(waiting)
             waiting = []
     if waiting:

@@ -16,7 +16,6 @@ from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, Scores, greedy_soup, loss_barrier, uniform_soup
 from bigbatch.trainers.evaluation.evaluate import Evaluator, autocast
-from bigbatch.trainers.evaluation.metrics import score, softmax
 from bigbatch.trainers.evaluation.precise_bn import PreciseBatchNorm
 from bigbatch.trainers.job import precise_statistics
 from bigbatch.trainers.models.batch_stats import averaged_layers
@@ -158,9 +157,8 @@ class _Kitchen:
     def scores(self, split: Index) -> Scores | None:
         """How good the model is on a split, on rank 0. Collective."""
         with autocast(self.engine.device, self._recipe.precision):
-            logits = self._evaluator.logits(self.model, split)
-        labels = np.asarray(split.label, np.int64)
-        return None if logits is None else score(softmax(logits), labels)
+            found = self._evaluator.outcomes(self.model, split)
+        return None if found is None else found.scores()
 
     def scores_of(self, member: Member, split: Index) -> Scores:
         """Of a member's weights, on every rank. Collective; UserError where they are no good."""

@@ -18,7 +18,7 @@ from bigbatch.data.index import Index, some_samples
 from bigbatch.data.listing import Listing
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.ensemble.folder import Ensemble
-from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
+from bigbatch.trainers.evaluation.outcomes import Outcomes
 from bigbatch.trainers.inference.looks import view_of
 
 _MOST, _COLUMNS = 24, 6
@@ -26,26 +26,17 @@ _CELL, _TEXT, _GAP = 150, 36, 12  # pixels: the side of an image, the lines abov
 _INK, _MUTED = "#1c1c1c", "#666666"
 
 
-def draw_worst(
-    ensemble: Ensemble,
-    listing: Listing,
-    probabilities: Probabilities,
-    labels: Labels,
-    path: Path,
-) -> int:
+def draw_worst(ensemble: Ensemble, listing: Listing, found: Outcomes, path: Path) -> int:
     """Draw the mistakes that were made with most confidence, as the first member sees them.
 
-    `probabilities` [N, C], `labels` [N]. Returns how many mistakes there are; none makes no
-    picture.
+    Returns how many mistakes there are; none makes no picture.
     """
-    best = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(best != labels)
-    confidence = probabilities[wrong, best[wrong]]
-    chosen = wrong[np.lexsort((wrong, -confidence))][:_MOST]
+    wrong = np.flatnonzero(~found.correct)
+    chosen = wrong[np.lexsort((wrong, -found.confidence[wrong]))][:_MOST]
     if len(chosen):
         lines = [
-            (f"{ensemble.classes[best[i]]} {probabilities[i, best[i]]:.0%}",
-             f"is {ensemble.classes[labels[i]]}")
+            (f"{ensemble.classes[found.predicted[i]]} {found.confidence[i]:.0%}",
+             f"is {ensemble.classes[found.label[i]]}")
             for i in chosen
         ]  # fmt: skip
         content = io.BytesIO()

@@ -10,6 +10,7 @@ from torch import nn
 
 from bigbatch.trainers.compress.measure import counts, milliseconds, scores, sizes
 from bigbatch.trainers.evaluation.accuracy import wilson
+from bigbatch.trainers.evaluation.outcomes import outcomes
 
 
 def test_sizes_are_those_of_the_file_and_of_gzip(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_scores_before_and_after() -> None:
     labels = np.array([0, 1, 1, 0, 1])
     before = np.eye(2)[[0, 1, 0, 0, 0]] * 0.8 + 0.1
     after = np.eye(2)[[0, 1, 1, 1, 1]] * 0.8 + 0.1
-    found = scores(after, labels, before)
+    found = scores(outcomes(after, labels), outcomes(before, labels))
     assert found["accuracy"] == 0.8
     assert found["interval"] == wilson(4, 5)
     assert found["change"] == pytest.approx(0.2)

@@ -1,8 +1,10 @@
 """What a run's end says of its members, and that `evaluate` says the same of them afterwards."""
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import MicroBatch
 from bigbatch.data.index import Index, open_index
 from bigbatch.trainers.engine import Engine, open_engine
-from bigbatch.trainers.ensemble.combine import _mean_probabilities, combine
+from bigbatch.trainers.ensemble.combination import Combination
+from bigbatch.trainers.ensemble.combine import Seen, _mean_probabilities, combine, look
+from bigbatch.trainers.ensemble.evaluations import EnsembleStatistics
 from bigbatch.trainers.ensemble.members import find_members
 from bigbatch.trainers.evaluation import evaluate
 from bigbatch.trainers.evaluation.evaluate import Evaluator
@@ -109,3 +113,111 @@ def test_the_mean_of_members_is_numpy_s_bit_for_bit() -> None:
     for count in (1, 2, 5):
         mean = np.mean([softmax(each) for each in logits[:count]], axis=0)
         assert (_mean_probabilities(logits[:count]) == mean).all()
+
+
+def test_scores_that_are_computed_twice_are_those_that_were_kept(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the validation split: logits of many classes are not kept between the two passes."""
+    run = untrained_run(tmp_path / "a", digits, tuple("0123456789"), snapshots=3)
+    kept = combined(run, digits, margin=0.3)
+    written = (run.evaluations / "val" / EVALUATION).read_bytes()
+    monkeypatch.setattr(evaluate, "KEPT_BYTES", 1000)
+    assert combined(run, digits, margin=0.3) == kept
+    assert (run.evaluations / "val" / EVALUATION).read_bytes() == written
+
+
+class Split:
+    """As much of an index as a split that nobody decodes needs."""
+
+    def __init__(self, samples: int, classes: int) -> None:
+        self.label = np.arange(samples) * 7 % classes
+        self.classes = tuple(map(str, range(classes)))
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def fake_ensemble(members: int, classes: int) -> Any:
+    names = [SimpleNamespace(name=str(number)) for number in range(members)]
+    classes_ = tuple(map(str, range(classes)))
+    combination = Combination(temperature=2.0)
+    return SimpleNamespace(members=names, classes=classes_, combination=combination)
+
+
+def logits_of(batch: int, members: int, samples: int, classes: int) -> np.ndarray:
+    generator = np.random.default_rng(batch)
+    return generator.normal(size=(members, samples, classes)).astype(np.float32) * 3
+
+
+def seen(samples: int, classes: int, batch: int = 20) -> Seen:
+    index: Any = Split(samples, classes)
+    engine = SimpleNamespace(
+        rank=0,
+        world=1,
+        device=torch.device("cpu"),
+        gather_rows=lambda rows, _: [rows.numpy()],
+        gather_values=lambda value: [value],
+    )
+    evaluator: Any = SimpleNamespace(engine=engine, batch=batch)
+    batches = (
+        (np.arange(first, first + batch), logits_of(first, 2, batch, classes))
+        for first in range(0, samples, batch)
+    )
+    found = look(evaluator, index, batches, 2, (0, 1), fake_ensemble(2, classes))
+    assert found is not None
+    return found
+
+
+def test_memory_grows_with_samples_and_with_classes_never_with_their_product() -> None:
+    """100,000 classes of a million samples are 400 GB of logits of each member."""
+    peaks = []
+    for samples in (100, 500):
+        tracemalloc.start()
+        found = seen(samples, 4000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.mean is not None
+        assert len(found.mean) == samples
+        assert found.statistics is not None
+        found.statistics.summary()
+    # 400 samples more: six numbers a model, twice over; their logits would be 13 MB.
+    assert peaks[1] - peaks[0] < 1_000_000
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_statistics_are_the_same_at_any_world_size(world: int) -> None:
+    """Bit for bit, sums of probabilities by class included."""
+    samples, classes, batch = 170, 12, 16
+    index: Any = Split(samples, classes)
+    ensemble = fake_ensemble(3, classes)
+
+    def statistics(rank: int, world: int) -> Any:
+        found = EnsembleStatistics(ensemble)
+        for number in range(rank, -(-samples // batch), world):
+            own = np.arange(number * batch, min(samples, (number + 1) * batch))
+            found.add(logits_of(number, 3, len(own), classes), index.label[own])
+        return found.statistics
+
+    sums: list[Any] = []
+    rows: list[list[np.ndarray]] = []
+    for rank in reversed(range(world)):
+        mine: list[np.ndarray] = []
+
+        def add(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            sums.append({name: part.double().clone() for name, part in parts.items()})
+            return {name: sum(each[name] for each in sums) for name in parts}
+
+        def gather(own: torch.Tensor, capacity: int, rank: int = rank, mine: Any = mine) -> Any:
+            mine.append(own.numpy())
+            return None if rank else [each[len(mine) - 1] for each in reversed(rows)]
+
+        rows.append(mine)
+        engine: Any = SimpleNamespace(
+            rank=rank, world=world, device=torch.device("cpu"), sum_by_name=add, gather_rows=gather
+        )
+        whole = evaluate.gather_statistics(engine, statistics(rank, world), samples, batch)
+        assert (whole is None) == (rank > 0)
+    assert whole is not None
+    assert whole.summary() == statistics(0, 1).summary()
+    assert (whole.confusion() == statistics(0, 1).confusion()).all()

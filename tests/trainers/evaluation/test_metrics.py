@@ -29,7 +29,9 @@ def test_against_scikit_learn(predictions):
     balanced = balanced_accuracy_score(labels, p.argmax(1))
     assert scores["balanced_accuracy"] == pytest.approx(balanced)
     assert scores["nll"] == pytest.approx(log_loss(labels, p))
-    assert (confusion(p, labels) == confusion_matrix(labels, p.argmax(1))).all()
+    assert (
+        confusion(labels, p.argmax(1), p.shape[1]) == confusion_matrix(labels, p.argmax(1))
+    ).all()
 
 
 def test_brier_is_the_squared_distance_to_the_label(predictions):

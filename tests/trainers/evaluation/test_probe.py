@@ -16,6 +16,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.index import Index
 from bigbatch.trainers.evaluation.evaluate import Evaluator
+from bigbatch.trainers.evaluation.outcomes import outcomes_of
 from bigbatch.trainers.evaluation.probe import Probe, by_class, dead_units
 from tests.helpers.micro_batches import damage, pictures, write_shards
 
@@ -63,7 +64,7 @@ def look(
         )
         splits = {"train": split, "val": split}
         probe = Probe(engine, Evaluator(engine, augmenter, recipe), splits, images, 1)
-        record = probe.look(model, logits)
+        record = probe.look(model, outcomes_of(logits, split.label.astype(np.int64)))
         assert bool(record) == (rank == 0)
     return record
 
@@ -149,7 +150,8 @@ def test_classes_weigh_as_in_training() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2])
     logits = np.log(np.array([[8, 1, 1], [8, 1, 1], [8, 1, 1], [1, 8, 1], [1, 1, 8], [8, 1, 1]]))
     val: Any = SimpleNamespace(label=labels, classes=("a", "b", "c", "none"))
-    record = by_class(logits, val, np.array([80.0, 15.0, 5.0, 0.0]))
+    seen = outcomes_of(logits, labels)
+    record = by_class(seen, val, np.array([80.0, 15.0, 5.0, 0.0]))
     recall = np.array([1, 0.5, 0.5])
     assert record["val"]["accuracy"] == pytest.approx([0.8, 0.15, 0.05] @ recall)
     nll = F.cross_entropy(torch.tensor(logits), torch.tensor(labels), reduction="none")
@@ -160,4 +162,4 @@ def test_classes_weigh_as_in_training() -> None:
     assert [(r["label"], r["recall"], r["trained"]) for r in rows] == [
         (1, 0.5, 15), (2, 0.5, 5), (0, 1.0, 80),
     ]  # fmt: skip
-    assert "trained" not in by_class(logits, val, None)["classes"][0]
+    assert "trained" not in by_class(seen, val, None)["classes"][0]

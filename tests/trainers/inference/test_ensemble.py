@@ -22,6 +22,7 @@ from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.evaluations import statistics_of
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, read_record, write_ensemble
 from bigbatch.trainers.evaluation.metrics import softmax
+from bigbatch.trainers.evaluation.outcomes import outcomes
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference import ensemble as making
@@ -121,7 +122,7 @@ def test_an_evaluation_is_written_as_strict_json_with_the_worst_mistakes(
     assert statistics["accuracy"] == (p.argmax(axis=1) == labels).mean()
     each = statistics["members"]["each"]
     assert [m["accuracy"] for m in each] == [(own.argmax(1) == labels).mean() for own in logits]
-    save_evaluation(tmp_path / "e", members, test, statistics, p, labels)
+    save_evaluation(tmp_path / "e", members, test, statistics, outcomes(p, labels))
     content = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert content["mistakes_drawn"] == (p.argmax(axis=1) != labels).sum()
     assert (tmp_path / "e" / "worst.png").read_bytes().startswith(b"\x89PNG")
@@ -130,8 +131,8 @@ def test_an_evaluation_is_written_as_strict_json_with_the_worst_mistakes(
 def test_no_mistake_makes_no_picture(members: Ensemble, digits: Path, tmp_path: Path) -> None:
     _, test = splits(digits)
     labels = test.index.label.astype(np.int64)
-    p = np.eye(10)[labels]
-    save_evaluation(tmp_path, members, test, {}, p, labels)
+    right = outcomes(np.eye(10)[labels], labels)
+    save_evaluation(tmp_path, members, test, {}, right)
     assert not (tmp_path / "worst.png").exists()
 
 
@@ -237,9 +238,10 @@ def test_a_new_evaluation_leaves_no_picture_of_an_older_one(
 ) -> None:
     _, test = splits(digits)
     labels = test.index.label.astype(np.int64)
-    save_evaluation(tmp_path, members, test, {}, np.eye(10)[(labels + 1) % 10], labels)
+    wrong, right = (outcomes(np.eye(10)[(labels + k) % 10], labels) for k in (1, 0))
+    save_evaluation(tmp_path, members, test, {}, wrong)
     assert (tmp_path / "worst.png").exists()
-    save_evaluation(tmp_path, members, test, {}, np.eye(10)[labels], labels)
+    save_evaluation(tmp_path, members, test, {}, right)
     assert not (tmp_path / "worst.png").exists()
 
 
