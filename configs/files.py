@@ -85,6 +85,15 @@ def finite(value: Any) -> Any:
     return value
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where the file is missing, or is no object."""
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def read_jsonl(path: Path, *words: bytes) -> list[dict[str, Any]]:
     """All that `iter_jsonl` finds, where that is little."""
     return list(iter_jsonl(path, *words))

@@ -1,7 +1,8 @@
 """The end of a run: the average and the snapshots scored, the summary, the report."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
@@ -17,12 +18,13 @@ from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.centres import remove_centres
+from bigbatch.trainers.monitoring.history import as_finished, read_history
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
 from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
 from bigbatch.trainers.recovery.tensor_files import load_weights
-from bigbatch.trainers.report.diagnosis import diagnose_run
-from bigbatch.trainers.report.findings import say_findings
+from bigbatch.trainers.report.diagnosis import diagnose
+from bigbatch.trainers.report.findings import Finding, say_findings
 from bigbatch.trainers.report.results import final_table
 
 
@@ -65,13 +67,24 @@ def end(run: RunDir, summary: dict[str, Any], log: Log) -> None:
     No start looks at a run with a summary again, so all else is there before.
     """
     log.end_progress()
-    say_results(run, summary)
+    findings = say_results(run, summary)
     write_atomically(run.summary, to_json(summary, indent=1) + "\n")
     log.close("finished")  # only then it is sure where wandb's run lies
     print(f"summary  {run.summary}", flush=True)
     if log.wandb_path is not None:
         print(f"wandb    {log.wandb_path}", flush=True)
-    say_findings(diagnose_run(run), Terminal(soft_wrap=True))
+    with _said(f"no diagnosis: {{}}; `bigbatch diagnose {run.path}` says it"):
+        say_findings(findings, Terminal(soft_wrap=True))
+
+
+@contextmanager
+def _said(otherwise: str) -> Iterator[None]:
+    """Say what went wrong inside, and go on: the figures stand, and the rest can be had later."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        notice(otherwise.format(what))
 
 
 def _expected_snapshots(job: Job) -> set[int]:
@@ -147,10 +160,11 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def say_results(run: RunDir, summary: dict[str, Any]) -> None:
+def say_results(run: RunDir, summary: dict[str, Any]) -> list[Finding]:
     """The table, which takes no time, and then the report, which takes seconds to draw.
 
-    Raises OSError where the disk does not take it; a report that cannot be drawn ends no run.
+    Returns what is to be said of the run's learning. Raises OSError where the disk does not take
+    the report; one that cannot be drawn ends no run.
     """
     console = Terminal(soft_wrap=True)
     console.print(final_table(summary))
@@ -164,9 +178,15 @@ def say_results(run: RunDir, summary: dict[str, Any]) -> None:
         )
     from bigbatch.trainers.report.report import write_report  # matplotlib
 
-    try:
-        print(f"report   {write_report(run, summary)}", flush=True)
-    except OSError:
-        raise
-    except Exception as error:  # the figures stand; what is drawn of them can be drawn later
-        notice(f"no report: {error}; `bigbatch report {run.path}` writes it")
+    refused: OSError | None = None
+    findings: list[Finding] = []
+    with _said(f"no report: {{}}; `bigbatch report {run.path}` writes it"):
+        history = as_finished(read_history(run), summary)
+        findings = diagnose(history)
+        try:
+            print(f"report   {write_report(run, history)}", flush=True)
+        except OSError as error:
+            refused = error
+    if refused is not None:
+        raise refused
+    return findings

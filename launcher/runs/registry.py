@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import iter_jsonl
-from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.files import iter_jsonl, read_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, create_run
 from bigbatch.configs.schema import Recipe
@@ -209,7 +208,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "seconds_left": left,
         "checkpoints": sorted(p.name for p in run.checkpoints.glob("step-????????")),
         "forked_from": run.forked_from,
-        "summary": _json(run.summary),
+        "summary": read_json(run.summary),
         "report": str(run.report) if run.report.exists() else None,
     }
 
@@ -359,10 +358,3 @@ def _progress(metrics: Path) -> tuple[int, float | None]:
     evals = (e for e in iter_jsonl(metrics, b'"val"') if e.get("kind") == "eval")
     accuracies = (float(e["accuracy"]) for e in evals if e.get("accuracy") is not None)
     return int(last.get("step", 0)), max(accuracies, default=None)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None

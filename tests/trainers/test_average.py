@@ -56,7 +56,7 @@ def start(
         return net
 
     monkeypatch.setattr("bigbatch.trainers.job.build_model", build)
-    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: None)  # takes seconds
+    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: [])  # takes seconds
     settings = [
         *(f"data.path={digits}", "log.wandb=off", "data.workers=0", f"duration={STEPS} steps"),
         *(f"global_batch={BATCH}", "micro_batch=32", "schedule={name: constant}"),

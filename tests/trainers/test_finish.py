@@ -9,6 +9,7 @@ from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers import finish
+from bigbatch.trainers.monitoring import history
 from bigbatch.trainers.monitoring.log import open_log
 from bigbatch.trainers.report import report
 
@@ -55,6 +56,33 @@ def test_a_report_that_cannot_be_drawn_ends_no_run(
     monkeypatch.setattr(report, "write_report", broken)
     end(run)
     assert f"`bigbatch report {run.path}` writes it" in capsys.readouterr().err
+    assert read_jsonl(run.events)[-1]["state"] == "finished"
+
+
+def test_records_are_read_once_and_words_that_fail_end_no_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_plots: None,
+) -> None:
+    """They were read again behind the summary, where an error ended a run that was finished."""
+    run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=off"]))
+    read: list[Path] = []
+    real = history.read_records
+
+    def counted(path: Path) -> Any:
+        read.append(path)
+        return real(path)
+
+    def broken(findings: Any, console: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(history, "read_records", counted)
+    monkeypatch.setattr(finish, "say_findings", broken)
+    end(run)
+    assert read == [run.metrics]
+    said = capsys.readouterr().err
+    assert f"no diagnosis: ZeroDivisionError; `bigbatch diagnose {run.path}` says it" in said
     assert read_jsonl(run.events)[-1]["state"] == "finished"
 
 

@@ -4,24 +4,31 @@ Free of torch.
 """
 
 import math
+import re
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.configs.files import iter_jsonl, iter_lines
+from bigbatch.configs.files import iter_lines, read_json
 from bigbatch.configs.json_text import parse_json
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.journal import count, read_journal
 
 Record = Mapping[str, Any]  # of metrics.jsonl
 _FIRST_EVENTS, _NEWEST_EVENTS = 100, 1000
 _LONGEST_EVENT = 1 << 16
+# Records of each kind that are taken at least, where there are more of them.
+_MOST = {"train": 1 << 14, "eval": 1 << 12, "trust": 1 << 10, "ranks": 1, "probe": 256}
+_MOST |= {"gradients": 256}
+_KIND = re.compile(rb'"kind": ?"(\w+)"')
+_SPLIT = re.compile(rb'"split": ?"([^"]*)"')
 Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
 
 PHASE_NAMES = {
@@ -77,38 +84,96 @@ class History:
 
 
 def read_history(run: RunDir) -> History:
-    """Read a run directory. Raises UserError where it is none."""
+    """Read a run directory. Raises UserError where it is none.
+
+    Of very many records of one kind every so many are taken, the first ones and the newest among
+    them: a plot shows no more, and a run of a year is read in seconds.
+    """
     recipe = run.recipe()
-    splits = dict.fromkeys(str(r.get("split")) for r in _records(run, "eval"))
-    trust = ({"step": r["step"], **r["ratios"]} for r in _records(run, "trust"))
-    last = next(_records(run, "train", newest_first=True), {})
+    found = read_records(run.metrics)
+    train, ranks = found.get("train", []), found.get("ranks", [])
+    evals: dict[str, list[Record]] = {}
+    for record in found.get("eval", []):
+        evals.setdefault(str(record.get("split")), []).append(record)
+    trust = ({"step": r["step"], **r["ratios"]} for r in found.get("trust", []))
     journal = read_journal(run.path)
     snapshots = [read_json(path) for path in run.snapshots.glob("cycle-*/metrics.json")]
     return History(
         name=run.name,
         recipe=recipe,
         manifest=read_json(run.manifest) or {},
-        train=columns(_records(run, "train")),
+        train=columns(train),
         trust=columns(trust),
-        ranks=next(_records(run, "ranks", newest_first=True), None),
-        slowest=last.get("slowest"),
-        evals={
-            s: columns(r for r in _records(run, "eval") if str(r.get("split")) == s) for s in splits
-        },
+        ranks=ranks[-1] if ranks else None,
+        slowest=train[-1].get("slowest") if train else None,
+        evals={split: columns(records) for split, records in evals.items()},
         events=read_events(run),
         summary=read_json(run.summary),
         confusion=read_json(run.ensemble / "confusion.json"),
         snapshots=sorted(int(s["step"]) for s in snapshots if s),
         bad_samples=count(journal) if journal else None,
-        probes=list(_records(run, "probe")),
-        gradients=list(_records(run, "gradients")),
+        probes=found.get("probe", []),
+        gradients=found.get("gradients", []),
     )
 
 
-def _records(run: RunDir, kind: str, newest_first: bool = False) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl of one kind."""
-    found = iter_jsonl(run.metrics, f'"{kind}"'.encode(), newest_first=newest_first)
-    return (r for r in found if r.get("kind") == kind)
+def read_records(metrics: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of metrics.jsonl by kind, oldest first, of the kinds that views show.
+
+    The file is read once, and of a kind no more lines are parsed than twice those of `_MOST`.
+    """
+    thinned: dict[tuple[str, bytes], _Thinned] = {}
+    for line in iter_lines(metrics):
+        if (match := _KIND.search(line)) is None or (kind := match[1].decode()) not in _MOST:
+            continue
+        split = _SPLIT.search(line) if kind == "eval" else None
+        key = kind, split[1] if split else b""
+        if key not in thinned:
+            thinned[key] = _Thinned(_MOST[kind])
+        thinned[key].add(line)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (kind, _), lines in thinned.items():
+        for line in lines.kept():
+            try:
+                record = parse_json(line)
+            except ValueError:  # torn by a power cut; the next attempt writes that step again
+                continue
+            if isinstance(record, dict) and record.get("kind") == kind:
+                found.setdefault(kind, []).append(record)
+    return found
+
+
+class _Thinned:
+    """Lines as they come; of more than twice `most` every so many, the first `most` // 256 and
+    the newest one, so that their number stays below that."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._every, self._count = most, 1, 0
+        self._first: list[bytes] = []
+        self._lines: list[bytes] = []
+        self._last: bytes | None = None  # where it is in neither
+
+    def add(self, line: bytes) -> None:
+        if len(self._first) < self._most // 256:
+            self._first.append(line)
+            return
+        self._last = line
+        if self._count % self._every == 0:
+            self._lines.append(line)
+            self._last = None
+            if len(self._lines) > 2 * self._most:
+                del self._lines[1::2]
+                self._every *= 2
+        self._count += 1
+
+    def kept(self) -> list[bytes]:
+        return [*self._first, *self._lines, *([] if self._last is None else [self._last])]
+
+
+def as_finished(history: History, summary: Mapping[str, Any]) -> History:
+    """What the history of a run that is about to be finished will be."""
+    end = event_record("end", history.last_step, state="finished")
+    return replace(history, summary=summary, events=[*history.events, end])
 
 
 def read_events(run: RunDir) -> list[dict[str, Any]]:
@@ -196,15 +261,6 @@ def confused_pairs(table: Mapping[str, Any]) -> NDArray[np.int64]:
     matrix = np.array(table["matrix"], dtype=np.int64)
     true, predicted = np.nonzero(matrix)
     return np.stack([true, predicted, matrix[true, predicted]], axis=1)
-
-
-def read_json(path: Any) -> dict[str, Any] | None:
-    """A JSON object; None where the file is missing, or is no object."""
-    try:
-        content = parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def smooth(values: NDArray[np.float64], weight: float = 0.9) -> NDArray[np.float64]:

@@ -55,7 +55,6 @@ class Log:
         self._prometheus = prometheus
         self._step = 0
         self._held_back = False
-        self._ended = False
         self._closed = False
         self._alerts = Alerts()
         self._resized = {first + 1 for first, _ in image_sizes(recipe, epoch_samples)}
@@ -137,23 +136,15 @@ class Log:
         if self._progress:
             self._progress.close()
 
-    def end(self, state: str) -> None:
-        """Record the last event, `state` (finished, stopped or failed), and wait for nothing."""
-        if self._ended:
+    def close(self, state: str) -> None:
+        """Record the last event, `state` (finished, stopped or failed), and close every view."""
+        if self._closed:
             return
-        self._ended = True
+        self._closed = True
         self.end_progress()
         self.event("end", state=state)
         if self._wandb:
             self._wandb.end(state, self._run.summary)
-
-    def close(self, state: str) -> None:
-        """Close every view; `state` is that of `end`, where it has not been called."""
-        if self._closed:
-            return
-        self.end(state)
-        self._closed = True
-        if self._wandb:
             self._wandb.close()
             self._report_wandb()
         if self._tensorboard:
@@ -174,7 +165,7 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and not self._ended:
+        if kind is not None and not self._closed:
             self.event("error", error=f"{kind.__name__}: {error}")
         self.close("failed" if kind is not None else "stopped")
 

@@ -3,7 +3,6 @@
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.load import dump_recipe
-from bigbatch.configs.rundir import RunDir, event_record
+from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.words import plural
 from bigbatch.trainers.advice.advise import measure_phases
 from bigbatch.trainers.monitoring.history import (
@@ -36,16 +35,12 @@ _MOST_RECALLS = 1000  # classes in the page's table; evaluation.json has all
 _HARDEST = 25  # of more than that, so many are shown
 
 
-def write_report(run: RunDir, summary: Mapping[str, Any] | None = None) -> Path:
+def write_report(run: RunDir, history: History | None = None) -> Path:
     """Write report.html into a run directory, from what is there so far; return its path.
 
-    `summary` is that of a run which is about to be finished. Raises UserError where `run` is no
-    run directory.
+    `history` is what was read of it already. Raises UserError where `run` is no run directory.
     """
-    history = read_history(run)
-    if summary is not None:
-        end = event_record("end", history.last_step, state="finished")
-        history = replace(history, summary=summary, events=[*history.events, end])
+    history = history or read_history(run)
     rows = result_rows(history.summary or {})
     page = _template().render(
         history=history,

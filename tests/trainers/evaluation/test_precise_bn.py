@@ -34,7 +34,7 @@ IMAGES = 128  # four micro-batches
 
 
 def start(folder: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> RunDir:
-    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: None)  # takes seconds
+    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: [])  # takes seconds
     settings = [
         *(*SMALL, f"data.path={digits}", "log.wandb=off", "duration=4 steps", "global_batch=64"),
         *("micro_batch=32", "schedule={name: constant}", "optimizer={name: muon, lr: 0.05}"),

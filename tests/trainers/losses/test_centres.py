@@ -74,7 +74,7 @@ def test_a_run_keeps_them_in_checkpoints_alone(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigbatch.trainers.job.build_model", lambda *_, **__: Net())
-    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: None)
+    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: [])
     settings = [
         *(f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=4 steps"),
         *("global_batch=32", "micro_batch=32", "schedule={name: constant}", "data.test=null"),

@@ -84,7 +84,7 @@ def test_the_run_ends_with_its_best_weights_and_resumes_to_the_same_end(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigbatch.trainers.job.build_model", lambda *_, **__: Net())
-    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: None)
+    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: [])
     monkeypatch.setattr(Attempt, "evaluate", evaluate)
     settings = [
         *(f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=5 steps"),
