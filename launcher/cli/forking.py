@@ -23,6 +23,7 @@ from bigbatch.launcher.cli import options
 @click.option("--no-train", is_flag=True, help="Make the runs, and leave them to `resume`.")
 @options.new_run
 @options.runs_folder
+@options.as_json
 def fork(
     parent: str,
     overrides: tuple[str, ...],
@@ -34,6 +35,7 @@ def fork(
     run: str | None,
     run_dir: Path | None,
     runs_folder: Path,
+    as_json: bool,
 ) -> None:
     """Train a new run that goes on from a checkpoint of RUN, with KEY=VALUE changes to its recipe.
 
@@ -50,6 +52,7 @@ def fork(
     from bigbatch.data.measured import with_measured
     from bigbatch.launcher import fork as branching
     from bigbatch.launcher import start
+    from bigbatch.launcher.cli import result
     from bigbatch.launcher.env import find_peers
     from bigbatch.launcher.launchers import Launch
     from bigbatch.launcher.members import member_paths, member_recipes, train_members
@@ -89,9 +92,18 @@ def fork(
         notice(note)
     for branch in made:
         options.say(f"{branch.path} goes on after step {branches[0].step}", err=True)
-    if no_train:
-        return
-    if members is not None:
-        sys.exit(train_members(made, nproc or 1, at_once or 1))
-    if not start.is_finished(made[0], None):
+    if members is None and not no_train and not made[0].summary.exists():
+        if as_json:
+            result.report_run(made[0].path)
         start.begin(made[0].path, None, Launch(nproc=nproc or 1))
+        return
+    status = 0
+    if members is not None and not no_train:
+        status = train_members(made, nproc or 1, at_once or 1)
+    if as_json:
+        found = [result.standing(branch.path, status) for branch in made]
+        several = {"runs": found, "exit_status": status}
+        options.print_json(found[0] if members is None else several)
+    elif members is None and not no_train:
+        start.is_finished(made[0], None)
+    sys.exit(status)

@@ -38,7 +38,7 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: None)  # takes seconds
+    monkeypatch.setattr("bigbatch.trainers.finish.say_results", lambda *_: [])  # takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,17 @@ def test_members_branch_by_seed_from_the_command_line(parent: RunDir, tmp_path: 
     for run in runs:
         assert (run.checkpoints / "step-00000004").is_dir()
         assert sorted(p.name for p in run.snapshots.iterdir()) == ["cycle-01", "cycle-02"]
+
+
+def test_json_is_where_the_branches_stand(parent: RunDir, tmp_path: Path) -> None:
+    where = ["--no-train", "--json", "--runs", str(tmp_path)]
+    done = CliRunner().invoke(cli, ["fork", f"{parent.path}@4", *where], catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["exit_status"], found["state"]) == (0, 0, "new")
+    assert found["path"] == str(tmp_path / "trunk-fork")
+    done = CliRunner().invoke(cli, ["fork", f"{parent.path}@4", "--members", "2", *where])
+    names = [run["name"] for run in json.loads(done.stdout)["runs"]]
+    assert names == ["trunk-fork-0", "trunk-fork-1"]
 
 
 @pytest.mark.parametrize(
