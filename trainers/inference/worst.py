@@ -1,13 +1,10 @@
 """A picture of the mistakes that were made with most confidence."""
 
-import importlib.util
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
 
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.size import height_width
@@ -20,10 +17,9 @@ from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.evaluation.outcomes import Outcomes
 from bigbatch.trainers.inference.looks import view_of
+from bigbatch.trainers.report.grid import grid
 
-_MOST, _COLUMNS = 24, 6
-_CELL, _TEXT, _GAP = 150, 36, 12  # pixels: the side of an image, the lines above it, between them
-_INK, _MUTED = "#1c1c1c", "#666666"
+_MOST = 24
 
 
 def draw_worst(ensemble: Ensemble, listing: Listing, found: Outcomes, path: Path) -> int:
@@ -40,48 +36,9 @@ def draw_worst(ensemble: Ensemble, listing: Listing, found: Outcomes, path: Path
             for i in chosen
         ]  # fmt: skip
         content = io.BytesIO()
-        _grid(_look(ensemble, listing.index, chosen), lines).save(content, "PNG")
+        grid(_look(ensemble, listing.index, chosen), lines).save(content, "PNG")
         write_atomically(path, content.getvalue())
     return len(wrong)
-
-
-def _grid(images: Sequence[npt.NDArray[np.uint8]], lines: Sequence[tuple[str, str]]) -> Image.Image:
-    """Images under two lines of text each. By Pillow: matplotlib would take seconds."""
-    columns = min(_COLUMNS, len(images))
-    rows = -(-len(images) // columns)
-    wide, high = _CELL + _GAP, _CELL + _TEXT + _GAP
-    sheet = Image.new("RGB", (columns * wide + _GAP, rows * high + _GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), _font()
-    for place, (image, (said, truth)) in enumerate(zip(images, lines, strict=True)):
-        left = _GAP + place % columns * wide
-        top = _GAP + place // columns * high
-        draw.text((left, top), _fitting(said, font), _INK, font)
-        draw.text((left, top + _TEXT // 2), _fitting(truth, font), _MUTED, font)
-        # Small images stay as sharp as their pixels are.
-        longest = max(image.shape[:2])
-        how = Image.Resampling.NEAREST if longest < _CELL else Image.Resampling.LANCZOS
-        height, width = (max(1, round(side * _CELL / longest)) for side in image.shape[:2])
-        sheet.paste(Image.fromarray(image).resize((width, height), how), (left, top + _TEXT))
-    return sheet
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """matplotlib's, which knows many scripts."""
-    spec = importlib.util.find_spec("matplotlib")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if path.is_file():
-            return ImageFont.truetype(path, 13)
-    return ImageFont.load_default(13)
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, cut to the width of an image."""
-    if font.getlength(text) <= _CELL:
-        return text
-    while text and font.getlength(f"{text}...") > _CELL:
-        text = text[:-1]
-    return f"{text}..."
 
 
 def _look(
