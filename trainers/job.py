@@ -98,6 +98,10 @@ class Job:
         plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
         return training_batches(recipe, self.inputs, plan, view, self.engine.device, journal)
 
+    def micro_batch(self, step: int, index: int) -> MicroBatch:
+        """One micro-batch of the step that follows `step` finished ones, whoever computes it."""
+        return next(self._batches(step, step + 1, index, self.recipe.micro_batches, None))
+
     def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""
         path = self.run.trace / f"rank-{self.engine.rank:05d}.jsonl"

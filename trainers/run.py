@@ -21,7 +21,7 @@ from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.planning.environment import recorded_variables, said_variables
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.resume import resume
-from bigbatch.trainers.recovery.rollback import Rollback
+from bigbatch.trainers.recovery.rollback import Rollback, StepFailed
 from bigbatch.trainers.recovery.signals import SAVED, StopFlag, agent_pid
 
 
@@ -65,12 +65,22 @@ def attempt(
             engine.skip()  # otherwise a loss scaler takes the next gradients for unscaled ones
             first, last = error.steps
             log.error(
-                "rollback", f"{error}; stepping over {first} to {last}", first=first, last=last
+                "rollback",
+                f"{error}; stepping over {first} to {last}",
+                first=first,
+                last=last,
+                loss=error.loss,
+                grad_norm=error.norm,
             )
             log.sync()
             log.close("stopped")
             engine.barrier()  # the others read what rank 0 has written
             return None
+        except StepFailed as error:
+            if error.leaps:  # what is not finite has an event already
+                wrong = {"loss": error.loss, "grad_norm": error.norm, "refused": True}
+                log.event("spike", step=error.step + 1, **wrong)
+            raise
         if not finished:
             log.close("stopped")
             if engine.rank == 0:

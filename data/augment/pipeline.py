@@ -97,6 +97,17 @@ class Augmenter:
                 images, targets = mixing.apply(images, targets, draws)
             return self.normalise(images), targets
 
+    def shares(self, batch: MicroBatch) -> Tensor:
+        """How much of each image that `train` gives comes from which one: [B, B], rows sum to 1."""
+        count = len(batch.samples)
+        shares = torch.eye(count, device=self.device)
+        size = height_width(self.view.at(batch.step).out)
+        for mixing, occurrence in self._mixings:
+            images = torch.zeros(count, 1, *size, device=self.device)
+            draws = self._draws(batch, mixing.name, occurrence)
+            shares = mixing.apply(images, shares, draws)[1]
+        return shares
+
     def images(self, batch: MicroBatch) -> Tensor:
         """Augmented images in [0, 1], before they are mixed and normalised."""
         with self._float32():

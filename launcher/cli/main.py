@@ -21,6 +21,7 @@ from bigbatch.launcher.cli import (
     forking,
     inference,
     recipes,
+    replaying,
     runs,
     submission,
     training,
@@ -63,6 +64,7 @@ SECTIONS = {
         runs.remove,
         training.watch,
         training.diagnose,
+        replaying.replay,
         training.report,
     ),
 }

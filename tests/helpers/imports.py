@@ -65,4 +65,5 @@ DENIED: dict[str, Mapping[str, str]] = {
     "bigbatch.trainers.worker": {**_NOWHERE, **_BEFORE_A_MODEL},
     "bigbatch.trainers.run": _NOWHERE,  # what a rank imports once its engine is open
     "bigbatch.trainers.inference.__main__": _NOWHERE,
+    "bigbatch.trainers.replay.__main__": _NOWHERE,
 }

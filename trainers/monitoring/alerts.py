@@ -6,6 +6,7 @@ mail or Slack, as its user has chosen. Free of torch.
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,22 @@ _SPIKE_SHARE = 0.2  # ... and at least this share of the median
 _SPEEDS = 500
 _RECENT = 20  # steps whose mean speed is held against the median of all
 _SLOW, _RECOVERED = 0.7, 0.9  # of the median speed
+
+
+def replay_command(run: str, event: Mapping[str, Any]) -> str | None:
+    """The command that shows what the step was made of that an event of a run is about.
+
+    Records and that command count finished steps; inside the loop the step that makes N of them
+    has the number N - 1, by which some events name it.
+    """
+    match event:
+        case {"kind": "spike", "step": int(step)}:
+            return f"bigbatch replay {run} --step {step}"
+        case {"kind": "non_finite", "step": int(step)}:
+            return f"bigbatch replay {run} --step {step + 1}"
+        case {"kind": "rollback", "last": int(last)}:
+            return f"bigbatch replay {run} --step {last + 1} --before-rollback"
+    return None
 
 
 class Alerts:

@@ -13,7 +13,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.schema import Recipe
-from bigbatch.trainers.monitoring.alerts import TITLES, Alerts
+from bigbatch.trainers.monitoring.alerts import TITLES, Alerts, replay_command
 from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.monitoring.progress import Progress
 from bigbatch.trainers.monitoring.prometheus import TextFile
@@ -103,6 +103,8 @@ class Log:
         """Append to events.jsonl: when, what, after how many steps, and any plain values."""
         if self._events:
             record = redact(event_record(kind, self._step) | fields)
+            if command := replay_command(self._run.name, record):
+                record["replay"] = command
             self._events.append(record)
             if self._prometheus:
                 self._prometheus.event(kind)

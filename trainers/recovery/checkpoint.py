@@ -176,7 +176,7 @@ def write(
     return final
 
 
-def _check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise UserError where a checkpoint's steps are not those of this run; it names why.
 
     Recipes are compared key by key, so a key that this version added, at its default, is no
@@ -213,7 +213,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     lacking = [key for key in ("step", "optimizer", "fingerprint") if key not in content]
     if lacking:
         raise UserError(f"{path / STATE} holds no {' and no '.join(lacking)}{_OTHER_VERSION}")
-    _check_fingerprint(path, content["fingerprint"], state.fingerprint)
+    check_fingerprint(path, content["fingerprint"], state.fingerprint)
     module = state.model if state.pieces is None else state.pieces.module
     try:
         tensors = load_file(path / OPTIMIZER)

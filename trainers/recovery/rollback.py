@@ -27,9 +27,18 @@ _NORMAL = 1.4826  # median absolute deviation to standard deviation, of a normal
 class Rollback(Exception):
     """Raised by the loop on all ranks alike, before the update of a step that went wrong."""
 
-    def __init__(self, why: str, steps: Range) -> None:
+    def __init__(self, why: str, steps: Range, loss: float, norm: float) -> None:
         super().__init__(why)
-        self.steps = steps
+        self.steps, self.loss, self.norm = steps, loss, norm
+
+
+class StepFailed(UserError):
+    """A step went wrong, and nothing is left to be done about it."""
+
+    def __init__(self, why: str, step: int, loss: float, norm: float, *, leaps: bool) -> None:
+        """`leaps`: all is finite, and the loss too high."""
+        super().__init__(why)
+        self.step, self.loss, self.norm, self.leaps = step, loss, norm, leaps
 
 
 def spikes(loss: float, earlier: Sequence[float], config: Spike) -> bool:
@@ -83,12 +92,16 @@ def check_step(
         why += f", a spike over the median {statistics.median(earlier):.6g}"
     if len(skipped_steps) >= recovery.max_rollbacks:
         tried = f" after {len(skipped_steps)} rollbacks" if skipped_steps else ""
-        raise UserError(
+        raise StepFailed(
             f"{why}{tried}; the weights were not touched. Lower optimizer.lr, lengthen "
             "schedule.warmup, or set clip, then start a new run; or let it step over the bad "
-            "steps by recovery.max_rollbacks"
+            "steps by recovery.max_rollbacks",
+            step,
+            loss,
+            norm,
+            leaps=finite,
         )
-    raise Rollback(why, [max(0, step + 1 - recovery.skip_steps), step])
+    raise Rollback(why, [max(0, step + 1 - recovery.skip_steps), step], loss, norm)
 
 
 def is_skipped(skipped_steps: list[Range], step: int) -> bool:

@@ -1,0 +1,221 @@
+"""What a run's directory says of one of its steps: where to begin, and what was recorded of it.
+
+Step N is the one that makes N finished steps, as records of metrics.jsonl, checkpoints and `fork`
+count them; inside the loop it has the number N - 1. Nothing here writes. Free of torch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import iter_jsonl
+from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.planning.plateau import Evaluation, read_evaluations
+from bigbatch.trainers.recovery.rollback import Range, is_skipped
+from bigbatch.trainers.recovery.stored import (
+    STATE,
+    CorruptCheckpoint,
+    list_checkpoints,
+    step_of,
+    verify,
+)
+
+Record = dict[str, Any]
+USUAL_STEPS = 20  # before a step, by whose records it is judged
+
+
+@dataclass(frozen=True)
+class Past:
+    """Step `step` of a run, to be replayed from the state after `start` finished steps."""
+
+    run: RunDir
+    recipe: Recipe
+    step: int
+    start: int
+    checkpoint: Path | None  # None: the model as it was built
+    skipped: tuple[Range, ...]  # steps, as counted before them, that make no update
+    attempts: tuple[Record, ...]  # start events, oldest first, those that others redid cut off
+    records: dict[int, Record] = field(default_factory=dict)  # "train", of all that is replayed
+    gradients: dict[int, Record] = field(default_factory=dict)  # likewise
+    usual: tuple[float, ...] = ()  # gradient norms of the last recorded steps before
+    evaluations: tuple[Evaluation, ...] = ()  # of the validation split, up to `step`
+    confusions: dict[int, Any] = field(default_factory=dict)  # what these confused, if recorded
+    refused: bool = False  # the run made no update in this step, for it went wrong there
+    notes: tuple[str, ...] = ()  # what a user should know, such as a damaged checkpoint
+
+    def attempt(self, step: int) -> Record:
+        """The start event of the attempt that made a step; {} where none is recorded."""
+        before = [event for event in self.attempts if event["step"] < step]
+        return before[-1] if before else {}
+
+
+@dataclass
+class _Events:
+    """What events.jsonl says of steps, in its order."""
+
+    rollbacks: list[Record] = field(default_factory=list)
+    attempts: list[Record] = field(default_factory=list)
+    wrong: dict[int, Record] = field(default_factory=dict)  # by step: it made no update
+    redone: int | None = None  # of what comes after so many steps, records are of a later try
+
+    def add(self, event: Record) -> None:
+        kind = event.get("kind")
+        if kind == "start":
+            self.attempts = [e for e in self.attempts if e["step"] < event["step"]] + [event]
+        elif kind == "rollback":
+            self.rollbacks.append(event)
+            self.add_wrong(int(event["last"]) + 1, event)
+        elif kind == "non_finite":
+            self.add_wrong(int(event["step"]) + 1, event)
+        elif kind == "spike" and event.get("refused"):
+            self.add_wrong(int(event["step"]), event)
+
+    def add_wrong(self, step: int, event: Record) -> None:
+        self.wrong[step] = {**self.wrong.get(step, {}), **event}
+
+
+def find_past(
+    run: RunDir, step: int, *, start: int | None = None, before_rollback: bool = False
+) -> Past:
+    """How step `step` of `run` can be replayed: from the checkpoint after `start` finished steps,
+    or the newest one before the step; without any from the model as it was built.
+
+    `before_rollback`: the step as it was when the run went back from it, or from one after it.
+    Raises UserError, with the remedy, where the step is out of reach.
+    """
+    recipe = run.recipe()
+    if recipe.data.stream is not None:
+        raise UserError(
+            f"{run.name} trains on data.stream, whose samples are drawn anew at each start: no "
+            "step of it can be had again; index the tars and set data.path"
+        )
+    events = _read_events(run, step, before_rollback)
+    skipped = [[int(e["first"]), int(e["last"])] for e in events.rollbacks]
+    _check_reach(run, step, events)
+    origin = run.forked_from
+    first = origin["at"] if origin else 0
+    if step <= first:
+        raise UserError(
+            f"step {step} is none of {run.name}, which branched off {(origin or {}).get('run')} "
+            f"after step {first}: replay it there"
+        )
+    found, checkpoint, notes = _find_start(run, step, start, skipped, bool(origin))
+    stands = step if events.redone is None else min(step, events.redone)
+    kinds: dict[str, dict[int, Record]] = {"train": {}, "gradients": {}, "confusion": {}}
+    for record in iter_jsonl(run.metrics, b'"train"', b'"gradients"', b'"confusion"'):
+        if record.get("kind") in kinds and record["step"] <= stands:
+            kinds[record["kind"]][record["step"]] = record
+    train = kinds["train"]
+    norms = [train[s].get("grad_norm") for s in sorted(train) if s < step][-USUAL_STEPS:]
+    records = {s: record for s, record in train.items() if s > found}
+    wrong = events.wrong.get(step)
+    refused = step not in records and wrong is not None and not is_skipped(skipped, step - 1)
+    if step not in records and wrong is not None:
+        records[step] = {k: wrong[k] for k in ("loss", "grad_norm") if k in wrong}
+    return Past(
+        run,
+        recipe,
+        step,
+        found,
+        checkpoint,
+        tuple(skipped),
+        tuple(events.attempts),
+        records,
+        kinds["gradients"],
+        tuple(float(norm) for norm in norms if norm is not None),
+        tuple(read_evaluations(run.metrics, step)),
+        {s: record["matrix"] for s, record in kinds["confusion"].items()},
+        refused,
+        tuple(notes),
+    )
+
+
+def _read_events(run: RunDir, step: int, before_rollback: bool) -> _Events:
+    """The events; with `before_rollback` those up to the rollback that undid `step`, itself out."""
+    events = _Events()
+    words = (b'"start"', b'"rollback"', b'"non_finite"', b'"spike"')
+    undone: list[Range] = []
+    found = False
+    for event in iter_jsonl(run.events, *words):
+        kind = event.get("kind")
+        if found:
+            if kind == "start":
+                events.redone = int(event["step"])
+                break
+            continue
+        if before_rollback and kind == "rollback":
+            undone.append([int(event["first"]) + 1, int(event["last"]) + 1])
+            if undone[-1][0] <= step <= undone[-1][1]:
+                events.add_wrong(undone[-1][1], event)
+                found = True
+                continue
+        events.add(event)
+    if before_rollback and not found:
+        known = ", ".join(f"{first} to {last}" for first, last in undone)
+        raise UserError(
+            f"{run.name} went back from no step {step}: "
+            + (f"its rollbacks undid steps {known}" if known else "it had no rollback")
+            + "; leave out --before-rollback"
+        )
+    return events
+
+
+def _check_reach(run: RunDir, step: int, events: _Events) -> None:
+    newest = iter_jsonl(run.metrics, b'"train"', newest_first=True)
+    recorded = next((int(r["step"]) for r in newest if r.get("kind") == "train"), 0)
+    saved = [step_of(path) for path in list_checkpoints(run.checkpoints)[:1]]
+    last = max([recorded, *saved, *events.wrong])
+    if not last:
+        raise UserError(f"{run.path} has finished no step yet; train it first")
+    if not 1 <= step <= last:
+        raise UserError(
+            f"{run.name} has no step {step}: its steps are 1 to {last:,}, where step N is the one "
+            "that record N of metrics.jsonl is of"
+        )
+
+
+def _find_start(
+    run: RunDir, step: int, start: int | None, skipped: list[Range], branched: bool
+) -> tuple[int, Path | None, list[str]]:
+    """Finished steps, the checkpoint after them, and what is wrong with newer ones."""
+    there = [path for path in list_checkpoints(run.checkpoints) if step_of(path) < step]
+    usable = [path for path in there if _took_part(path, skipped)]
+    if start is not None and start not in [0, *map(step_of, usable)]:
+        have = ", ".join(str(step_of(path)) for path in reversed(usable)) or "none"
+        raise UserError(
+            f"--from {start}: before step {step} of {run.name} there are checkpoints after steps "
+            f"{have}" + ("" if branched else ", and 0, the model as it was built")
+        )
+    notes: list[str] = []
+    for path in usable:
+        if start is not None and step_of(path) != start:
+            continue
+        try:
+            verify(path)
+        except CorruptCheckpoint as error:
+            if start is not None:
+                raise UserError(f"{error}; leave out --from, or name another one") from None
+            notes.append(f"{error}; going from an older one")
+            continue
+        return step_of(path), path, notes
+    if branched:
+        kept = ", ".join(str(step_of(p)) for p in reversed(list_checkpoints(run.checkpoints)))
+        raise UserError(
+            f"step {step} of {run.name} is out of reach: no checkpoint before it verifies (there "
+            f"are those after steps {kept or 'none'}), and a branch has no beginning of its own; "
+            "branch off its parent again with `bigbatch fork` and checkpoint.keep_every set"
+        )
+    return 0, None, notes
+
+
+def _took_part(path: Path, skipped: list[Range]) -> bool:
+    """Whether a checkpoint's weights stepped over just those of `skipped` that lie before it."""
+    try:
+        over = parse_json((path / STATE).read_bytes()).get("over", [])
+    except (OSError, ValueError, AttributeError):
+        return True  # `verify` says what is wrong with it
+    step = step_of(path)
+    return all((r in over) == (r in skipped) for r in [*over, *skipped] if r[0] < step)
