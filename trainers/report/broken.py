@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.trainers.monitoring.alerts import replay_command
 from bigbatch.trainers.report.facts import Facts
 from bigbatch.trainers.report.findings import Finding, choose, times
 
@@ -35,13 +36,16 @@ def non_finite(facts: Facts) -> Iterator[Finding]:
             {"steps": skipped},
         )
     elif skipped:
+        events = (e for e in facts.events if e["kind"] == "non_finite")
+        command = next(filter(None, (replay_command(facts.history.name, e) for e in events)), None)
+        shows = "" if command is None else f" `{command}` shows where it began."
         yield Finding(
             "problem",
             "Non-finite loss, gradient or statistics",
             f"{steps} had a loss, gradient or running statistics that were not finite; the updates "
-            "were not applied. Lower optimizer.lr, lengthen the warmup or set clip.",
+            f"were not applied. Lower optimizer.lr, lengthen the warmup or set clip.{shows}",
             "non_finite",
-            {"steps": skipped},
+            {"steps": skipped, "replay": command},
             choose(facts.recipe, [_lower_rate(facts)]),
         )
 
@@ -54,12 +58,14 @@ def exploding(facts: Facts) -> Iterator[Finding]:
     found = facts.gradients[0]["norms"] if facts.gradients else {}
     sizes = {name: norm for name, norm in found.items() if norm is not None}
     layer = max(sizes, key=lambda name: sizes[name]) if sizes else None
+    first = int(facts.step[0])
     where = f", most of it at {layer} ({sizes[layer]:.3g})" if layer is not None else ""
     yield Finding(
         "problem",
         "Exploding gradients",
         f"The first gradient had a norm of {norms[0]:.3g}{where}, before any update: the signal "
-        "grows from layer to layer. `bigbatch check` shows by how much.",
+        f"grows from layer to layer. `bigbatch check` shows by how much, {_replay(facts, first)} "
+        "from which sample.",
         "exploding",
         {"step": int(facts.step[0]), "grad_norm": float(norms[0]), "layer": layer},
         choose(
@@ -83,12 +89,13 @@ def diverged(facts: Facts) -> Iterator[Finding]:
     if not (came_back or rose):
         return
     at = int(facts.step[int(np.nanargmax(path) if rose else np.nanargmin(path))])
+    shows = f"; {_replay(facts, at)} shows what that step was made of" if rose else ""
     turned = f"rose to {highest:.3f}" if rose else f"fell to {lowest:.3f}"
     yield Finding(
         "problem",
         "Diverged",
         f"The training loss started at {start:.3f}, {turned} by step {at:,} and ended at "
-        f"{end:.3f}. Lower optimizer.lr or lengthen the warmup.",
+        f"{end:.3f}. Lower optimizer.lr or lengthen the warmup{shows}.",
         "diverged",
         {"start": start, "lowest": lowest, "highest": highest, "step": at, "end": end},
         choose(facts.recipe, [_lower_rate(facts)]),
@@ -157,6 +164,10 @@ def vanishing(facts: Facts) -> Iterator[Finding]:
 def _median(values: Any) -> float:
     finite = [value for value in values if value is not None]
     return float(np.median(finite)) if finite else 0.0
+
+
+def _replay(facts: Facts, step: int) -> str:
+    return f"`bigbatch replay {facts.history.name} --step {step}`"
 
 
 def _lower_rate(facts: Facts) -> tuple[str, float]:
