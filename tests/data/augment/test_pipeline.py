@@ -50,6 +50,21 @@ def batch_of(shapes, step=0, index=0, seed=0, channels=3):
     )
 
 
+@pytest.mark.parametrize(
+    "change", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}, {}]
+)
+def test_shares_say_whose_targets_were_mixed(change):
+    """Targets by them are those of training, by the same draws."""
+    batch = batch_of([(20, 24)] * 6, step=3, index=1)
+    own = augmenter(Augment(**PLAIN, **change))
+    shares = own.shares(batch)
+    assert shares.shape == (6, 6)
+    torch.testing.assert_close(shares.sum(1), torch.ones(6))
+    _, targets = own.train(batch)
+    torch.testing.assert_close(shares @ F.one_hot(batch.labels, 4).float(), targets)
+    assert bool((shares == torch.eye(6)).all()) is (not change)
+
+
 def test_three_views_share_all_but_the_last_operation():
     """Bit for bit: the first is without it, the second is as ever, the third has own draws."""
     batch = batch_of([(20, 24)] * 5)

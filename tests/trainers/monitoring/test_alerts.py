@@ -1,8 +1,11 @@
 """Alerts: what is said of losses and speeds, and how often."""
 
-import numpy as np
+from typing import Any
 
-from bigbatch.trainers.monitoring.alerts import Alerts
+import numpy as np
+import pytest
+
+from bigbatch.trainers.monitoring.alerts import Alerts, replay_command
 
 
 def kinds(losses: list[float], speeds: list[float]) -> list[tuple[int, str]]:
@@ -56,3 +59,22 @@ def test_one_slow_step_is_no_alert() -> None:
     speeds = [1000.0] * 300
     speeds[200] = 200.0
     assert kinds([1.0] * 300, speeds) == []
+
+
+@pytest.mark.parametrize(
+    ("event", "command"),
+    [
+        ({"kind": "spike", "step": 12}, "bigbatch replay mine --step 12"),
+        ({"kind": "non_finite", "step": 12}, "bigbatch replay mine --step 13"),  # counted before it
+        (
+            {"kind": "rollback", "step": 12, "first": 10, "last": 12},
+            "bigbatch replay mine --step 13 --before-rollback",
+        ),
+        ({"kind": "slow", "step": 12}, None),
+        ({"kind": "non_finite"}, None),  # of an old version
+    ],
+)
+def test_events_of_steps_name_the_command_that_explains_them(
+    event: dict[str, Any], command: str | None
+) -> None:
+    assert replay_command("mine", event) == command

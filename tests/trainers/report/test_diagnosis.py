@@ -232,6 +232,7 @@ def test_the_fit_waits_for_the_end_and_what_is_broken_does_not(recipe: Recipe) -
     assert found.rule == "unfinished"
     (found,) = learning(make(recipe, events=events, loss=spike(), probes=POOR))
     assert found.rule == "diverged"
+    assert f"`bigbatch replay run --step {found.evidence['step']}` shows what that" in found.text
     over = [*events, {"kind": "end", "state": "finished"}]  # stopped early
     (found,) = learning(make(recipe, events=over, probes=[probe(400, 1.0, 0.6)]))
     assert found.rule == "overfitting"
@@ -239,12 +240,15 @@ def test_the_fit_waits_for_the_end_and_what_is_broken_does_not(recipe: Recipe) -
 
 def test_a_run_that_broke_at_once(recipe: Recipe) -> None:
     """Two records, and an event of the step that ended it."""
-    history = make(recipe, events=[{"kind": "non_finite"}], probes=[])
+    history = make(recipe, events=[{"kind": "non_finite", "step": 2}], probes=[])
     train = {"step": np.arange(1.0, 3), "loss": np.array([3e4, 1e5]), "lr": np.ones(2)}
     train["grad_norm"] = np.array([1e5, 1e6])
     found = learning(replace(history, train=train, evals={}, gradients=[norms(1, a=1e5, b=2.0)]))
     assert [f.rule for f in found] == ["exploding", "non_finite"]
     assert "most of it at a" in found[0].text
+    assert "`bigbatch replay run --step 1` from which sample" in found[0].text
+    assert "`bigbatch replay run --step 3` shows where it began" in found[1].text
+    assert found[1].evidence["replay"] == "bigbatch replay run --step 3"
 
 
 def test_a_run_whose_first_step_was_not_finite_has_no_record(recipe: Recipe) -> None:
