@@ -14,6 +14,9 @@ class Log(StrictModel):
     details_every: Count = Field(
         50, description="steps between records of timing by rank, trust ratios, and the machine"
     )
+    ledger_every: Count | None = Field(
+        1, description="steps between lines of ledger.jsonl, digests of the state; null: none"
+    )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="auto: online where logged in, otherwise offline"
     )

@@ -49,6 +49,10 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -170,7 +174,7 @@ def create_run(
 
 def remove_leftovers(run: RunDir) -> None:
     """Remove what a killed holder of the run's lock was writing, and nobody else writes."""
-    ours = run.contact_sheet, run.metrics, run.summary, run.ensemble / "*"
+    ours = run.contact_sheet, run.metrics, run.ledger, run.summary, run.ensemble / "*"
     for path in ours:
         for left_over in path.parent.glob(f".{path.name}.tmp-*"):
             left_over.unlink()

@@ -179,8 +179,7 @@ def _check_network(
     checkpoint: Path, before: Recipe, recipe: Recipe, classes: tuple[str, ...]
 ) -> None:
     """Raise UserError where the recipe asks for other weights than the checkpoint holds."""
-    trees = [_network(r) for r in (before, recipe)]
-    if found := tree_differences(*trees):
+    if found := tree_differences(_network(before), _network(recipe)):
         raise UserError(
             f"a branch goes on with its parent's network: {summary(found)}; leave it as it is, or "
             "train a new run (model.checkpoint starts from weights)"
@@ -270,8 +269,10 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
             if step <= branch.step:
                 snapshots.append(path.name)
                 shutil.copytree(path, run.snapshots / path.name)
-    if branch.same_batch and parent.metrics.exists():  # the start cuts off what is beyond it
-        shutil.copyfile(parent.metrics, run.metrics)
+    if branch.same_batch:  # the start cuts off what is beyond it
+        for records, copy in ((parent.metrics, run.metrics), (parent.ledger, run.ledger)):
+            if records.exists():
+                shutil.copyfile(records, copy)
     target = checkpoint_path(run.checkpoints, branch.step)
     target.mkdir(parents=True)
     for name in branch.kept:

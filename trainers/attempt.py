@@ -13,6 +13,7 @@ from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.evaluation.metrics import confusion
 from bigbatch.trainers.evaluation.probe import Probe
 from bigbatch.trainers.job import Job
+from bigbatch.trainers.ledger.record import LedgerWriter
 from bigbatch.trainers.losses.confusion import Counts
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.log import Log
@@ -37,6 +38,7 @@ class Attempt:
     watchdog: Watchdog
     stop: StopFlag
     batches: Iterator[MicroBatch]  # this rank's, from the state's step on
+    ledger: LedgerWriter
     probe: Probe | None = None
 
     def evaluate(self, *, snapshot: bool = False) -> dict[str, float]:
@@ -108,7 +110,8 @@ def open_attempt(
     ):
         if recipe.recovery.max_rollbacks and job.state.step == 0:
             saver.save(job.state)  # there is always something to go back to
+        ledger = LedgerWriter(job, log)
         probe = None
         if images := plan.probes.images:
             probe = Probe(engine, job.evaluator, job.inputs.splits, images, recipe.seed)
-        yield Attempt(job, log, monitor, statistics, saver, watchdog, stop, batches, probe)
+        yield Attempt(job, log, monitor, statistics, saver, watchdog, stop, batches, ledger, probe)

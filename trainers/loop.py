@@ -25,7 +25,7 @@ def train(attempt: Attempt) -> bool:
     Raises Rollback where steps went wrong that shall be stepped over.
     """
     job, log, monitor, statistics = attempt.job, attempt.log, attempt.monitor, attempt.statistics
-    saver, watchdog = attempt.saver, attempt.watchdog
+    saver, watchdog, ledger = attempt.saver, attempt.watchdog, attempt.ledger
     recipe, engine, state, plan = job.recipe, job.engine, job.state, job.inputs.plan
     model, optimizer, objective = engine.model, engine.optimizer, job.objective
     noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
@@ -67,6 +67,7 @@ def train(attempt: Attempt) -> bool:
             assert batch.step == step
             watchdog.beat(step, "computing")
             clock.micro_batch(batch.slow_read)
+            ledger.see(batch)
             with clock("copy"):
                 batch = batch.to(engine.device)
             with clock("augment"):
@@ -105,6 +106,7 @@ def train(attempt: Attempt) -> bool:
                     "statistics": statistics.local(),
                     "timings": monitor.table(step + 1),
                     "changed": loss_sum.new_full((), float(bool(changed))),
+                    "ledger": ledger.share(step + 1),
                 }
             )
             on_device = totals.pop("statistics")
@@ -115,6 +117,7 @@ def train(attempt: Attempt) -> bool:
         engine.refuse_changes(step, changed, agreed["changed"][0])
         mean_loss = agreed["loss"][0] / plan.micro_batches
         norm_value = agreed["norm"][0]
+        ledger.agree(step + 1, agreed["ledger"], mean_loss)
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
         spoilt = [] if math.isfinite(agreed["buffers"][0]) else statistics.non_finite(on_device)
@@ -150,6 +153,7 @@ def train(attempt: Attempt) -> bool:
         if closure is not None:
             closure.forget()
         state.step = step + 1
+        ledger.look(state.step)
 
         # 4. Say what happened.
         seconds = time.perf_counter() - started
@@ -182,6 +186,7 @@ def train(attempt: Attempt) -> bool:
         if plan.saves(state.step) or last:
             watchdog.beat(state.step, "saving")
             log.phase("saving")
+            ledger.save()
             saver.save(state, accuracy=accuracy, last=last)
         saver.report()
         if leaving:

@@ -60,6 +60,10 @@ def branch(parent: RunDir, path: Path, step: int, *changes: str) -> RunDir:
     return make_branches(parent, checkpoint, [plan])[0]
 
 
+def ledger_lines(run: RunDir) -> list[str]:
+    return [line for line in run.ledger.read_text().splitlines() if '"kind": "step"' in line]
+
+
 def test_an_unchanged_branch_becomes_what_its_parent_became(parent: RunDir, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in parent.path.rglob("*") if p.is_file()}
     run = branch(parent, tmp_path / "b", 3)
@@ -73,6 +77,8 @@ def test_an_unchanged_branch_becomes_what_its_parent_became(parent: RunDir, tmp_
     records = [read_jsonl(r.metrics) for r in (parent, run)]
     values = [[(r["step"], r["kind"], r.get("loss"), r.get("nll")) for r in x] for x in records]
     assert values[0] == values[1]
+    assert ledger_lines(parent) == ledger_lines(run)
+    assert len(ledger_lines(run)) == 6
     scores = [json.loads(r.summary.read_bytes()) for r in (parent, run)]
     assert scores[0]["test"] == scores[1]["test"]
     assert {p: p.read_bytes() for p in parent.path.rglob("*") if p.is_file()} == before
@@ -101,8 +107,9 @@ def test_another_batch_goes_on_at_the_same_sample(
     assert "going on from an older one" not in capsys.readouterr().err
     traced = read_jsonl(run.trace / "rank-00000.jsonl")
     assert [record["step"] for record in traced] == [6, 7]
-    other = branch(parent, tmp_path / "c", 3, "log.trace=true")
+    other = branch(parent, tmp_path / "c", 3, "log.trace=true", "log.ledger_every=null")
     assert worker.main([str(other.path), "--stop-at", "4"]) == 0
+    assert ledger_lines(other) == ledger_lines(parent)[:3]
     whole = read_jsonl(other.trace / "rank-00000.jsonl")
     assert [r["samples"] for r in whole] == [r["samples"] for r in traced]
     with pytest.raises(UserError, match="192 samples, no whole number of steps of global_batch 5"):

@@ -1,7 +1,8 @@
 """What a run says about itself: metrics.jsonl, events.jsonl, and the views of them.
 
 `metrics.jsonl` is the truth, keyed by step; the progress line, wandb and the report are
-views of it. Only rank 0 writes. Free of torch.
+views of it. The lines of ledger.jsonl are made in trainers/ledger. Only rank 0 writes. Free of
+torch.
 """
 
 from pathlib import Path
@@ -38,6 +39,7 @@ class Log:
         epoch_samples: int,
         metrics: JsonLines | None,
         events: JsonLines | None,
+        ledger: JsonLines | None = None,
         progress: Progress | None,
         wandb: WandbView | None,
         tensorboard: TensorBoardView | None = None,
@@ -49,6 +51,7 @@ class Log:
         self._epochs_per_step = recipe.global_batch / epoch_samples
         self._metrics = metrics
         self._events = events
+        self._ledger = ledger
         self._progress = progress
         self._wandb = wandb
         self._tensorboard = tensorboard
@@ -99,6 +102,11 @@ class Log:
         """Record what is not measured in every step: kind "ranks", "trust" or "system"."""
         self._record(kind, step, values)
 
+    def ledger(self, line: dict[str, Any]) -> None:
+        """Append a line to ledger.jsonl. One that the disk holds back comes later, in its place."""
+        if self._ledger:
+            self._ledger.append(line)
+
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl: when, what, after how many steps, and any plain values."""
         if self._events:
@@ -129,7 +137,7 @@ class Log:
 
     def sync(self) -> None:
         """Put the records on the disk; a checkpoint must not outlive them. From any thread."""
-        for file in (self._metrics, self._events):
+        for file in (self._metrics, self._events, self._ledger):
             if file:
                 file.sync()
 
@@ -154,7 +162,7 @@ class Log:
             self._report_tensorboard()
         if self._prometheus:
             self._prometheus.close()
-        for file in (self._metrics, self._events):
+        for file in (self._metrics, self._events, self._ledger):
             if file:
                 file.close()
 
@@ -228,6 +236,7 @@ def open_log(
             wandb=None,
         )
     cut_records(run.metrics, start_step)
+    cut_records(run.ledger, start_step)
     prometheus = recipe.log.prometheus
     log = Log(
         run,
@@ -236,6 +245,7 @@ def open_log(
         epoch_samples=epoch_samples,
         metrics=JsonLines(run.metrics),
         events=JsonLines(run.events),
+        ledger=JsonLines(run.ledger) if recipe.log.ledger_every else None,
         progress=Progress(run.name, total_steps, start_step),
         wandb=open_wandb(run, recipe, recipe.log.wandb, start_step),
         tensorboard=TensorBoardView(run, start_step) if recipe.log.tensorboard else None,

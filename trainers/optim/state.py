@@ -27,7 +27,14 @@ def optimizer_state_by_name(
     including the counters that an optimizer keeps per group (``STATE/group.N``). Settings
     such as weight decay are not state: the recipe holds them.
     """
-    names = _names(optimizer, model)
+    tensors, scalars = own_state(optimizer, _names(optimizer, model))
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, scalars
+
+
+def own_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
+) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
+    """The same with the optimizer's own tensors, in whatever memory format."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, JsonValue] = {}
     for parameter, state in optimizer.state.items():
@@ -37,9 +44,9 @@ def optimizer_state_by_name(
                 continue
             if isinstance(value, list) and value and isinstance(value[0], Tensor):
                 for i, part in enumerate(value):
-                    tensors[f"{key}[{i}]/{names[parameter]}"] = part.detach().contiguous()
+                    tensors[f"{key}[{i}]/{names[parameter]}"] = part.detach()
             elif isinstance(value, Tensor):
-                tensors[full] = value.detach().contiguous()
+                tensors[full] = value.detach()
             else:
                 scalars[full] = _plain(full, value)
     for index, group in enumerate(optimizer.param_groups):

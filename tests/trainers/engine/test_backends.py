@@ -19,6 +19,9 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from bigbatch.configs.clipping import ClipNorm
 from bigbatch.configs.optimizers import LAMB, LARS, SGD, AdamW, Lion, Muon
 from bigbatch.trainers.engine import Engine, open_engine
+from bigbatch.trainers.ledger.digest import from_limbs, to_limbs
+from bigbatch.trainers.ledger.multipliers import MASK, digest_bytes, digest_value
+from bigbatch.trainers.ledger.state import StateDigests
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.optim import build_optimizer, trust_ratios
 from bigbatch.trainers.optim.averaging import WeightAverage
@@ -168,6 +171,29 @@ def check_average(engine: Engine, state: TrainState, wholes: dict[str, torch.Ten
             assert torch.equal(value, wholes[f"average/{name}"].to(value)), name
 
 
+def check_digests(engine: Engine, state: TrainState) -> None:
+    """Digests of ranks' pieces add up to those of the whole tensors that a checkpoint stores."""
+    captured = capture(state)
+    own = StateDigests(engine)
+    found = torch.stack([own.weights(), own.buffers(), own.optimizer()])
+    model, optimizer = from_limbs(engine.sum(to_limbs(found[1:]).flatten()).tolist())
+    (weights,) = from_limbs(engine.sum(to_limbs(found[:1]).flatten()).tolist())
+    if engine.rank:
+        return
+    scalars: Any = captured.content["optimizer"]
+    values = sum(digest_value(name, json.dumps(value)) for name, value in scalars.items())
+    assert (weights + model) & MASK == digest_files(captured.model)
+    assert optimizer == (digest_files(captured.optimizer) + values) & MASK
+
+
+def digest_files(tensors: dict[str, torch.Tensor]) -> int:
+    found = (
+        digest_bytes(n, t.reshape(-1).view(torch.uint8).numpy().data, t.element_size(), t.shape)
+        for n, t in tensors.items()
+    )
+    return sum(found) & MASK
+
+
 def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
     """{"STEP/NAME": tensor} and trust ratios after each of `steps`, and the norms on the way."""
     engine, state = build(case)
@@ -179,6 +205,7 @@ def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
         trust[str(stop)] = trust_ratios(engine.optimizer, names)
         tensors |= {f"{stop}/{k}": v.clone() for k, v in whole(engine, state).items()}
     check_average(engine, state, whole(engine, state))
+    check_digests(engine, state)
     with engine.full_model() as model:
         for name, value in model.state_dict().items():
             assert torch.equal(value, tensors[f"{steps[-1]}/{name}"]), name

@@ -16,6 +16,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.engine import open_engine
+from bigbatch.trainers.ledger.lines import read_ledger
 from bigbatch.trainers.recovery.rollback import (
     Rollback,
     check_step,
@@ -146,6 +147,12 @@ def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tm
     for run in runs:
         steps = [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"]
         assert steps == list(range(1, 25))
+    ledgers = [read_ledger(run.ledger) for run in runs]
+    assert [x.broken for x in ledgers] == [None, None]
+    assert [s.digests for s in ledgers[0].steps.values()] == [
+        s.digests for s in ledgers[1].steps.values()
+    ]
+    assert list(ledgers[0].steps) == list(range(1, 25))
 
 
 def test_a_rollback_leaves_a_loss_scaler_ready_for_the_next_try(digits, tmp_path, monkeypatch):

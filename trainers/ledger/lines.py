@@ -1,0 +1,114 @@
+"""The lines of ledger.jsonl: how they are chained, read and checked. Free of torch.
+
+Three kinds of lines, told apart by `kind`:
+
+- step: what a step came to, chained. The same bytes wherever the same is computed.
+- start: with which ranks, in which environment, on which data the steps after it were computed.
+- records: how many bytes metrics.jsonl had at a save, and their SHA-256.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import iter_jsonl, to_json
+
+# In the order in which a step makes them.
+DIGESTS = ("keys", "loss", "gradient", "weights", "optimizer", "buffers")
+FIRST = "bigbatch ledger 1"  # in place of the chain before the first line
+
+
+def chained(before: str, step: int, digests: dict[str, str]) -> dict[str, Any]:
+    """The line of a step: its digests, and a hash over them and over the chain up to there."""
+    line = {"kind": "step", "step": step, **digests}
+    text = f"{before}\n{to_json(line)}"
+    return line | {"chain": hashlib.sha256(text.encode()).hexdigest()[:32]}
+
+
+def loss_bits(loss: float) -> str:
+    """A float64 as the 16 hex digits of its bits."""
+    return struct.pack(">d", loss).hex()
+
+
+def loss_of(bits: str) -> float:
+    value: float = struct.unpack(">d", bytes.fromhex(bits))[0]
+    return value
+
+
+def last_chain(path: Path) -> str:
+    """The chain up to the last step's line; FIRST without any."""
+    for line in iter_jsonl(path, b'"step", "step"', newest_first=True):
+        if line.get("kind") == "step" and isinstance(line.get("chain"), str):
+            return str(line["chain"])
+    return FIRST
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What stands in the ledger of one step, in few bytes: a run may have a million."""
+
+    step: int  # finished steps
+    packed: bytes  # 8 of each of DIGESTS
+    start: dict[str, Any]  # the last line of kind start before it
+
+    @property
+    def digests(self) -> dict[str, str]:
+        text = self.packed.hex()
+        return {name: text[16 * i : 16 * i + 16] for i, name in enumerate(DIGESTS)}
+
+
+@dataclass
+class Ledger:
+    """A whole ledger, whose chain holds as far as `broken` is None."""
+
+    path: Path
+    steps: dict[int, Step] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)  # lines of that kind
+    broken: str | None = None  # where the chain does not hold, and why
+
+
+def read_ledger(path: Path) -> Ledger:
+    """Read a ledger and check its chain. UserError where there is none."""
+    ledger = Ledger(path)
+    start: dict[str, Any] = {}
+    before, last = FIRST, 0
+    for line in _lines(path):
+        match line.get("kind"):
+            case "start":
+                start = line
+            case "records":
+                ledger.records.append(line)
+            case "step" if ledger.broken is None:
+                digests = {name: line.get(name) for name in DIGESTS}
+                step = line.get("step")
+                if not isinstance(step, int) or not all(map(_is_digest, digests.values())):
+                    ledger.broken = f"the line after step {last} is none of a step"
+                    continue
+                found = {name: str(value) for name, value in digests.items()}
+                if step <= last or chained(before, step, found) != line:
+                    ledger.broken = (
+                        f"the line of step {step} does not follow from those before it: it, one "
+                        "before it, or their order was changed"
+                    )
+                    continue
+                before, last = line["chain"], step
+                packed = bytes.fromhex("".join(found.values()))
+                ledger.steps[step] = Step(step, packed, start)
+    return ledger
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not there: the run keeps no ledger (log.ledger_every=null), or is of a "
+            "version that kept none; train it again to have one"
+        )
+    return iter_jsonl(path)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 16 and not set(value) - set("0123456789abcdef")

@@ -1,0 +1,96 @@
+"""What of a run's state a rank digests: of pieces its own, of what all hold rank 0 alone."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from bigbatch.configs.files import to_json
+from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.engine.pieces import Piece, row_piece
+from bigbatch.trainers.ledger.digest import Digester, Part, of_int
+from bigbatch.trainers.ledger.multipliers import digest_value
+from bigbatch.trainers.optim.state import own_state
+
+
+class StateDigests:
+    """Digests of gradient, weights, optimizer state and buffers, int64 [] on the device.
+
+    Those of all ranks add up, modulo 2^64, to the digest of what one rank would hold: they name
+    whole tensors as checkpoints do, on any backend and number of ranks.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        module = engine.module
+        self._engine = engine
+        self._main = engine.rank == 0
+        self._digest = Digester()
+        pieces = [] if engine.pieces is None else engine.pieces.pieces
+        self._pieces: dict[str, Piece] = {piece.name: piece for piece in pieces}
+        others = {n: p for n, p in module.named_parameters() if n not in self._pieces}
+        # What FSDP2 cuts into rows though nobody trains it.
+        self._frozen = [row_piece(n, p) for n, p in others.items() if hasattr(p, "to_local")]
+        whole = {n: p for n, p in others.items() if not hasattr(p, "to_local")}
+        self._whole = whole if self._main else {}
+        kept = module.state_dict().keys()
+        buffers = module.named_buffers() if self._main else ()
+        self._buffers = {name: b for name, b in buffers if name in kept}
+        named = module.named_parameters()
+        self._names: dict[Tensor, str] = {p: name for name, p in named}
+        if engine.pieces is not None:
+            self._names = engine.pieces.names
+
+    def gradient(self) -> Tensor:
+        """Of what `engine.reduce` has left, in this rank's part of it."""
+        digest = self._sum("gradient", self._gradients())
+        if self._pieces:  # each step has its own, which nobody else keeps
+            self._digest.forget("gradient")
+        return digest
+
+    def weights(self) -> Tensor:
+        pieces = (*self._pieces.values(), *self._frozen)
+        parts = [Part(p.name, p.tensor, p.start, tuple(p.whole)) for p in pieces]
+        return self._sum("weights", [*parts, *(Part.whole(n, p) for n, p in self._whole.items())])
+
+    def buffers(self) -> Tensor:
+        """Of BatchNorm's running statistics, and of all others that a checkpoint holds."""
+        parts = (Part.whole(name, b) for name, b in self._buffers.items())
+        return self._sum("buffers", parts)
+
+    def optimizer(self) -> Tensor:
+        """Of all state that a checkpoint holds, counters included."""
+        if self._engine.pieces is None and not self._main:
+            return self._sum("optimizer", ())
+        tensors, scalars = own_state(self._engine.optimizer, self._names)
+        total = self._sum("optimizer", self._state(tensors))
+        values = sum(
+            digest_value(name, to_json(value))
+            for name, value in scalars.items()
+            if self._counts(name)
+        )
+        return total + of_int(values, self._engine.device) if values else total
+
+    def _gradients(self) -> Iterator[Part]:
+        for name, piece in self._pieces.items():
+            if piece.tensor.grad is not None:
+                yield Part(name, piece.tensor.grad, piece.start, tuple(piece.whole))
+        for name, parameter in self._whole.items():
+            if parameter.grad is not None:
+                yield Part.whole(name, parameter.grad)
+
+    def _state(self, tensors: dict[str, Tensor]) -> Iterator[Part]:
+        for name, value in tensors.items():
+            piece = self._pieces.get(name.partition("/")[2])
+            if piece is not None and value.ndim and value.shape == piece.tensor.shape:
+                yield Part(name, value, piece.start, tuple(piece.whole))
+            elif self._counts(name):
+                yield Part.whole(name, value)
+
+    def _counts(self, name: str) -> bool:
+        """Whether this rank is the one that counts what each holds of a parameter, or all do."""
+        piece = self._pieces.get(name.partition("/")[2])
+        if piece is None:
+            return self._main
+        return piece.start == 0 and piece.tensor.numel() > 0
+
+    def _sum(self, kind: str, parts: Iterable[Part]) -> Tensor:
+        return self._digest(kind, parts, self._engine.device)
