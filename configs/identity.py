@@ -40,21 +40,29 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(there: Recipe, here: Recipe) -> list[str]:
+def differences(
+    there: Recipe, here: Recipe, places: tuple[str, str] = ("there", "here")
+) -> list[str]:
     """`key = A there, B here` for each key that can reach a weight and differs.
 
     Where a part is of another kind (another `name`), only its kind is named.
     """
-    trees = (r.model_dump(mode="json", exclude=NO_EFFECT) for r in (there, here))
-    return tree_differences(*trees)
+    trees = [r.model_dump(mode="json", exclude=NO_EFFECT) for r in (there, here)]
+    return tree_differences(trees[0], trees[1], places)
 
 
-def tree_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def tree_differences(
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    places: tuple[str, str] = ("there", "here"),
+) -> list[str]:
     """The same of two trees of plain values."""
-    return list(_differences(there, here, ""))
+    return _differences(there, here, places, "")
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str) -> list[str]:
+def _differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], places: tuple[str, str], prefix: str
+) -> list[str]:
     keys = list(dict.fromkeys((*there, *here)))
     if there.get("name") != here.get("name"):
         keys = ["name"]
@@ -62,9 +70,9 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str)
     for key in keys:
         a, b = there.get(key), here.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += _differences(a, b, places, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} = {_shown(a)} there, {_shown(b)} here")
+            found.append(f"{prefix}{key} = {_shown(a)} {places[0]}, {_shown(b)} {places[1]}")
     return found
 
 

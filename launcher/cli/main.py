@@ -15,6 +15,7 @@ from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.redact import message
 from bigbatch.launcher.cli import (
     advice,
+    comparing,
     compression,
     data,
     deploy,
@@ -66,6 +67,8 @@ SECTIONS = {
         training.diagnose,
         replaying.replay,
         training.report,
+        comparing.diff,
+        comparing.audit,
     ),
 }
 

@@ -22,7 +22,7 @@ COMPRESSION = "compression"  # of the metadata: by which method; absent from a m
 _KEY = "bigbatch"  # of the metadata
 _MAX_HEADER = 100_000_000  # bytes, as in the format's own reader
 _MOST_DIMENSIONS = 64
-_WIDTHS = {
+WIDTHS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
@@ -108,13 +108,13 @@ def _range(name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!a:.80} has no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _WIDTHS:
+    if not isinstance(dtype, str) or dtype not in WIDTHS:
         raise ValueError(f"tensor {name!a:.80} has dtype {dtype!a:.40}")
     if not (_counts(shape) and len(shape) <= _MOST_DIMENSIONS):
         raise ValueError(f"tensor {name!a:.80} has shape {shape!a:.80}")
     if not (_counts(offsets) and len(offsets) == 2):
         raise ValueError(f"tensor {name!a:.80} has data_offsets {offsets!a:.80}")
-    if offsets[1] - offsets[0] != math.prod(shape) * _WIDTHS[dtype]:
+    if offsets[1] - offsets[0] != math.prod(shape) * WIDTHS[dtype]:
         raise ValueError(f"tensor {name!a:.80} of shape {shape!a:.80} has other bytes: {offsets}")
     return offsets[0], offsets[1]
 

@@ -1,16 +1,29 @@
-"""Ledgers of real runs: by ranks, and over kills."""
+"""Ledgers of real runs: by ranks, over kills, and what diff and audit find of what was changed."""
 
+import io
+import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
-from bigbatch.configs.load import load_recipe
+from bigbatch.configs.load import change_recipe, load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.data.index import build_index
+from bigbatch.launcher.batches import batches
+from bigbatch.launcher.cli.main import cli
+from bigbatch.launcher.fork import find_checkpoint, make_branches, plan_branch
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
+from bigbatch.trainers.ledger.compare import compare
 from bigbatch.trainers.ledger.lines import read_ledger
+from bigbatch.trainers.recovery.stored import measure, verify
 from tests.helpers import warm
 
 STEPS = 6
@@ -55,6 +68,17 @@ def step_lines(run: RunDir) -> list[str]:
     return [x for x in run.ledger.read_text().splitlines() if x.startswith('{"kind": "step"')]
 
 
+def diff(a: RunDir, b: RunDir, *options: str) -> Result:
+    found = CliRunner().invoke(cli, ["diff", str(a.path), str(b.path), *options])
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return found
+
+
+def audit(run: RunDir) -> tuple[int, list[str]]:
+    found = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
+    return found.exit_code, json.loads(found.output)["findings"]
+
+
 def test_every_step_has_one_line_of_few_bytes(whole: RunDir) -> None:
     ledger = read_ledger(whole.ledger)
     assert ledger.broken is None
@@ -64,6 +88,7 @@ def test_every_step_has_one_line_of_few_bytes(whole: RunDir) -> None:
     assert (start["world"], start["backend"]) == (1, "ddp")
     assert {"device", "torch", "cudnn", "threads", "isa", "tf32"} < start.keys()
     assert max(map(len, step_lines(whole))) < 256
+    assert audit(whole) == (0, [])
 
 
 def test_two_ranks_write_the_same_lines(whole: RunDir, tmp_path: Path) -> None:
@@ -71,6 +96,9 @@ def test_two_ranks_write_the_same_lines(whole: RunDir, tmp_path: Path) -> None:
     done = warm.run(agent_command(run.path, 2, stop_at=4), capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert step_lines(run) == step_lines(whole)[:4]
+    found = compare(whole, run)
+    assert (found.status, found.compared, found.beyond) == (0, 4, {"A": 2, "B": 0})
+    assert any("world = 1 in A, 2 in B" in note for note in found.notes)
 
 
 def test_a_killed_run_goes_on_with_its_chain(whole: RunDir, tmp_path: Path) -> None:
@@ -83,3 +111,132 @@ def test_a_killed_run_goes_on_with_its_chain(whole: RunDir, tmp_path: Path) -> N
     assert worker.main([str(run.path)]) == 0
     assert step_lines(run) == step_lines(whole)
     assert [s.start["step"] for s in read_ledger(run.ledger).steps.values()] == [0, 0, 2, 2, 2, 2]
+    assert audit(run) == (0, [])
+    assert diff(whole, run).exit_code == 0
+
+
+def test_a_rate_that_changes_is_named_as_the_update(whole: RunDir, tmp_path: Path) -> None:
+    recipe = change_recipe(whole.recipe(), ["optimizer.lr=0.2", "log.ledger_every=2"])
+    checkpoint = find_checkpoint(whole, 2)
+    plan = plan_branch(whole, checkpoint, tmp_path / "faster", recipe)
+    (run,) = make_branches(whole, checkpoint, [plan])
+    assert worker.main([str(run.path), "--stop-at", "4"]) == 0
+    shown = diff(whole, run)
+    assert shown.exit_code == 1
+    assert "optimizer.lr = 0.1 in A, 0.2 in B" in shown.output
+    assert "step 4 differs first in: loss; step 2 is the same in all" in shown.output  # not of 3
+    every = change_recipe(whole.recipe(), ["optimizer.lr=0.2"])
+    plan = plan_branch(whole, checkpoint, tmp_path / "each", every)
+    (run,) = make_branches(whole, checkpoint, [plan])
+    assert worker.main([str(run.path), "--stop-at", "4"]) == 0
+    found = json.loads(diff(whole, run, "--json").output)
+    assert found["parting"]["step"] == 3
+    assert found["parting"]["digests"] == ["weights"]  # momentum buffers take no rate in
+    picture = tmp_path / "both.svg"
+    assert diff(whole, run, "--plot", str(picture)).exit_code == 1
+    assert "the update" in diff(whole, run).output
+    assert picture.stat().st_size > 1000
+
+
+def alter(shard: Path, key: str) -> None:
+    """One pixel of one picture, in a shard that is written anew."""
+    with tarfile.open(shard) as old:
+        members = [(m, old.extractfile(m).read()) for m in old.getmembers()]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as new:
+        for member, content in members:
+            if member.name == f"{key}.png":
+                picture = Image.open(io.BytesIO(content))
+                picture.putpixel((0, 0), 255 - int(picture.getpixel((0, 0))))  # type: ignore[arg-type]
+                picture.save(buffer := io.BytesIO(), "PNG")
+                content = buffer.getvalue()
+                member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+
+
+def test_a_sample_with_another_pixel_is_named(whole: RunDir, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "shards")
+    drawn = [
+        [k for b in batches(whole.recipe(), range(s, s + 1)) for k in b.keys] for s in (0, 1, 2)
+    ]
+    place, key = next((i, k) for i, k in enumerate(drawn[2]) if k not in drawn[0] + drawn[1])
+    alter(tmp_path / "shards/train/000000.tar", key)
+    build_index(tmp_path / "shards/train")
+    recipe = change_recipe(whole.recipe(), [f"data.path={tmp_path / 'shards'}"])
+    run = create_run(tmp_path / "altered", recipe)
+    assert worker.main([str(run.path), "--stop-at", "3"]) == 0
+    shown = diff(whole, run)
+    assert shown.exit_code == 1
+    assert "step 3 differs first in: keys; step 2 is the same in all" in shown.output
+    assert f"place {place}: {key} has another file in A than in B" in shown.output
+    assert "data: data_hash = " in shown.output
+
+
+def changed_line(run: RunDir, step: int, key: str, value: object) -> None:
+    """As somebody who writes the ledger anew from a step on, chain and all, would not."""
+    lines = run.metrics.read_text().splitlines()
+    for number, line in enumerate(lines):
+        record = json.loads(line)
+        if record["kind"] == "train" and record["step"] == step:
+            lines[number] = json.dumps(record | {key: value})
+    run.metrics.write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_an_edited_record_is_found(whole: RunDir, tmp_path: Path) -> None:
+    run = copied(whole, tmp_path / "loss")
+    changed_line(run, 3, "loss", 0.5)
+    status, findings = audit(run)
+    assert status == 1
+    assert "step 3 has loss 0.5" in findings[0]
+    assert "save of step 4: a record after step 2" in findings[1]
+    other = copied(whole, tmp_path / "rate")
+    changed_line(other, 5, "lr", 0.5)
+    status, findings = audit(other)
+    assert (status, len(findings)) == (1, 1)
+    assert "save of step 6: a record after step 4" in findings[0]
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_a_tampered_checkpoint_with_a_new_manifest_is_found(
+    whole: RunDir, tmp_path: Path, name: str
+) -> None:
+    run = copied(whole, tmp_path / name)
+    folder = run.checkpoints / "step-00000004"
+    path = folder / f"{name}.safetensors"
+    tensors = load_file(path)
+    last = sorted(tensors)[-1]
+    words = tensors[last].reshape(-1).view(np.uint8)
+    words[-1] ^= 1
+    save_file(tensors, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][path.name] = measure(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    verify(folder)
+    status, findings = audit(run)
+    assert (status, len(findings)) == (1, 1)
+    assert str(path) in findings[0]
+
+
+def test_other_environments_and_broken_ledgers_are_not_compared(
+    whole: RunDir, tmp_path: Path
+) -> None:
+    run = copied(whole, tmp_path / "other")
+    text = run.ledger.read_text()
+    start = json.loads(text.splitlines()[0])
+    threads = text.replace(f'"threads": {start["threads"]}', '"threads": 64')
+    run.ledger.write_text(threads)
+    shown = diff(whole, run)  # the same bits are the same, whoever computed them
+    assert shown.exit_code == 0
+    assert "environment: threads" in shown.output
+    changed = threads.splitlines()
+    where = next(i for i, line in enumerate(changed) if '"step", "step": 5' in line)
+    run.ledger.write_text("".join(f"{line}\n" for line in changed[:where]))
+    assert diff(whole, run).exit_code == 0  # as far as both go
+    run.ledger.write_text(threads.replace(step_lines(whole)[4], step_lines(whole)[5]))
+    shown = diff(whole, run)
+    assert shown.exit_code == 2
+    assert "does not hold" in shown.output
+    assert audit(run)[0] == 1
+    run.ledger.unlink()
+    for arguments in (["audit", str(run.path)], ["diff", str(run.path), str(whole.path)]):
+        shown = CliRunner().invoke(cli, arguments)
+        assert "keeps no ledger" in str(shown.exception)

@@ -1,0 +1,162 @@
+"""Whether a run's records and checkpoints are what its ledger says. Free of torch.
+
+It shows that files agree with each other, not that training was honest: who writes the ledger anew
+can make it agree with anything.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigbatch.configs.files import iter_jsonl, to_json
+from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.ledger.lines import Ledger, loss_bits, loss_of, read_ledger
+from bigbatch.trainers.ledger.multipliers import MASK, digest_bytes, digest_value
+from bigbatch.trainers.models.weights_file import METADATA, WIDTHS, read_header
+from bigbatch.trainers.recovery.stored import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    STATISTICS,
+    CorruptCheckpoint,
+    list_checkpoints,
+    step_of,
+    verify,
+)
+
+_NOT_SHOWN = (
+    "no step was computed again: that the digests follow from the recipe is not shown",
+    "averages, snapshots, evaluations and what was recorded after the last save are not covered",
+)
+
+
+@dataclass
+class Audit:
+    """What was looked at, and what was found wrong."""
+
+    run: str
+    steps: int = 0  # lines of the chain
+    losses: int = 0  # records of metrics.jsonl compared with it
+    saves: int = 0  # states of metrics.jsonl compared with their SHA-256
+    checkpoints: list[int] = field(default_factory=list)  # steps whose tensors were digested
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    not_shown: list[str] = field(default_factory=lambda: list(_NOT_SHOWN))
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+    def as_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def audit(run: RunDir) -> Audit:
+    """Check a run against its ledger. UserError where it is no run or has none."""
+    run.recipe()
+    ledger = read_ledger(run.ledger)
+    found = Audit(str(run.path), steps=len(ledger.steps))
+    if ledger.broken is not None:
+        found.findings.append(f"{ledger.path}: {ledger.broken}")
+    _check_losses(run.metrics, ledger, found)
+    _check_records(run.metrics, ledger, found)
+    for path in reversed(list_checkpoints(run.checkpoints)):
+        _check_checkpoint(path, ledger, found)
+    return found
+
+
+def _check_losses(metrics: Path, ledger: Ledger, found: Audit) -> None:
+    for record in iter_jsonl(metrics, b'"train"'):
+        line = ledger.steps.get(record.get("step", 0)) if record.get("kind") == "train" else None
+        if line is None:
+            continue
+        found.losses += 1
+        loss, bits = record.get("loss"), line.digests["loss"]
+        value = loss_of(bits)
+        if loss is None and not math.isfinite(value):
+            continue
+        if not isinstance(loss, float | int) or loss_bits(float(loss)) != bits:
+            found.findings.append(
+                f"{metrics}: step {line.step} has loss {loss}, the ledger says {value!r}"
+            )
+
+
+def _check_records(metrics: Path, ledger: Ledger, found: Audit) -> None:
+    """The file as it was at each save is a beginning of what it is now."""
+    digest, position = hashlib.sha256(), 0
+    before: Any = 0
+    try:
+        file = metrics.open("rb")
+    except OSError as error:
+        found.findings.append(f"{metrics} cannot be read: {error}")
+        return
+    with file:
+        for line in ledger.records:
+            step, size = line.get("step"), line.get("bytes")
+            if not isinstance(size, int) or size < position:
+                found.findings.append(f"{ledger.path}: a line of kind records is out of order")
+                return
+            while position < size and (block := file.read(min(1 << 20, size - position))):
+                digest.update(block)
+                position += len(block)
+            if digest.hexdigest() != line.get("sha256"):
+                found.findings.append(
+                    f"{metrics} is not what it was at the save of step {step}: a record after "
+                    f"step {before}, or of it, was changed, added or removed"
+                )
+                return
+            found.saves, before = found.saves + 1, step
+
+
+def _check_checkpoint(path: Path, ledger: Ledger, found: Audit) -> None:
+    try:
+        verify(path)
+    except CorruptCheckpoint as error:
+        found.findings.append(str(error))
+        return
+    step = step_of(path)
+    line = ledger.steps.get(step)
+    if line is None:
+        found.notes.append(f"{path} is not checked: the ledger has no line of step {step}")
+        return
+    said = {name: int(line.digests[name], 16) for name in ("weights", "optimizer", "buffers")}
+    weights = dict(_digests(path / MODEL))
+    if (path / STATISTICS).exists():  # the model has those that it was evaluated with
+        weights |= dict(_digests(path / STATISTICS))
+    if sum(weights.values()) & MASK != (said["weights"] + said["buffers"]) & MASK:
+        found.findings.append(
+            f"{path / MODEL}: weights or running statistics are not those that the ledger has of "
+            f"step {step}"
+        )
+    scalars = parse_json((path / STATE).read_bytes()).get("optimizer", {})
+    state = sum(value for _, value in _digests(path / OPTIMIZER))
+    state += sum(digest_value(name, to_json(value)) for name, value in scalars.items())
+    if state & MASK != said["optimizer"]:
+        found.findings.append(
+            f"{path / OPTIMIZER}: the optimizer's state is not that which the ledger has of step "
+            f"{step}"
+        )
+    found.checkpoints.append(step)
+
+
+def _digests(path: Path) -> Iterator[tuple[str, int]]:
+    """The digest of each tensor of a safetensors file."""
+    tensors = read_header(path).tensors
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(length))
+    header.pop(METADATA, None)
+    if not any(np.prod(entry.shape) for entry in tensors.values()):
+        return
+    content = np.memmap(path, np.uint8, "r", 8 + length)
+    for name, entry in tensors.items():
+        start, end = header[name]["data_offsets"]
+        if end > start:
+            width = WIDTHS[entry.dtype]
+            yield name, digest_bytes(name, content[start:end].data, width, entry.shape)
