@@ -30,12 +30,15 @@ from bigbatch.trainers.monitoring.wandb_view import (
 from tests.helpers.wandb_server import Server, serve
 
 STEPS = 300
-# One attempt, as a process: what to start from, where to end, and how ("kill" or a state).
+# One attempt, as a process: what to start from, where to end, and how ("kill" or a state). A job that
+# is stopped has not the time to wait for wandb on a busy machine; these tests have.
 ATTEMPT = """
 import os, signal, sys, time
 from pathlib import Path
 from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.monitoring import wandb_view
 from bigbatch.trainers.monitoring.log import open_log
+wandb_view.CLOSE_TIMEOUT["stopped"] = 60.0
 run, first, last, end = RunDir(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 log = open_log(run, run.recipe(), rank=0, total_steps=300, start_step=first, epoch_samples=1077)
 log.event("start")
