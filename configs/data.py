@@ -106,10 +106,12 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"data.lanes = {lanes} works with data.sampling uniform, not {sampling}: a class "
             "may lie in any shard; set data.lanes to 0, or data.sampling to uniform"
         )
-    if lanes and recipe.micro_batches % lanes:
+    common = recipe.common_batch // recipe.micro_batch
+    if lanes and common % lanes:
+        which = "a step" if isinstance(recipe.global_batch, int) else "each step"
         yield (
-            f"data.lanes = {lanes} does not divide the {recipe.micro_batches} micro-batches of "
-            "a step (global_batch / micro_batch); choose lanes that divide it"
+            f"data.lanes = {lanes} does not divide the {common} micro-batches of "
+            f"{which} (global_batch / micro_batch); choose lanes that divide it"
         )
 
 
@@ -118,9 +120,10 @@ def _repeated(recipe: Any) -> Iterator[str]:
     repeats, data = recipe.data.repeats, recipe.data
     if repeats == 1:
         return
-    if repeats > recipe.micro_batches:
+    fewest = recipe.smallest_batch // recipe.micro_batch
+    if repeats > fewest:
         yield (
-            f"data.repeats = {repeats}, and a step has {recipe.micro_batches} micro-batches "
+            f"data.repeats = {repeats}, and a step has {fewest} micro-batches "
             "(global_batch / micro_batch), each of which shows a sample once; lower repeats or "
             "micro_batch"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bigbatch.configs.batch import CHANGING, NUMBER
 from bigbatch.configs.peers import peers_key
 from bigbatch.configs.schema import Recipe
 
@@ -32,6 +33,7 @@ def explain(error: Any, tree: Mapping[str, Any]) -> str:
         tag = str(error["ctx"]["tag"])
         near = difflib.get_close_matches(tag, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
+        known += ["a number"] if CHANGING in error["loc"] else []
         return f"{where} = {shortened(repr(tag), 80)}: {hint}there are {', '.join(known)}"
     if kind == "union_tag_not_found":
         return f"{where}: says no `name`; there are {', '.join(_kinds_at(place))}"
@@ -68,6 +70,8 @@ def _written(loc: Sequence[Any], tree: Any) -> list[Any]:
     """The parts of a pydantic location that stand in the recipe as written."""
     place: list[Any] = []
     for depth, part in enumerate(loc):
+        if part in (NUMBER, CHANGING):
+            continue
         last = depth == len(loc) - 1
         inside = isinstance(tree, Mapping) and part in tree
         if inside or (isinstance(tree, list) and isinstance(part, int)):

@@ -1,5 +1,6 @@
 """The recipe: everything that decides what a training run computes."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from bigbatch.configs import (
     augment,
     averaging,
     backends,
+    batch,
     data,
     distill,
     losses,
@@ -21,6 +23,7 @@ from bigbatch.configs import (
 from bigbatch.configs.augment import Augment
 from bigbatch.configs.averaging import Average
 from bigbatch.configs.backends import Backend
+from bigbatch.configs.batch import GlobalBatch
 from bigbatch.configs.clipping import Clip
 from bigbatch.configs.data import Data
 from bigbatch.configs.distill import Distill
@@ -36,12 +39,14 @@ from bigbatch.configs.recovery import Checkpoint, Recovery
 from bigbatch.configs.regularise import Regularise
 from bigbatch.configs.schedules import Cosine, Schedule
 from bigbatch.configs.size import Size
+from bigbatch.configs.timeline import Timeline
 from bigbatch.configs.transfer import Transfer
 
 # What keys of several parts may not ask for together; each rule stands beside its part.
 _RULES = tuple(
     part.refusals
     for part in (
+        batch,
         backends,
         optimizers,
         averaging,
@@ -68,7 +73,11 @@ class Recipe(StrictModel):
         0, description="of weights, order, augmentation and dropout"
     )
     duration: Period = Field(description="of training: epochs, steps or samples")
-    global_batch: Count = Field(256, description="samples in one optimizer step")
+    global_batch: GlobalBatch = Field(
+        256,
+        description="samples in one optimizer step: a number, or how it changes over the run: "
+        "stages, doubling or linear",
+    )
     micro_batch: Count = Field(64, description="samples in one forward/backward pass")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of forward and backward passes; weights stay fp32"
@@ -117,8 +126,30 @@ class Recipe(StrictModel):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in one step: also the largest world size that can run the recipe."""
-        return self.global_batch // self.micro_batch
+        """Micro-batches in one step, the largest where they differ."""
+        return self.largest_batch // self.micro_batch
+
+    @property
+    def first_batch(self) -> int:
+        """Samples in the run's first step."""
+        return batch.sizes(self.global_batch)[0]
+
+    @property
+    def largest_batch(self) -> int:
+        return max(batch.sizes(self.global_batch))
+
+    @property
+    def smallest_batch(self) -> int:
+        return min(batch.sizes(self.global_batch))
+
+    @property
+    def common_batch(self) -> int:
+        """The largest number of samples of which the batch of every step is a multiple."""
+        return math.gcd(*batch.sizes(self.global_batch))
+
+    def timeline(self, epoch_samples: int) -> Timeline:
+        """Which samples each step takes. Raises UserError where a piece of it holds no step."""
+        return batch.timeline(self.global_batch, epoch_samples)
 
     @property
     def eval_size(self) -> Size:
@@ -132,17 +163,12 @@ class Recipe(StrictModel):
 
     @property
     def lr_scale(self) -> float:
-        """What optimizer.scale multiplies the learning rate by at this global_batch."""
+        """What optimizer.scale multiplies the learning rate by at the run's first batch."""
         scale = self.optimizer.scale
-        return 1.0 if scale is None else scale.factor(self.global_batch)
+        return 1.0 if scale is None else scale.factor(self.first_batch)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.global_batch % self.micro_batch:
-            raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch "
-                f"{self.micro_batch}; choose a micro_batch that divides it"
-            )
         if refused := [why for rules in _RULES for why in rules(self)]:
             raise ValueError("; ".join(refused))
         return self

@@ -35,7 +35,7 @@ def refusals(recipe: Any) -> Iterator[str]:
             "reduction exact promises weights that do not depend on the world size, and each "
             "rank draws from a stream for itself; set it to overlapped"
         )
-    if places := [place for place, length in _lengths(recipe, "") if length.unit == "epochs"]:
+    if places := [place for place, length in lengths(recipe, "") if length.unit == "epochs"]:
         yield (
             f"a stream has no epochs, in which {' and '.join(places)} "
             f"{'is' if len(places) == 1 else 'are'} given; give steps or samples"
@@ -64,13 +64,13 @@ def _command_problem(text: str) -> str | None:
     return None if words else "names no command; write it behind pipe:"
 
 
-def _lengths(value: Any, place: str) -> Iterator[tuple[str, Length]]:
+def lengths(value: Any, place: str) -> Iterator[tuple[str, Length]]:
     """Each duration in a recipe, with its dotted name."""
     if isinstance(value, Length):
         yield place, value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _lengths(item, place)
+            yield from lengths(item, place)
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _lengths(getattr(value, name), f"{place}.{name}".lstrip("."))
+            yield from lengths(getattr(value, name), f"{place}.{name}".lstrip("."))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bigbatch.configs.timeline import Timeline
 from bigbatch.data.geometry import Frames, View, whole_frames
 from bigbatch.data.order import Positions
 
@@ -18,7 +19,7 @@ from bigbatch.data.order import Positions
 class BatchPlan:
     """Which micro-batches a rank makes: rank, rank + world, ... of steps start to stop."""
 
-    global_batch: int  # images of a step, on all ranks together
+    global_batch: int | Timeline  # images of a step, on all ranks together
     micro_batch: int  # images of a micro-batch
     rank: int
     world: int
@@ -27,12 +28,19 @@ class BatchPlan:
 
     @property
     def numbers(self) -> range:
-        """The rank's micro-batches in every step."""
-        return range(self.rank, self.global_batch // self.micro_batch, self.world)
+        """The rank's micro-batches in a step, the largest where they differ."""
+        batch = self.global_batch
+        most = batch if isinstance(batch, int) else max(batch.batches)
+        return range(self.rank, most // self.micro_batch, self.world)
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(step, micro-batch) of each, in order."""
-        return ((s, m) for s in range(self.start_step, self.stop_step) for m in self.numbers)
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(step, micro-batch, position of its first sample) of each, in order."""
+        size, batch = self.micro_batch, self.global_batch
+        line = Timeline.constant(batch, 1) if isinstance(batch, int) else batch
+        for step in range(self.start_step, self.stop_step):
+            first = line.first(step)
+            for number in range(self.rank, line.batch(step) // size, self.world):
+                yield step, number, first + number * size
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ def train_batches(
         with prefetching(index, order, plan.numbers) as prefetch:
             # Several at once: a call for few positions takes as long as one for thousands.
             while some := list(islice(tasks, max(1, _POSITIONS // size))):
-                starts = [step * plan.global_batch + number * size for step, number in some]
+                starts = [start for _, _, start in some]
                 positions = np.add.outer(np.array(starts, np.int64), np.arange(size))
                 samples = order.samples(positions.ravel()).reshape(positions.shape)
-                for (step, number), own, at in zip(some, samples, positions, strict=True):
+                for (step, number, _), own, at in zip(some, samples, positions, strict=True):
                     prefetch(int(at[0]), own)
                     yield _Work(step, number, own, at)
 

@@ -155,7 +155,7 @@ def stream_batches(
 
     def batches() -> Iterator[MicroBatch]:
         images, drawn = decoded(), 0
-        for step, number in plan.places():
+        for step, number, _ in plan.places():
             faults.step = step
             some = [next(images) for _ in range(size)]
             yield MicroBatch(

@@ -43,12 +43,13 @@ def batches(
     check_world(recipe, world)
     if rank is not None and not 0 <= rank < world:
         raise UserError(f"--rank {rank} must be from 0 to {world - 1} at --world-size {world}")
-    if steps.stop * recipe.global_batch >= 1 << 63:
+    if steps.stop * recipe.largest_batch >= 1 << 63:
         raise UserError(
-            f"--steps up to {steps.stop} at global_batch {recipe.global_batch} is beyond position "
+            f"--steps up to {steps.stop} at global_batch {recipe.largest_batch} is beyond position "
             "2^63; give earlier steps"
         )
-    order = open_inputs(recipe).order
+    inputs = open_inputs(recipe)
+    order, plan = inputs.order, inputs.plan
     if order is None:
         raise UserError(
             f"recipe {recipe.name} trains on data.stream: which samples come is known only when "
@@ -58,7 +59,7 @@ def batches(
     keys = index.keys()
 
     def batch(step: int, micro: int) -> Batch:
-        start = step * recipe.global_batch + micro * recipe.micro_batch
+        start = plan.timeline.first(step) + micro * recipe.micro_batch
         positions = np.arange(start, start + recipe.micro_batch)
         samples = order.samples(positions)
         return Batch(
@@ -71,5 +72,9 @@ def batches(
             epochs=order.epochs(positions).tolist(),
         )
 
-    mine = range(recipe.micro_batches) if rank is None else range(rank, recipe.micro_batches, world)
-    return (batch(step, micro) for step in steps for micro in mine)
+    first, stride = (0, 1) if rank is None else (rank, world)
+    return (
+        batch(step, micro)
+        for step in steps
+        for micro in range(first, plan.micro_batches(step), stride)
+    )

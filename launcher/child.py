@@ -122,6 +122,7 @@ def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     """
     tree = recipe.model_dump(mode="json")
     tree["duration"] = f"{steps + 1} steps"
+    tree["global_batch"] = recipe.first_batch  # where it changes, the one that lr is for
     tree["evaluate"]["every"] = tree["checkpoint"]["every"] = f"{steps + 1} steps"
     tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
     tree["optimizer"].pop("momentum_schedule", None)  # of the whole run, as the schedule is

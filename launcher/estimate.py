@@ -97,14 +97,12 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in parts.items() if count}
 
 
-def disk_bytes(recipe: Recipe, plan: Plan, epoch_samples: int, size: dict[str, int]) -> int:
+def disk_bytes(recipe: Recipe, plan: Plan, size: dict[str, int]) -> int:
     """What the run directory will hold: checkpoints, one more while it is written, snapshots."""
     checkpoint = checkpoint_bytes(recipe, size)
     snapshots = len(plan.snapshots) + recipe.ensemble.soup + (recipe.average is not None)
     rule = recipe.checkpoint
-    count = rule.keep + rule.keep_best + 1
-    if rule.keep_every is not None:
-        count += plan.total // max(1, rule.keep_every.steps(recipe.global_batch, epoch_samples))
+    count = rule.keep + rule.keep_best + 1 + plan.kept()
     kept = count * checkpoint + snapshots * size["weight_bytes"]
     return round(_MARGIN * kept)
 
@@ -194,7 +192,7 @@ def look(
     first = size["signal"]
     layers, rates = tuple(first["layers"]), tuple(size["rates"])
     found.append(Finding("first step", first["state"], first["text"]))
-    need = disk_bytes(recipe, plan, epoch_samples, size)
+    need = disk_bytes(recipe, plan, size)
     try:
         free = shutil.disk_usage(_existing(folder)).free
         save_s = checkpoint_bytes(recipe, size) / write_speed(folder)

@@ -14,9 +14,10 @@ from bigbatch.configs.identity import differences, recipe_hash, summary, tree_di
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.timeline import Timeline
 from bigbatch.trainers.models.weights_file import describe, read_header, read_info
 from bigbatch.trainers.planning.early_stop import best_evaluation, stops
-from bigbatch.trainers.planning.inputs import open_inputs
+from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plateau import read_evaluations
 from bigbatch.trainers.recovery.stored import (
     AVERAGE,
@@ -80,15 +81,17 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     """
     before = parent.recipe()
     check_name(path.name)
-    step = _same_sample(step_of(checkpoint), before, recipe)
     inputs = open_inputs(recipe)
+    there, here = _timeline(before, inputs), inputs.plan.timeline
+    step = _same_sample(step_of(checkpoint), there, here)
     if step >= inputs.plan.total:
         raise UserError(
             f"{path.name} would have no step left: its {inputs.plan.total} steps are over after "
             f"{step}; set a longer duration"
         )
     _check_network(checkpoint, before, recipe, inputs.classes)
-    same_batch = before.global_batch == recipe.global_batch
+    same_batch = step > 0 and there.upto(step).stretches == here.upto(step).stretches
+    same_batches = before.global_batch == recipe.global_batch
     if recipe.schedule.name == "plateau" and not same_batch:
         raise UserError(
             "schedule plateau looks at the evaluations of all steps, and those of another "
@@ -109,7 +112,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         kept.remove(OPTIMIZER)
         content["optimizer"] = {}
     if content.get("averaged", 0):
-        if same_batch and same_learning and before.average == recipe.average:
+        if same_batches and same_learning and before.average == recipe.average:
             kept.append(AVERAGE)
         else:
             content["averaged"] = 0
@@ -131,7 +134,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         content,
         tuple(kept),
         same_batch,
-        same_batch and same,
+        same_batches and same,
         _best_so_far(parent, step, recipe) if same_batch else None,
         tuple(notes),
     )
@@ -163,16 +166,24 @@ def _best_so_far(parent: RunDir, step: int, recipe: Recipe) -> Path | None:
     return path
 
 
-def _same_sample(step: int, before: Recipe, recipe: Recipe) -> int:
-    """Steps of the new batch size that have seen as many samples."""
-    samples = step * before.global_batch
-    if samples % recipe.global_batch:
+def _timeline(before: Recipe, inputs: Inputs) -> Timeline:
+    """Which samples the parent's steps took."""
+    if isinstance(before.global_batch, int):
+        return before.timeline(inputs.epoch_samples)
+    return open_inputs(before).plan.timeline  # pieces may be in epochs of its own data
+
+
+def _same_sample(step: int, there: Timeline, here: Timeline) -> int:
+    """Steps of the branch that have seen as many samples."""
+    samples = there.first(step)
+    found = here.reaching(samples)
+    if here.first(found) != samples:
         raise UserError(
-            f"step {step} of global_batch {before.global_batch} is {samples:,} samples, no whole "
-            f"number of steps of global_batch {recipe.global_batch}; take a batch that divides it, "
-            "or branch off another step"
+            f"step {step} of global_batch {there.batch(max(0, step - 1))} is {samples:,} samples, "
+            f"no whole number of steps of global_batch {here.batch(max(0, found - 1))}; take a "
+            "batch that divides it, or branch off another step"
         )
-    return samples // recipe.global_batch
+    return found
 
 
 def _check_network(

@@ -17,8 +17,8 @@ from bigbatch.data.measured import with_measured
 from bigbatch.launcher.estimate import Estimate, look, scores_memory
 from bigbatch.trainers.models.weights_file import describe, differences, open_weights
 from bigbatch.trainers.planning.environment import check_environment
-from bigbatch.trainers.planning.inputs import fit, open_inputs
-from bigbatch.trainers.planning.plan import Plan, check_world
+from bigbatch.trainers.planning.inputs import batches_in_words, fit, open_inputs
+from bigbatch.trainers.planning.plan import Plan, check_world, largest_world
 
 Rate = Callable[[int], float]  # the learning rate of the step after s finished ones
 
@@ -62,14 +62,16 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
         "labels": counts.tolist(),
         "smallest_class": int(counts.min()),
         "largest_class": int(counts.max()),
-        "global_batch": recipe.global_batch,
+        "global_batch": recipe.largest_batch,
+        "batches": None if isinstance(recipe.global_batch, int) else batches_in_words(plan),
         "micro_batch": recipe.micro_batch,
         "micro_batches": recipe.micro_batches,
+        "most_ranks": largest_world(recipe),
         "notes": list(inputs.notes),
         "world_size": world,
         "epoch_samples": inputs.epoch_samples,
         "steps": plan.total,
-        "epochs": round(plan.total * recipe.global_batch / inputs.epoch_samples, 4),
+        "epochs": round(plan.timeline.first(plan.total) / inputs.epoch_samples, 4),
         "evaluations": plan.evaluations(),
         "checkpoints": plan.checkpoints(),
         "snapshots": sorted(plan.snapshots),
@@ -120,7 +122,7 @@ def lr_rule(recipe: Recipe) -> str | None:
     return (
         f"{optimizer.lr:g} at a batch of {optimizer.scale.base_batch:,}, by the "
         f"{optimizer.scale.rule} rule {optimizer.lr * recipe.lr_scale:.6g} at "
-        f"{recipe.global_batch:,}"
+        f"{recipe.first_batch:,}"
     )
 
 
@@ -129,7 +131,9 @@ def average_in_words(recipe: Recipe, plan: Plan) -> str | None:
     if recipe.average is None or plan.average is None:
         return None
     steps, rate = plan.average.steps, plan.average.decay_rate
-    half_life = f"; a half-life of {math.log(2) / rate:,.6g} steps" if rate else ""
+    line = plan.average.timeline
+    of, unit = ("steps", 1) if line is None else ("samples", line.unit)
+    half_life = f"; a half-life of {unit * math.log(2) / rate:,.6g} {of}" if rate else ""
     return (
         f"{recipe.average.name} of {len(steps):,} sets of weights, after step {steps[0]:,} to "
         f"{steps[-1]:,}{half_life}"

@@ -32,7 +32,7 @@ from bigbatch.launcher.env import (
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.planning.environment import check_environment
-from bigbatch.trainers.planning.plan import check_world
+from bigbatch.trainers.planning.plan import check_world, largest_world
 from bigbatch.trainers.recovery.signals import SAVED, catch
 
 RUNS = Path("runs")
@@ -74,7 +74,7 @@ def ranks_here(
             "and each would start a run of its own: drop --nproc to use those"
         )
     if nproc is None:
-        nproc = min(default_nproc(env), max(1, recipe.micro_batches // nnodes))
+        nproc = min(default_nproc(env), max(1, largest_world(recipe) // nnodes))
     check_world(recipe, nproc * nnodes)
     return nproc
 

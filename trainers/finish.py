@@ -142,17 +142,19 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     `seconds` is the time in training steps, over all starts of the run; `images_per_s` is
     over the recorded steps.
     """
-    total, batch = job.state.step, job.recipe.global_batch
+    total, line = job.state.step, job.inputs.plan.timeline
     trained = iter_jsonl(job.run.metrics, b'"train"')
-    steps = [r["step_s"] for r in trained if r["kind"] == "train"]
-    mean = sum(steps) / len(steps) if steps else None
+    steps = {r["step"]: r["step_s"] for r in trained if r["kind"] == "train"}
+    batch = sum(line.batch(step - 1) for step in steps) / len(steps) if steps else 0
+    mean = sum(steps.values()) / len(steps) if steps else None
+    samples = line.first(total)
     journal = read_journal(job.run.path)
     return {
         **scores,
         **({"bad_samples": count(journal)} if journal else {}),
         "steps": total,
-        "samples": total * batch,
-        "seconds": round(mean * total, 3) if mean else None,
+        "samples": samples,
+        "seconds": round(mean * samples / batch, 3) if mean else None,
         "images_per_s": round(batch / mean, 1) if mean else None,
         "world_size": job.engine.world,
         "recipe_hash": recipe_hash(job.recipe),

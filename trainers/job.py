@@ -95,7 +95,7 @@ class Job:
         recipe, view = self.recipe, self.augmenter.view
         if self.teacher is not None:
             view = replace(view, out=self.teacher.decoded_size, growth=())
-        plan = BatchPlan(recipe.global_batch, recipe.micro_batch, rank, world, start, stop)
+        plan = BatchPlan(self.inputs.plan.timeline, recipe.micro_batch, rank, world, start, stop)
         return training_batches(recipe, self.inputs, plan, view, self.engine.device, journal)
 
     def micro_batch(self, step: int, index: int) -> MicroBatch:
@@ -228,7 +228,7 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     if own.max_norm is not None:
         keep_within(optimizer, model, own.max_norm)
     check_precise(recipe, model)
-    engine.prepare(model, optimizer, recipe.micro_batches)
+    engine.prepare(model, optimizer, recipe.common_batch // recipe.micro_batch)
     if recipe.model.compile:
         engine.compile()
     freezing = None
@@ -247,7 +247,9 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     averaging = inputs.plan.average
     average = None
     if averaging is not None:
-        average = WeightAverage(engine.own_weights(), averaging.steps, averaging.decay_rate)
+        average = WeightAverage(
+            engine.own_weights(), averaging.steps, averaging.decay_rate, averaging.updates
+        )
     state = TrainState(
         0,
         model,
@@ -288,7 +290,7 @@ def precise_statistics(recipe: Recipe, inputs: Inputs, engine: Engine) -> Precis
     def batches(recipe: Recipe, plan: BatchPlan) -> Iterator[MicroBatch]:
         return training_batches(recipe, inputs, plan, augmenter.view, engine.device)
 
-    return PreciseBatchNorm(engine, recipe, augmenter, inputs.epoch_samples, batches)
+    return PreciseBatchNorm(engine, recipe, augmenter, inputs.plan.timeline, batches)
 
 
 def head_prior(recipe: Recipe, inputs: Inputs) -> Tensor | None:

@@ -27,13 +27,12 @@ def train(attempt: Attempt) -> bool:
     job, log, monitor, statistics = attempt.job, attempt.log, attempt.monitor, attempt.statistics
     saver, watchdog, ledger = attempt.saver, attempt.watchdog, attempt.ledger
     recipe, engine, state, plan = job.recipe, job.engine, job.state, job.inputs.plan
-    model, optimizer, objective = engine.model, engine.optimizer, job.objective
-    noise = NoiseScale(recipe.micro_batch, recipe.global_batch)
-    mine = len(range(engine.rank, plan.micro_batches, engine.world))
+    optimizer, objective = engine.optimizer, job.objective
+    noise = NoiseScale(recipe.micro_batch, recipe.first_batch)
     clock = monitor.clock
     closure = None
     if recipe.optimizer.name == "lbfgs":
-        closure = Closure(engine, statistics, objective, plan.micro_batches)
+        closure = Closure(engine, statistics, objective, recipe.micro_batches)
     sharpness = None
     if recipe.regularise.sharpness is not None:
         sharpness = Sharpness(recipe.regularise.sharpness, engine.module)
@@ -42,11 +41,12 @@ def train(attempt: Attempt) -> bool:
     if stops(early_stop, state.evaluations):  # it has come to its end before
         return True
     statistics.check()
-    model.train()
+    engine.model.train()
 
     for step in range(state.step, plan.stop):
         started = time.perf_counter()
         clock.begin_step()
+        images_of_step, micro_batches = plan.timeline.batch(step), plan.micro_batches(step)
         lr_multiplier = job.inputs.schedule(step)
         set_lr(optimizer, lr_multiplier)
         if job.inputs.momentum is not None:
@@ -58,8 +58,9 @@ def train(attempt: Attempt) -> bool:
 
         # 1. Gradients: this rank's micro-batches, each seeded by its own place in the run.
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        engine.zero_grad()
+        engine.begin(micro_batches)
         statistics.begin()
+        mine = len(range(engine.rank, micro_batches, engine.world))  # maybe none
         for number in range(mine):
             watchdog.beat(step, "loading")
             with clock("data"):
@@ -81,7 +82,7 @@ def train(attempt: Attempt) -> bool:
                 statistics.add()  # of the run's own weights, not of those that it climbed to
                 torch.manual_seed(seed)
             with clock("model"), engine.micro_batch(last=number == mine - 1):
-                loss = objective(model, images, targets)
+                loss = objective(engine.model, images, targets)
                 engine.backward(loss)
             if closure is not None:
                 closure.keep(seed, images, targets)
@@ -115,7 +116,7 @@ def train(attempt: Attempt) -> bool:
             if plan.probes.gradients(step + 1):
                 monitor.gradients = engine.layer_gradient_norms()
         engine.refuse_changes(step, changed, agreed["changed"][0])
-        mean_loss = agreed["loss"][0] / plan.micro_batches
+        mean_loss = agreed["loss"][0] / micro_batches
         norm_value = agreed["norm"][0]
         ledger.agree(step + 1, agreed["ledger"], mean_loss)
 
@@ -137,7 +138,7 @@ def train(attempt: Attempt) -> bool:
             skipped_steps=state.skipped_steps,
             may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,
         ):
-            statistics.finish(on_device, plan.micro_batches)
+            statistics.finish(on_device, micro_batches)
             with clock("optimizer"):
                 if recipe.clip is not None:
                     engine.clip(recipe.clip, norm)
@@ -162,11 +163,11 @@ def train(attempt: Attempt) -> bool:
             loss=mean_loss,
             lr=recipe.optimizer.lr * lr_multiplier,
             grad_norm=norm_value,
-            images_per_s=recipe.global_batch / seconds,
+            images_per_s=images_of_step / seconds,
             data_s=clock.waited,
             step_s=seconds,
-            **noise.update(agreed["micro_sq"][0], norm_value),
-            **monitor.record(agreed["timings"], recipe.global_batch / seconds),
+            **noise.update(agreed["micro_sq"][0], norm_value, images_of_step),
+            **monitor.record(agreed["timings"], images_of_step / seconds),
         )
         monitor.details(state.step)
 

@@ -100,7 +100,9 @@ def attempt(
 
 def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
     """Record that, and with what, an attempt starts."""
-    engine = job.engine
+    engine, timeline = job.engine, job.inputs.plan.timeline
+    step, total = job.state.step, job.inputs.plan.total
+    samples = {"samples": timeline.first(step), "total_samples": timeline.first(total)}
     for error in corrupt:
         log.event("damaged_checkpoint", problem=error)
     train_split = job.inputs.splits.get("train")  # a stream has none
@@ -110,6 +112,7 @@ def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
         "start",
         step=job.state.step,
         total_steps=job.inputs.plan.total,
+        **(samples if timeline.changes else {}),
         world_size=engine.world,
         device=str(engine.device),
         host=socket.gethostname(),

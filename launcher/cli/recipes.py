@@ -140,17 +140,20 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
         f"{n} {s['samples']:,} in {options.plural(s['shards'], 'shard')}"
         for n, s in found["splits"].items()
     ]
-    fewest, most = found["smallest_class"], found["largest_class"]
-    each = options.plural(most, "sample") if fewest == most else f"{fewest:,} to {most:,} samples"
+    fewest, largest = found["smallest_class"], found["largest_class"]
+    each = options.plural(largest, "sample")
+    each = each if fewest == largest else f"{fewest:,} to {largest:,} samples"
     micro_batches = found["micro_batches"]
-    ranks = options.plural(1, "rank") if micro_batches == 1 else f"1 to {micro_batches:,} ranks"
+    most = found["most_ranks"]
+    ranks = options.plural(1, "rank") if most == 1 else f"1 to {most:,} ranks"
     rates = [f"{rate:.4g} at {step}" for step, rate in found["lr"].items()]
     rows = {
         "recipe": f"{found['recipe']}, hash {found['hash']}",
         "samples": ", ".join(splits),
         "classes": f"{found['classes']:,}, with {each} in {found['counted']}",
         "labels": preflight.spark(sorted(found["labels"], reverse=True)),
-        "step": f"{options.plural(found['global_batch'], 'sample')} in "
+        "step": f"{'at most ' * bool(found['batches'])}"
+        f"{options.plural(found['global_batch'], 'sample')} in "
         f"{options.plural(micro_batches, 'micro-batch')} of {found['micro_batch']:,}: {ranks}",
         "length": f"{options.plural(found['steps'], 'step')}, "
         f"{options.plural(float(found['epochs']), 'epoch')} of "

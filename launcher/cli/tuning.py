@@ -126,7 +126,7 @@ def find_micro_batch(
     loaded = load_recipe(recipe, overrides)
     if memory is not None and not 0 < memory < math.inf:
         raise UserError(f"--memory {memory:g}: give the GB that all processes together may take")
-    world = nproc or min(default_nproc(os.environ), loaded.global_batch)
+    world = nproc or min(default_nproc(os.environ), loaded.largest_batch)
     sizes = work.sizes(loaded, world)
     start.check_start(loaded)
     loaded = with_measured(loaded)

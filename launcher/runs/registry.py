@@ -191,6 +191,11 @@ def status(run: RunDir) -> dict[str, Any]:
     if info.total_steps and info.state == "running" and records:
         recent = [r["step_s"] for r in records if r.get("step_s")]
         left = (info.total_steps - info.step) * sum(recent) / max(1, len(recent))
+        if "total_samples" in start and "samples" in last:  # steps of a batch that changes
+            timed = [r for r in records if r.get("step_s") and "global_batch" in r]
+            images = sum(r["global_batch"] for r in timed) or 1
+            seconds = sum(r["step_s"] for r in timed)
+            left = (start["total_samples"] - last["samples"]) * seconds / images
     ended = info.job is not None and info.state in ("failed", "killed", "stopped")
     return {
         **asdict(info),

@@ -36,10 +36,13 @@ class Probe:
 
 
 def sizes(recipe: Recipe, world: int) -> list[int]:
-    """Divisors of global_batch that the recipe allows and that give each rank work, rising."""
-    batch = recipe.global_batch
+    """Divisors of global_batch that the recipe allows and that give each rank work, rising.
+
+    Where the batch changes, of each of its values; ranks then have work in the largest.
+    """
+    batch = recipe.common_batch
     found = []
-    for size in range(1, batch // world + 1):
+    for size in range(1, min(batch, recipe.largest_batch // world) + 1):
         if batch % size == 0:
             try:
                 parse_recipe(recipe.model_dump(mode="json") | {"micro_batch": size}, "tried")
@@ -56,7 +59,7 @@ def sizes(recipe: Recipe, world: int) -> list[int]:
 
 def probe_recipe(recipe: Recipe, micro_batch: int, world: int) -> Recipe:
     """A few steps with one or two micro-batches on each rank, and nothing beside them."""
-    each = min(2, recipe.global_batch // (micro_batch * world))
+    each = min(2, recipe.largest_batch // (micro_batch * world))
     tree = bare_recipe(recipe, _STEPS)
     tree["micro_batch"] = micro_batch
     tree["global_batch"] = micro_batch * world * each

@@ -116,6 +116,34 @@ def test_another_batch_goes_on_at_the_same_sample(
         planned(parent, tmp_path / "d", 3, "global_batch=512", "micro_batch=32")
 
 
+def test_a_number_goes_on_in_pieces_at_the_same_sample(parent: RunDir, tmp_path: Path) -> None:
+    """Steps of 64 as before up to 192 samples, then steps of 32: the same samples, and records."""
+    pieces = "[{batch: 64, until: 192 samples}, {batch: 32}]"
+    changes = (f"global_batch={{name: stages, pieces: {pieces}}}", "schedule={name: constant}")
+    changes = (*changes, "schedule.warmup=0 steps", "duration=20 steps", "log.trace=true")
+    checkpoint, plan = planned(parent, tmp_path / "b", 3, *changes)
+    assert (plan.step, plan.same_batch, plan.same_cycles) == (3, True, False)
+    (run,) = make_branches(parent, checkpoint, [plan])
+    assert worker.main([str(run.path), "--stop-at", "5"]) == 0
+    kept = [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"]
+    assert kept == [1, 2, 3, 4, 5]
+    pieced = read_jsonl(run.trace / "rank-00000.jsonl")
+    assert [(r["step"], r["micro"]) for r in pieced] == [(3, 0), (4, 0)]
+    other = branch(parent, tmp_path / "c", 3, "log.trace=true")
+    assert worker.main([str(other.path), "--stop-at", "4"]) == 0
+    whole = read_jsonl(other.trace / "rank-00000.jsonl")
+    assert [r["samples"] for r in whole] == [r["samples"] for r in pieced]
+    # The other way, too, and from one change to another: the place is the same sample.
+    checkpoint = find_checkpoint(run, 5)
+    back = plan_branch(
+        run, checkpoint, tmp_path / "d", change_recipe(run.recipe(), ["global_batch=32"])
+    )
+    assert (back.step, back.same_batch) == (8, False)
+    larger = change_recipe(run.recipe(), ["global_batch=96"])
+    with pytest.raises(UserError, match="256 samples, no whole number of steps of global_batch 96"):
+        plan_branch(run, checkpoint, tmp_path / "d", larger)
+
+
 def test_confusions_that_are_not_taken_over_are_said(parent: RunDir, tmp_path: Path) -> None:
     _, plan = planned(parent, tmp_path / "b", 3, "loss.name=confusion_cost")
     assert plan.notes == ("costs of loss confusion_cost are all 1 until the first evaluation",)

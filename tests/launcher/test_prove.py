@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
@@ -161,6 +162,65 @@ CRAFT = (
     "regularise={l1: 1e-5, max_norm: 2, drop_connect: 0.2, input_noise: 0.1}",
     "regularise.sharpness={name: asam}",
 )
+
+
+# Three steps of 24, then steps of 96; all that counts samples, or spans steps, over the change.
+CHANGING = (
+    "global_batch={name: stages, pieces: [{batch: 24, until: 60 samples}, {batch: 96}], lr: sqrt}",
+    "evaluate={every: 200 samples, precise_bn: always, precise_bn_images: 96}",
+    *("average={name: ema, half_life: 300 samples}", "checkpoint.every=2 steps"),
+    "schedule={name: cosine, warmup: 100 samples}",
+)
+
+
+def test_the_proof_holds_for_a_batch_that_changes(digits: Path, tmp_path: Path) -> None:
+    """The first steps have one micro-batch for three ranks; a kill is before, at or after them."""
+    keys = [*SMALL, *CHANGING, f"data.path={digits}", "reduction=exact"]
+    recipe = load_recipe("digits", keys, say=None)
+    results = prove(recipe, tmp_path, steps=5, ranks=(1, 3), say=lambda text: None)
+    assert [result.difference for result in results] == [0.0, 0.0]
+    assert [result.batches for result in results] == [3 + 2 * 4] * 2
+    records = list(iter_jsonl(tmp_path / "ranks-3" / "metrics.jsonl"))
+    steps = [r for r in records if r["kind"] == "train"]
+    assert [(r["global_batch"], r["samples"]) for r in steps] == [
+        *((24, 24), (24, 48), (24, 72)),
+        *((96, 168), (96, 264)),
+    ]
+    epochs = [r["samples"] / r["epoch"] for r in steps]
+    assert epochs == pytest.approx([1078] * 5, rel=1e-4)
+    images_per_s = [r["images_per_s"] * r["step_s"] for r in steps]
+    assert images_per_s == pytest.approx([24, 24, 24, 96, 96])
+    assert ["grad_sq_micro" in r for r in steps] == [False] * 3 + [True] * 2
+    for path in (tmp_path / "ranks-3", tmp_path / "killed"):  # as uninterrupted, so stopped in any
+        traced = read_trace(RunDir(path).trace)
+        assert sorted(traced) == [(s, m) for s in range(5) for m in range(4 if s > 2 else 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batches", "reduction", "limit"),
+    [
+        ("{name: doubling, start: 24, every: 48 samples, most: 96, lr: linear}", "exact", 0.0),
+        ("{name: linear, start: 24, end: 96, until: 150 samples, by: 24}", "exact", 0.0),
+        # Larger first: DDP settles its buckets in step 0, before ranks have nothing to do.
+        ("{name: stages, pieces: [{batch: 96, until: 90 samples}, {batch: 24}]}", "exact", 0.0),
+        (
+            "{name: stages, pieces: [{batch: 96, until: 90 samples}, "
+            "{batch: 24, until: 140 samples}, {batch: 48, until: 280 samples}, {batch: 96}]}",
+            "overlapped",
+            1e-5,
+        ),
+    ],
+)
+def test_the_proof_holds_for_every_kind_of_change(
+    digits: Path, tmp_path: Path, batches: str, reduction: str, limit: float
+) -> None:
+    keys = [*SMALL, *CHANGING, f"global_batch={batches}", f"data.path={digits}"]
+    recipe = load_recipe("digits", [*keys, f"reduction={reduction}"], say=None)
+    results = prove(recipe, tmp_path, steps=7, ranks=(1, 2, 3, 4), say=lambda text: None)
+    assert all(result.passed for result in results)
+    assert all(result.difference <= limit for result in results[:-1])
+    assert results[-1].difference == 0.0
 
 
 @pytest.mark.slow

@@ -127,12 +127,17 @@ def advise_run(
     UserError where the records do not suffice.
     """
     history = read_history(run)
-    recipe = history.recipe
+    recipe, batch = history.recipe, history.recipe.global_batch
+    if not isinstance(batch, int):
+        raise UserError(
+            f"run {run.name} changes its batch ({batch.name}), and advice is from steps that are "
+            "all alike; train a short run with a number for global_batch"
+        )
     found = measure_phases(history, phases)
-    total = (history.total_steps or history.last_step) * recipe.global_batch
+    total = (history.total_steps or history.last_step) * batch
     lengths = [p.last_step - p.first_step + 1 for p in found]
     samples = [total * length / sum(lengths) for length in lengths]
-    curve = curve_of_phases(found, samples, recipe.global_batch)
+    curve = curve_of_phases(found, samples, batch)
     parameters = parameters or count_parameters(run)
     step_time, step_s, ranks = measure_step(history, parameters, cluster)
     rule = rule or default_rule(recipe)
@@ -140,15 +145,15 @@ def advise_run(
     choices = choose(
         curve,
         step_time,
-        recipe.global_batch,
+        batch,
         recipe.optimizer.lr * recipe.lr_scale,
         rule,
         max_gpus=max_gpus,
-        max_batch=int(recipe.global_batch / epochs),
+        max_batch=int(batch / epochs),
     )
     return RunAdvice(
         name=run.name,
-        batch=recipe.global_batch,
+        batch=batch,
         lr=recipe.optimizer.lr * recipe.lr_scale,
         rule=rule,
         scaled=recipe.optimizer.scale is not None,
@@ -168,7 +173,7 @@ def measure_phases(history: History, count: int | None) -> list[Phase]:
     if "grad_sq_micro" not in train or recipe.micro_batches == 1:
         why = (
             "each of its steps is one micro-batch, with nothing to compare it to; train with "
-            f"a micro_batch below the global_batch of {recipe.global_batch}"
+            f"a micro_batch below the global_batch of {recipe.first_batch}"
             if recipe.micro_batches == 1
             else "train a few dozen steps with this version of bigbatch"
         )
@@ -177,7 +182,7 @@ def measure_phases(history: History, count: int | None) -> list[Phase]:
     whole = np.isfinite(micro) & np.isfinite(norm)
     steps = train["step"][whole]
     noise, signal = noise_and_signal(
-        micro[whole], norm[whole] ** 2, recipe.micro_batch, recipe.global_batch
+        micro[whole], norm[whole] ** 2, recipe.micro_batch, history.batches[whole]
     )
     cycles = count is None and len(history.snapshots) > 1
     if cycles:

@@ -21,13 +21,14 @@ _GRID = 2000  # critical batches that a fit tries, before it refines the best
 
 
 def noise_and_signal(
-    sq_small: Number, sq_large: Number, small: int, large: int
+    sq_small: Number, sq_large: Number, small: int, large: Number | int
 ) -> tuple[Number, Number]:
     """tr(Sigma), in units of one sample, and |G|^2 (McCandlish et al. 2018, A.1, unbiased).
 
     `sq_small` and `sq_large` are squared norms of gradients averaged over `small` and over
     `large` samples, whose expectation is |G|^2 + tr(Sigma) / samples. Either result may be
-    negative, by chance; average each over many steps before taking their ratio.
+    negative, by chance; average each over many steps before taking their ratio. Of arrays,
+    `large` may be one as well.
     """
     noise = (sq_small - sq_large) / (1 / small - 1 / large)
     signal = (large * sq_large - small * sq_small) / (large - small)

@@ -22,15 +22,20 @@ class NoiseScale:
         self._batches = micro_batch, global_batch
         self._noise = self._signal = 0.0
 
-    def update(self, grad_sq_micro: float, grad_norm: float) -> dict[str, float]:
+    def update(
+        self, grad_sq_micro: float, grad_norm: float, global_batch: int | None = None
+    ) -> dict[str, float]:
         """The values to record of a step: grad_sq_micro and noise_scale.
 
         `grad_sq_micro` is the mean squared norm of micro-batch gradients, `grad_norm` the
         norm of the global batch's; both without loss scale and before clipping. A step
         whose gradient is not finite is recorded and not averaged. noise_scale is NaN where
         no signal stands out of the noise. Nothing is recorded of steps of one micro-batch.
+        `global_batch` is this step's, where it is another one: noise and signal are estimates of
+        the same, whatever the batch.
         """
         small, large = self._batches
+        large = large if global_batch is None else global_batch
         if small == large:
             return {}
         if math.isfinite(grad_sq_micro) and math.isfinite(grad_norm):

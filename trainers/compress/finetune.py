@@ -51,13 +51,16 @@ def finetune(
     """
     engine = open_engine("ddp", recipe.precision, recipe.reduction)
     network.to(memory_format=choose_memory_format(recipe.model, engine.device)).train()
-    engine.prepare(network, build_optimizer(network, recipe.optimizer), recipe.micro_batches)
+    start = inputs.plan.total
+    line = inputs.plan.timeline.upto(start)  # on from there with the batch that the run ended on
+    size = line.batch(start)
+    micro_batches = size // recipe.micro_batch
+    engine.prepare(network, build_optimizer(network, recipe.optimizer), micro_batches)
     augmenter = build_augmenter(recipe, len(inputs.classes), engine.device, inputs)
     objective = build_objective(recipe.loss, network, class_counts(inputs))
     statistics = StepStatistics(network)
-    start = inputs.plan.total
-    steps = length.steps(recipe.global_batch, inputs.epoch_samples)
-    plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, 1, start, start + steps)
+    steps = length.steps(size, inputs.epoch_samples)
+    plan = BatchPlan(line, recipe.micro_batch, 0, 1, start, start + steps)
     batches = training_batches(recipe, inputs, plan, augmenter.view, engine.device)
 
     for step in range(start, start + steps):
@@ -65,11 +68,11 @@ def finetune(
         set_lr(engine.optimizer, recipe.lr_scale * lr_factor * falling)
         engine.zero_grad()
         statistics.begin()
-        for number in range(recipe.micro_batches):
+        for number in range(micro_batches):
             batch = next(batches).to(engine.device)
             torch.manual_seed(key64(recipe.seed, step, batch.index, "model"))
             images, targets = augmenter.train(batch)
-            with engine.micro_batch(last=number == recipe.micro_batches - 1):
+            with engine.micro_batch(last=number == micro_batches - 1):
                 engine.backward(objective(engine.model, images, targets))
             statistics.add()
         engine.reduce()
@@ -83,7 +86,7 @@ def finetune(
                 f"fine-tuning has no finite gradient in step {step - start} of {steps}; lower "
                 f"--finetune-lr, which is {lr_factor:g}"
             )
-        statistics.finish(statistics.local(), recipe.micro_batches)
+        statistics.finish(statistics.local(), micro_batches)
         if recipe.clip is not None:
             engine.clip(recipe.clip, norm)
         engine.step()

@@ -105,19 +105,26 @@ def _keep(
     folder = Path(distill.cache) if distill.cache is not None else runs / ".teacher-outputs"
     view = view_of(recipe, teacher, inputs.order.hash, engine.device.type)
     rows, width, total = recipe.micro_batch, teacher.width, inputs.plan.total
-    step_bytes = recipe.micro_batches * record_size(rows, width, distill.outputs)
+    line = inputs.plan.timeline
+    # By units of the timeline: where the batch changes, steps take different room.
+    each = line.unit // rows
+    unit_bytes = each * record_size(rows, width, distill.outputs)
     limit = int(distill.cache_gb * 1e9)
 
     def make_room() -> int:
         try:
-            steps = reserve(folder, view, steps=total, step_bytes=step_bytes, limit=limit)
+            units = reserve(
+                folder, view, steps=line.units(total), step_bytes=unit_bytes, limit=limit
+            )
         except OSError as error:
             notice(f"the teacher's outputs are not kept: {error}; set distill.cache=FOLDER")
             return 0
+        steps = line.within(units)
         if steps < total:
             notice(
                 f"{folder}: distill.cache_gb = {distill.cache_gb:g} leaves room for the teacher's "
-                f"outputs of {steps:,} of {total:,} steps, {step_bytes / 1e6:,.1f} MB each; those "
+                f"outputs of {steps:,} of {total:,} steps, {unit_bytes / 1e6:,.1f} MB each"
+                f"{f' {line.unit:,} samples' if line.changes else ''}; those "
                 "of the others are computed by every student. Raise it, set "
                 "distill.outputs=float16, or remove folders of old teachers there"
             )
@@ -130,7 +137,7 @@ def _keep(
         return KeptOutputs(
             folder / key_of(view),
             steps=steps,
-            micro_batches=recipe.micro_batches,
+            first=lambda step: line.units(step) * each,
             rows=rows,
             width=width,
             kind=distill.outputs,

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,13 +38,16 @@ class KeptOutputs:
         path: Path,
         *,
         steps: int,
-        micro_batches: int,
+        first: Callable[[int], int],
         rows: int,
         width: int,
         kind: OutputType,
     ) -> None:
-        """Open what `reserve` has made for this many steps. Raises OSError."""
-        self._steps, self._micro_batches = steps, micro_batches
+        """Open what `reserve` has made for this many steps. Raises OSError.
+
+        `first` is the number of micro-batches in so many steps of the run.
+        """
+        self._steps, self._first = steps, first
         self._shape, self._kind = (rows, width), np.dtype(kind)
         self._size = record_size(rows, width, kind)
         self._file = os.open(path / _OUTPUTS, os.O_RDWR)
@@ -70,7 +74,7 @@ class KeptOutputs:
         os.pwrite(self._file, record, self._place(step, index))
 
     def _place(self, step: int, index: int) -> int:
-        return (step * self._micro_batches + index) * self._size
+        return (self._first(step) + index) * self._size
 
 
 def record_size(rows: int, width: int, kind: OutputType) -> int:

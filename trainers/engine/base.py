@@ -33,7 +33,7 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Engine(Collectives, ABC):
     """Data parallelism over gloo or NCCL for one model and its optimizer.
 
-    A step is: `zero_grad`; `backward` inside `micro_batch` for each of this rank's
+    A step is: `begin`; `backward` inside `micro_batch` for each of this rank's
     micro-batches; `reduce`, after which every rank holds the mean gradient over all
     samples, or its pieces of it; `step` or `skip`. How gradients cross ranks, and who
     updates what, is each backend's own.
@@ -43,7 +43,7 @@ class Engine(Collectives, ABC):
     module: nn.Module  # the plain module
     model: nn.Module  # what goes forward: the module as its backend wraps it
     optimizer: torch.optim.Optimizer
-    micro_batches: int  # of a step, over all ranks
+    micro_batches: int  # of this step, over all ranks
 
     def __init__(
         self, precision: str, timeout_s: float, handlers: Sequence[KwargsHandler] = ()
@@ -82,7 +82,10 @@ class Engine(Collectives, ABC):
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int
     ) -> None:
-        """Put the model on the device; a step is made of `micro_batches`, over all ranks."""
+        """Put the model on the device; a step is made of `micro_batches`, over all ranks.
+
+        Where steps have different numbers of them, of a multiple of that; `begin` says of which.
+        """
 
     def _fix_parameters(self) -> None:
         """Remember what is trained: of anything that joins later no rank would tell the others."""
@@ -133,9 +136,14 @@ class Engine(Collectives, ABC):
         """The loss scaler of fp16; None in the other precisions."""
         return self.accelerator.scaler
 
+    def begin(self, micro_batches: int) -> None:
+        """Begin a step of so many micro-batches, over all ranks."""
+        self.micro_batches = micro_batches
+        self.zero_grad()
+
     @abstractmethod
     def zero_grad(self) -> None:
-        """Begin a step."""
+        """Begin a step of as many micro-batches as the last one, or begin it again."""
 
     @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
@@ -160,7 +168,8 @@ class Engine(Collectives, ABC):
         all of them where the backend sees each alone. Loss scale removed; to be called before
         `step`.
         """
-        return self._first_micro_batch_sq(self.world / self.micro_batches, self.world)
+        taken = min(self.world, self.micro_batches)  # a rank may have none
+        return self._first_micro_batch_sq(self.world / self.micro_batches, taken)
 
     def _first_micro_batch_sq(self, loss_factor: float, taken: int) -> Tensor:
         """The squared norms added up, of losses times `loss_factor`, over `taken` of them."""

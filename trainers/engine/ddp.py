@@ -43,7 +43,9 @@ class DdpEngine(Engine):
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers; accelerate and older torch know no other.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            self.model = self.accelerator.prepare_model(self.module, evaluation_mode=self.exact)
+            self._wrapped = self.accelerator.prepare_model(self.module, evaluation_mode=self.exact)
+        self.model = self._wrapped
+        self._alone = False
         self._stepper = self.accelerator.prepare_optimizer(optimizer)
         self._fix_parameters()
         named = self.module.named_parameters()
@@ -54,11 +56,18 @@ class DdpEngine(Engine):
             self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
             parts = zip(self._sum.split(sizes), self._trained, strict=True)
             self._sums = [part.as_strided(p.shape, p.stride()) for part, p in parts]
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.register_comm_hook(None, self._send)
+        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
+            self._wrapped.register_comm_hook(None, self._send)
+
+    def begin(self, micro_batches: int) -> None:
+        # DDP's own exchange is one of ranks that go backward: without a rank that has nothing to do
+        # it would wait for ever. Then none goes through DDP, and `reduce` adds gradients up.
+        self._alone = micro_batches < self.world and not self.exact
+        self.model = self.module if self._alone else self._wrapped
+        super().begin(micro_batches)
 
     def freeze(self, names: Collection[str]) -> None:
-        if self.model is not self.module:  # DDP waits for the gradient of each
+        if self._wrapped is not self.module:  # DDP waits for the gradient of each
             super().freeze(names)
             return
         frozen = set(names)
@@ -76,8 +85,9 @@ class DdpEngine(Engine):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        self._reducing = last and self.world > 1
-        with nullcontext() if last or self.exact else self.accelerator.no_sync(self.model):
+        self._reducing = last and self.world > 1 and not self._alone
+        plain = last or self.exact or self._alone
+        with nullcontext() if plain else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -103,11 +113,28 @@ class DdpEngine(Engine):
         return sent
 
     def reduce(self) -> None:
+        if self.micro_batches < self.world:
+            self._have_gradients()
+        if self._alone:
+            gradients = self._gradients()
+            whole = self.sum(torch.cat([g.flatten() for g in gradients])).div_(self.world)
+            for gradient, part in zip(
+                gradients, whole.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(part.view_as(gradient))
         if self.exact:
             self.sum(self._sum).div_(self.micro_batches)
             for part, parameter in zip(self._sums, self._trained, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.copy_(part)
+
+    def _have_gradients(self) -> None:
+        """Give a rank that has never gone backward the gradients that others have, as zeros."""
+        there = [float(p.grad is not None) for p in self._trained]
+        anywhere = self.sum(torch.tensor(there, device=self.device)).tolist()
+        for parameter, found in zip(self._trained, anywhere, strict=True):
+            if found and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def gradient_norm(self) -> Tensor:
         self.accelerator.unscale_gradients()

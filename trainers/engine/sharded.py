@@ -34,7 +34,7 @@ class ShardedEngine(Engine):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int
     ) -> None:
         self.micro_batches = micro_batches
-        self.even = micro_batches % self.world == 0
+        self.even = micro_batches % self.world == 0  # and so are all its multiples
         self.optimizer = optimizer
         parameters = dict(model.named_parameters())
         # FSDP2 takes no other layout, and DeepSpeed flattens to this one.

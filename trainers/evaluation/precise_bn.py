@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.timeline import Timeline
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import BatchPlan, MicroBatch
 from bigbatch.trainers.engine import Engine
@@ -36,7 +37,7 @@ class PreciseBatchNorm:
     engine: Engine
     recipe: Recipe
     augmenter: Augmenter
-    epoch_samples: int
+    timeline: Timeline
     # This rank's micro-batches of a plan, decoded as the recipe says.
     batches: Callable[[Recipe, BatchPlan], Iterator[MicroBatch]]
 
@@ -49,7 +50,7 @@ class PreciseBatchNorm:
         if not averaged_layers(model):
             return
         engine, recipe = self.engine, self.recipe
-        most = min(recipe.evaluate.precise_bn_images, self.epoch_samples)
+        most = min(recipe.evaluate.precise_bn_images, self.timeline.epoch_samples)
         images = most if images is None else min(most, images)
         count = -(-images // recipe.micro_batch)
         plan = BatchPlan(
@@ -73,7 +74,7 @@ class PreciseBatchNorm:
         own = running_statistics(model)
         kept = {name: value.clone() for name, value in own.items()}
         try:
-            self.recompute(model, step * self.recipe.global_batch)
+            self.recompute(model, self.timeline.first(step))
             yield {name: value.clone() for name, value in own.items()}
         finally:
             for name, value in own.items():

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     inputs, device = open_inputs(recipe), torch.device("cpu")
     augmenter = build_augmenter(recipe, len(inputs.classes), device, inputs)
     first = (recipe.micro_batches, options.step, options.step + 1)  # micro-batch 0 alone
-    plan = BatchPlan(recipe.global_batch, recipe.micro_batch, 0, *first)
+    plan = BatchPlan(inputs.plan.timeline, recipe.micro_batch, 0, *first)
     batches = [
         next(iter(training_batches(recipe, inputs, plan, augmenter.view, device, whole=whole)))
         for whole in (True, False)

@@ -66,6 +66,23 @@ class History:
         return int(self.train["step"][-1]) if self.train else 0
 
     @property
+    def samples(self) -> int:
+        """Of all finished steps that have a record."""
+        batch = self.recipe.global_batch
+        if isinstance(batch, int):
+            return self.last_step * batch
+        return int(self.train["samples"][-1]) if "samples" in self.train else 0
+
+    @property
+    def batches(self) -> NDArray[np.float64]:
+        """The samples of each recorded step."""
+        first = float(self.recipe.first_batch)
+        count = len(self.train["step"]) if self.train else 0
+        found = self.train.get("global_batch", np.full(count, first))
+        # A branch has records of its parent, whose batch was a number.
+        return np.where(np.isnan(found), first, found)
+
+    @property
     def total_steps(self) -> int | None:
         """The steps that the recipe asks for; None where no start recorded them."""
         known = [e["total_steps"] for e in self.events if "total_steps" in e]

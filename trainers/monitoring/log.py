@@ -48,7 +48,8 @@ class Log:
         self._run = run
         self._every = recipe.log.every
         self._total_steps = total_steps
-        self._epochs_per_step = recipe.global_batch / epoch_samples
+        self._timeline = recipe.timeline(epoch_samples)
+        self._epochs_per_unit = self._timeline.unit / epoch_samples
         self._metrics = metrics
         self._events = events
         self._ledger = ledger
@@ -60,7 +61,8 @@ class Log:
         self._held_back = False
         self._closed = False
         self._alerts = Alerts()
-        self._resized = {first + 1 for first, _ in image_sizes(recipe, epoch_samples)}
+        sizes = [first for first, _ in image_sizes(recipe, epoch_samples)]
+        self._resized = {first + 1 for first in (*sizes, *self._timeline.starts[1:])}
 
     @property
     def wandb_path(self) -> Path | None:
@@ -75,12 +77,16 @@ class Log:
         """Record one finished step: loss, lr, grad_norm, images_per_s, data_s, step_s.
 
         `step` is the number of finished steps. Steps that are not due move the progress
-        line and leave no record.
+        line and leave no record. Where the batch changes, a record also has the step's
+        global_batch, and the samples of all finished steps.
         """
         self._step = step
         if self._progress:
             self._progress.train(step, values)
         if self.due(step):
+            if self._timeline.changes:
+                batch, samples = self._timeline.batch(step - 1), self._timeline.first(step)
+                values = {"global_batch": batch, "samples": samples, **values}
             self._record("train", step, values)
         if step in self._resized:
             self._alerts.forget_speed()
@@ -182,7 +188,7 @@ class Log:
     def _record(self, kind: str, step: int, values: dict[str, Any], **keys: Any) -> None:
         if self._metrics is None:
             return
-        epoch = round(step * self._epochs_per_step, 6)
+        epoch = round(self._timeline.units(step) * self._epochs_per_unit, 6)
         record = finite({"kind": kind, "step": step, **keys, "epoch": epoch, **values})
         held_back = self._metrics.append(record)
         if held_back and not self._held_back:
@@ -246,7 +252,9 @@ def open_log(
         metrics=JsonLines(run.metrics),
         events=JsonLines(run.events),
         ledger=JsonLines(run.ledger) if recipe.log.ledger_every else None,
-        progress=Progress(run.name, total_steps, start_step),
+        progress=Progress(
+            run.name, total_steps, start_step, work=recipe.timeline(epoch_samples).first
+        ),
         wandb=open_wandb(run, recipe, recipe.log.wandb, start_step),
         tensorboard=TensorBoardView(run, start_step) if recipe.log.tensorboard else None,
         prometheus=TextFile(Path(prometheus), run.name, total_steps) if prometheus else None,

@@ -1,7 +1,7 @@
 """The progress of a run on the terminal. Free of torch."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -20,10 +20,17 @@ class Progress:
     """
 
     def __init__(
-        self, name: str, total_steps: int, start_step: int, console: Console | None = None
+        self,
+        name: str,
+        total_steps: int,
+        start_step: int,
+        console: Console | None = None,
+        work: Callable[[int], float] = float,
     ) -> None:
+        """`work` is what so many finished steps take, by which the time that is left is told."""
         self._name = name
         self._total = total_steps
+        self._work = work
         self._step = start_step
         self._console = console or Terminal()
         self._first: tuple[int, float] | None = None  # step and time of the first finished step
@@ -103,7 +110,8 @@ class Progress:
             parts.append(f"{1 / self._seconds_per_image:,.0f} img/s")
         if self._first and self._first[0] < self._step < self._total:
             step, since = self._first
-            left = (now - since) / (self._step - step) * (self._total - self._step)
+            here, done = self._work(self._step), self._work(step)
+            left = (now - since) / (here - done) * (self._work(self._total) - here)
             parts.append(f"{duration(left)} left")
         return "  ".join(parts)
 

@@ -5,7 +5,7 @@ Sources: Polyak and Juditsky 1992; Izmailov et al. 2018 (arXiv:1803.05407, SWA);
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -24,15 +24,21 @@ class WeightAverage:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], steps: Collection[int], decay_rate: float
+        self,
+        weights: Mapping[str, Tensor],
+        steps: Collection[int],
+        decay_rate: float,
+        updates: Callable[[int], int] = lambda step: 1,
     ) -> None:
         """`weights` by name, of any shapes, are what training changes in place.
 
-        Those after each of `steps` finished steps enter the average.
+        Those after each of `steps` finished steps enter the average, as if they were those of
+        `updates(step)` steps after each other.
         """
         self._weights = dict(weights)
         self._steps = steps
         self._decay_rate = decay_rate
+        self._updates = updates
         self.count = 0  # n: how many weights have entered
         self.tensors = {
             name: torch.zeros_like(w, dtype=torch.float64, requires_grad=False)
@@ -44,8 +50,9 @@ class WeightAverage:
         """Take in the weights as they are after `step` finished steps, if those enter."""
         if step not in self._steps:
             return
-        self.count += 1
-        share = newest_share(self.count, self._decay_rate)
+        updates = self._updates(step)
+        self.count += updates
+        share = newest_share(self.count, self._decay_rate, updates)
         means = list(self.tensors.values())
         torch._foreach_mul_(means, 1.0 - share)
         torch._foreach_add_(means, list(self._weights.values()), alpha=share)
@@ -73,8 +80,11 @@ class WeightAverage:
         self.count = count
 
 
-def newest_share(count: int, decay_rate: float) -> float:
-    """The weight of w_n in the mean of `count` n: (1 - d) / (1 - d^n), where d = exp(-rate)."""
+def newest_share(count: int, decay_rate: float, updates: int = 1) -> float:
+    """The weight of w_n in the mean of `count` n: (1 - d) / (1 - d^n), where d = exp(-rate).
+
+    Of w_n that stands for `updates` k of the n: (1 - d^k) / (1 - d^n), so that d is d^k in it.
+    """
     if decay_rate == 0.0:
-        return 1.0 / count
-    return math.expm1(-decay_rate) / math.expm1(-decay_rate * count)
+        return updates / count
+    return math.expm1(-decay_rate * updates) / math.expm1(-decay_rate * count)

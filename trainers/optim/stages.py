@@ -90,15 +90,15 @@ def learning_of(
 
 def fit_transfer(recipe: Recipe, model: nn.Module, epoch_samples: int) -> Learning:
     """What a recipe's transfer comes to for its network, in epochs of so many samples."""
-    config, batch = recipe.transfer, recipe.global_batch
+    config, line = recipe.transfer, recipe.timeline(epoch_samples)
     if config is None:
         return Learning()
 
     def begin(number: int) -> int:
         assert isinstance(config, c.Gradual)
-        return start_of(number, config.every, batch, epoch_samples)
+        return start_of(number, config.every, line)
 
-    learning = learning_of(config, model, begin, recipe.duration.steps(batch, epoch_samples))
+    learning = learning_of(config, model, begin, line.steps(recipe.duration))
     _check_watched(recipe, model, module_starts(model, learning))
     return learning
 

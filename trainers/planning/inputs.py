@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigbatch.configs.data import Data
 from bigbatch.configs.distill import Distill
@@ -91,9 +92,12 @@ def open_inputs(
             )
     else:  # no duration is in epochs, so that the whole run may stand for one
         order = None
-        epoch_samples = recipe.duration.steps(recipe.global_batch, 1) * recipe.global_batch
+        line = recipe.timeline(1)
+        epoch_samples = line.first(line.steps(recipe.duration))
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
-    momentum = momentum_schedule(recipe, plan.total, epoch_samples)
+    if not isinstance(recipe.global_batch, int):
+        notes.append(f"global_batch: {batches_in_words(plan)}")
+    momentum = momentum_schedule(recipe, plan)
     sizes = image_sizes(recipe, epoch_samples)
     if sizes:
         steps = ", ".join(f"{in_words(size)} from step {first:,}" for first, size in sizes)
@@ -171,18 +175,51 @@ def fit(
     The schedule's value multiplies optimizer.lr; the batch rule (optimizer.scale) is in it.
     """
     plan = make_plan(recipe, epoch_samples, stop_at)
-    lr_multiplier = build_schedule(
-        recipe.schedule,
-        total_steps=plan.total,
-        global_batch=recipe.global_batch,
-        epoch_samples=epoch_samples,
-        evaluations=evaluations,
-    )
-    scale = recipe.lr_scale
-    return plan, lambda step: scale * lr_multiplier(step)
+    lr_multiplier = _by_samples(recipe.schedule, plan, evaluations)
+    scale, batch = recipe.lr_scale, recipe.global_batch
+    if isinstance(batch, int):
+        return plan, lambda step: scale * lr_multiplier(step)
+    by_batch = batch.lr_factor
+    return plan, lambda step: scale * by_batch(plan.timeline.batch(step)) * lr_multiplier(step)
 
 
-def momentum_schedule(recipe: Recipe, total_steps: int, epoch_samples: int) -> Schedule | None:
+def _by_samples(config: Any, plan: Plan, evaluations: Evaluations = ()) -> Schedule:
+    """A schedule as a function of finished steps: of the samples that they have taken.
+
+    It is built for steps of one unit of the timeline, and asked where the coming step begins. Of a
+    constant batch a unit is a step.
+    """
+    line = plan.timeline
+    try:
+        factor = build_schedule(
+            config,
+            total_steps=line.units(plan.total),
+            global_batch=line.unit,
+            epoch_samples=line.epoch_samples,
+            evaluations=evaluations,
+            place=line.units,
+        )
+    except UserError as error:
+        if not line.changes:
+            raise
+        raise UserError(
+            f"{error} (where global_batch changes, in steps of {line.unit} samples)"
+        ) from None
+    return (lambda step: factor(line.units(step))) if line.changes else factor
+
+
+def batches_in_words(plan: Plan) -> str:
+    """Which batch begins at which step, the first and last ones of many."""
+    line = plan.timeline
+    parts = [
+        f"{batch:,} from step {start:,}" if start < plan.total else f"{batch:,} never"
+        for start, batch in zip(line.starts, line.batches, strict=True)
+    ]
+    shown = [*parts[:5], "...", parts[-1]] if len(parts) > 7 else parts
+    return f"{', '.join(shown)} of {plan.total:,}"
+
+
+def momentum_schedule(recipe: Recipe, plan: Plan) -> Schedule | None:
     """The momentum of each step, where the recipe lets it change.
 
     Raises UserError where it would leave (0, 1]: with none, torch's SGD forgets its velocity.
@@ -192,15 +229,10 @@ def momentum_schedule(recipe: Recipe, total_steps: int, epoch_samples: int) -> S
         return None
     most: float = recipe.optimizer.momentum  # type: ignore[union-attr]
     try:
-        factor = build_schedule(
-            config,
-            total_steps=total_steps,
-            global_batch=recipe.global_batch,
-            epoch_samples=epoch_samples,
-        )
+        factor = _by_samples(config, plan)
     except UserError as error:
         raise UserError(f"optimizer.momentum_schedule: {error}") from None
-    for step in range(total_steps):
+    for step in range(plan.total):
         if not 0 < most * factor(step) <= 1:
             raise UserError(
                 f"optimizer.momentum_schedule makes the momentum of step {step} "

@@ -7,9 +7,12 @@ from itertools import combinations
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.timeline import Crossings, Timeline, due
 from bigbatch.trainers.planning.averaging import Averaging, plan_average
 from bigbatch.trainers.planning.probes import Probes, plan_probes
 from bigbatch.trainers.planning.schedules import cycle_ends
+
+Every = int | Crossings  # so many steps, or where the batch changes, so many samples
 
 
 @dataclass(frozen=True)
@@ -18,34 +21,57 @@ class Plan:
 
     total: int  # steps that the recipe asks for; schedules run over these
     stop: int  # where this start of the run ends, at most `total`
-    micro_batches: int
-    evaluate_every: int
-    save_every: int
+    timeline: Timeline  # which samples each step takes
+    micro_batch: int
+    evaluate_every: Every
+    save_every: Every
     snapshots: frozenset[int]
-    keep_every: int | None  # checkpoints at multiples of this stay for good
+    keep_every: Every | None  # checkpoints at multiples of this stay for good
     average: Averaging | None  # which weights enter the run's average, if it keeps one
     probes: Probes  # which evaluations look more closely
     weights_from: int = 0  # class weights of the loss count from here on
     may_stop: bool = False  # earlier, going back to the best evaluation: so each one is saved
 
+    def micro_batches(self, step: int) -> int:
+        """Those of the step after `step` finished ones, over all ranks."""
+        return self.timeline.batch(step) // self.micro_batch
+
     def evaluates(self, step: int) -> bool:
-        return step % self.evaluate_every == 0 or step == self.total
+        return due(self.evaluate_every, step) or step == self.total
 
     def saves(self, step: int) -> bool:
-        kept = self.keep_every is not None and step % self.keep_every == 0
+        kept = self.keep_every is not None and due(self.keep_every, step)
         best = self.may_stop and self.evaluates(step)
-        return step % self.save_every == 0 or kept or best or step == self.stop
+        return due(self.save_every, step) or kept or best or step == self.stop
 
     def evaluations(self) -> int:
         """How many steps of the whole run `evaluates` names."""
-        return _multiples((self.evaluate_every,), self.total)
+        return _count((self.evaluate_every,), self.total)
 
     def checkpoints(self) -> int:
         """How many steps `saves` names in a run that no start ends early."""
         every = [self.save_every]
         every += [] if self.keep_every is None else [self.keep_every]
         every += [self.evaluate_every] if self.may_stop else []
-        return _multiples(every, self.total)
+        return _count(every, self.total)
+
+    def kept(self) -> int:
+        """How many of these stay for good."""
+        if self.keep_every is None:
+            return 0
+        if isinstance(self.keep_every, int):
+            return self.total // self.keep_every
+        return len(self.keep_every.steps(self.total))
+
+
+def _count(every: Sequence[Every], total: int) -> int:
+    """How many numbers from 1 to `total` are due by one of these, or are `total` itself."""
+    numbers = [period for period in every if isinstance(period, int)]
+    if len(numbers) == len(every):
+        return _multiples(numbers, total)
+    crossed = {s for period in every if not isinstance(period, int) for s in period.steps(total)}
+    beside = sum(all(step % n for n in numbers) for step in crossed - {total})
+    return beside + _multiples(numbers, total)
 
 
 def _multiples(periods: Sequence[int], total: int) -> int:
@@ -65,14 +91,13 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
 
     Raises UserError where cycles, an average or deferred class weights do not fit into the run.
     """
-    batch = recipe.global_batch
-    total = recipe.duration.steps(batch, epoch_samples)
-    ends = cycle_ends(recipe.schedule, total)
+    line = recipe.timeline(epoch_samples)
+    total = line.steps(recipe.duration)
+    ends = snapshot_steps(recipe, line, total)
     keep = recipe.checkpoint.keep_every
-    evaluate_every = recipe.evaluate.every.steps(batch, epoch_samples)
-    look = recipe.log.diagnosis
+    evaluate_every = line.every(recipe.evaluate.every)
     later = getattr(recipe.loss, "class_weights_from", None)
-    weights_from = 0 if later is None else later.steps(batch, epoch_samples)
+    weights_from = 0 if later is None else line.steps(later)
     if weights_from >= total:
         raise UserError(
             f"loss.class_weights_from = {later} is step {weights_from}, and the run has {total}: "
@@ -81,24 +106,70 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
     return Plan(
         total=total,
         stop=min(total, stop_at or total),
-        micro_batches=recipe.micro_batches,
+        timeline=line,
+        micro_batch=recipe.micro_batch,
         evaluate_every=evaluate_every,
-        save_every=recipe.checkpoint.every.steps(batch, epoch_samples),
+        save_every=line.every(recipe.checkpoint.every),
         snapshots=frozenset(ends or [total]),
-        keep_every=None if keep is None else keep.steps(batch, epoch_samples),
-        average=plan_average(recipe.average, total, batch, epoch_samples, ends),
-        probes=plan_probes(total, batch, evaluate_every) if look else Probes(),
+        keep_every=None if keep is None else line.every(keep),
+        average=plan_average(recipe.average, total, line, ends),
+        probes=_probes(total, line, evaluate_every) if recipe.log.diagnosis else Probes(),
         weights_from=weights_from,
         may_stop=recipe.regularise.early_stop is not None,
     )
 
 
+def snapshot_steps(recipe: Recipe, line: Timeline, total: int) -> list[int]:
+    """Finished steps at which cycles of the schedule end; [] for one without cycles.
+
+    Raises UserError where a cycle would hold no step.
+    """
+    ends = [
+        line.reaching(end * line.unit) for end in cycle_ends(recipe.schedule, line.units(total))
+    ]
+    if len(set(ends)) < len(ends):
+        raise UserError(
+            f"schedule.cycles = {len(ends)} for a run of {total} steps, of up to "
+            f"{max(line.batches)} samples: each cycle needs at least one step; use fewer cycles, a "
+            "longer duration, or smaller batches"
+        )
+    return ends
+
+
+def _probes(total: int, line: Timeline, evaluate_every: Every) -> Probes:
+    if isinstance(evaluate_every, int):
+        evaluations: Sequence[int] = range(evaluate_every, total + evaluate_every, evaluate_every)
+    else:
+        evaluations = list(dict.fromkeys([*evaluate_every.steps(total), total]))
+    return plan_probes(evaluations, total, line.first(total))
+
+
+def largest_world(recipe: Recipe) -> int:
+    """How many ranks can run a recipe.
+
+    Ranks without a micro-batch in a step take part in its sums alone, which DDP's gradients can be
+    and those of pieces cannot: DeepSpeed and FSDP2 exchange them while a rank goes backward.
+    """
+    if recipe.backend == "ddp":
+        return recipe.micro_batches
+    return recipe.smallest_batch // recipe.micro_batch
+
+
 def check_world(recipe: Recipe, world: int) -> None:
     """Raise UserError where more ranks would run than there are micro-batches in a step."""
-    if world > recipe.micro_batches:
+    most, changes = largest_world(recipe), not isinstance(recipe.global_batch, int)
+    if world <= most:
+        return
+    batch = most * recipe.micro_batch
+    if changes and most < recipe.micro_batches:
         raise UserError(
-            f"{world} ranks, but a step has only {recipe.micro_batches} micro-batches "
-            f"(global_batch {recipe.global_batch} / micro_batch {recipe.micro_batch}); use at "
-            f"most {recipe.micro_batches} ranks, or lower micro_batch to "
-            f"{max(1, recipe.global_batch // world)} or less"
+            f"{world} ranks, but the smallest steps have only {most} micro-batches (global_batch "
+            f"{batch} / micro_batch {recipe.micro_batch}), and with backend {recipe.backend} every "
+            f"rank needs one in each step; use at most {most} ranks, or backend=ddp, which lets "
+            "ranks wait"
         )
+    raise UserError(
+        f"{world} ranks, but {'the largest step has' if changes else 'a step has'} only {most} "
+        f"micro-batches (global_batch {batch} / micro_batch {recipe.micro_batch}); use at "
+        f"most {most} ranks, or lower micro_batch to {max(1, batch // world)} or less"
+    )

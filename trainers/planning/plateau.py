@@ -1,7 +1,7 @@
 """Reduction on a plateau, as a pure function of the evaluations so far. Free of torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +21,24 @@ class Evaluation(NamedTuple):
 Evaluations = Sequence[Evaluation]
 
 
-def plateau(config: Plateau, evaluations: Evaluations, start: int, step: int) -> float:
+def plateau(
+    config: Plateau,
+    evaluations: Evaluations,
+    start: int,
+    step: int,
+    place: Callable[[int], int] = lambda step: step,
+) -> float:
     """The factor of the step that follows `step` finished ones.
 
     Evaluations after more than `start` and at most `step` steps count. No state is kept, so
     a resumed run that reads the same evaluations gives the same factors. Values equal
-    torch's ReduceLROnPlateau, stepped once at each evaluation.
+    torch's ReduceLROnPlateau, stepped once at each evaluation. `place` is where in the schedule
+    an evaluation's step stands.
     """
     sign = 1.0 if config.metric == "nll" else -1.0
     factor, best, bad, cooldown = 1.0, math.inf, 0, 0
     for at, scores in evaluations:
-        if not start < at <= step:
+        if not start < place(at) <= step:
             continue
         found = scores.get(config.metric)
         value = math.nan if found is None else sign * found

@@ -5,6 +5,7 @@ An image of a probe is decoded and goes forward: on a GPU a third of what traini
 All probes together therefore have fewer than one in a hundred of the run's images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _SHARE = 0.0075  # images of all probes, of those that are trained on
@@ -26,13 +27,16 @@ class Probes:
         return step in self.steps or (self.first_gradients and step == 1)
 
 
-def plan_probes(total: int, global_batch: int, evaluate_every: int) -> Probes:
-    """Of a run of `total` steps: the first evaluation, the last, and some between them, evenly."""
-    budget = int(_SHARE * total * global_batch)
+def plan_probes(evaluations: Sequence[int], total: int, samples: int) -> Probes:
+    """Of a run of `total` steps and `samples` samples, evaluated after some of them.
+
+    The first evaluation, the last, which is the run's end, and some between them, evenly.
+    """
+    budget = int(_SHARE * samples)
     number = max(1, min(_PROBES, budget // _USUAL))
     images = max(_FEWEST, min(_MOST, budget // number))
-    evaluations = -(-total // evaluate_every)
-    places = [evaluations]
+    last = len(evaluations) - 1
+    places = [last]
     if number > 1:
-        places += [1 + i * (evaluations - 1) // (number - 1) for i in range(number - 1)]
-    return Probes(frozenset(min(p * evaluate_every, total) for p in places), images, True)
+        places += [i * last // (number - 1) for i in range(number - 1)]
+    return Probes(frozenset(min(evaluations[p], total) for p in places), images, True)

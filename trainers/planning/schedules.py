@@ -26,6 +26,7 @@ def build_schedule(
     epoch_samples: int,
     *,
     evaluations: Evaluations = (),
+    place: Callable[[int], int] = lambda step: step,
     first_step: int = 0,
 ) -> LrMultiplier:
     """The function step -> factor that multiplies the learning rate of that step.
@@ -33,8 +34,9 @@ def build_schedule(
     `step` is the number of finished steps, so 0 for the first one. `total_steps` is the
     length of the run; `global_batch` and `epoch_samples` turn durations into steps. Steps
     after the end keep the factor that the schedule ends on. A schedule with a plateau is a
-    function of `evaluations` as well: pass a list that grows as the run measures them.
-    `first_step` is where in the run the schedule's own step 0 stands.
+    function of `evaluations` as well: pass a list that grows as the run measures them, and in
+    `place` where in the schedule a step of the run stands. `first_step` is where in the run the
+    schedule's own step 0 stands.
     Raises UserError where the schedule does not fit into the run.
     """
 
@@ -48,6 +50,7 @@ def build_schedule(
             global_batch,
             epoch_samples,
             evaluations=evaluations,
+            place=place,
             first_step=first_step + start,
         )
 
@@ -80,7 +83,9 @@ def build_schedule(
             return _warmed(config, warmup, lambda t: config.values[bisect_right(marks, t + warmup)])
         case c.Plateau():
             start = first_step + warmup
-            return _warmed(config, warmup, lambda t: plateau(config, evaluations, start, start + t))
+            return _warmed(
+                config, warmup, lambda t: plateau(config, evaluations, start, start + t, place)
+            )
         case c.Constant():
             return _warmed(config, warmup, lambda t: 1.0)
         case c.Cosine():

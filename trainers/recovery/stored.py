@@ -14,6 +14,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.timeline import Crossings, due
 from bigbatch.trainers.models.weights_file import read_header
 
 MODEL, OPTIMIZER, AVERAGE, STATISTICS, STATE, MANIFEST = (
@@ -51,7 +52,7 @@ class Retention:
 
     newest: int = 2
     best: int = 0  # by accuracy on the validation split, among those whose step was evaluated
-    every: int | None = None  # steps: those at multiples of it stay for good
+    every: int | Crossings | None = None  # steps: those at multiples of it stay for good
     back: int = 0  # steps: the newest that is this much older than the last one, for a rollback
 
     def kept(self, accuracies: Mapping[int, float | None]) -> set[int]:
@@ -61,7 +62,7 @@ class Retention:
         kept = set(steps[-self.newest :])
         kept |= {-step for _, step in sorted(scored, reverse=True)[: self.best]}
         kept |= set([s for s in steps if s <= steps[-1] - self.back][-1:])
-        return kept | {step for step in steps if self.every and step % self.every == 0}
+        return kept | {step for step in steps if self.every and due(self.every, step)}
 
 
 def prune(folder: Path, retention: Retention, step: int) -> list[str]:

@@ -160,7 +160,13 @@ def noise(history: History, phases: Sequence[Phase]) -> str:
             label = None if number else f"{phase.name.split()[0]}, with 95 % interval"
             axes.fill_between(span, low, high, color=ORANGE, alpha=0.25, linewidth=0)
             axes.plot(span, [phase.critical] * 2, color=ORANGE, label=label)
-        axes.axhline(history.recipe.global_batch, color=MUTED, linestyle=":", label="global batch")
+        if isinstance(history.recipe.global_batch, int):
+            axes.axhline(
+                history.recipe.global_batch, color=MUTED, linestyle=":", label="global batch"
+            )
+        else:
+            steps, batches = _thin(train["step"], history.batches)
+            axes.plot(steps, batches, color=MUTED, linestyle=":", label="global batch")
         axes.set_yscale("log")
         # Powers of ten alone may all lie outside.
         low, high = axes.get_ylim()

@@ -100,15 +100,15 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
     total = history.total_steps
     remark = f"of {total:,}" if total else ""
     tiles.append(("steps", f"{history.last_step:,}", remark))
-    samples = history.last_step * history.recipe.global_batch
-    tiles.append(
-        ("images trained on", _short_count(samples), f"{history.recipe.global_batch:,} a step")
-    )
+    recipe, samples = history.recipe, history.samples
+    least, most = recipe.smallest_batch, recipe.largest_batch
+    a_step = f"{most:,} a step" if least == most else f"{least:,} to {most:,} a step"
+    tiles.append(("images trained on", _short_count(samples), a_step))
     if "step_s" in history.train:
         seconds = history.train["step_s"]
-        rate = history.recipe.global_batch / float(np.nanmean(seconds))
+        rate = float(history.batches.mean()) / float(np.nanmean(seconds))
         tiles.append(("images per second", f"{rate:,.0f}", f"{np.nanmean(seconds):.3g} s a step"))
-        whole = float(np.nanmean(seconds)) * history.last_step
+        whole = samples / rate
         if "mfu" in history.train:
             mfu = float(np.nanmean(history.train["mfu"]))
             tiles.append(("model FLOPs utilisation", f"{mfu:.1%}", "of the devices' peak"))

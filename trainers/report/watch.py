@@ -148,8 +148,12 @@ def seconds_left(history: History, age: float | None) -> float | None:
     done = history.last_step - int(starts[-1].get("step", 0))
     if done <= 0:
         return None
+    left = total - history.last_step
+    if "total_samples" in starts[-1]:  # by images, where steps hold different numbers of them
+        done = history.samples - int(starts[-1]["samples"])
+        left = int(starts[-1]["total_samples"]) - history.samples
     elapsed = time.time() - age - float(starts[-1]["time"])
-    return elapsed / done * (total - history.last_step)
+    return elapsed / done * left
 
 
 def _plots(history: History, width: int, height: int) -> Sequence[RenderableType]:

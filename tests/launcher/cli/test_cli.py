@@ -226,6 +226,36 @@ def test_batches_are_those_of_the_order(here: Path) -> None:
     assert found[0]["labels"] == [int(index.label[s]) for s in found[0]["samples"]]
 
 
+CHANGING = "global_batch={name: stages, pieces: [{batch: 64, until: 100 samples}, {batch: 256}]}"
+
+
+def test_of_a_batch_that_changes_all_is_told(here: Path) -> None:
+    """Its steps, ranks, rates and micro-batches: two steps of 64, then steps of 256."""
+    keys = [*DIGITS, CHANGING, "schedule.warmup=128 samples"]
+    found = json.loads(invoke("check", "--quick", *keys, "--json").output)
+    assert (found["batches"], found["most_ranks"]) == (
+        f"64 from step 0, 256 from step 2 of {found['steps']}",
+        4,
+    )
+    assert found["epochs"] * 1078 == pytest.approx(128 + (found["steps"] - 2) * 256, abs=0.1)
+    text = invoke("check", "--quick", *keys, "average={name: ema, half_life: 640 samples}").output
+    assert "at most 256 samples in 4 micro-batches of 64: 1 to 4 ranks" in text
+    assert "global_batch: 64 from step 0, 256 from step 2" in " ".join(text.split())
+    assert "a half-life of 640 samples" in " ".join(text.split())
+    rates = json.loads(invoke("schedule", *keys, "global_batch.lr=linear", "--json").output)["lr"]
+    assert [rate / rates[2] for rate in rates[:3]] == [0, 0.125, 1]  # half of a fourth at step 1
+    parts = []
+    for rank in range(3):
+        world = ("--world-size", "3", "--rank", str(rank))
+        lines = invoke("batches", *keys, "--steps", "0:4", "--json", *world).output.splitlines()
+        parts.append([json.loads(line) for line in lines])
+    assert [len(part) for part in parts] == [2 + 2 * 2, 2, 2]
+    merged = sorted((b for p in parts for b in p), key=lambda b: (b["step"], b["micro"]))
+    lines = invoke("batches", *DIGITS, "--steps", "0:3", "--json").output.splitlines()
+    constant = [sample for line in lines for sample in json.loads(line)["samples"]]
+    assert [s for b in merged for s in b["samples"]] == constant[: 2 * 64 + 2 * 256]
+
+
 def test_the_ranks_batches_are_the_steps_batches(here: Path) -> None:
     def of(*arguments: str) -> list[dict[str, object]]:
         lines = invoke("batches", *DIGITS, "--steps", "0:2", "--json", *arguments).output

@@ -57,6 +57,15 @@ def test_what_one_run_says(tmp_path: Path) -> None:
     json.dumps(values, allow_nan=False)
 
 
+def test_time_left_goes_by_images_where_the_batch_changes(tmp_path: Path) -> None:
+    start = START | {"samples": 0, "total_samples": 1000}
+    steps = [{"step": 1, "global_batch": 50, "samples": 50, "step_s": 0.5}]
+    steps += [{"step": 2, "global_batch": 150, "samples": 200, "step_s": 1.5}]
+    lines = "".join(json.dumps({"kind": "train", **step}) + "\n" for step in steps)
+    values = status(make(tmp_path, "a", [start], lines))
+    assert values["seconds_left"] == pytest.approx(800 * (2.0 / 200))
+
+
 def test_status_shows_alerts_and_the_slowest_rank(tmp_path: Path) -> None:
     slowest = {"rank": 1, "phase": "data", "share": 0.2}
     record = {"kind": "train", "step": 3, "loss": 1.0, "slowest": slowest, "mfu": 0.41}

@@ -17,7 +17,7 @@ STEP_BYTES = MICRO * record_size(ROWS, WIDTH, "float32")
 
 def kept_in(folder: Path, view: dict[str, Any] = VIEW, steps: int = STEPS) -> KeptOutputs:
     return KeptOutputs(
-        folder / key_of(view), steps=steps, micro_batches=MICRO, rows=ROWS, width=WIDTH,
+        folder / key_of(view), steps=steps, first=lambda step: step * MICRO, rows=ROWS, width=WIDTH,
         kind="float32",
     )  # fmt: skip
 

@@ -94,7 +94,9 @@ def build(case: dict[str, Any]) -> tuple[Engine, TrainState]:
         optimizer = build_optimizer(model, OPTIMIZERS[case["optimizer"]])
     if case.get("scaled"):  # as under fp16; a power of two, so that it costs no digit
         engine.accelerator.scaler = ShardedGradScaler("cpu", init_scale=2.0**10)
-    engine.prepare(model, optimizer, case.get("micro_batches", MICRO_BATCHES))
+    counts = [int(digit) for digit in case.get("changing", "")]
+    total = math.gcd(*counts) if counts else case.get("micro_batches", MICRO_BATCHES)
+    engine.prepare(model, optimizer, total)
     average = WeightAverage(engine.own_weights(), range(3, 99), 0.1)
     return engine, TrainState(
         0, model, optimizer, engine.scaler, {}, engine.pieces, average=average
@@ -108,18 +110,21 @@ def train(
     statistics: StepStatistics,
     clip: float | None = None,
     overflow: int | None = None,
+    changing: str = "",
 ) -> list[list[float]]:
     """The loop's own order of calls; (gradient norm, micro-batch norm) of each step.
 
-    In step `overflow` the last micro-batch's loss is infinite, on the rank that has it.
+    In step `overflow` the last micro-batch's loss is infinite, on the rank that has it. `changing`
+    are numbers of micro-batches, which steps have in turn; some may leave a rank without one.
     """
     dtype = next(engine.module.parameters()).dtype
-    total = engine.micro_batches
-    mine = range(engine.rank, total, engine.world)
+    counts = [int(digit) for digit in changing] or [engine.micro_batches]
     found = []
     engine.model.train()
     for step in range(state.step, stop):
-        engine.zero_grad()
+        total = counts[step % len(counts)]
+        mine = range(engine.rank, total, engine.world)
+        engine.begin(total)
         statistics.begin()
         for number in mine:
             x, y = draw(step, number, dtype)
@@ -201,7 +206,15 @@ def run(case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
     tensors, norms, trust = {}, [], {}
     names = engine.module if engine.pieces is None else engine.pieces.names
     for stop in steps:
-        norms += train(engine, state, stop, statistics, case.get("clip"), case.get("overflow"))
+        norms += train(
+            engine,
+            state,
+            stop,
+            statistics,
+            case.get("clip"),
+            case.get("overflow"),
+            case.get("changing", ""),
+        )
         trust[str(stop)] = trust_ratios(engine.optimizer, names)
         tensors |= {f"{stop}/{k}": v.clone() for k, v in whole(engine, state).items()}
     check_average(engine, state, whole(engine, state))
@@ -281,6 +294,13 @@ def scaled(backend: str, micro_batches: int = MICRO_BATCHES) -> dict[str, Any]:
     return job
 
 
+def changing(backend: str, counts: str) -> dict[str, Any]:
+    """Steps of other numbers of micro-batches than the one before."""
+    job = compare(backend, "lamb")
+    job["case"] |= {"changing": counts}
+    return job
+
+
 def go_on_job(backend: str, start: int, stop: int) -> dict[str, Any]:
     case = {"backend": backend, "optimizer": "lamb", "dtype": "float32"}
     return {"kind": "go on", "case": case, "start": start, "stop": stop}
@@ -297,6 +317,8 @@ JOBS = [
     compare("ddp", "lars"),
     *(compare(b, o) for b in SHARDED for o in LAYERWISE),
     *(scaled(b, micro_batches=3) for b in SHARDED),
+    changing("ddp", "1341"),
+    *(changing(b, "243") for b in SHARDED),
     compare("fsdp2", "lars", "float64"),
     *(compare(b, "muon_lamb") for b in ("ddp", "zero1", "fsdp2")),
     compare("zero1", "timm"),
@@ -313,6 +335,8 @@ MORE_JOBS = {
     3: [
         *(compare(b, o, "float32", 10, 50) for b in ["ddp", *SHARDED] for o in (*LAYERWISE, *MUON)),
         *(scaled(b) for b in SHARDED),
+        changing("ddp", "16243"),
+        *(changing(b, "364") for b in SHARDED),
     ],
     4: [compare(b, o) for b in ["ddp", *SHARDED] for o in (*LAYERWISE, *MUON)],
 }
@@ -389,12 +413,13 @@ def first_micro_batches(job: dict[str, Any], world: int) -> float:
     """The mean squared gradient norm of the micro-batches that each rank has first."""
     _, state = build(job["case"] | {"backend": "ddp", "scaled": False})
     found = []
-    for number in range(world):
+    ranks = min(world, int(job["case"].get("changing", "9")[0]))  # the others have none
+    for number in range(ranks):
         state.model.zero_grad()
         x, y = draw(0, number, torch.float32)
         nn.functional.cross_entropy(state.model(x), y).backward()
         found.append(sum(float(p.grad.square().sum()) for p in state.model.parameters()))
-    return sum(found) / world
+    return sum(found) / ranks
 
 
 @cases({2: JOBS})

@@ -245,7 +245,7 @@ def test_gradients_are_held_back_where_they_cross_ranks() -> None:
     model = model_of()
     engine = DdpEngine("fp32", "overlapped")
     engine.prepare(model, build_optimizer(model, OPTIMIZERS["sgd"]), 1)
-    engine.model = nn.Sequential(model)  # wrapped, as by DDP
+    engine.model = engine._wrapped = nn.Sequential(model)  # as by DDP
     for frozen in ({"stem.weight", "head.bias"}, {"stem.weight"}, set[str]()):
         engine.freeze(frozen)
         engine.zero_grad()

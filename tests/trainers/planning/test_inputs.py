@@ -6,6 +6,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.data.writing.shard import shard
 from bigbatch.trainers.planning.inputs import momentum_schedule, open_inputs
+from bigbatch.trainers.planning.plan import make_plan
 
 
 def test_a_data_set_without_a_test_split(tmp_path: Path) -> None:
@@ -33,17 +34,18 @@ def test_momentum_follows_its_own_schedule() -> None:
     rise = "{name: constant, warmup: 10 steps, warmup_start: 0.5}"
     keys = ["optimizer={name: sgd, lr: 0.1, momentum: 0.9}", "duration=20 steps"]
     recipe = load_recipe("digits", [*keys, f"optimizer.momentum_schedule={rise}"])
-    momentum = momentum_schedule(recipe, 20, 1000)
+    momentum = momentum_schedule(recipe, make_plan(recipe, 1000))
     assert momentum is not None
     assert [momentum(s) for s in (0, 5, 10, 19)] == pytest.approx([0.45, 0.675, 0.9, 0.9])
-    assert momentum_schedule(load_recipe("digits", keys), 20, 1000) is None
+    plain = load_recipe("digits", keys)
+    assert momentum_schedule(plain, make_plan(plain, 1000)) is None
     for schedule, says in (
         ("{name: constant, warmup: 10 steps}", "the momentum of step 0 0; keep it above 0"),
         ("{name: piecewise_constant, boundaries: [5 steps], values: [1, 1.2]}", "of step 5 1.08"),
     ):
         recipe = load_recipe("digits", [*keys, f"optimizer.momentum_schedule={schedule}"])
         with pytest.raises(UserError, match=says):
-            momentum_schedule(recipe, 20, 1000)
+            momentum_schedule(recipe, make_plan(recipe, 1000))
     with pytest.raises(UserError, match="momentum_schedule cannot hold a plateau"):
         load_recipe("digits", [*keys, "optimizer.momentum_schedule={name: plateau}"])
     with pytest.raises(UserError, match="multiplies a momentum of 0"):

@@ -10,7 +10,7 @@ from bigbatch.trainers.planning.probes import plan_probes
 
 @given(st.integers(1, 10**6), st.integers(1, 65536), st.integers(1, 10**5))
 def test_probes_stand_at_evaluations_and_stay_cheap(total: int, batch: int, every: int) -> None:
-    probes = plan_probes(total, batch, every)
+    probes = plan_probes(range(every, total + every, every), total, total * batch)
     assert total in probes.steps
     assert all(step % every == 0 or step == total for step in probes.steps)
     assert 1 <= len(probes.steps) <= 8
@@ -21,7 +21,7 @@ def test_probes_stand_at_evaluations_and_stay_cheap(total: int, batch: int, ever
 
 
 def test_a_long_run_has_eight_the_first_early() -> None:
-    probes = plan_probes(450_000, 256, 5000)
+    probes = plan_probes(range(5000, 455_000, 5000), 450_000, 450_000 * 256)
     assert (len(probes.steps), probes.images) == (8, 512)
     assert min(probes.steps) == 5000
     assert [probes.gradients(step) for step in (1, 2, 5000, 450_000)] == [True, False, True, True]

@@ -1,0 +1,226 @@
+"""The samples of a step, as a recipe writes them: a number, or how it changes over the run.
+
+configs/timeline.py says which samples a step takes then. Sources: Smith et al. 2018
+(arXiv:1711.00489) and Devarakonda et al. 2017 (arXiv:1712.02029), batches that grow where the rate
+would fall; McCandlish et al. 2018 (arXiv:1812.06162), why the noise asks for larger ones later.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from bigbatch.configs.durations import Period
+from bigbatch.configs.errors import UserError
+from bigbatch.configs.part import Count, StrictModel
+from bigbatch.configs.stream import lengths
+from bigbatch.configs.timeline import Timeline
+
+_MOST_CHANGES = 100_000
+
+
+class _Changing(StrictModel):
+    """Fields of every kind of change."""
+
+    lr: Literal["none", "linear", "sqrt"] = Field(
+        "none",
+        description="what the learning rate does where a batch is k times the first one: none: "
+        "nothing, linear: times k (SGD; Goyal et al. 2017), sqrt: times the square root of k "
+        "(Adam, LAMB; Malladi et al. 2022)",
+    )
+
+    def lr_factor(self, batch: int) -> float:
+        """The learning rate at `batch` samples a step, relative to that of the first step."""
+        ratio = batch / self.first
+        return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr]
+
+    @property
+    def first(self) -> int:
+        """The samples of the run's first step."""
+        return self.sizes[0]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The samples of a step, as they follow each other."""
+        raise NotImplementedError
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        """(samples, batch): from how many on a step takes how many."""
+        raise NotImplementedError
+
+
+class BatchPiece(StrictModel):
+    """A batch, and how far into the run it goes; the last one goes to the end."""
+
+    batch: Count = Field(description="samples in one optimizer step")
+    until: Period | None = Field(
+        None, description="of the run, in epochs or samples; the last piece has none"
+    )
+
+
+class Stages(_Changing):
+    """One batch after another."""
+
+    name: Literal["stages"]
+    pieces: list[BatchPiece] = Field(min_length=2, description="in order")
+
+    @property
+    def sizes(self) -> list[int]:
+        return [piece.batch for piece in self.pieces]
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        for before, piece in pairwise(self.pieces):
+            assert before.until is not None
+            yield before.until.samples(1, epoch_samples), piece.batch
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for i, piece in enumerate(self.pieces, 1):
+            if (piece.until is None) != (i == len(self.pieces)):
+                raise ValueError(
+                    f"piece {i} of {len(self.pieces)}: every piece but the last says until when "
+                    "it goes, the last one goes to the end of the run"
+                )
+        for before, after in pairwise(self.pieces):
+            if before.batch == after.batch:
+                raise ValueError(
+                    f"two pieces of {before.batch} after each other change nothing; make them one"
+                )
+        ends = [piece.until for piece in self.pieces if piece.until is not None]
+        for i, (a, b) in enumerate(pairwise(ends), 1):
+            if a.unit == b.unit and a.value >= b.value:
+                raise ValueError(
+                    f"piece {i + 1} goes until {b}, no further than the one before it ({a}); "
+                    "`until` counts from the start of the run, so let it rise"
+                )
+        return self
+
+
+class Doubling(_Changing):
+    """Twice the batch after every `every`, up to `most`."""
+
+    name: Literal["doubling"]
+    start: Count = Field(description="samples in the run's first step")
+    every: Period = Field(description="from one doubling to the next, in epochs or samples")
+    most: Count = Field(description="samples in a step at last: start times a power of 2")
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.start << k for k in range((self.most // self.start).bit_length())]
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        every = self.every.samples(1, epoch_samples)
+        return ((k * every, batch) for k, batch in enumerate(self.sizes[1:], 1))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.most <= self.start or self.sizes[-1] != self.most:
+            raise ValueError(
+                f"most {self.most} is not {self.start} (start) doubled some times; write such as "
+                f"{self.start * 2 ** max(1, round(math.log2(self.most / self.start)))}"
+            )
+        return self
+
+
+class LinearGrowth(_Changing):
+    """From `start` to `end` by equal parts of the samples seen, in whole micro-batches."""
+
+    name: Literal["linear"]
+    start: Count = Field(description="samples in the run's first step")
+    end: Count = Field(description="samples in a step from `until` on")
+    until: Period = Field(description="of the run, in epochs or samples")
+    by: Count = Field(
+        description="samples by which a step grows at a time: micro_batch, or a multiple of it"
+    )
+
+    @property
+    def sizes(self) -> list[int]:
+        return list(range(self.start, self.end + 1, self.by))
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        until, parts = self.until.samples(1, epoch_samples), len(self.sizes) - 1
+        return ((k * until / parts, batch) for k, batch in enumerate(self.sizes[1:], 1))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        grows = self.end - self.start
+        if grows <= 0 or grows % self.by or grows // self.by > _MOST_CHANGES:
+            raise ValueError(
+                f"from start {self.start} to end {self.end} by {self.by} at a time is no whole "
+                f"number of parts, from 1 to {_MOST_CHANGES:,}; change one of them"
+            )
+        return self
+
+
+Changing = Annotated[Stages | Doubling | LinearGrowth, Field(discriminator="name")]
+NUMBER, CHANGING = "~number", "~changing"  # tags of the branches, which no reader sees
+
+
+def _branch(value: Any) -> str:
+    return CHANGING if isinstance(value, dict | _Changing) else NUMBER
+
+
+GlobalBatch = Annotated[
+    Annotated[Count, Tag(NUMBER)] | Annotated[Changing, Tag(CHANGING)], Discriminator(_branch)
+]
+
+
+def sizes(batch: "int | _Changing") -> list[int]:
+    """The samples of a step, as they follow each other."""
+    return [batch] if isinstance(batch, int) else batch.sizes
+
+
+def timeline(batch: "int | _Changing", epoch_samples: int) -> Timeline:
+    """Which samples each step takes, in epochs of so many. UserError where a piece has no step."""
+    if isinstance(batch, int):
+        return Timeline.constant(batch, epoch_samples)
+    found = Timeline.changing(batch.first, batch.changes(epoch_samples), epoch_samples)
+    if isinstance(batch, Stages) and len(found.batches) < len(batch.pieces):
+        ends = ", ".join(f"{piece.batch} until {piece.until}" for piece in batch.pieces[:-1])
+        raise UserError(
+            f"global_batch.pieces: {ends}: in epochs of {epoch_samples:,} samples one of them "
+            "holds no step; let `until` rise further from one to the next"
+        )
+    return found
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """Which batches no micro-batches make, and what a changing one cannot stand beside."""
+    micro, batch = recipe.micro_batch, recipe.global_batch
+    odd = [size for size in sizes(batch) if size % micro]
+    if odd and isinstance(batch, int):
+        yield (
+            f"global_batch {batch} is not a multiple of micro_batch {micro}; choose a micro_batch "
+            "that divides it"
+        )
+    elif odd:
+        yield (
+            f"global_batch has steps of {odd[0]}, which is not a multiple of micro_batch {micro}; "
+            "choose a micro_batch that divides all of its batches, or other batches"
+        )
+    if isinstance(batch, int):
+        return
+    for place, length in lengths(batch, "global_batch"):
+        if length.unit == "steps":
+            yield (
+                f"{place} = {length}: the batch is a function of the samples seen; give it in "
+                "epochs or samples"
+            )
+    for key, part in (
+        ("schedule", recipe.schedule),
+        ("optimizer.momentum_schedule", getattr(recipe.optimizer, "momentum_schedule", None)),
+    ):
+        for place, length in lengths(part, key):
+            if length.unit == "steps" and length.value:
+                yield (
+                    f"{place} = {length}: where global_batch changes, rates go by the samples "
+                    "seen, and so many steps are no fixed number of them; give it in epochs or "
+                    "samples"
+                )
+    if recipe.optimizer.name == "lbfgs":
+        yield (
+            "optimizer lbfgs compares gradients of one step with those of the next, and another "
+            "batch makes another function; set global_batch to a number"
+        )
