@@ -20,7 +20,7 @@ from bigbatch.trainers.models.build import build_model
 from bigbatch.trainers.planning.inputs import fit
 
 IMAGENET, CIFAR = 1_281_167, 45_000
-FINETUNE = "finetune-bit-r50x1"
+FINETUNE, GROWING = "finetune-bit-r50x1", "cifar10-growing"
 
 # Recipe: images in an epoch, global batch, images to a BatchNorm, epochs, weight decay, momentum
 # or betas, and the rate at places in the run, in epochs.
@@ -78,7 +78,21 @@ def test_values_are_those_of_the_source(name):
 
 
 def test_every_recipe_but_the_main_job_is_in_the_table():
-    assert set(builtin_recipes()) - {"digits", FINETUNE} == set(EXPECTED)
+    assert set(builtin_recipes()) - {"digits", FINETUNE, GROWING} == set(EXPECTED)
+
+
+def test_batches_grow_where_the_rate_of_the_source_falls():
+    """At 60, 120 and 160 epochs, where Zagoruyko and Komodakis divide the rate by 5."""
+    recipe = load_recipe(GROWING)
+    plan, rate = rates(recipe, CIFAR)
+    assert (recipe.micro_batch, recipe.optimizer.weight_decay) == (128, 5e-4)
+    for epoch, batch in ((0, 128), (59.9, 128), (60.1, 640), (120.1, 3200), (160.4, 16_000)):
+        step = plan.timeline.reaching(epoch * CIFAR)
+        assert (plan.timeline.batch(step), rate(step)) == (batch, 0.1)
+    # 60, 60, 40 and 40 epochs; each but the last is rounded up to whole steps.
+    assert plan.total == pytest.approx(
+        CIFAR * sum((60 / 128, 60 / 640, 40 / 3200, 40 / 16_000)), abs=3
+    )
 
 
 def test_fine_tuning_follows_the_hyper_rule():
@@ -201,7 +215,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Vision Transformer with AdamW.
 ALIKE = (
     *("-nesterov-8k", "-lars-4k", "-lars-8k", "-lars-32k", "-lars-64k", "-vit-s16-lamb"),
-    *("-a1", "-a2"),
+    *("-a1", "-a2", "-growing"),
 )
 
 
@@ -209,7 +223,7 @@ ALIKE = (
     "name",
     [
         pytest.param(n, marks=pytest.mark.slow if n.endswith(ALIKE) else ())
-        for n in (*EXPECTED, FINETUNE)
+        for n in (*EXPECTED, FINETUNE, GROWING)
     ],
 )
 def test_each_recipe_trains_a_step(name, images, tmp_path):
