@@ -60,6 +60,7 @@ class _Events:
     attempts: list[Record] = field(default_factory=list)
     wrong: dict[int, Record] = field(default_factory=dict)  # by step: it made no update
     redone: int | None = None  # of what comes after so many steps, records are of a later try
+    later: list[Range] = field(default_factory=list)  # what was stepped over since
 
     def add(self, event: Record) -> None:
         kind = event.get("kind")
@@ -93,7 +94,7 @@ def find_past(
             "step of it can be had again; index the tars and set data.path"
         )
     events = _read_events(run, step, before_rollback)
-    skipped = [[int(e["first"]), int(e["last"])] for e in events.rollbacks]
+    skipped = [_range(event) for event in events.rollbacks]
     _check_reach(run, step, events)
     origin = run.forked_from
     first = origin["at"] if origin else 0
@@ -102,7 +103,9 @@ def find_past(
             f"step {step} is none of {run.name}, which branched off {(origin or {}).get('run')} "
             f"after step {first}: replay it there"
         )
-    found, checkpoint, notes = _find_start(run, step, start, skipped, bool(origin))
+    found, checkpoint, notes = _find_start(run, step, start, skipped, events.later)
+    # A branch steps over what its parent had: its own events do not say so, its checkpoints do.
+    skipped += [steps for steps in _over(checkpoint) if steps not in skipped]
     stands = step if events.redone is None else min(step, events.redone)
     kinds: dict[str, dict[int, Record]] = {"train": {}, "gradients": {}, "confusion": {}}
     for record in iter_jsonl(run.metrics, b'"train"', b'"gradients"', b'"confusion"'):
@@ -113,7 +116,7 @@ def find_past(
     records = {s: record for s, record in train.items() if s > found}
     wrong = events.wrong.get(step)
     refused = step not in records and wrong is not None and not is_skipped(skipped, step - 1)
-    if step not in records and wrong is not None:
+    if refused and wrong is not None:
         records[step] = {k: wrong[k] for k in ("loss", "grad_norm") if k in wrong}
     return Past(
         run,
@@ -143,13 +146,16 @@ def _read_events(run: RunDir, step: int, before_rollback: bool) -> _Events:
         kind = event.get("kind")
         if found:
             if kind == "start":
-                events.redone = int(event["step"])
-                break
+                redone = int(event["step"])
+                events.redone = redone if events.redone is None else min(redone, events.redone)
+            elif kind == "rollback":
+                events.later.append(_range(event))
             continue
         if before_rollback and kind == "rollback":
-            undone.append([int(event["first"]) + 1, int(event["last"]) + 1])
+            undone.append([number + 1 for number in _range(event)])
             if undone[-1][0] <= step <= undone[-1][1]:
                 events.add_wrong(undone[-1][1], event)
+                events.later.append(_range(event))
                 found = True
                 continue
         events.add(event)
@@ -161,6 +167,10 @@ def _read_events(run: RunDir, step: int, before_rollback: bool) -> _Events:
             + "; leave out --before-rollback"
         )
     return events
+
+
+def _range(rollback: Record) -> Range:
+    return [int(rollback["first"]), int(rollback["last"])]
 
 
 def _check_reach(run: RunDir, step: int, events: _Events) -> None:
@@ -178,11 +188,12 @@ def _check_reach(run: RunDir, step: int, events: _Events) -> None:
 
 
 def _find_start(
-    run: RunDir, step: int, start: int | None, skipped: list[Range], branched: bool
+    run: RunDir, step: int, start: int | None, skipped: list[Range], later: list[Range]
 ) -> tuple[int, Path | None, list[str]]:
     """Finished steps, the checkpoint after them, and what is wrong with newer ones."""
+    branched = run.forked_from is not None
     there = [path for path in list_checkpoints(run.checkpoints) if step_of(path) < step]
-    usable = [path for path in there if _took_part(path, skipped)]
+    usable = [path for path in there if _is_of_try(path, skipped, later)]
     if start is not None and start not in [0, *map(step_of, usable)]:
         have = ", ".join(str(step_of(path)) for path in reversed(usable)) or "none"
         raise UserError(
@@ -211,11 +222,19 @@ def _find_start(
     return 0, None, notes
 
 
-def _took_part(path: Path, skipped: list[Range]) -> bool:
-    """Whether a checkpoint's weights stepped over just those of `skipped` that lie before it."""
+def _is_of_try(path: Path, skipped: list[Range], later: list[Range]) -> bool:
+    """Whether a checkpoint's weights stepped over all of `skipped` that lies before it, and over
+    nothing of `later`."""
+    over, step = _over(path), step_of(path)
+    if any(steps in over for steps in later if steps[0] < step):
+        return False
+    return all(steps in over for steps in skipped if steps[0] < step)
+
+
+def _over(path: Path | None) -> list[Range]:
+    """What a checkpoint has stepped over."""
     try:
-        over = parse_json((path / STATE).read_bytes()).get("over", [])
+        over = [] if path is None else parse_json((path / STATE).read_bytes()).get("over", [])
     except (OSError, ValueError, AttributeError):
-        return True  # `verify` says what is wrong with it
-    step = step_of(path)
-    return all((r in over) == (r in skipped) for r in [*over, *skipped] if r[0] < step)
+        return []  # `verify` says what is wrong with it
+    return list(over)

@@ -118,3 +118,16 @@ def test_only_checkpoints_of_the_same_try_are_begun_at(
     assert first.attempt(7)["threads"] == 1
     with pytest.raises(UserError, match="its rollbacks undid steps 5 to 7; leave out"):
         find_past(run, 8, before_rollback=True)
+
+
+def test_a_branch_steps_over_what_its_parent_had(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which its own events do not know, and its first checkpoint does."""
+    monkeypatch.setattr("bigbatch.trainers.replay.past.verify", lambda path: None)
+    manifest = json.loads(run.manifest.read_text())
+    manifest["forked_from"] = {"run": "runs/parent", "step": 6, "at": 6}
+    run.manifest.write_text(json.dumps(manifest))
+    checkpoint(run, 6, [[2, 3]])
+    past = find_past(run, 8)
+    assert (past.start, past.skipped) == (6, ([2, 3],))

@@ -13,12 +13,14 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.recovery.rollback import read_rollbacks
 from bigbatch.trainers.replay.environment import differences
 from bigbatch.trainers.replay.look import look
 from bigbatch.trainers.replay.past import find_past
 from bigbatch.trainers.replay.replay import open_replay, replay_step
 from bigbatch.trainers.replay.summary import in_words, summarise
+from tests.helpers import warm
 from tests.trainers.replay.conftest import copied, small, train_here, untouched
 
 CPU = torch.device("cpu")
@@ -247,3 +249,20 @@ def test_no_stand_in_is_left_behind(preempted: RunDir) -> None:
         assert isinstance(replay.engine.module, nn.Module)
     assert not scratch.exists()
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_what_two_ranks_added_up_in_their_own_order_is_said(digits: Path, tmp_path: Path) -> None:
+    """The same samples and losses; gradients differ by rounding, and the reason has a name."""
+    changes = small(digits, "reduction=overlapped", "log.diagnosis=false")
+    run = create_run(tmp_path / "rounded", load_recipe("digits", changes))
+    done = warm.run(agent_command(run.path, 2, stop_at=3), capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = replay_step(run, 3)
+    assert found.past.start == 0
+    assert found.record["loss"] == pytest.approx(found.past.records[3]["loss"], rel=1e-3)
+    assert all(d.name == "grad_norm" or d.step > 1 for d in found.differences)
+    assert found.same is False
+    (reason,) = differences(found.past, CPU)
+    assert reason.startswith("reduction: overlapped adds gradients up in an order that depends on")
+    assert "2 then, 1 here" in reason
