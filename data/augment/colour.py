@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import kornia.color as color
-import kornia.enhance as enhance
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ def operations(augment: Augment) -> list[Operation]:
     """What the recipe asks for, in the order in which it is done."""
     found = []
     if augment.jitter is not None:
+        import kornia.enhance  # noqa: F401  # half a second; and not first by threads that compute
+
         found.append(Operation("jitter", partial(jitter, config=augment.jitter)))
     return found
 
@@ -40,6 +40,13 @@ def jitter(images: Tensor, draws: Draws, config: Jitter) -> Tensor:
     return on_rows(images, every, partial(_after_brightness, config=config), *others, means)
 
 
+def _gray(images: Tensor) -> Tensor:
+    from kornia.color import rgb_to_grayscale
+
+    gray: Tensor = rgb_to_grayscale(images)
+    return gray
+
+
 def _brightness(
     images: Tensor, shifts: Tensor, lumas: Tensor | None = None, *, config: Jitter
 ) -> Tensor:
@@ -48,7 +55,7 @@ def _brightness(
     if config.brightness:
         images.mul_(per_image(1 + shifts)).clamp_(0, 1)
     if lumas is not None:
-        lumas.copy_(color.rgb_to_grayscale(images))
+        lumas.copy_(_gray(images))
     return images
 
 
@@ -60,10 +67,12 @@ def _after_brightness(
         images.mul_(factors).add_(means * (1 - factors)).clamp_(0, 1)
     if config.saturation and images.shape[1] == 3:  # its adjust_saturation_with_gray_subtraction
         factors = per_image(1 + saturation)
-        gray = color.rgb_to_grayscale(images).mul_(1 - factors)
+        gray = _gray(images).mul_(1 - factors)
         images.mul_(factors).add_(gray).clamp_(0, 1)
     if config.hue:
-        images = enhance.adjust_hue(images, hue * (2 * torch.pi))
+        from kornia.enhance import adjust_hue
+
+        images = adjust_hue(images, hue * (2 * torch.pi))
     return images
 
 

@@ -27,6 +27,7 @@ _NOWHERE = {
     "onnxruntime": _ELSEWHERE,
     "onnxscript": _ELSEWHERE,
     "torch_pruning": _ELSEWHERE,
+    "kornia": "jitter alone is computed by it",
     "webdataset": "streams alone read by it",
     "fsspec": "remote shards alone are read by it",
     "s3fs": "remote shards alone are read by it",
@@ -44,7 +45,6 @@ _BEFORE_A_MODEL = {
     "sympy": _MODEL,
     "triton": _MODEL,
     "huggingface_hub": _MODEL,
-    "kornia": _MODEL,
     "wandb": "0.4 s, on rank 0 alone and on a thread of its own",
     "pyarrow": "what is wrong with a start is said before",
     "PIL": "what is wrong with a start is said before",
@@ -63,7 +63,7 @@ DENIED: dict[str, Mapping[str, str]] = {
         "rich": "the agent draws nothing",
     },
     "bigbatch.trainers.worker": {**_NOWHERE, **_BEFORE_A_MODEL},
-    "bigbatch.trainers.run": _NOWHERE,  # what a rank imports once its engine is open
     "bigbatch.trainers.inference.__main__": _NOWHERE,
     "bigbatch.trainers.replay.__main__": _NOWHERE,
+    "bigbatch.trainers.run": _NOWHERE,  # what a rank imports once its engine is open
 }
