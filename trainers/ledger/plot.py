@@ -36,6 +36,7 @@ def draw_losses(runs: tuple[RunDir, RunDir], parting: int | None, path: Path) ->
     above.set(title="training loss", ylabel="loss")
     below.plot(common, apart, color=MUTED)
     below.set(title="|A - B|", xlabel="finished steps", ylabel="difference")
+    below.set_ylim(bottom=0)
     if parting is not None:
         for axes in (above, below):
             axes.axvline(parting, color=MUTED, linewidth=1, linestyle=":")

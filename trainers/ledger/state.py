@@ -26,7 +26,9 @@ class StateDigests:
         self._digest = Digester()
         pieces = [] if engine.pieces is None else engine.pieces.pieces
         self._pieces: dict[str, Piece] = {piece.name: piece for piece in pieces}
-        others = {n: p for n, p in module.named_parameters() if n not in self._pieces}
+        # Under each of its names, as a checkpoint has it.
+        named = module.named_parameters(remove_duplicate=False)
+        others = {n: p for n, p in named if n not in self._pieces}
         # What FSDP2 cuts into rows though nobody trains it.
         self._frozen = [row_piece(n, p) for n, p in others.items() if hasattr(p, "to_local")]
         whole = {n: p for n, p in others.items() if not hasattr(p, "to_local")}
@@ -34,8 +36,7 @@ class StateDigests:
         kept = module.state_dict().keys()
         buffers = module.named_buffers() if self._main else ()
         self._buffers = {name: b for name, b in buffers if name in kept}
-        named = module.named_parameters()
-        self._names: dict[Tensor, str] = {p: name for name, p in named}
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         if engine.pieces is not None:
             self._names = engine.pieces.names
 
