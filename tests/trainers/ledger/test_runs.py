@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from bigbatch.configs.load import change_recipe, load_recipe
+from bigbatch.configs.recovery import Recovery
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.index import build_index
 from bigbatch.launcher.batches import batches
@@ -23,6 +25,7 @@ from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.ledger.compare import compare
 from bigbatch.trainers.ledger.lines import read_ledger
+from bigbatch.trainers.recovery.rollback import Rollback, check_step
 from bigbatch.trainers.recovery.stored import measure, verify
 from tests.helpers import warm
 
@@ -113,6 +116,30 @@ def test_a_killed_run_goes_on_with_its_chain(whole: RunDir, tmp_path: Path) -> N
     assert [s.start["step"] for s in read_ledger(run.ledger).steps.values()] == [0, 0, 2, 2, 2, 2]
     assert audit(run) == (0, [])
     assert diff(whole, run).exit_code == 0
+
+
+def test_a_rollback_goes_on_with_the_chain(
+    whole: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = [3]
+
+    def check(recovery: Recovery, step: int, *values: float, **more: Any) -> bool:
+        if step in wrong:
+            wrong.remove(step)
+            raise Rollback("of a test", [step, step])
+        return check_step(recovery, step, *values, **more)
+
+    monkeypatch.setattr("bigbatch.trainers.loop.check_step", check)
+    run = create_run(tmp_path / "back", whole.recipe())
+    assert worker.main([str(run.path), "--stop-at", "5"]) == 0
+    ledger, other = read_ledger(run.ledger), read_ledger(whole.ledger)
+    assert ledger.broken is None
+    assert step_lines(run)[:3] == step_lines(whole)[:3]
+    before, stepped_over = ledger.steps[3].digests, ledger.steps[4].digests
+    assert all(before[name] == stepped_over[name] for name in ("weights", "optimizer", "buffers"))
+    assert stepped_over["gradient"] == other.steps[4].digests["gradient"]
+    assert list(ledger.steps) == [1, 2, 3, 4, 5]
+    assert audit(run) == (0, [])
 
 
 def test_a_rate_that_changes_is_named_as_the_update(whole: RunDir, tmp_path: Path) -> None:
