@@ -13,6 +13,12 @@ class UserError(ValueError):
     """
 
 
+def reason_of(error: BaseException) -> str:
+    """The reason in an error, never empty, without its number or the file's name once more."""
+    reason = error.strerror if isinstance(error, OSError) else str(error).strip()
+    return reason or str(error).strip() or type(error).__name__
+
+
 def is_refused(error: OSError) -> bool:
     """Whether a disk was full, or a file was not to be written: space or rights mend it."""
     return error.errno in _REFUSALS

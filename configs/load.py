@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import UserError, reason_of
 from bigbatch.configs.explain import explain, shortened
 from bigbatch.configs.layers import Place, Tree, canonical, lay, named_parts
 from bigbatch.configs.notices import notice
@@ -146,7 +146,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes: that is no recipe")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        remedy = "give the path of a file that can be read"
+        raise UserError(f"cannot read {path}: {reason_of(error)}; {remedy}") from None
     tree = copy.deepcopy(_parse_file(text, str(path)))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping; write lines of `key: value`")

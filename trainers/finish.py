@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bigbatch.configs.errors import reason_of
 from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.notices import notice
@@ -83,8 +84,7 @@ def _said(otherwise: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        notice(otherwise.format(what))
+        notice(otherwise.format(reason_of(error)))
 
 
 def _expected_snapshots(job: Job) -> set[int]:

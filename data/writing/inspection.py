@@ -97,7 +97,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
         return {root.name: root}
     below = {p.name: p for p in sorted(root.glob("*/")) if holds_shards(p)}
     if not below:
-        raise UserError(f"{root} holds no shards; give the folder that `bigbatch shard` wrote")
+        how = "holds no shards" if root.exists() else "is not there"
+        raise UserError(f"{root} {how}; give the folder that `bigbatch shard` wrote")
     first = [name for name in SPLITS if name in below]
     return {name: below[name] for name in (*first, *(n for n in below if n not in first))}
 

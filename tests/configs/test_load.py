@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch.configs.durations import Length, parse
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import UserError, reason_of
 from bigbatch.configs.load import (
     builtin_recipes,
     change_recipe,
@@ -260,3 +260,14 @@ def test_a_size_is_a_side_or_height_and_width() -> None:
     assert recipe.model_dump(mode="json")["data"]["image_size"] == [32, 256]
     assert parse_recipe(recipe.model_dump(mode="json"), "again") == recipe
     assert load_recipe("digits", ["evaluate.image_size=48"]).eval_size == 48
+
+
+def test_a_reason_is_never_empty_and_says_nothing_twice(tmp_path: Path) -> None:
+    """`tune` printed "[Errno 2] No such file or directory: 'space.yaml'" behind the name."""
+    with pytest.raises(UserError) as raised:
+        read_yaml(tmp_path / "gone.yaml")
+    said = f"cannot read {tmp_path / 'gone.yaml'}: No such file or directory; give the path of a"
+    assert str(raised.value).startswith(said)
+    assert reason_of(AssertionError()) == "AssertionError"
+    assert reason_of(OSError()) == "OSError"
+    assert reason_of(ValueError(" why ")) == "why"

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import UserError, reason_of
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.advice.critical_batch import (
@@ -361,7 +361,8 @@ def read_points(path: Path) -> tuple[Array, Array, str]:
             names = list(reader.fieldnames or [])
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read --points {path}: {error}") from None
+        remedy = "give a CSV file that can be read"
+        raise UserError(f"cannot read --points {path}: {reason_of(error)}; {remedy}") from None
     batches = [n for n in names if n in ("batch", "batch_size", "global_batch")]
     costs = [n for n in names if n in ("epochs", "samples") or "epochs_to" in n]
     if len(batches) != 1 or len(costs) != 1:

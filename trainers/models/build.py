@@ -8,7 +8,7 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import UserError, reason_of
 from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import Size
@@ -75,8 +75,8 @@ def build_model(
     except Exception as error:  # options go to any constructor, and weights are anything
         weights = config.checkpoint or ("pretrained" if config.pretrained else "fresh")
         what = f"timm cannot build {config.name}" if config.from_timm else f"{config.name} fails"
-        why = str(error).strip() or type(error).__name__  # an assertion often says nothing
-        raise UserError(f"{what} ({weights} weights, options {config.options}): {why}") from error
+        told = f"{weights} weights, options {config.options}"
+        raise UserError(f"{what} ({told}): {reason_of(error)}") from error
     if config.init is not None:
         initialise(model, config.init, seed, config.name, head_prior)
     for note in [] if quiet else notes:

@@ -98,6 +98,8 @@ def test_only_verify_decodes(tmp_path: Path) -> None:
 def test_nothing_to_inspect(tmp_path: Path, digits_root: Path) -> None:
     with pytest.raises(UserError, match="holds no shards; give the folder"):
         inspect(tmp_path)
+    with pytest.raises(UserError, match="gone is not there; give the folder"):
+        inspect(tmp_path / "gone")
     with pytest.raises(UserError, match="cannot draw into"):
         inspect(digits_root / "val", picture=tmp_path / "x.nonsense")
 
