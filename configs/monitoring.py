@@ -15,7 +15,9 @@ class Log(StrictModel):
         50, description="steps between records of timing by rank, trust ratios, and the machine"
     )
     ledger_every: Count | None = Field(
-        1, description="steps between lines of ledger.jsonl, digests of the state; null: none"
+        10,
+        description="steps between lines of ledger.jsonl, digests of the state, which regular "
+        "checkpoints and the last step also have; null: none",
     )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="auto: online where logged in, otherwise offline"

@@ -100,7 +100,8 @@ class Job:
 
     def micro_batch(self, step: int, index: int) -> MicroBatch:
         """One micro-batch of the step that follows `step` finished ones, whoever computes it."""
-        return next(self._batches(step, step + 1, index, self.recipe.micro_batches, None))
+        world = self.inputs.plan.micro_batches(step)  # each is a rank's only one
+        return next(self._batches(step, step + 1, index, world, None))
 
     def traced_batches(self, start: int, stop: int) -> Generator[MicroBatch, None, None]:
         """The same, each noted in trace/ where the recipe asks for it."""

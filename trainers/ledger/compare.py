@@ -183,8 +183,8 @@ def differing_samples(a: Recipe, b: Recipe, step: int) -> list[str]:
         sides = [_samples(recipe, step) for recipe in (a, b)]
     except UserError as error:
         return [f"which ones cannot be said: {error}"]
-    if a.global_batch != b.global_batch:
-        return [f"a step has {a.global_batch} samples in A, {b.global_batch} in B"]
+    if len(sides[0]) != len(sides[1]):
+        return [f"the step has {len(sides[0])} samples in A, {len(sides[1])} in B"]
     found = []
     for place, (ours, theirs) in enumerate(zip(*sides, strict=True)):
         if ours == theirs:
@@ -202,11 +202,11 @@ def differing_samples(a: Recipe, b: Recipe, step: int) -> list[str]:
 
 def _samples(recipe: Recipe, step: int) -> list[tuple[str, int, int]]:
     """Key, label and CRC-32C of each sample of a step."""
-    order = open_inputs(recipe).order
+    inputs = open_inputs(recipe)
+    order, first = inputs.order, inputs.plan.timeline.first
     if order is None:
         raise UserError("a stream has no order")
-    first = step * recipe.global_batch
-    samples = order.samples(np.arange(first, first + recipe.global_batch))
+    samples = order.samples(np.arange(first(step), first(step + 1)))
     keys, index = order.index.keys(), order.index
     return [(keys[i], int(index.label[i]), int(index.crc[i])) for i in samples.tolist()]
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbatch.configs.timeline import due
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.job import Job
@@ -47,7 +48,8 @@ class LedgerWriter:
         """Whether `step` finished steps get a line."""
         if self._every is None:
             return False
-        return step % self._every == 0 or step == self._job.inputs.plan.total
+        plan = self._job.inputs.plan
+        return step % self._every == 0 or due(plan.save_every, step) or step == plan.total
 
     def see(self, batch: MicroBatch) -> None:
         """Take in which samples a micro-batch of this rank holds."""

@@ -137,17 +137,16 @@ class _Look:
             self.engine.zero_grad()
 
     def _asked(self, micro: int | None, key: str | None) -> int | None:
-        recipe, order = self.job.recipe, self.job.inputs.order
+        recipe, order, plan = self.job.recipe, self.job.inputs.order, self.job.inputs.plan
         assert order is not None
-        if micro is not None and micro >= recipe.micro_batches:
+        if micro is not None and micro >= plan.micro_batches(self.step):
             raise UserError(
-                f"--micro {micro}: a step of {self.replayed.past.run.name} has micro-batches 0 to "
-                f"{recipe.micro_batches - 1}"
+                f"--micro {micro}: that step of {self.replayed.past.run.name} has micro-batches "
+                f"0 to {plan.micro_batches(self.step) - 1}"
             )
         if key is None:
             return micro
-        start = self.step * recipe.global_batch
-        samples = order.samples(np.arange(start, start + recipe.global_batch))
+        samples = order.samples(np.arange(*map(plan.timeline.first, (self.step, self.step + 1))))
         places = [i for i, sample in enumerate(samples.tolist()) if self.keys[sample] == key]
         found = dict.fromkeys(i // recipe.micro_batch for i in places)
         if not found:
@@ -214,7 +213,7 @@ class _Look:
         return _Pass(batch, images, targets, loss, model.logits, features, first)
 
     def _part(self, done: _Pass) -> Part:
-        count = self.job.recipe.micro_batches
+        count = self.job.inputs.plan.micro_batches(self.step)
         norms, dots = self._measure(self._gradients(done.loss, keep=True))
         if self.sharpness is not None:
             self.sharpness.descend()
@@ -328,7 +327,7 @@ class _Look:
                 f"loss {self.job.recipe.loss.name} has no term for each sample here: samples have "
                 "no norm and no share, micro-batches have"
             )
-        number = self.job.recipe.global_batch
+        number = self.job.inputs.plan.timeline.batch(self.step)
         found = []
         for sample, term in zip(samples, terms, strict=True):
             norms, dots = self._measure(self._gradients(term, keep=True))

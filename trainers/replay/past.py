@@ -44,6 +44,7 @@ class Past:
     evaluations: tuple[Evaluation, ...] = ()  # of the validation split, up to `step`
     confusions: dict[int, Any] = field(default_factory=dict)  # what these confused, if recorded
     refused: bool = False  # the run made no update in this step, for it went wrong there
+    undone: bool = False  # a rollback went back from this step: the run has another try on record
     notes: tuple[str, ...] = ()  # what a user should know, such as a damaged checkpoint
 
     def attempt(self, step: int) -> Record:
@@ -132,6 +133,7 @@ def find_past(
         tuple(read_evaluations(run.metrics, step)),
         {s: record["matrix"] for s, record in kinds["confusion"].items()},
         refused,
+        before_rollback,
         tuple(notes),
     )
 

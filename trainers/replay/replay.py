@@ -20,6 +20,8 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.job import Job, build_job
+from bigbatch.trainers.ledger.lines import DIGESTS, read_ledger
+from bigbatch.trainers.ledger.record import LedgerWriter
 from bigbatch.trainers.loop import train
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.monitor import Monitor
@@ -55,8 +57,8 @@ class Difference:
 
     step: int
     name: str
-    recorded: float | None
-    recomputed: float | None
+    recorded: float | str | None
+    recomputed: float | str | None
 
     def __str__(self) -> str:
         return (
@@ -78,6 +80,7 @@ class Replayed:
     after: dict[str, Tensor]  # ... after the step
     ratios: dict[str, float]  # trust ratios of LARS or LAMB
     compared: int  # values that are on record
+    lines: int  # of the ledger, their digests among these values
     differences: tuple[Difference, ...]  # of the replayed steps, the oldest first
     checkpoint: bool | None  # the weights after it are those saved then; None: none are there
 
@@ -123,6 +126,7 @@ class Replay:
                 NoWatchdog(),
                 NoSignal(),
                 batches,
+                LedgerWriter(job, self.log),
                 past=self.past,
             )
             try:
@@ -166,7 +170,7 @@ class Replay:
         """Parameters and buffers as they were."""
         self.engine.module.load_state_dict(tensors)
 
-    def _compare(self) -> tuple[int, tuple[Difference, ...]]:
+    def _compare(self) -> tuple[int, int, tuple[Difference, ...]]:
         compared, found = 0, []
         for step, record in sorted(self.past.records.items()):
             here = self.log.trained[step]
@@ -176,7 +180,24 @@ class Replay:
             pairs += [(f"gradient of {n}", recorded[n], by_layer[n]) for n in recorded if by_layer]
             compared += len(pairs)
             found += [Difference(step, *pair) for pair in pairs if pair[1] != pair[2]]
-        return compared, tuple(found)
+        lines = self._ledger()
+        for step, digests in lines.items():
+            here = self.log.lines[step]
+            compared += len(DIGESTS)
+            found += [
+                Difference(step, f"{name} in the ledger", digests[name], here[name])
+                for name in DIGESTS
+                if digests[name] != here[name]
+            ]
+        return compared, len(lines), tuple(sorted(found, key=lambda difference: difference.step))
+
+    def _ledger(self) -> dict[int, dict[str, str]]:
+        """Digests on record of the steps that were replayed."""
+        path = self.past.run.ledger
+        if self.past.undone or not path.is_file():
+            return {}
+        steps = read_ledger(path).steps
+        return {s: steps[s].digests for s in self.log.lines if s in steps}
 
     def _saved(self) -> bool | None:
         past = self.past
@@ -215,14 +236,16 @@ def open_replay(past: Past) -> Iterator[Replay]:
         engine = WatchedEngine(recipe.precision, recipe.reduction)
         job = build_job(run, recipe, engine, None)
         _fill(job, past)
-        images = (past.step - past.start) * recipe.global_batch
+        first = job.inputs.plan.timeline.first
+        images = first(past.step) - first(past.start)
         data = recipe.data.model_copy(update={"workers": 0} if images <= _FEW_IMAGES else {})
         # What leaps is looked at here, not gone back from.
         recovery = recipe.recovery.model_copy(update={"spike": None})
-        here = recipe.model_copy(update={"data": data, "recovery": recovery})
+        log = recipe.log.model_copy(update={"ledger_every": 1})
+        here = recipe.model_copy(update={"data": data, "recovery": recovery, "log": log})
         job = replace(job, recipe=here)
-        log = Notes(run, here, job.inputs.plan.total, job.inputs.epoch_samples)
-        yield Replay(past, job, engine, log)
+        notes = Notes(run, here, job.inputs.plan.total, job.inputs.epoch_samples)
+        yield Replay(past, job, engine, notes)
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -58,12 +58,17 @@ class Notes(Log):
         self.trained: dict[int, Record] = {}
         self.details: dict[tuple[int, str], Record] = {}
         self.events: list[Record] = []
+        self.lines: dict[int, Record] = {}  # of the ledger, by step
 
     def train(self, step: int, **values: Any) -> None:
         self.trained[step] = finite(values)
 
     def detail(self, step: int, kind: str, **values: Any) -> None:
         self.details[step, kind] = finite(values)
+
+    def ledger(self, line: Record) -> None:
+        if line["kind"] == "step":
+            self.lines[line["step"]] = line
 
     def event(self, kind: str, **fields: Any) -> None:
         self.events.append(finite({"kind": kind, **fields}))

@@ -32,6 +32,7 @@ def summarise(
         "checkpoint": None if past.checkpoint is None else str(past.checkpoint),
         "same": replayed.same,
         "compared": replayed.compared,
+        "ledger_lines": replayed.lines,
         "weights_as_saved": replayed.checkpoint,
         "differences": [asdict(d) for d in replayed.differences],
         "environment": list(differs),
@@ -161,9 +162,12 @@ def _same(result: Result) -> list[str]:
     values = ", ".join(f"{name} {here[name]}" for name in COMPARED if here[name] is not None)
     if result["same"] is None:
         return [f"nothing of it is on record to compare with: {values}"]
-    saved = {True: "; the weights after it are those saved then", False: "", None: ""}
     if result["same"]:
-        return [f"same as recorded, bit for bit: {values}{saved[result['weights_as_saved']]}"]
+        also = f"; {plural(result['ledger_lines'], 'line')} of the ledger"
+        also = also if result["ledger_lines"] else ""
+        if result["weights_as_saved"]:
+            also += "; the weights after it are those saved then"
+        return [f"same as recorded, bit for bit: {values}{also}"]
     lines = [
         f"differs: step {found['step']}, {found['name']} recorded {found['recorded']}, "
         f"recomputed {found['recomputed']}"

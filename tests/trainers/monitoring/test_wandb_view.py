@@ -30,8 +30,8 @@ from bigbatch.trainers.monitoring.wandb_view import (
 from tests.helpers.wandb_server import Server, serve
 
 STEPS = 300
-# One attempt, as a process: what to start from, where to end, and how ("kill" or a state). A job that
-# is stopped has not the time to wait for wandb on a busy machine; these tests have.
+# One attempt, as a process: what to start from, where to end, and how ("kill" or a state). A job
+# that is stopped has not the time to wait for wandb on a busy machine; these tests have.
 ATTEMPT = """
 import os, signal, sys, time
 from pathlib import Path

@@ -130,6 +130,7 @@ def train(run: RunDir, ranks: int, stop_at: int) -> None:
 def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tmp_path):
     changes = [
         f"data.path={digits}", "log.wandb=off", "data.workers=0", "checkpoint.every=4 steps",
+        "log.ledger_every=1",
         "global_batch=16", "micro_batch=4", "schedule.warmup=6 steps", "schedule.rewarmup=0 steps",
         "optimizer.lr=30", "recovery.max_rollbacks=50",
         "recovery.spike={factor: 1.02, deviations: 1, window: 5}", "recovery.skip_steps=3",
