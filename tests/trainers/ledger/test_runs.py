@@ -126,7 +126,7 @@ def test_a_rollback_goes_on_with_the_chain(
     def check(recovery: Recovery, step: int, *values: float, **more: Any) -> bool:
         if step in wrong:
             wrong.remove(step)
-            raise Rollback("of a test", [step, step])
+            raise Rollback("of a test", [step, step], *values[:2])
         return check_step(recovery, step, *values, **more)
 
     monkeypatch.setattr("bigbatch.trainers.loop.check_step", check)
