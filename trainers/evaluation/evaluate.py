@@ -108,25 +108,26 @@ class Evaluator:
 
 
 class Again:
-    """What an iterator gives, as often as it is gone through: kept if it takes few bytes, else
-    made anew."""
+    """What an iterator gives, as often as it is gone through: kept if its numbers, of float32,
+    take few bytes, else made anew."""
 
-    def __init__(self, make: Callable[[], Iterator[tuple[Positions, Logits]]]) -> None:
+    def __init__(
+        self, make: Callable[[], Iterator[tuple[Positions, Logits]]], numbers: int
+    ) -> None:
         self._make = make
+        self._few = 4 * numbers <= KEPT_BYTES
         self._kept: list[tuple[Positions, Logits]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Positions, Logits]]:
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[tuple[Positions, Logits]] | None = []
-        size = 0
+        if not self._few:
+            yield from self._make()
+            return
+        kept = []
         for item in self._make():
-            size += item[1].nbytes
-            if kept is not None:
-                kept.append(item)
-            if size > KEPT_BYTES:
-                kept = None
+            kept.append(item)
             yield item
         self._kept = kept
 
