@@ -126,7 +126,7 @@ def read_history(run: RunDir) -> History:
         evals={split: columns(records) for split, records in evals.items()},
         events=read_events(run),
         summary=read_json(run.summary),
-        confusion=read_json(run.ensemble / "confusion.json"),
+        confusion=_sound_confusion(read_json(run.ensemble / "confusion.json") or {}),
         snapshots=sorted(int(s["step"]) for s in snapshots if s),
         bad_samples=count(journal) if journal else None,
         probes=found.get("probe", []),
@@ -278,6 +278,16 @@ def confused_pairs(table: Mapping[str, Any]) -> NDArray[np.int64]:
     matrix = np.array(table["matrix"], dtype=np.int64)
     true, predicted = np.nonzero(matrix)
     return np.stack([true, predicted, matrix[true, predicted]], axis=1)
+
+
+def _sound_confusion(table: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The table, or None where it is not what a run writes: it is as good as missing then."""
+    try:
+        pairs, classes = confused_pairs(table), len(table["classes"])
+        sound = not len(pairs) or (pairs.min() >= 0 and pairs[:, :2].max() < classes)
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    return table if sound else None
 
 
 def smooth(values: NDArray[np.float64], weight: float = 0.9) -> NDArray[np.float64]:

@@ -75,3 +75,24 @@ def test_of_very_many_records_the_first_the_last_and_every_so_many(
         assert 512 <= len(steps) <= 1024 + 3
         assert len({b - a for a, b in pairwise(steps[2:-1])}) <= 2  # from the first ones on
     assert {r["split"] for r in found["eval"]} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"pairs": [[0, 0, 3]]},
+        {"classes": ["a"], "pairs": [[0, 1, 3]]},
+        {"classes": ["a"], "pairs": [[0, 0, -3]]},
+        {"classes": ["a"], "pairs": "x"},
+        {"classes": 7, "matrix": [[1]]},
+        {"classes": ["a"], "matrix": [[10**30]]},
+    ],
+)
+def test_a_damaged_table_of_confusions_is_as_good_as_missing(
+    tmp_path: Path, table: dict[str, Any]
+) -> None:
+    """A report ended in a traceback (found by tests/launcher/cli/test_hostile_files.py)."""
+    run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=off"]))
+    run.ensemble.mkdir()
+    (run.ensemble / "confusion.json").write_text(json.dumps(table))
+    assert read_history(run).confusion is None
