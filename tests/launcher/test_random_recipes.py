@@ -32,6 +32,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         *("{name: focal_softmax, class_weights: {name: effective_number, beta: 0.99}}",),
         *("{name: hinge}", "{name: ramp}", "{name: logit_adjusted}", "{name: ldam}"),
         *("{name: large_margin}", "{name: arcface}", "{name: cosface}", "{name: center}"),
+        *("{name: confusion_cost}", "{class_weights: balanced, class_weights_from: 2 steps}"),
     ),
     "augment.mixup": ("0", "0", "0.2"),
     "augment.cutmix": ("", "", "1.0"),
@@ -60,10 +61,16 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "model.init": ("", "{weights: {name: he}}", "{weights: {name: orthogonal}, bias: 0.1}"),
     "optimizer": (
         *("{name: sgd, lr: 0.05, nesterov: true}", "{name: adamw, lr: 0.001}"),
-        *("{name: lars, lr: 0.5}", "{name: lamb, lr: 0.01}"),
+        *("{name: lars, lr: 0.5}", "{name: lamb, lr: 0.01}", "{name: lion, lr: 0.0003}"),
+        "{name: muon, lr: 0.1, momentum: 0.6, rest: {name: lamb, lr: 0.03}}",
+        "{name: sgd, lr: 0.05, momentum_schedule: "
+        "{name: constant, warmup: 4 steps, warmup_start: 0.5}}",
     ),
     "clip": ("null", "{name: norm, limit: 1}"),
-    "average": ("", "{name: ema, half_life: 3 steps}"),
+    "average": (
+        *("", "{name: ema, half_life: 3 steps}"),
+        "{name: swa, start: 1 steps, every: 1 steps}",
+    ),
     "data.sampling": ("uniform", "uniform", "balanced"),
     "augment.class_strength": ("", "", "{alpha: 1, least: 0.1}"),
     "data.repeats": ("", "", "2"),
