@@ -150,7 +150,7 @@ def test_the_micro_batch_of_a_sample(preempted: RunDir) -> None:
         again = look(replay, replayed, key=key)
         assert again.samples == found.samples
         assert again.parts == found.parts
-        with pytest.raises(UserError, match="--micro 4: that step of preempted has micro-batches 0"):
+        with pytest.raises(UserError, match="--micro 4: that step of preempted has"):
             look(replay, replayed, micro=4)
         with pytest.raises(UserError, match="--sample nothing: step 4 holds no such sample"):
             look(replay, replayed, key="nothing")
