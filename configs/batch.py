@@ -31,6 +31,16 @@ class _Changing(StrictModel):
         "(Adam, LAMB; Malladi et al. 2022)",
     )
 
+    batch_norm: Literal["none", "power"] = Field(
+        "none",
+        description="what the momentum m of BatchNorm's running statistics does there: none: "
+        "nothing, power: 1 - (1 - m)^k, that of k steps (after Busbridge et al. 2023)",
+    )
+
+    def batch_norm_power(self, batch: int) -> float:
+        """For how many steps of the first batch one of `batch` samples moves running statistics."""
+        return batch / self.first if self.batch_norm == "power" else 1.0
+
     def lr_factor(self, batch: int) -> float:
         """The learning rate at `batch` samples a step, relative to that of the first step."""
         ratio = batch / self.first

@@ -147,6 +147,11 @@ class Recipe(StrictModel):
         """The largest number of samples of which the batch of every step is a multiple."""
         return math.gcd(*batch.sizes(self.global_batch))
 
+    def batch_norm_power(self, samples: int) -> float:
+        """For how many steps of the first batch one of so many moves running statistics."""
+        changing = self.global_batch
+        return 1.0 if isinstance(changing, int) else changing.batch_norm_power(samples)
+
     def timeline(self, epoch_samples: int) -> Timeline:
         """Which samples each step takes. Raises UserError where a piece of it holds no step."""
         return batch.timeline(self.global_batch, epoch_samples)

@@ -138,7 +138,7 @@ def train(attempt: Attempt) -> bool:
             skipped_steps=state.skipped_steps,
             may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,
         ):
-            statistics.finish(on_device, micro_batches)
+            statistics.finish(on_device, micro_batches, recipe.batch_norm_power(images_of_step))
             with clock("optimizer"):
                 if recipe.clip is not None:
                     engine.clip(recipe.clip, norm)

@@ -47,7 +47,9 @@ def find_lr(
     low = loaded.optimizer.lr / 1000 if low is None else low
     high = loaded.optimizer.lr * 100 if high is None else high
     work.sweep_recipe(loaded, low, high, steps)  # refuses what cannot be swept
-    nproc = start.ranks_here(loaded, None, nproc, 1, os.environ)
+    # A sweep has steps of the first batch alone, which is what lr is for.
+    swept = loaded.model_copy(update={"global_batch": loaded.first_batch})
+    nproc = start.ranks_here(swept, None, nproc, 1, os.environ)
     assert nproc is not None
     start.check_start(loaded)
     loaded = with_measured(loaded)

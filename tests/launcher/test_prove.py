@@ -164,9 +164,10 @@ CRAFT = (
 )
 
 
-# Three steps of 24, then steps of 96; all that counts samples, or spans steps, over the change.
+STAGES = "{name: stages, pieces: [{batch: 24, until: 40 samples}, {batch: 96}], lr: sqrt}"
+# Beside a batch that changes: all that counts samples, or spans steps.
 CHANGING = (
-    "global_batch={name: stages, pieces: [{batch: 24, until: 60 samples}, {batch: 96}], lr: sqrt}",
+    "global_batch.batch_norm=power",
     "evaluate={every: 200 samples, precise_bn: always, precise_bn_images: 96}",
     *("average={name: ema, half_life: 300 samples}", "checkpoint.every=2 steps"),
     "schedule={name: cosine, warmup: 100 samples}",
@@ -174,26 +175,27 @@ CHANGING = (
 
 
 def test_the_proof_holds_for_a_batch_that_changes(digits: Path, tmp_path: Path) -> None:
-    """The first steps have one micro-batch for three ranks; a kill is before, at or after them."""
-    keys = [*SMALL, *CHANGING, f"data.path={digits}", "reduction=exact"]
+    """Two steps have one micro-batch for two ranks; a kill is before, at or after the second."""
+    keys = [*SMALL, f"global_batch={STAGES}", *CHANGING, f"data.path={digits}", "reduction=exact"]
+    keys += ["evaluate={every: 1 epochs, precise_bn: never}", "log.diagnosis=false"]  # takes time
     recipe = load_recipe("digits", keys, say=None)
-    results = prove(recipe, tmp_path, steps=5, ranks=(1, 3), say=lambda text: None)
+    results = prove(recipe, tmp_path, steps=4, ranks=(1, 2), say=lambda text: None)
     assert [result.difference for result in results] == [0.0, 0.0]
-    assert [result.batches for result in results] == [3 + 2 * 4] * 2
-    records = list(iter_jsonl(tmp_path / "ranks-3" / "metrics.jsonl"))
+    assert [result.batches for result in results] == [2 + 2 * 4] * 2
+    records = list(iter_jsonl(tmp_path / "ranks-2" / "metrics.jsonl"))
     steps = [r for r in records if r["kind"] == "train"]
     assert [(r["global_batch"], r["samples"]) for r in steps] == [
-        *((24, 24), (24, 48), (24, 72)),
-        *((96, 168), (96, 264)),
+        *((24, 24), (24, 48)),
+        *((96, 144), (96, 240)),
     ]
     epochs = [r["samples"] / r["epoch"] for r in steps]
-    assert epochs == pytest.approx([1078] * 5, rel=1e-4)
+    assert epochs == pytest.approx([1078] * 4, rel=1e-4)
     images_per_s = [r["images_per_s"] * r["step_s"] for r in steps]
-    assert images_per_s == pytest.approx([24, 24, 24, 96, 96])
-    assert ["grad_sq_micro" in r for r in steps] == [False] * 3 + [True] * 2
-    for path in (tmp_path / "ranks-3", tmp_path / "killed"):  # as uninterrupted, so stopped in any
+    assert images_per_s == pytest.approx([24, 24, 96, 96])
+    assert ["grad_sq_micro" in r for r in steps] == [False] * 2 + [True] * 2
+    for path in (tmp_path / "ranks-2", tmp_path / "killed"):  # and what it read
         traced = read_trace(RunDir(path).trace)
-        assert sorted(traced) == [(s, m) for s in range(5) for m in range(4 if s > 2 else 1)]
+        assert sorted(traced) == [(s, m) for s in range(4) for m in range(4 if s > 1 else 1)]
 
 
 @pytest.mark.slow
@@ -215,7 +217,7 @@ def test_the_proof_holds_for_a_batch_that_changes(digits: Path, tmp_path: Path) 
 def test_the_proof_holds_for_every_kind_of_change(
     digits: Path, tmp_path: Path, batches: str, reduction: str, limit: float
 ) -> None:
-    keys = [*SMALL, *CHANGING, f"global_batch={batches}", f"data.path={digits}"]
+    keys = [*SMALL, f"global_batch={batches}", *CHANGING, f"data.path={digits}"]
     recipe = load_recipe("digits", [*keys, f"reduction={reduction}"], say=None)
     results = prove(recipe, tmp_path, steps=7, ranks=(1, 2, 3, 4), say=lambda text: None)
     assert all(result.passed for result in results)

@@ -82,7 +82,13 @@ class PreciseBatchNorm:
 
 
 def check_precise(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UserError where precise statistics are asked of a model that keeps none."""
+    """Raise UserError where precise or faster statistics are asked of a model that keeps none."""
+    batch = recipe.global_batch
+    if not isinstance(batch, int) and batch.batch_norm != "none" and not averaged_layers(model):
+        raise UserError(
+            f"global_batch.batch_norm: {batch.batch_norm} moves BatchNorm's running statistics, "
+            f"and {recipe.model.name} keeps none; set it to none"
+        )
     if recipe.evaluate.precise_bn == "always" and not averaged_layers(model):
         raise UserError(
             f"evaluate.precise_bn: always needs BatchNorm's running statistics, and "

@@ -125,8 +125,11 @@ class StepStatistics:
         return self._flat(self.sums)
 
     @torch.no_grad()
-    def finish(self, total: Tensor, micro_batches: int) -> None:
-        """Blend in the mean over all micro-batches; `total` is `local` summed over ranks."""
+    def finish(self, total: Tensor, micro_batches: int, power: float = 1.0) -> None:
+        """Blend in the mean over all micro-batches; `total` is `local` summed over ranks.
+
+        What is old keeps its share (1 - momentum) to this `power`: that of so many steps.
+        """
         self.discard()
         if self.layers:
             # Counted in steps: counted in forward passes it would depend on the world size. Not
@@ -140,7 +143,10 @@ class StepStatistics:
                 torch._foreach_add_(moving, 1)
             parts = total.div(micro_batches).split([s.numel() for s in self.sums])
             means = [p.view_as(b).to(b) for p, b in zip(parts, self.buffers, strict=True)]
-            torch._foreach_lerp_(self.buffers, means, self.weights)
+            shares = self.weights
+            if power != 1.0:
+                shares = [1.0 - (1.0 - momentum) ** power for momentum in self.weights]
+            torch._foreach_lerp_(self.buffers, means, shares)
 
     @torch.no_grad()
     def discard(self) -> None:

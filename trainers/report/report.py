@@ -14,6 +14,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.schema import Recipe
 from bigbatch.configs.words import plural
 from bigbatch.trainers.advice.advise import measure_phases
 from bigbatch.trainers.monitoring.history import (
@@ -44,6 +45,7 @@ def write_report(run: RunDir, history: History | None = None) -> Path:
     rows = result_rows(history.summary or {})
     page = _template().render(
         history=history,
+        batch=_batch(history.recipe),
         tiles=_tiles(history),
         findings=diagnose(history),
         curves=plots.curves(history),
@@ -82,6 +84,12 @@ def _template() -> jinja2.Template:
     return environment.from_string(source.read_text(encoding="utf-8"))
 
 
+def _batch(recipe: Recipe) -> str:
+    """The samples of a step, where they change the least and the most."""
+    least, most = recipe.smallest_batch, recipe.largest_batch
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+
+
 def _tiles(history: History) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the figures at the top of the page."""
     tiles = []
@@ -100,10 +108,8 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
     total = history.total_steps
     remark = f"of {total:,}" if total else ""
     tiles.append(("steps", f"{history.last_step:,}", remark))
-    recipe, samples = history.recipe, history.samples
-    least, most = recipe.smallest_batch, recipe.largest_batch
-    a_step = f"{most:,} a step" if least == most else f"{least:,} to {most:,} a step"
-    tiles.append(("images trained on", _short_count(samples), a_step))
+    samples = history.samples
+    tiles.append(("images trained on", _short_count(samples), f"{_batch(history.recipe)} a step"))
     if "step_s" in history.train:
         seconds = history.train["step_s"]
         rate = float(history.batches.mean()) / float(np.nanmean(seconds))

@@ -214,3 +214,7 @@ def test_without_running_statistics_it_is_refused_where_it_is_asked_for(digits: 
     with pytest.raises(UserError, match="test_vit keeps none; set it to auto or never"):
         check_precise(load_recipe("digits", settings), model)
     check_precise(load_recipe("digits", settings[:2]), model)
+    pieces = "pieces: [{batch: 64, until: 1 epochs}, {batch: 128}], batch_norm: power"
+    changing = ["schedule={name: constant}", f"global_batch={{name: stages, {pieces}}}"]
+    with pytest.raises(UserError, match="test_vit keeps none; set it to none"):
+        check_precise(load_recipe("digits", [*settings[:2], *changing], say=None), model)

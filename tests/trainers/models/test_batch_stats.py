@@ -69,6 +69,26 @@ LAYERS = [
 ]
 
 
+def test_a_step_of_a_larger_batch_moves_statistics_as_several_steps(model):
+    """Three times the batch, power 3: as three steps that see the same, each by 0.2."""
+    (batch,) = micro_batches(1)
+    mean, variance = (value.detach() for value in features(model, batch))
+    statistics = StepStatistics(model)
+    statistics.begin()
+    model(batch)
+    statistics.add()
+    statistics.finish(statistics.local(), 1, power=3.0)
+    for found, start, new in (
+        (model[1].running_mean, 0, mean),
+        (model[1].running_var, 1, variance),
+    ):
+        expected = torch.full_like(new, start)
+        for _ in range(3):
+            expected = 0.8 * expected + 0.2 * new
+        torch.testing.assert_close(found, expected)
+    assert model[1].num_batches_tracked == 1
+
+
 def test_a_skipped_step_leaves_the_statistics_untouched(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     statistics = StepStatistics(model)

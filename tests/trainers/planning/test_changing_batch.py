@@ -74,6 +74,13 @@ def test_the_rate_is_a_function_of_the_samples_seen(rule: str, power: float) -> 
         assert rate(step) == pytest.approx(0.5 * expected * (batch / 64) ** power, rel=1e-12)
 
 
+def test_statistics_move_as_by_so_many_steps_of_the_first_batch() -> None:
+    recipe = load("global_batch.batch_norm=power")
+    assert [recipe.batch_norm_power(batch) for batch in (64, 128, 256)] == [1, 2, 4]
+    for unchanged in (load(), load("global_batch=128")):
+        assert unchanged.batch_norm_power(128) == 1.0
+
+
 def test_a_number_has_the_rate_that_it_had_bit_for_bit() -> None:
     plan, rate = fit(load("global_batch=128", "schedule={name: cosine, warmup: 5 steps}"), EPOCH)
     rest = plan.total - 5

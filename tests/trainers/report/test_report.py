@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.load import load_recipe
+from bigbatch.configs.load import dump_recipe, load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers.monitoring.history import confused_pairs, read_history, smooth
 from bigbatch.trainers.report import plots, report
@@ -427,3 +427,25 @@ def test_both_forms_of_the_mistakes_say_the_same(tmp_path: Path) -> None:
     assert confused_pairs({"matrix": matrix.tolist()}).tolist() == pairs
     assert confused_pairs({"pairs": pairs}).tolist() == pairs
     assert confused_pairs({"pairs": []}).shape == (0, 3)
+
+
+def test_a_batch_that_changes(tmp_path: Path, no_plots: None) -> None:
+    """A branch: its first records are of a parent whose batch was a number, and do not say it."""
+    run = make_run(tmp_path / "digits", steps=60, finished=False)
+    pieces = "[{batch: 256, until: 7680 samples}, {batch: 1024}]"
+    keys = ["schedule={name: constant}", f"global_batch={{name: stages, pieces: {pieces}}}"]
+    run.recipe_file.write_text(dump_recipe(load_recipe("digits", keys, say=None)))
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train" and (over := record["step"] - 30) > 0:
+            record |= {"global_batch": 1024, "samples": 7680 + over * 1024}
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    history = read_history(run)
+    assert history.samples == 30 * 256 + 30 * 1024
+    assert history.batches.tolist() == [256] * 30 + [1024] * 30
+    page = write_report(run).read_text()
+    assert "global batch 256 to 1,024, 60 epochs" in page
+    assert "256 to 1,024 a step" in page
+    rate = history.samples / float(np.sum(history.train["step_s"]))
+    assert f"{rate:,.0f}" in page
+    assert "<svg" in noise(history, [])
