@@ -244,4 +244,8 @@ def _state(state: str) -> Text:
 
 
 def _maybe(value: Any, form: Any) -> str | None:
-    return None if value is None else str(form(value))
+    """A value of a run's records; one of another kind, as damage makes it, as it stands there."""
+    try:
+        return None if value is None else str(form(value))
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return f"{str(value)[:80]} (damaged)"

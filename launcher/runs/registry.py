@@ -189,13 +189,10 @@ def status(run: RunDir) -> dict[str, Any]:
     last = records[0] if records else {}
     left = None
     if info.total_steps and info.state == "running" and records:
-        recent = [r["step_s"] for r in records if r.get("step_s")]
-        left = (info.total_steps - info.step) * sum(recent) / max(1, len(recent))
-        if "total_samples" in start and "samples" in last:  # steps of a batch that changes
-            timed = [r for r in records if r.get("step_s") and "global_batch" in r]
-            images = sum(r["global_batch"] for r in timed) or 1
-            seconds = sum(r["step_s"] for r in timed)
-            left = (start["total_samples"] - last["samples"]) * seconds / images
+        try:
+            left = _seconds_left(info.total_steps - info.step, start, records)
+        except _DAMAGES:
+            left = None
     ended = info.job is not None and info.state in ("failed", "killed", "stopped")
     return {
         **asdict(info),
@@ -216,6 +213,17 @@ def status(run: RunDir) -> dict[str, Any]:
         "summary": read_json(run.summary),
         "report": str(run.report) if run.report.exists() else None,
     }
+
+
+def _seconds_left(steps: int, start: dict[str, Any], records: list[dict[str, Any]]) -> float:
+    """How long so many steps take, by the last records, newest first."""
+    timed = [r for r in records if r.get("step_s")]
+    left, done = steps, len(timed)
+    if "total_samples" in start and "samples" in records[0]:  # steps of a batch that changes
+        timed = [r for r in timed if "global_batch" in r]
+        left = start["total_samples"] - records[0]["samples"]
+        done = sum(r["global_batch"] for r in timed)
+    return float(left * sum(r["step_s"] for r in timed) / max(1, done))
 
 
 def cancel(run: RunDir) -> str:

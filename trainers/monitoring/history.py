@@ -85,8 +85,9 @@ class History:
     @property
     def total_steps(self) -> int | None:
         """The steps that the recipe asks for; None where no start recorded them."""
-        known = [e["total_steps"] for e in self.events if "total_steps" in e]
-        return int(known[-1]) if known else (self.summary or {}).get("steps")
+        known = [e.get("total_steps") for e in self.events]
+        found = [steps for steps in known if isinstance(steps, int)]
+        return found[-1] if found else (self.summary or {}).get("steps")
 
     @property
     def state(self) -> str:

@@ -306,7 +306,7 @@ def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
 def test_json_that_is_nested_too_deeply_is_a_torn_line(tmp_path: Path) -> None:
     run = make(tmp_path, "a", [START], METRICS + "[" * 100_000 + "\n")
     run.summary.write_text("[" * 100_000)
-    assert (describe(run).step, registry._json(run.summary)) == (2, None)
+    assert (describe(run).step, registry.read_json(run.summary)) == (2, None)
 
 
 def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
