@@ -67,5 +67,8 @@ def read_evaluations(metrics: Path, step: int) -> list[Evaluation]:
     return [
         Evaluation(record["step"], {k: record.get(k) for k in ("accuracy", "nll")})
         for record in iter_jsonl(metrics, b'"eval"')
-        if record.get("kind") == "eval" and record.get("split") == "val" and record["step"] <= step
+        if record.get("kind") == "eval"
+        and record.get("split") == "val"
+        and isinstance(record.get("step"), int)
+        and record["step"] <= step
     ]

@@ -7,6 +7,7 @@ Exit status: 0 the same as recorded, or not recorded; 1 it differs; 2 the user's
 
 import argparse
 import gc
+import os
 import signal
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     except _Stopped as stop:
         return 128 + stop.number
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except Exception as error:
         return report(error, None)
 

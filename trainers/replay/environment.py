@@ -21,12 +21,13 @@ def differences(past: Past, device: torch.device) -> list[str]:
     """
     then = past.attempt(past.step)
     found = []
-    if then.get("device") and torch.device(then["device"]).type != device.type:
+    if then.get("device") and str(then["device"]).partition(":")[0] != device.type:
         found.append(f"device {then['device']} then, {device} here")
     capability = torch.backends.cpu.get_cpu_capability()
     if then.get("cpu_capability") not in (None, capability):
         found.append(f"CPU instructions {then['cpu_capability']} then, {capability} here")
-    recorded: dict[str, Any] = then.get("environment") or {}
+    variables = then.get("environment")
+    recorded: dict[str, Any] = variables if isinstance(variables, dict) else {}
     here = recorded_variables(os.environ)
     names = sorted(recorded.keys() | here.keys()) if then else []
     found += [
@@ -35,7 +36,8 @@ def differences(past: Past, device: torch.device) -> list[str]:
         if name != "OMP_NUM_THREADS" and recorded.get(name) != here.get(name)
     ]
     found += _versions(past)
-    world = then.get("world_size", 1)
+    world = then.get("world_size")
+    world = world if type(world) is int else 1
     if past.recipe.reduction != "exact" and world > 1:
         found.append(
             f"reduction: {past.recipe.reduction} adds gradients up in an order that depends on "

@@ -25,6 +25,13 @@ from bigbatch.trainers.recovery.stored import (
 
 Record = dict[str, Any]
 USUAL_STEPS = 20  # before a step, by whose records it is judged
+# What an event has to number for it to be read: of one that somebody has damaged nothing is taken.
+_NUMBERED = {
+    "start": ("step",),
+    "rollback": ("first", "last"),
+    "non_finite": ("step",),
+    "spike": ("step",),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class _Events:
     later: list[Range] = field(default_factory=list)  # what was stepped over since
 
     def add(self, event: Record) -> None:
-        kind = event.get("kind")
+        kind = event["kind"]
         if kind == "start":
             self.attempts = [e for e in self.attempts if e["step"] < event["step"]] + [event]
         elif kind == "rollback":
@@ -110,10 +117,10 @@ def find_past(
     stands = step if events.redone is None else min(step, events.redone)
     kinds: dict[str, dict[int, Record]] = {"train": {}, "gradients": {}, "confusion": {}}
     for record in iter_jsonl(run.metrics, b'"train"', b'"gradients"', b'"confusion"'):
-        if record.get("kind") in kinds and record["step"] <= stands:
+        if _is_sound(record) and record["step"] <= stands:
             kinds[record["kind"]][record["step"]] = record
     train = kinds["train"]
-    norms = [train[s].get("grad_norm") for s in sorted(train) if s < step][-USUAL_STEPS:]
+    norms = [number(train[s].get("grad_norm")) for s in sorted(train) if s < step][-USUAL_STEPS:]
     records = {s: record for s, record in train.items() if s > found}
     wrong = events.wrong.get(step)
     refused = step not in records and wrong is not None and not is_skipped(skipped, step - 1)
@@ -129,7 +136,7 @@ def find_past(
         tuple(events.attempts),
         records,
         kinds["gradients"],
-        tuple(float(norm) for norm in norms if norm is not None),
+        tuple(norm for norm in norms if norm is not None),
         tuple(read_evaluations(run.metrics, step)),
         {s: record["matrix"] for s, record in kinds["confusion"].items()},
         refused,
@@ -146,6 +153,9 @@ def _read_events(run: RunDir, step: int, before_rollback: bool) -> _Events:
     found = False
     for event in iter_jsonl(run.events, *words):
         kind = event.get("kind")
+        numbers = _NUMBERED.get(kind) if isinstance(kind, str) else None
+        if numbers is None or not all(type(event.get(name)) is int for name in numbers):
+            continue
         if found:
             if kind == "start":
                 redone = int(event["step"])
@@ -171,13 +181,38 @@ def _read_events(run: RunDir, step: int, before_rollback: bool) -> _Events:
     return events
 
 
+def _is_sound(record: Record) -> bool:
+    """Whether a record of metrics.jsonl has the form of its kind; others are none."""
+    if type(record.get("step")) is not int:
+        return False
+    match record.get("kind"):
+        case "train":
+            return True
+        case "gradients":
+            norms = record.get("norms")
+            return isinstance(norms, dict) and all(
+                norm is None or number(norm) is not None for norm in norms.values()
+            )
+        case "confusion":
+            return isinstance(record.get("matrix"), list)
+    return False
+
+
+def number(value: Any) -> float | None:
+    """A recorded value as a float; None where it is no number."""
+    try:
+        return float(value) if type(value) in (int, float) else None
+    except OverflowError:
+        return None
+
+
 def _range(rollback: Record) -> Range:
     return [int(rollback["first"]), int(rollback["last"])]
 
 
 def _check_reach(run: RunDir, step: int, events: _Events) -> None:
     newest = iter_jsonl(run.metrics, b'"train"', newest_first=True)
-    recorded = next((int(r["step"]) for r in newest if r.get("kind") == "train"), 0)
+    recorded = next((r["step"] for r in newest if r.get("kind") == "train" and _is_sound(r)), 0)
     saved = [step_of(path) for path in list_checkpoints(run.checkpoints)[:1]]
     last = max([recorded, *saved, *events.wrong])
     if not last:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_json
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.job import Job, build_job
@@ -109,8 +111,9 @@ class Replay:
             until = state.step + 1
             while until < stop and self.past.attempt(until + 1) is here:
                 until += 1
-            if here.get("threads"):
-                torch.set_num_threads(here["threads"])
+            threads = here.get("threads")
+            if type(threads) is int and threads > 0:
+                torch.set_num_threads(threads)
             self._train(until)
 
     def _train(self, stop: int) -> None:
@@ -177,7 +180,9 @@ class Replay:
             pairs = [(name, record[name], here[name]) for name in COMPARED if name in record]
             by_layer = self.log.details.get((step, "gradients"), {}).get("norms", {})
             recorded = self.past.gradients.get(step, {}).get("norms", {})
-            pairs += [(f"gradient of {n}", recorded[n], by_layer[n]) for n in recorded if by_layer]
+            pairs += [
+                (f"gradient of {n}", recorded[n], by_layer.get(n)) for n in recorded if by_layer
+            ]
             compared += len(pairs)
             found += [Difference(step, *pair) for pair in pairs if pair[1] != pair[2]]
         lines = self._ledger()
@@ -204,13 +209,16 @@ class Replay:
         path = checkpoint_path(past.run.checkpoints, past.step)
         if not path.is_dir() or past.refused:
             return None
-        content = parse_json((path / STATE).read_bytes())
-        over = [r for r in content.get("over", []) if r[0] < past.step]
-        if over != [r for r in past.skipped if r[0] < past.step]:
-            return None  # of another try
-        saved = load_file(path / MODEL)
-        if content.get("precise_bn", False):
-            saved |= load_file(path / STATISTICS)
+        try:
+            content = parse_json((path / STATE).read_bytes())
+            over = [r for r in content.get("over", []) if r[0] < past.step]
+            if over != [r for r in past.skipped if r[0] < past.step]:
+                return None  # of another try
+            saved = load_file(path / MODEL)
+            if content.get("precise_bn", False):
+                saved |= load_file(path / STATISTICS)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+            return False if path.is_dir() else None  # damaged; or the run has removed it by now
         here = self.copied()
         return saved.keys() == here.keys() and all(
             _same_bits(saved[name], tensor.cpu()) for name, tensor in here.items()
@@ -255,11 +263,18 @@ def _fill(job: Job, past: Past) -> None:
     """The state that the replay starts from, as `resume` and a rollback leave it."""
     state = job.state
     if past.checkpoint is not None:
-        load_checkpoint(past.checkpoint, state)
+        try:
+            load_checkpoint(past.checkpoint, state)
+        except OSError as error:
+            raise UserError(
+                f"{past.checkpoint} cannot be read any more: {error}; a run that goes on keeps "
+                "the newest alone (checkpoint.keep), so ask again, or for a newer step"
+            ) from None
     else:
-        for path in list_checkpoints(past.run.checkpoints)[:1]:
-            content = parse_json((path / STATE).read_bytes())
-            check_fingerprint(path, content.get("fingerprint", {}), state.fingerprint)
+        for path in list_checkpoints(past.run.checkpoints):
+            if (content := read_json(path / STATE)) is not None:
+                check_fingerprint(path, content.get("fingerprint", {}), state.fingerprint)
+                break
     state.skipped_steps[:] = [list(steps) for steps in past.skipped]
     if past.refused:
         state.skipped_steps.append([past.step - 1, past.step - 1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigbatch.configs.words import plural
 from bigbatch.trainers.replay.look import Looked, Sample
-from bigbatch.trainers.replay.past import Past
+from bigbatch.trainers.replay.past import Past, number
 from bigbatch.trainers.replay.replay import COMPARED, Replayed
 
 Result = dict[str, Any]
@@ -216,7 +216,7 @@ def reach(past: Past) -> str | None:
     count = past.step - past.start
     if count <= 20:
         return None
-    times = [record.get("step_s") for record in past.records.values()]
-    known = [float(t) for t in times if t is not None]
+    times = [number(record.get("step_s")) for record in past.records.values()]
+    known = [t for t in times if t is not None]
     took = f"; they took the run {median(known) * count:,.0f} s" if known else ""
     return f"recomputing {plural(count, 'step')} from step {past.start:,}{took}"
