@@ -16,6 +16,7 @@ from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.timeline import Timeline
 from bigbatch.trainers.models.weights_file import describe, read_header, read_info
+from bigbatch.trainers.monitoring.log import cut_records
 from bigbatch.trainers.planning.early_stop import best_evaluation, stops
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plateau import read_evaluations
@@ -280,10 +281,11 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
             if step <= branch.step:
                 snapshots.append(path.name)
                 shutil.copytree(path, run.snapshots / path.name)
-    if branch.same_batch:  # the start cuts off what is beyond it
+    if branch.same_batch:
         for records, copy in ((parent.metrics, run.metrics), (parent.ledger, run.ledger)):
             if records.exists():
                 shutil.copyfile(records, copy)
+                cut_records(copy, branch.step)  # what is beyond it no step of the branch has made
     target = checkpoint_path(run.checkpoints, branch.step)
     target.mkdir(parents=True)
     for name in branch.kept:

@@ -108,6 +108,8 @@ def test_another_batch_goes_on_at_the_same_sample(
     traced = read_jsonl(run.trace / "rank-00000.jsonl")
     assert [record["step"] for record in traced] == [6, 7]
     other = branch(parent, tmp_path / "c", 3, "log.trace=true", "log.ledger_every=null")
+    assert ledger_lines(other) == ledger_lines(parent)[:3]  # before its first step, too
+    assert max(r["step"] for r in read_jsonl(other.metrics)) == 3
     assert worker.main([str(other.path), "--stop-at", "4"]) == 0
     assert ledger_lines(other) == ledger_lines(parent)[:3]
     whole = read_jsonl(other.trace / "rank-00000.jsonl")
