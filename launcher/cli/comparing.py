@@ -1,5 +1,6 @@
 """The commands that look at what runs came to, bit by bit: diff and audit."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,8 +33,12 @@ def diff(a: str, b: str, plot: Path | None, as_json: bool, runs_folder: Path) ->
 
         at = found.parting.step if found.parting else None
         options.write_picture(plot, lambda: draw_losses(runs, at, plot))
+    replay = None
+    if found.parting is not None and runs[0].recipe().data.stream is None:
+        replay = f"bigbatch replay {shlex.quote(str(runs[0].path))} --step {found.parting.step}"
     if as_json:
-        options.print_json({"A": str(runs[0].path), "B": str(runs[1].path), **found.as_json()})
+        paths = {"A": str(runs[0].path), "B": str(runs[1].path)}
+        options.print_json(paths | found.as_json() | {"replay": replay})
         sys.exit(found.status)
     say = options.say
     say(f"A {runs[0].path}\nB {runs[1].path}\n")
@@ -60,6 +65,8 @@ def diff(a: str, b: str, plot: Path | None, as_json: bool, runs_folder: Path) ->
             say(f"  {sample}")
         if parting.digests[1:]:
             say(f"  and then in: {', '.join(parting.digests[1:])}")
+        if replay is not None:
+            say(f"  {replay} makes it again")
     say(f"\n{found.verdict}")
     sys.exit(found.status)
 
@@ -71,8 +78,8 @@ def diff(a: str, b: str, plot: Path | None, as_json: bool, runs_folder: Path) ->
 def audit(run: str, as_json: bool, runs_folder: Path) -> None:
     """Check RUN's metrics.jsonl and checkpoints against its ledger, and the ledger's own chain.
 
-    Exit status: 0 they agree, 1 something was changed, 2 there is no ledger. It shows that files
-    agree with each other; nothing is computed again.
+    Exit status: 0 they agree, 1 something was changed, 2 there is no ledger, or no step in it. It
+    shows that files agree with each other; nothing is computed again.
     """
     from bigbatch.launcher.runs.registry import find_run
     from bigbatch.trainers.ledger.audit import audit as look

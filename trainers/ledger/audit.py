@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import iter_jsonl, to_json
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
@@ -34,6 +35,7 @@ _NOT_SHOWN = (
     "no step was computed again: that the digests follow from the recipe is not shown",
     "averages, snapshots, evaluations and what was recorded after the last save are not covered",
 )
+_GONE = "the run, which goes on, has removed it meanwhile"
 
 
 @dataclass
@@ -59,21 +61,45 @@ class Audit:
 
 def audit(run: RunDir) -> Audit:
     """Check a run against its ledger. UserError where it is no run or has none."""
-    run.recipe()
+    every = run.recipe().log.ledger_every
     ledger = read_ledger(run.ledger)
+    if not ledger.steps and ledger.broken is None:
+        raise UserError(
+            f"{ledger.path} holds no step, so there is nothing to check against: the run has "
+            "finished none that has a line (log.ledger_every), or the file was emptied"
+        )
     found = Audit(str(run.path), steps=len(ledger.steps))
     if ledger.broken is not None:
         found.findings.append(f"{ledger.path}: {ledger.broken}")
-    _check_losses(run.metrics, ledger, found)
+    recorded = _check_losses(run.metrics, ledger, found)
+    last = max(ledger.steps, default=0)
+    if ledger.broken is None and every is not None and recorded > last + every:
+        found.notes.append(
+            f"metrics.jsonl goes on to step {recorded}, the ledger to step {last}: the end of the "
+            "ledger is missing, and nothing after it is checked"
+        )
     _check_records(run.metrics, ledger, found)
+    origin = run.forked_from
     for path in reversed(list_checkpoints(run.checkpoints)):
-        _check_checkpoint(path, ledger, found)
+        try:
+            _check_checkpoint(path, ledger, found, None if origin is None else origin["at"])
+        except OSError as error:
+            if path.is_dir():
+                found.findings.append(f"{path} cannot be read: {error}")
+            else:
+                found.notes.append(f"{path} is not checked: {_GONE}")
     return found
 
 
-def _check_losses(metrics: Path, ledger: Ledger, found: Audit) -> None:
+def _check_losses(metrics: Path, ledger: Ledger, found: Audit) -> int:
+    """Returns the last step that has a record."""
+    last = 0
     for record in iter_jsonl(metrics, b'"train"'):
-        line = ledger.steps.get(record.get("step", 0)) if record.get("kind") == "train" else None
+        step = record.get("step")
+        if record.get("kind") != "train" or type(step) is not int:
+            continue
+        last = max(last, step)
+        line = ledger.steps.get(step)
         if line is None:
             continue
         found.losses += 1
@@ -81,10 +107,11 @@ def _check_losses(metrics: Path, ledger: Ledger, found: Audit) -> None:
         value = loss_of(bits)
         if loss is None and not math.isfinite(value):
             continue
-        if not isinstance(loss, float | int) or loss_bits(float(loss)) != bits:
+        if not isinstance(loss, float) or loss_bits(loss) != bits:
             found.findings.append(
-                f"{metrics}: step {line.step} has loss {loss}, the ledger says {value!r}"
+                f"{metrics}: step {line.step} has loss {loss!r:.40}, the ledger says {value!r}"
             )
+    return last
 
 
 def _check_records(metrics: Path, ledger: Ledger, found: Audit) -> None:
@@ -114,10 +141,13 @@ def _check_records(metrics: Path, ledger: Ledger, found: Audit) -> None:
             found.saves, before = found.saves + 1, step
 
 
-def _check_checkpoint(path: Path, ledger: Ledger, found: Audit) -> None:
+def _check_checkpoint(path: Path, ledger: Ledger, found: Audit, branched: int | None) -> None:
+    """`branched`: after which step the run branched off. OSError where the run removes it now."""
     try:
         verify(path)
     except CorruptCheckpoint as error:
+        if not path.is_dir():
+            raise FileNotFoundError(path) from None
         found.findings.append(str(error))
         return
     step = step_of(path)
@@ -135,6 +165,9 @@ def _check_checkpoint(path: Path, ledger: Ledger, found: Audit) -> None:
             f"step {step}"
         )
     scalars = parse_json((path / STATE).read_bytes()).get("optimizer", {})
+    found.checkpoints.append(step)
+    if step == branched and not scalars and not read_header(path / OPTIMIZER).tensors:
+        return  # another optimizer than its parent's, which the line is of, starts without state
     state = sum(value for _, value in _digests(path / OPTIMIZER))
     state += sum(digest_value(name, to_json(value)) for name, value in scalars.items())
     if state & MASK != said["optimizer"]:
@@ -142,7 +175,6 @@ def _check_checkpoint(path: Path, ledger: Ledger, found: Audit) -> None:
             f"{path / OPTIMIZER}: the optimizer's state is not that which the ledger has of step "
             f"{step}"
         )
-    found.checkpoints.append(step)
 
 
 def _digests(path: Path) -> Iterator[tuple[str, int]]:

@@ -163,9 +163,9 @@ def _verdict(
 ) -> tuple[int, str]:
     if not common:
         return NOT_COMPARABLE, "not comparable: no step stands in both ledgers"
+    if broken:
+        return NOT_COMPARABLE, "not comparable: a ledger whose chain does not hold says nothing"
     if parting is None:
-        if broken:
-            return NOT_COMPARABLE, "not comparable: a ledger whose chain does not hold says nothing"
         if inputs:
             return DIFFERS, "recipes or data differ, and no step shows it so far"
         return SAME, "the same, bit for bit"

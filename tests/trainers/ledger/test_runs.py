@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe, load_recipe
 from bigbatch.configs.recovery import Recovery
 from bigbatch.configs.rundir import RunDir, create_run
@@ -24,7 +25,7 @@ from bigbatch.launcher.fork import find_checkpoint, make_branches, plan_branch
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.ledger.compare import compare
-from bigbatch.trainers.ledger.lines import read_ledger
+from bigbatch.trainers.ledger.lines import FIRST, chained, read_ledger
 from bigbatch.trainers.recovery.rollback import Rollback, check_step
 from bigbatch.trainers.recovery.stored import measure, verify
 from tests.helpers import warm
@@ -267,3 +268,73 @@ def test_other_environments_and_broken_ledgers_are_not_compared(
     for arguments in (["audit", str(run.path)], ["diff", str(run.path), str(whole.path)]):
         shown = CliRunner().invoke(cli, arguments)
         assert "keeps no ledger" in str(shown.exception)
+
+
+def test_a_difference_before_a_broken_chain_is_not_compared(whole: RunDir, tmp_path: Path) -> None:
+    run = copied(whole, tmp_path / "both")
+    lines = step_lines(whole)
+    first = json.loads(lines[0])
+    del first["kind"], first["step"], first["chain"]
+    other = chained(FIRST, 1, first | {"loss": "0" * 16})
+    run.ledger.write_text(f"{json.dumps(other)}\n{lines[1]}\n")
+    shown = diff(whole, run)
+    assert shown.exit_code == 2
+    assert "step 1 differs first in: loss" in shown.output
+    assert f"bigbatch replay {whole.path} --step 1 makes it again" in shown.output
+
+
+@pytest.mark.parametrize("content", [b"", b'{"kind": "start", "step": 0}\n', bytes(range(256))])
+def test_a_ledger_without_a_step_passes_nothing(
+    whole: RunDir, tmp_path: Path, content: bytes
+) -> None:
+    run = copied(whole, tmp_path / "empty")
+    run.ledger.write_bytes(content)
+    shown = CliRunner().invoke(cli, ["audit", str(run.path)])
+    assert isinstance(shown.exception, UserError)
+    assert "holds no step" in str(shown.exception)
+
+
+def test_a_ledger_that_lost_its_end_is_noted(whole: RunDir, tmp_path: Path) -> None:
+    run = copied(whole, tmp_path / "short")
+    run.ledger.write_text("".join(f"{line}\n" for line in step_lines(whole)[:3]))
+    shown = CliRunner().invoke(cli, ["audit", str(run.path)])
+    assert shown.exit_code == 0
+    assert "note: metrics.jsonl goes on to step 6, the ledger to step 3" in shown.output
+
+
+def test_records_of_no_form_end_no_audit(whole: RunDir, tmp_path: Path) -> None:
+    run = copied(whole, tmp_path / "odd")
+    big = "1" + "0" * 400
+    with run.metrics.open("a") as file:
+        for step, loss in (("[1]", "1.0"), ("{}", "1.0"), ('"3"', "1.0"), ("3", big)):
+            file.write(f'{{"kind": "train", "step": {step}, "loss": {loss}}}\n')
+    status, findings = audit(run)
+    assert (status, len(findings)) == (1, 1)
+    assert "step 3 has loss 1000" in findings[0]
+    assert len(findings[0]) < 400
+
+
+def test_a_branch_with_another_optimizer_passes(whole: RunDir, tmp_path: Path) -> None:
+    """Its first checkpoint has none of the state that its parent's line is of."""
+    recipe = change_recipe(whole.recipe(), ["optimizer={name: lamb, lr: 0.01}"])
+    checkpoint = find_checkpoint(whole, 2)
+    plan = plan_branch(whole, checkpoint, tmp_path / "lamb", recipe)
+    (run,) = make_branches(whole, checkpoint, [plan])
+    assert audit(run) == (0, [])
+    assert list(read_ledger(run.ledger).steps) == [1, 2]
+
+
+def test_a_checkpoint_that_goes_away_meanwhile_is_no_finding(
+    whole: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(whole, tmp_path / "going")
+
+    def removed(path: Path) -> None:
+        if path.name == "step-00000002":
+            shutil.rmtree(path)
+        verify(path)
+
+    monkeypatch.setattr("bigbatch.trainers.ledger.audit.verify", removed)
+    shown = CliRunner().invoke(cli, ["audit", str(run.path)])
+    assert shown.exit_code == 0
+    assert "step-00000002 is not checked: the run, which goes on, has removed it" in shown.output
