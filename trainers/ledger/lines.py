@@ -104,8 +104,8 @@ def read_ledger(path: Path) -> Ledger:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise UserError(
-            f"{path} is not there: the run keeps no ledger (log.ledger_every=null), or is of a "
-            "version that kept none; train it again to have one"
+            f"{path} is not there: the run has not begun yet, keeps no ledger "
+            "(log.ledger_every=null), or is of a version that kept none; train it again to have one"
         )
     return iter_jsonl(path)
 
