@@ -22,6 +22,7 @@ from torch import Tensor
 # it, and so also the time for which a rank waits for slower ones.
 PHASES = ("data", "copy", "augment", "model", "reduce", "optimizer")
 _WORK = tuple(PHASES.index(name) for name in PHASES if name != "reduce")
+_ONCE = [PHASES[i] == "optimizer" for i in _WORK]  # in a step; the others in each micro-batch
 # Columns of the table behind the phases: steps, micro-batches, shard + 1, seconds in it.
 _STEPS, _MICRO, _SHARD, _SHARD_S = range(len(PHASES), len(PHASES) + 4)
 _COLUMNS = len(PHASES) + 4
@@ -170,16 +171,19 @@ class Timings:
         """The straggler; None where no rank is slower than the median by 5 % of a step.
 
         Ranks are compared by their own work: who is fast waits in `reduce`. Per micro-batch,
-        because where the ranks do not divide a step evenly, some have one more to do.
+        because where the ranks do not divide a step evenly, some have one more to do; and where
+        the batch changes, a rank may have had none lately, and is compared with nobody.
         """
         seconds = self.seconds
         if seconds is None or len(seconds) == 1:
             return None
         micro = self._sums[:, _MICRO] / self._sums[:, _STEPS]
-        work = seconds[:, _WORK] / np.maximum(micro, 1)[:, None]
+        times = np.where(_ONCE, 1.0, micro[:, None])
+        work = np.full_like(times, np.nan)
+        np.divide(seconds[:, _WORK], times, out=work, where=micro[:, None] > 0)
         # Of two ranks the faster one is what the slower one is held against.
-        middle = np.quantile(work, 0.5, axis=0, method="lower")
-        excess = (work - middle) * micro[:, None]
+        middle = np.nanquantile(work, 0.5, axis=0, method="lower")
+        excess = np.nan_to_num((work - middle) * times)
         rank = int(excess.sum(1).argmax())
         phase = int(excess[rank].argmax())
         share = float(excess[rank, phase] / seconds[rank].sum())

@@ -126,6 +126,12 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def _batch(recipe: Recipe) -> str:
+    """The samples of a step: of a batch that changes the smallest and the largest one."""
+    least, most = recipe.smallest_batch, recipe.largest_batch
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+
+
 def wall_seconds(events: Sequence[Mapping[str, Any]]) -> float:
     """Seconds from each start to the last event before the next one, added up."""
     whole, began, last = 0.0, None, 0.0

@@ -86,6 +86,23 @@ def test_one_micro_batch_more_is_no_straggler(clock_time: Time) -> None:
     assert measured(clock_time, [(3, {}), (2, {}), (2, {})]).slowest() is None
 
 
+@pytest.mark.parametrize("idle", [1, 3])
+def test_a_rank_without_a_micro_batch_makes_no_other_one_slow(clock_time: Time, idle: int) -> None:
+    """Where the batch changes, a small step has none for some ranks."""
+    small = [(1, {}), *[(0, {})] * idle]
+    assert measured(clock_time, small).slowest() is None
+    timings = measured(clock_time, small, steps=2)
+    clocks = [Clock(CPU, rank, idle + 1) for rank in range(idle + 1)]
+    for clock in clocks:  # a large step among small ones: a rank has less than one in each
+        run_step(clock, clock_time, 1, {})
+    timings.add(sum(clock.table() for clock in clocks).tolist())
+    assert timings.slowest() is None
+    one_is_slow = [(1, {}), (1, {"model": 0.05}), *[(0, {})] * idle]
+    found = measured(clock_time, one_is_slow).slowest()
+    assert found is not None
+    assert (found.rank, found.phase) == (1, "model")
+
+
 def test_small_differences_are_not_reported(clock_time: Time) -> None:
     assert measured(clock_time, [(2, {}), (2, {"model": 0.001})]).slowest() is None
 

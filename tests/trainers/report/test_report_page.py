@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bigbatch.configs.load import dump_recipe, load_recipe
 from bigbatch.trainers.monitoring.history import read_history
 from bigbatch.trainers.report.report import (
     _confusion,
@@ -21,6 +22,15 @@ from tests.trainers.report.test_report import make_run
 
 def page_of(path: Path) -> str:
     return write_report(make_run(path)).read_text()
+
+
+def test_a_batch_that_changes_stands_as_its_smallest_and_its_largest(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits")
+    batch = "{name: stages, pieces: [{batch: 256, until: 1 epochs}, {batch: 1024}]}"
+    run.recipe_file.write_text(dump_recipe(load_recipe("digits", [f"global_batch={batch}"])))
+    text = write_report(run).read_text()
+    assert "global batch 256 to 1,024, 60 epochs" in text
+    assert "256 to 1,024 a step" in text
 
 
 def test_checkpoints_in_a_row_are_one_row_of_the_timeline(tmp_path: Path) -> None:
