@@ -19,6 +19,7 @@ from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Children, RunFailed, bare_recipe, tail
+from bigbatch.trainers.planning.plan import check_world
 from bigbatch.trainers.recovery.oom import OUT_OF_MEMORY
 
 _STEPS = 3  # the first makes gradients and optimizer state, the second holds both at its peak
@@ -38,14 +39,16 @@ class Probe:
 def sizes(recipe: Recipe, world: int) -> list[int]:
     """Divisors of global_batch that the recipe allows and that give each rank work, rising.
 
-    Where the batch changes, of each of its values; ranks then have work in the largest.
+    Where the batch changes, of each of its values; ranks then have work in the largest, on
+    backends that let none wait in the smallest.
     """
     batch = recipe.common_batch
     found = []
     for size in range(1, min(batch, recipe.largest_batch // world) + 1):
         if batch % size == 0:
             try:
-                parse_recipe(recipe.model_dump(mode="json") | {"micro_batch": size}, "tried")
+                tree = recipe.model_dump(mode="json") | {"micro_batch": size}
+                check_world(parse_recipe(tree, "tried"), world)
             except UserError:
                 continue  # such as lanes that no longer divide a step
             found.append(size)

@@ -33,6 +33,16 @@ def test_sizes_divide_the_batch_and_leave_work_for_every_rank() -> None:
         sizes(recipe, 97)
 
 
+def test_where_the_batch_changes_every_step_is_divided() -> None:
+    growing = "global_batch={name: stages, pieces: [{batch: 16, until: 1 epochs}, {batch: 64}]}"
+    recipe = load_recipe("digits", [growing, "micro_batch=8", "augment.mixup=0"])
+    assert sizes(recipe, 1) == [1, 2, 4, 8, 16]
+    assert sizes(recipe, 4) == [1, 2, 4, 8, 16]  # of 16 three ranks wait in small steps
+    sharded = ["backend=zero1", "reduction=overlapped"]
+    recipe = load_recipe("digits", [growing, "micro_batch=8", "augment.mixup=0", *sharded])
+    assert sizes(recipe, 4) == [1, 2, 4]  # here none may: `check_world` would refuse the run
+
+
 def test_a_probe_is_the_recipe_with_one_or_two_micro_batches_on_each_rank() -> None:
     recipe = load_recipe("digits")
     assert probe_recipe(recipe, 32, 2).global_batch == 128
