@@ -68,10 +68,10 @@ class History:
     @property
     def samples(self) -> int:
         """Of all finished steps that have a record."""
-        batch = self.recipe.global_batch
-        if isinstance(batch, int):
-            return self.last_step * batch
-        return int(self.train["samples"][-1]) if "samples" in self.train else 0
+        if not isinstance(self.recipe.global_batch, int) and "samples" in self.train:
+            return int(self.train["samples"][-1])
+        # Also of a branch that has none but its parent's records, whose batch was a number.
+        return self.last_step * self.recipe.first_batch
 
     @property
     def batches(self) -> NDArray[np.float64]:

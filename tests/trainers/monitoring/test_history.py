@@ -57,6 +57,20 @@ def test_metrics_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [probe["images"] for probe in found.probes] == [7]
 
 
+def test_samples_where_the_batch_changes(tmp_path: Path) -> None:
+    """A branch may have no records but its parent's, whose batch was a number."""
+    growing = "global_batch={name: stages, pieces: [{batch: 64, until: 1 epochs}, {batch: 256}]}"
+    run = create_run(tmp_path / "run", load_recipe("digits", [growing]))
+    write(run.metrics, [])
+    assert read_history(run).samples == 0
+    write(run.metrics, [train(1), train(2)])
+    found = read_history(run)
+    assert (found.samples, found.batches.tolist()) == (128, [64, 64])
+    write(run.metrics, [train(1), train(2) | {"global_batch": 256, "samples": 320}])
+    found = read_history(run)
+    assert (found.samples, found.batches.tolist()) == (320, [64, 256])
+
+
 @pytest.mark.parametrize("count", [1000, 1029, 12_345])
 def test_of_very_many_records_the_first_the_last_and_every_so_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
