@@ -22,6 +22,7 @@ from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.words import plural
 from bigbatch.launcher.child import OUTPUT, Children, RunFailed, steps_done, tail
+from bigbatch.trainers.planning.inputs import open_inputs
 from bigbatch.trainers.planning.plan import check_world
 
 # float32 sums in another order differ by some of its 6e-8 spacing a step; ten steps of a
@@ -73,6 +74,8 @@ def prove(
             "ranks: there is nothing to prove; index the tars and set data.path"
         )
     check_world(recipe, max(ranks))
+    if left_out := not_reached(recipe, steps):
+        say(left_out)
     recipe = proof_recipe(recipe)
 
     finished: dict[int, RunDir] = {}
@@ -112,6 +115,21 @@ def prove(
         )
     )
     return results
+
+
+def not_reached(recipe: Recipe, steps: int) -> str | None:
+    """What the first `steps` steps do not show of a batch that changes; None where they do."""
+    if isinstance(recipe.global_batch, int):
+        return None
+    starts = open_inputs(recipe).plan.timeline.starts
+    beyond = [start for start in starts if start >= steps]
+    if not beyond:
+        return None
+    which = "changes" if len(beyond) == len(starts) - 1 else "changes again"
+    return (
+        f"global_batch {which} at step {beyond[0]:,}, which {plural(steps, 'step')} do not reach; "
+        f"--steps {beyond[0] + 2} does"
+    )
 
 
 def proof_recipe(recipe: Recipe) -> Recipe:

@@ -22,6 +22,7 @@ from bigbatch.launcher.prove import (
     RunFailed,
     as_json,
     compare,
+    not_reached,
     proof_recipe,
     prove,
     read_trace,
@@ -131,6 +132,20 @@ def test_what_cannot_be_proved(
     with pytest.raises(UserError, match=says):
         prove(DIGITS, tmp_path, steps=steps, ranks=ranks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_beyond_the_proven_steps_is_said(digits: Path) -> None:
+    pieces = "[{batch: 64, until: 640 samples}, {batch: 128, until: 1280 samples}, {batch: 256}]"
+    growing = f"global_batch={{name: stages, pieces: {pieces}}}"
+    recipe = load_recipe("digits", [growing, f"data.path={digits}"])
+    assert not_reached(recipe, 10) == (
+        "global_batch changes at step 10, which 10 steps do not reach; --steps 12 does"
+    )
+    assert not_reached(recipe, 12) == (
+        "global_batch changes again at step 15, which 12 steps do not reach; --steps 17 does"
+    )
+    assert not_reached(recipe, 17) is None
+    assert not_reached(DIGITS, 2) is None
 
 
 def test_a_run_that_fails_is_no_proof(tmp_path: Path) -> None:
