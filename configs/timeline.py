@@ -62,6 +62,10 @@ class Timeline:
         """The samples of the step after `step` finished ones."""
         return self.batches[bisect_right(self.starts, step) - 1]
 
+    def shrinks(self, step: int) -> bool:
+        """Whether the step after `step` finished ones holds fewer samples than the one before."""
+        return step > 0 and self.batch(step) < self.batch(step - 1)
+
     def first(self, step: int) -> int:
         """The samples of `step` finished steps: also the position that the next begins at."""
         i = bisect_right(self.starts, step) - 1

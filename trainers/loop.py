@@ -128,6 +128,8 @@ def train(attempt: Attempt) -> bool:
             log.event(
                 "non_finite", step=step, loss=mean_loss, grad_norm=norm_value, buffers=spoilt[:20]
             )
+        if plan.timeline.shrinks(step):
+            state.losses.clear()  # they are of more samples each, and so lie closer together
         if check_step(
             recipe.recovery,
             step,

@@ -39,8 +39,11 @@ def test_every_sample_is_in_one_step_and_the_batch_follows_from_the_position(
     first: int, changes: list[tuple[int, int]]
 ) -> None:
     line = Timeline.changing(first, changes, EPOCH)
+    before = 0
     for step, (position, batch) in enumerate(walk(first, changes, 120)):
         assert (line.first(step), line.batch(step)) == (position, batch)
+        assert line.shrinks(step) == (batch < before)
+        before = batch
         assert line.units(step) * line.unit == position
     assert line.unit == math.gcd(*line.batches)
 

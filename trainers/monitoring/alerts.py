@@ -70,6 +70,11 @@ class Alerts:
         self._seconds.clear()
         self._slow = False
 
+    def forget_losses(self) -> None:
+        """Losses from here on are of fewer samples each, and so lie further apart."""
+        self._losses.clear()
+        self._spiking = False
+
     def _spike(self, loss: float) -> list[tuple[str, dict[str, Any]]]:
         if not math.isfinite(loss):
             return []  # an event of its own

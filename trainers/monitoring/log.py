@@ -90,6 +90,8 @@ class Log:
             self._record("train", step, values)
         if step in self._resized:
             self._alerts.forget_speed()
+        if self._timeline.shrinks(step - 1):
+            self._alerts.forget_losses()
         if self._events and "images_per_s" in values:
             for kind, fields in self._alerts.update(values["loss"], values["images_per_s"]):
                 self.event(kind, **fields)

@@ -1,11 +1,16 @@
 """Alerts: what is said of losses and speeds, and how often."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bigbatch.configs.files import iter_jsonl
+from bigbatch.configs.load import load_recipe
+from bigbatch.configs.rundir import create_run
 from bigbatch.trainers.monitoring.alerts import Alerts, replay_command
+from bigbatch.trainers.monitoring.log import open_log
 
 
 def kinds(losses: list[float], speeds: list[float]) -> list[tuple[int, str]]:
@@ -30,6 +35,19 @@ def test_a_spike_is_said_once() -> None:
     losses = noisy(400, 1.0, 0.02)
     losses[200:210] = [5.0] * 10
     assert kinds(losses, [1000.0] * 400) == [(200, "spike")]
+
+
+def test_losses_of_larger_batches_are_forgotten(tmp_path: Path) -> None:
+    pieces = "[{batch: 64, until: 6400 samples}, {batch: 16}]"
+    changes = [f"global_batch={{name: stages, pieces: {pieces}}}", "micro_batch=16"]
+    recipe = load_recipe("digits", [*changes, "log.wandb=off"])
+    run = create_run(tmp_path / "run", recipe)
+    losses = [*noisy(100, 1.0, 0.01), *noisy(150, 1.0, 0.3), 9.0]
+    with open_log(run, recipe, rank=0, total_steps=300, start_step=0, epoch_samples=1000) as log:
+        for step, loss in enumerate(losses, 1):
+            log.train(step, loss=loss, images_per_s=1000.0)
+    spikes = [e["loss"] for e in iter_jsonl(run.events) if e["kind"] == "spike"]
+    assert spikes == [9.0]
 
 
 def test_nan_is_no_spike_and_hides_none() -> None:

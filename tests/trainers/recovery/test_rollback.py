@@ -175,3 +175,17 @@ def test_a_rollback_leaves_a_loss_scaler_ready_for_the_next_try(digits, tmp_path
     run = create_run(tmp_path / "run", load_recipe("digits", changes))
     assert worker.main([str(run.path), "--stop-at", "12"]) == 0
     assert read_rollbacks(run)
+
+
+def test_losses_of_larger_batches_say_nothing_of_smaller_ones(digits, tmp_path):
+    """They lie closer together, so that any loss of a few samples leaps out of them."""
+    pieces = "[{batch: 64, until: 320 samples}, {batch: 8}]"
+    changes = [
+        f"data.path={digits}", "log.wandb=off", "data.workers=0", "duration=400 samples",
+        f"global_batch={{name: stages, pieces: {pieces}}}", "micro_batch=8", "data.image_size=16",
+        "schedule={name: constant}", "optimizer={name: sgd, lr: 1.0e-9}",
+        "recovery={max_rollbacks: 1, spike: {factor: 1.001, deviations: 1, window: 5}}",
+    ]  # fmt: skip
+    run = create_run(tmp_path / "run", load_recipe("digits", changes))
+    assert worker.main([str(run.path), "--stop-at", "10"]) == 0  # five of each
+    assert read_rollbacks(run) == []
