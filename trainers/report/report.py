@@ -84,12 +84,6 @@ def _template() -> jinja2.Template:
     return environment.from_string(source.read_text(encoding="utf-8"))
 
 
-def _batch(recipe: Recipe) -> str:
-    """The samples of a step, where they change the least and the most."""
-    least, most = recipe.smallest_batch, recipe.largest_batch
-    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
-
-
 def _tiles(history: History) -> list[tuple[str, str, str]]:
     """(label, value, remark) of the figures at the top of the page."""
     tiles = []
