@@ -6,8 +6,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# Its limit of 0.2 s an example is one on a busy machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # What is imported and collected stays to the end: there is nothing in it to look for, now or later.
 gc.disable()
 # One thread a process: the tests start many, and results must not depend on the machine.

@@ -114,7 +114,7 @@ def test_unadapted_is_torch_adamw():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.sampled_from([(3,), (1, 1), (5, 4), (2, 3, 3, 3)]),
     lr=st.floats(1e-3, 1),

@@ -125,7 +125,7 @@ def test_unadapted_is_torch_sgd(nesterov):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.sampled_from([(3,), (1, 1), (5, 4), (2, 3, 3, 3), (4, 1, 5)]),
     lr=st.floats(0, 10),
