@@ -74,17 +74,17 @@ def end(run: RunDir, summary: dict[str, Any], log: Log) -> None:
     print(f"summary  {run.summary}", flush=True)
     if log.wandb_path is not None:
         print(f"wandb    {log.wandb_path}", flush=True)
-    with _said(f"no diagnosis: {{}}; `bigbatch diagnose {run.path}` says it"):
+    with _said("no diagnosis", f"`bigbatch diagnose {run.path}` says it"):
         say_findings(findings, Terminal(soft_wrap=True))
 
 
 @contextmanager
-def _said(otherwise: str) -> Iterator[None]:
+def _said(lacking: str, remedy: str) -> Iterator[None]:
     """Say what went wrong inside, and go on: the figures stand, and the rest can be had later."""
     try:
         yield
     except Exception as error:
-        notice(otherwise.format(reason_of(error)))
+        notice(f"{lacking}: {reason_of(error)}; {remedy}")
 
 
 def _expected_snapshots(job: Job) -> set[int]:
@@ -182,7 +182,7 @@ def say_results(run: RunDir, summary: dict[str, Any]) -> list[Finding]:
 
     refused: OSError | None = None
     findings: list[Finding] = []
-    with _said(f"no report: {{}}; `bigbatch report {run.path}` writes it"):
+    with _said("no report", f"`bigbatch report {run.path}` writes it"):
         history = as_finished(read_history(run), summary)
         findings = diagnose(history)
         try:

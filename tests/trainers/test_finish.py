@@ -66,7 +66,7 @@ def test_records_are_read_once_and_words_that_fail_end_no_run(
     no_plots: None,
 ) -> None:
     """They were read again behind the summary, where an error ended a run that was finished."""
-    run = create_run(tmp_path / "run", load_recipe("digits", ["log.wandb=off"]))
+    run = create_run(tmp_path / "{of: me}" / "run", load_recipe("digits", ["log.wandb=off"]))
     read: list[Path] = []
     real = history.read_records
 

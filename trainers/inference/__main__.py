@@ -10,22 +10,21 @@ import argparse
 import gc
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 if __name__ == "__main__":
     gc.disable()  # while it imports, as the worker does
-    sys.modules["wandb"] = None  # type: ignore[assignment]  # timm would import it, 0.4 s, if it can
-    import timm  # noqa: F401
+    if "timm" not in sys.modules:  # a fork has it, and maybe wandb
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # timm would import it, 0.4 s
+        import timm  # noqa: F401
 
-    del sys.modules["wandb"]
+        del sys.modules["wandb"]
 
 from pydantic import JsonValue
 
@@ -53,9 +52,9 @@ from bigbatch.trainers.inference.joined import check_joinable, make_joined
 from bigbatch.trainers.inference.looks import TTA, check_tta
 from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
-from bigbatch.trainers.monitoring.output import leave
+from bigbatch.trainers.monitoring.output import leave, reader_has_gone
 from bigbatch.trainers.recovery.failures import report
-from bigbatch.trainers.recovery.signals import catch
+from bigbatch.trainers.recovery.signals import Stopped, raise_stopped
 
 Record = dict[str, Any]
 
@@ -75,27 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
         status = _COMMANDS[options.command](options, engine, ensemble)
         sys.stdout.flush()
         return status
-    except _Stopped as stop:
-        return 128 + stop.number
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    except Stopped as stop:
+        return stop.status
+    except BrokenPipeError:
+        return reader_has_gone()
     except Exception as error:
         return report(error, engine)
     finally:
         if engine is not None:
             engine.close()
-
-
-class _Stopped(BaseException):
-    """A signal asks this rank to end: what is temporary is removed on the way out."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -374,5 +361,5 @@ _COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    catch(_stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    raise_stopped()
     leave(main())

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigbatch.configs.timeline import due
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.job import Job
@@ -49,7 +48,7 @@ class LedgerWriter:
         if self._every is None:
             return False
         plan = self._job.inputs.plan
-        return step % self._every == 0 or due(plan.save_every, step) or step == plan.total
+        return step % self._every == 0 or plan.saves_wherever_it_stops(step) or step == plan.total
 
     def see(self, batch: MicroBatch) -> None:
         """Take in which samples a micro-batch of this rank holds."""

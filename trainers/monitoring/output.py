@@ -74,6 +74,12 @@ def copy_output(run: Path) -> None:
     atexit.register(close_output)  # after a traceback has been printed
 
 
+def reader_has_gone() -> int:
+    """The status of a process whose output nobody reads any more, as before `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush goes nowhere
+    return 1
+
+
 def close_output() -> None:
     """Wait until everything that was said has been passed on. Nothing may be said after it."""
     global _process

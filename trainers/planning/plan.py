@@ -40,9 +40,13 @@ class Plan:
         return due(self.evaluate_every, step) or step == self.total
 
     def saves(self, step: int) -> bool:
+        return self.saves_wherever_it_stops(step) or step == self.stop
+
+    def saves_wherever_it_stops(self, step: int) -> bool:
+        """Whether a run has a checkpoint of this step however it is interrupted."""
         kept = self.keep_every is not None and due(self.keep_every, step)
         best = self.may_stop and self.evaluates(step)
-        return due(self.save_every, step) or kept or best or step == self.stop
+        return due(self.save_every, step) or kept or best
 
     def evaluations(self) -> int:
         """How many steps of the whole run `evaluates` names."""

@@ -46,6 +46,22 @@ def catch(handler: Callable[[int, FrameType | None], object], *numbers: int) -> 
     return {number: signal.signal(number, handler) for number in heard}
 
 
+class Stopped(BaseException):
+    """A signal asks this process to end: what is temporary is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number  # as shells have it
+
+
+def raise_stopped() -> None:
+    """Let signals that end a process raise Stopped, for what has nothing to save."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    catch(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def agent_pid() -> int | None:
     """The agent that started this rank, and starts it again; None where another launcher did."""
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

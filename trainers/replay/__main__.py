@@ -7,11 +7,8 @@ Exit status: 0 the same as recorded, or not recorded; 1 it differs; 2 the user's
 
 import argparse
 import gc
-import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 if __name__ == "__main__":
     gc.disable()  # while it imports, as the worker does
@@ -20,9 +17,9 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.monitoring.output import leave
+from bigbatch.trainers.monitoring.output import leave, reader_has_gone
 from bigbatch.trainers.recovery.failures import report
-from bigbatch.trainers.recovery.signals import catch
+from bigbatch.trainers.recovery.signals import Stopped, raise_stopped
 from bigbatch.trainers.replay.past import find_past
 
 
@@ -32,24 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         status = _run(options)
         sys.stdout.flush()
         return status
-    except _Stopped as stop:
-        return 128 + stop.number
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    except Stopped as stop:
+        return stop.status
+    except BrokenPipeError:
+        return reader_has_gone()
     except Exception as error:
         return report(error, None)
-
-
-class _Stopped(BaseException):
-    """A signal asks this process to end: what is temporary is removed on the way out."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,5 +97,5 @@ def _run(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    catch(_stop, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    raise_stopped()
     leave(main())

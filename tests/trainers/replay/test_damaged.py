@@ -1,6 +1,7 @@
 """That what is damaged in a run's files is left out or named, and ends no replay in a traceback."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,6 @@ def test_whoever_stops_reading_gets_no_traceback(
         raise BrokenPipeError
 
     monkeypatch.setattr(entry, "_run", ends)
-    monkeypatch.setattr(entry.os, "dup2", lambda *files: None)
+    monkeypatch.setattr(os, "dup2", lambda *files: None)
     assert entry.main([str(preempted.path), "--step", "1"]) == 1
     assert capsys.readouterr().err == ""
