@@ -16,7 +16,7 @@ class Log(StrictModel):
     )
     ledger_every: Count | None = Field(
         10,
-        description="steps between lines of ledger.jsonl, digests of the state, which regular "
+        description="steps between lines of ledger.jsonl, digests of the state, which planned "
         "checkpoints and the last step also have; null: none",
     )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
