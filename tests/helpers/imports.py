@@ -62,7 +62,11 @@ DENIED: dict[str, Mapping[str, str]] = {
         "safetensors": "the agent loads nothing",
         "rich": "the agent draws nothing",
     },
-    "bigbatch.trainers.worker": {**_NOWHERE, **_BEFORE_A_MODEL},
+    "bigbatch.trainers.worker": {
+        **_NOWHERE,
+        **_BEFORE_A_MODEL,
+        "rich": "rank 0 alone draws, once it has a run",
+    },
     "bigbatch.trainers.inference.__main__": _NOWHERE,
     "bigbatch.trainers.replay.__main__": _NOWHERE,
     "bigbatch.trainers.run": _NOWHERE,  # what a rank imports once its engine is open

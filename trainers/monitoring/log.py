@@ -7,7 +7,7 @@ torch.
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bigbatch.configs.files import finite, iter_jsonl, write_atomically
 from bigbatch.configs.json_text import parse_json
@@ -16,11 +16,13 @@ from bigbatch.configs.rundir import RunDir, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.monitoring.alerts import TITLES, Alerts, replay_command
 from bigbatch.trainers.monitoring.jsonl import JsonLines
-from bigbatch.trainers.monitoring.progress import Progress
 from bigbatch.trainers.monitoring.prometheus import TextFile
 from bigbatch.trainers.monitoring.tensorboard_view import TensorBoardView
 from bigbatch.trainers.monitoring.wandb_view import WandbView, open_wandb
 from bigbatch.trainers.planning.sizes import image_sizes
+
+if TYPE_CHECKING:
+    from bigbatch.trainers.monitoring.progress import Progress
 
 
 class Log:
@@ -40,7 +42,7 @@ class Log:
         metrics: JsonLines | None,
         events: JsonLines | None,
         ledger: JsonLines | None = None,
-        progress: Progress | None,
+        progress: "Progress | None",
         wandb: WandbView | None,
         tensorboard: TensorBoardView | None = None,
         prometheus: TextFile | None = None,
@@ -243,6 +245,8 @@ def open_log(
             progress=None,
             wandb=None,
         )
+    from bigbatch.trainers.monitoring.progress import Progress  # rich, for rank 0 alone
+
     cut_records(run.metrics, start_step)
     cut_records(run.ledger, start_step)
     prometheus = recipe.log.prometheus
