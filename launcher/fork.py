@@ -12,6 +12,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.identity import differences, recipe_hash, summary, tree_differences
 from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.judged import judged_by
 from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.timeline import Timeline
@@ -153,12 +154,12 @@ def _best_so_far(parent: RunDir, step: int, recipe: Recipe) -> Path | None:
     evaluations = read_evaluations(parent.metrics, step)
     if early_stop is None or not evaluations:
         return None
-    if stops(early_stop, evaluations):
+    if stops(early_stop, evaluations, judged_by(recipe)):
         raise UserError(
             f"regularise.early_stop ends the branch where it begins, after step {step}: branch off "
             "an earlier step, raise its patience, or set regularise.early_stop=null"
         )
-    path = checkpoint_path(parent.checkpoints, best_evaluation(evaluations).step)
+    path = checkpoint_path(parent.checkpoints, best_evaluation(evaluations, judged_by(recipe)).step)
     if not path.is_dir():
         raise UserError(
             f"regularise.early_stop may go back to the best evaluation, and {path} is not there "

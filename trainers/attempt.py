@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bigbatch.configs.judged import judged_by
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.evaluation.metrics import confusion
@@ -100,7 +101,7 @@ def open_attempt(
     run, recipe, engine, plan = job.run, job.recipe, job.engine, job.inputs.plan
     keep = recipe.checkpoint
     back = recipe.recovery.skip_steps if recipe.recovery.max_rollbacks else 0
-    retention = Retention(keep.keep, keep.keep_best, plan.keep_every, back)
+    retention = Retention(keep.keep, keep.keep_best, plan.keep_every, back, judged_by(recipe))
     name = engine.from_main(f"{time.time_ns()}-{os.getpid()}")
     with (
         # Last to end: its wait for a slow disk, after an error, is no step that hangs.

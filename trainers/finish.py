@@ -8,6 +8,7 @@ from typing import Any
 from bigbatch.configs.errors import reason_of
 from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
+from bigbatch.configs.judged import judged_by
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.terminal import Terminal
@@ -101,15 +102,15 @@ def keep_best(job: Job, log: Log) -> None:
 
     Collective. Raises UserError where their checkpoint is not there any more.
     """
-    run, engine = job.run, job.engine
-    best = best_evaluation(job.state.evaluations)
+    run, engine, judge = job.run, job.engine, judged_by(job.recipe)
+    best = best_evaluation(job.state.evaluations, judge)
     load_weights(engine.module, checkpoint_path(run.checkpoints, best.step) / MODEL)
     engine.on_main(
         lambda: save_snapshot(
             run.snapshots, 1, best.step, engine.module, best.scores, job.state.info
         )
     )
-    log.event("best", step=best.step, accuracy=best.scores["accuracy"])
+    log.event("best", step=best.step, **{judge.key: best.scores[judge.key]})
 
 
 def finish_average(

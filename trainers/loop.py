@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from bigbatch.configs.judged import judged_by
 from bigbatch.data.rng import key64
 from bigbatch.trainers.advice.noise_scale import NoiseScale
 from bigbatch.trainers.attempt import Attempt
@@ -37,8 +38,8 @@ def train(attempt: Attempt) -> bool:
     if recipe.regularise.sharpness is not None:
         sharpness = Sharpness(recipe.regularise.sharpness, engine.module)
     skipped = 0
-    early_stop = recipe.regularise.early_stop
-    if stops(early_stop, state.evaluations):  # it has come to its end before
+    early_stop, judge = recipe.regularise.early_stop, judged_by(recipe)
+    if stops(early_stop, state.evaluations, judge):  # it has come to its end before
         return True
     statistics.check()
     engine.model.train()
@@ -176,21 +177,21 @@ def train(attempt: Attempt) -> bool:
         # 5. Evaluate, keep a snapshot, save. The order matters: a checkpoint of a step
         #    means that all the rest of that step is on disk.
         cycle_end = state.step in plan.snapshots and early_stop is None
-        accuracy, done = None, False
+        score, done = None, False
         if plan.evaluates(state.step) or cycle_end:
             watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
             scores = attempt.evaluate(snapshot=cycle_end)
             log.evaluation(state.step, "val", **scores)
-            accuracy = scores["accuracy"]
-            done = stops(early_stop, state.evaluations)
+            score = scores[judge.key]
+            done = stops(early_stop, state.evaluations, judge)
         leaving = agreed["stops"][0] > 0
         last = leaving or done or state.step == plan.stop
         if plan.saves(state.step) or last:
             watchdog.beat(state.step, "saving")
             log.phase("saving")
             ledger.save()
-            saver.save(state, accuracy=accuracy, last=last)
+            saver.save(state, score=score, last=last)
         saver.report()
         if leaving:
             log.event("signal", step=state.step, signal=attempt.stop.signal)

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from bigbatch.configs.judged import judged_by
 from bigbatch.configs.notices import notice
 from bigbatch.trainers.attempt import open_attempt
 from bigbatch.trainers.finish import finish
@@ -90,7 +91,7 @@ def attempt(
             # may still be closing its log.
             engine.barrier()
             return SAVED
-        early = stops(recipe.regularise.early_stop, state.evaluations)
+        early = stops(recipe.regularise.early_stop, state.evaluations, judged_by(recipe))
         if state.step < plan.total and not early:
             log.close("stopped")
             return 0

@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bigbatch.configs.judged import ACCURACY, judged_in
 from bigbatch.configs.terminal import Terminal
 from bigbatch.configs.words import plural
 from bigbatch.launcher.runs.registry import RunInfo
@@ -73,13 +74,20 @@ def runs_table(runs: Sequence[RunInfo]) -> Table:
         table.add_column(title, no_wrap=True)
     for info in runs:
         steps = f"{info.step}/{info.total_steps}" if info.total_steps else str(info.step)
-        best = "" if info.best_accuracy is None else f"{info.best_accuracy:.2%}"
+        best = best_score(info.best_accuracy, info.best_score) or ""
         age = f"{duration(info.age_s)} ago"
         state = _state(info.state)
         if info.waits_for not in (None, "None", "Priority"):
             state.append(f" ({info.waits_for})")
         table.add_row(info.name, state, steps, best, age, info.job or "")
     return table
+
+
+def best_score(accuracy: float | None, other: Mapping[str, float] | None) -> str | None:
+    """The best validation score of a run, with its name where it is no accuracy."""
+    found = other or ({} if accuracy is None else {ACCURACY.key: accuracy})
+    judge = judged_in(found)
+    return None if judge is None else judge.said(found[judge.key])
 
 
 def status_table(values: Mapping[str, Any]) -> Table:
@@ -102,7 +110,7 @@ def status_table(values: Mapping[str, Any]) -> Table:
         "slowest": _maybe(values["slowest"], "rank {0[rank]} in {0[phase]}".format),
         "alerts": ", ".join(f"{e['kind']} at step {e.get('step')}" for e in values["alerts"])
         or None,
-        "best val": _maybe(values["best_accuracy"], "{:.2%}".format),
+        "best val": best_score(values["best_accuracy"], values["best_score"]),
         "checkpoints": ", ".join(values["checkpoints"]) or None,
         "last record": f"{duration(values['age_s'])} ago",
         "report": values["report"],

@@ -17,6 +17,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import iter_jsonl, read_json
+from bigbatch.configs.judged import ACCURACY, Score, judged_in
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, create_run
 from bigbatch.configs.schema import Recipe
@@ -46,10 +47,11 @@ class RunInfo:
     state: str  # new, queued, running, stopped, failed, finished, killed or unreadable
     step: int
     total_steps: int | None
-    best_accuracy: float | None  # on the validation split
+    best_accuracy: float | None  # on the validation split; of a classifier
     age_s: float
     job: str | None = None  # of SLURM, such as 4711, or 4711_3 of an array
     waits_for: str | None = None  # SLURM's reason why a queued job does not run yet
+    best_score: dict[str, float] | None = None  # by its name, of a run that has no accuracy
 
 
 def find_run(name: str, runs: Path) -> RunDir:
@@ -117,14 +119,17 @@ def describe(
     try:
         changed = [p.stat().st_mtime for p in _records(run) if p.exists()]
         age = max(0.0, now - max(changed))
-        step, best = _progress(run.metrics)
+        step, judge, best = _progress(run.metrics)
         totals = (e.get("total_steps") for e in _newest(run, "start"))
         total = next((int(t) for t in totals if t is not None), None)
         state = _state(run, age, trainers)
         job = job_of(run)
     except _DAMAGES:
         return RunInfo(run.name, str(run.path), "unreadable", 0, None, None, 0.0)
-    info = RunInfo(run.name, str(run.path), state, step, total, best, round(age, 1), job)
+    right = best if judge == ACCURACY else None
+    info = RunInfo(run.name, str(run.path), state, step, total, right, round(age, 1), job)
+    if judge != ACCURACY and best is not None:
+        info = replace(info, best_score={judge.key: best})
     if job is None or jobs is None or state == "finished":
         return info
     queued = jobs.get(job)
@@ -362,12 +367,17 @@ def _state(run: RunDir, age: float, trainers: Sequence[Trainer] | None) -> str:
     return "running" if age < _SILENT_S else "killed"
 
 
-def _progress(metrics: Path) -> tuple[int, float | None]:
-    """The last step, and the best validation accuracy so far.
+def _progress(metrics: Path) -> tuple[int, Score, float | None]:
+    """The last step, the score that the run is judged by, and the best so far on validation.
 
     Long runs have a million records, so only the lines that say this are parsed.
     """
     last = next(iter_jsonl(metrics, newest_first=True), {})
     evals = (e for e in iter_jsonl(metrics, b'"val"') if e.get("kind") == "eval")
-    accuracies = (float(e["accuracy"]) for e in evals if e.get("accuracy") is not None)
-    return int(last.get("step", 0)), max(accuracies, default=None)
+    judge, values = ACCURACY, list[float]()
+    for record in evals:
+        judge = judged_in(record) or judge
+        if record.get(judge.key) is not None:
+            values.append(float(record[judge.key]))
+    best = max if judge.more_is_better else min
+    return int(last.get("step", 0)), judge, best(values, default=None)

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.judged import ACCURACY
+from bigbatch.configs.judged import Score as Judge
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.fit import (
@@ -28,10 +30,16 @@ from bigbatch.trainers.evaluation.metrics import Probabilities, softmax
 Score = Literal["nll", "accuracy"]
 
 
-def within_margin(accuracies: list[float], margin: float) -> list[int]:
-    """Members whose validation accuracy is within `margin` of the best one's."""
-    best = max(accuracies)
-    return [i for i, accuracy in enumerate(accuracies) if accuracy >= best - margin]
+def within_margin(scores: list[float], margin: float, judge: Judge = ACCURACY) -> list[int]:
+    """Members whose validation score is within `margin` of the best one's.
+
+    Of an error, which has a unit, `margin` is a share of the best one's.
+    """
+    if not judge.more_is_better:
+        least = min(scores)
+        return [i for i, score in enumerate(scores) if score <= least * (1 + margin)]
+    best = max(scores)
+    return [i for i, score in enumerate(scores) if score >= best - margin]
 
 
 def gate(data: FitData, margin: float) -> tuple[int, ...]:

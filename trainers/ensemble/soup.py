@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from bigbatch.configs.judged import ACCURACY, NLL, Score
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.recovery.tensor_files import load_weights
 
 SOUP = "soup.safetensors"
-Scores = dict[str, float]  # of the validation split, with "accuracy" and "nll" at least
+Scores = dict[str, float]  # of the validation split
 POINTS = 11  # of a line between two models
 
 
@@ -18,8 +19,8 @@ POINTS = 11  # of a line between two models
 class SoupStep:
     """Why one ingredient is in the soup, or is not.
 
-    `before` and `after` are accuracies on the validation split, of the soup without and with it
-    (of the first, both are its own). `barrier` is what the NLL of the average is above a straight
+    `before` and `after` are scores on the validation split, of the soup without and with it (of
+    the first, both are its own). `barrier` is what the loss of the average is above a straight
     line between those of the soup without and of the ingredient alone, on which it lies; below 0
     where averaging helps, None of the first.
     """
@@ -38,27 +39,29 @@ def greedy_soup(
     engine: Engine,
     evaluate: Callable[[], Scores | None],
     recompute: Callable[[], None],
+    judge: Score = ACCURACY,
+    loss: Score = NLL,
 ) -> list[SoupStep]:
     """Greedy soup (Wortsman et al. 2022, recipe 1) of files of weights, by name, best first.
 
-    A model joins the average if validation accuracy does not fall. BatchNorm statistics are
+    A model joins the average if the validation score `judge` does not suffer. BatchNorm statistics are
     recomputed for every candidate: those of averaged weights are not the average of the
-    statistics. `losses` are the NLLs of the files alone; `evaluate` scores the model on rank 0, and
+    statistics. `losses` are those of the files alone, by `loss`; `evaluate` scores the model on rank 0, and
     returns None elsewhere. Collective; leaves the soup in the model.
     """
     (first, path), *others = files.items()
     total = _doubles(load_weights(model, path))
     best = engine.from_main(evaluate())
-    steps = [SoupStep(first, True, best["accuracy"], best["accuracy"], None)]
+    steps = [SoupStep(first, True, best[judge.key], best[judge.key], None)]
     count, kept_state = 1, _copy(model)
-    for (name, path), loss in zip(others, losses[1:], strict=True):
+    for (name, path), own in zip(others, losses[1:], strict=True):
         candidate = _sum(total, load_weights(model, path))
         average(model, candidate, count + 1)
         recompute()
         found = engine.from_main(evaluate())
-        kept = found["accuracy"] >= best["accuracy"]
-        barrier = found["nll"] - (count * best["nll"] + loss) / (count + 1)
-        steps.append(SoupStep(name, kept, best["accuracy"], found["accuracy"], barrier))
+        kept = judge.merit(found) >= judge.merit(best)
+        barrier = found[loss.key] - (count * best[loss.key] + own) / (count + 1)
+        steps.append(SoupStep(name, kept, best[judge.key], found[judge.key], barrier))
         if kept:
             best, total = found, candidate
             count, kept_state = count + 1, _copy(model)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from bigbatch.configs.judged import judged_in
 from bigbatch.configs.terminal import Terminal
 
 _SMOOTHING = 0.9  # weight of the past in the images/s shown: about ten steps
@@ -74,9 +75,9 @@ class Progress:
             self._print(f"{self._name} {step}/{self._total} ({share:.0%}) {self._text(now)}")
 
     def evaluation(self, split: str, values: Mapping[str, float]) -> None:
-        """Show the accuracy of an evaluation beside the training figures from now on."""
-        if "accuracy" in values:
-            self._shown[split] = f"{split} {values['accuracy']:.2%}"
+        """Show the score of an evaluation beside the training figures from now on."""
+        if judge := judged_in(values):
+            self._shown[split] = f"{split} {judge.said(values[judge.key])}"
         if self._bar:
             self._bar.update(self._task, text=self._text(time.monotonic()))
 

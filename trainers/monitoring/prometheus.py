@@ -12,6 +12,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
+from bigbatch.configs.judged import ACCURACY, judged_in
 
 INTERVAL = 15.0  # seconds between two writes: Prometheus scrapes about as often
 GAUGES = {
@@ -28,6 +29,7 @@ GAUGES = {
     "bigbatch_phase_seconds": "Time of a step in a phase, mean of the ranks.",
     "bigbatch_rank_phase_seconds": "Time of a step in a phase, by rank.",
     "bigbatch_accuracy_ratio": "Accuracy of the last evaluation, from 0 to 1.",
+    "bigbatch_score": "Last evaluation of a run that is not judged by accuracy, by the score.",
     "bigbatch_running": "1 while the run trains, 0 once it has ended.",
     "bigbatch_last_record_timestamp_seconds": "Unix time of the last record.",
 }
@@ -70,7 +72,12 @@ class TextFile:
             for phase, seconds in record.get("phases", {}).items():
                 self._set("bigbatch_phase_seconds", seconds, phase=phase)
         elif record["kind"] == "eval":
-            self._set("bigbatch_accuracy_ratio", record.get("accuracy"), split=record["split"])
+            split, judge = record["split"], judged_in(record) or ACCURACY
+            value = record.get(judge.key)
+            if judge == ACCURACY:
+                self._set("bigbatch_accuracy_ratio", value, split=split)
+            else:
+                self._set("bigbatch_score", value, split=split, score=judge.key)
         elif record["kind"] == "ranks":
             for rank, row in enumerate(record["seconds"]):
                 for phase, seconds in zip(record["phases"], row, strict=True):

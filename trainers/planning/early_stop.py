@@ -2,12 +2,13 @@
 
 import math
 
+from bigbatch.configs.judged import Score
 from bigbatch.configs.regularise import EarlyStop
 from bigbatch.trainers.planning.plateau import Evaluation, Evaluations
 
 
-def stops(config: EarlyStop | None, evaluations: Evaluations) -> bool:
-    """Whether training ends after the last of `evaluations`.
+def stops(config: EarlyStop | None, evaluations: Evaluations, judge: Score) -> bool:
+    """Whether training ends after the last of `evaluations`, by the score `judge`.
 
     No state is kept, so a run that was killed stops where it would have stopped.
     """
@@ -15,8 +16,8 @@ def stops(config: EarlyStop | None, evaluations: Evaluations) -> bool:
         return False
     best, without = -math.inf, 0
     for evaluation in evaluations:
-        if _accuracy(evaluation) > best + config.threshold:
-            best, without = _accuracy(evaluation), 0
+        if judge.merit(evaluation.scores) > best + config.threshold:
+            best, without = judge.merit(evaluation.scores), 0
         else:
             without += 1
         if without >= config.patience:
@@ -24,11 +25,6 @@ def stops(config: EarlyStop | None, evaluations: Evaluations) -> bool:
     return False
 
 
-def best_evaluation(evaluations: Evaluations) -> Evaluation:
-    """The one of the highest accuracy; of equal ones the first, as checkpoint.keep_best has it."""
-    return max(evaluations, key=_accuracy)
-
-
-def _accuracy(evaluation: Evaluation) -> float:
-    found = evaluation.scores.get("accuracy")
-    return -math.inf if found is None else found
+def best_evaluation(evaluations: Evaluations, judge: Score) -> Evaluation:
+    """The one of the best score; of equal ones the first, as checkpoint.keep_best has it."""
+    return max(evaluations, key=lambda evaluation: judge.merit(evaluation.scores))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bigbatch.configs.files import iter_jsonl
+from bigbatch.configs.judged import SCORES
 from bigbatch.configs.schedules import Plateau
 
 _LEAST = 1e-8  # torch makes no smaller reduction
@@ -35,7 +36,7 @@ def plateau(
     torch's ReduceLROnPlateau, stepped once at each evaluation. `place` is where in the schedule
     an evaluation's step stands.
     """
-    sign = 1.0 if config.metric == "nll" else -1.0
+    sign = -SCORES[config.metric].sign
     factor, best, bad, cooldown = 1.0, math.inf, 0, 0
     for at, scores in evaluations:
         if not start < place(at) <= step:
@@ -65,7 +66,7 @@ def _to_beat(config: Plateau, best: float, sign: float) -> float:
 def read_evaluations(metrics: Path, step: int) -> list[Evaluation]:
     """The evaluations of the validation split up to `step`, from metrics.jsonl."""
     return [
-        Evaluation(record["step"], {k: record.get(k) for k in ("accuracy", "nll")})
+        Evaluation(record["step"], {k: record[k] for k in SCORES if k in record})
         for record in iter_jsonl(metrics, b'"eval"')
         if record.get("kind") == "eval"
         and record.get("split") == "val"

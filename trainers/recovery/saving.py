@@ -36,17 +36,17 @@ class Saver:
         self._write: _Write | None = None
         self._told: set[str] = set()
 
-    def save(self, state: TrainState, *, accuracy: float | None = None, last: bool = False) -> None:
+    def save(self, state: TrainState, *, score: float | None = None, last: bool = False) -> None:
         """Copy the state and start writing it. Collective, in the same step on every rank.
 
-        `accuracy` is this step's on the validation split, where it was evaluated. With `last`
-        the checkpoint is on the disk at the return; raises UserError where it cannot be.
+        `score` is this step's on the validation split, by `retention.judge`, where it was
+        evaluated. With `last` the checkpoint is on the disk at the return; raises UserError where it cannot be.
         """
         started = time.perf_counter()
         self._finish()
         captured = self._capture(state)
         if captured is not None:
-            captured.content["accuracy"] = accuracy
+            captured.content[self._retention.judge.key] = score
             self._write = _Write(self._folder, captured, self._retention, self._log)
             self._write.start()
             self._write.stall_s = time.perf_counter() - started

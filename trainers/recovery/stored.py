@@ -14,6 +14,7 @@ from typing import Any
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.judged import ACCURACY, SCORES, Score
 from bigbatch.configs.timeline import Crossings, due
 from bigbatch.trainers.models.weights_file import read_header
 
@@ -35,7 +36,7 @@ _STATE_KINDS: dict[str, Any] = {
     "fingerprint": dict,
     "losses": list,
     "over": list,
-    "accuracy": float | int | None,
+    **dict.fromkeys(SCORES, float | int | None),
     "averaged": int,
     "precise_bn": bool,
 }
@@ -51,14 +52,15 @@ class Retention:
     """Which checkpoints stay on the disk; the others go when a new one stands."""
 
     newest: int = 2
-    best: int = 0  # by accuracy on the validation split, among those whose step was evaluated
+    best: int = 0  # by `judge` on the validation split, among those whose step was evaluated
     every: int | Crossings | None = None  # steps: those at multiples of it stay for good
     back: int = 0  # steps: the newest that is this much older than the last one, for a rollback
+    judge: Score = ACCURACY
 
-    def kept(self, accuracies: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of {step: accuracy or None}."""
-        steps = sorted(accuracies)
-        scored = [(a, -step) for step, a in accuracies.items() if a is not None]
+    def kept(self, scores: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of {step: score or None}."""
+        steps, sign = sorted(scores), self.judge.sign
+        scored = [(sign * s, -step) for step, s in scores.items() if s is not None]
         kept = set(steps[-self.newest :])
         kept |= {-step for _, step in sorted(scored, reverse=True)[: self.best]}
         kept |= set([s for s in steps if s <= steps[-1] - self.back][-1:])
@@ -76,7 +78,8 @@ def prune(folder: Path, retention: Retention, step: int) -> list[str]:
     """
     found = {step_of(path): path for path in list_checkpoints(folder)}
     paths = {number: path for number, path in found.items() if number <= step}
-    scores = {s: _accuracy(p) if retention.best else None for s, p in paths.items()}
+    key = retention.judge.key
+    scores = {s: _score(p, key) if retention.best else None for s, p in paths.items()}
     doomed = [paths[number] for number in sorted(paths.keys() - retention.kept(scores))]
     left = []
     for path in (*doomed, *folder.glob("step-*.tmp-*")):
@@ -211,10 +214,10 @@ def newest_valid(
     return second_best, errors
 
 
-def _accuracy(path: Path) -> float | None:
-    """The validation accuracy that a checkpoint was saved with; None: none, or damaged."""
+def _score(path: Path, key: str) -> float | None:
+    """The validation score that a checkpoint was saved with; None: none, or damaged."""
     try:
-        value = parse_json((path / STATE).read_bytes())["accuracy"]
+        value = parse_json((path / STATE).read_bytes())[key]
         return None if value is None else float(value)
     except (OSError, ValueError, KeyError, TypeError):
         return None

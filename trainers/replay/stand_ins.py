@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.configs.files import finite
+from bigbatch.configs.judged import judged_by
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.attempt import Attempt
@@ -78,7 +79,7 @@ class NoSaver(Saver):
     def __init__(self) -> None:
         pass
 
-    def save(self, state: TrainState, *, accuracy: float | None = None, last: bool = False) -> None:
+    def save(self, state: TrainState, *, score: float | None = None, last: bool = False) -> None:
         pass
 
     def report(self) -> None:
@@ -112,4 +113,5 @@ class Replaying(Attempt):
             course.costs.update(self.past.confusions[state.step])
         scores = dict(known[-1].scores) if known else {}
         state.evaluations.append(Evaluation(state.step, scores))
-        return {"accuracy": float("nan"), **{k: v for k, v in scores.items() if v is not None}}
+        unknown = {judged_by(self.job.recipe).key: float("nan")}
+        return unknown | {k: v for k, v in scores.items() if v is not None}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.configs.judged import ACCURACY, judged_in
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.monitoring.history import Columns, History, confused_pairs, read_history
 from bigbatch.trainers.report.broken import broken
@@ -97,7 +98,7 @@ def _combination(history: History) -> Iterator[Finding]:
     split = "test" if summary.get("test") else "val"
     figures = summary.get(split) or {}
     members, ensemble = figures.get("members") or [], figures.get("ensemble")
-    if len(members) < 2 or not ensemble:
+    if len(members) < 2 or not ensemble or judged_in(ensemble) != ACCURACY:
         return
     best = max(m["accuracy"] for m in members)
     gain = 100 * (ensemble["accuracy"] - best)

@@ -1,6 +1,7 @@
 """The report's plots, as SVG. Free of torch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
+from bigbatch.configs.judged import ACCURACY, Score, judged_in
 from bigbatch.trainers.advice.critical_batch import Phase
 from bigbatch.trainers.monitoring.history import PHASE_NAMES, Columns, History, loss_ceiling
-from bigbatch.trainers.report.results import COMBINED
+from bigbatch.trainers.report.results import COMBINED, judge_of
 from bigbatch.trainers.report.svg import BLUE, GREEN, INK, MUTED, ORANGE, figure, to_svg
 
 _SHOWN_LAYERS = 60
@@ -31,8 +33,11 @@ def curves(history: History) -> list[str]:
     plots: list[tuple[str, Callable[[Axes, History], None]]] = []
     if "loss" in train:
         plots.append(("loss", _loss))
-    if any("accuracy" in columns for columns in history.evals.values()):
+    judges = {judge for columns in history.evals.values() if (judge := judged_in(columns))}
+    if ACCURACY in judges:
         plots.append(("accuracy", _accuracy))
+    for judge in judges - {ACCURACY}:
+        plots.append((judge.key, partial(_error, judge=judge)))
     if "lr" in train:
         plots.append(("lr", _lr))
     if "grad_norm" in train:
@@ -87,6 +92,33 @@ def _accuracy(axes: Axes, history: History) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if more:
         axes.legend(loc="lower right")
+
+
+def _error(axes: Axes, history: History, judge: Score) -> None:
+    """A score of which less is better."""
+    evals = {split: c for split, c in history.evals.items() if judge.key in c}
+    axes.set_title(judge.heading if len(evals) > 1 else f"{judge.heading}, {next(iter(evals))}")
+    for split, columns in evals.items():
+        values = columns[judge.key]
+        _evaluated(axes, columns, judge.key, split)
+        if not np.isfinite(values).any():
+            continue
+        best = int(np.nanargmin(values))
+        axes.annotate(
+            f"best {judge.text(values[best])}",
+            (columns["step"][best], values[best]),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right" if columns["step"][best] > columns["step"][-1] / 2 else "left",
+            color=ORANGE,
+            fontsize=10.5,
+        )
+    # Early evaluations may be far off: the interesting part is the lower one.
+    highs = [np.nanpercentile(c[judge.key], 80) for c in evals.values()]
+    if np.isfinite(highs).any() and np.nanmax(highs) > 0:
+        axes.set_ylim(0, 1.3 * float(np.nanmax(highs)))
+    if len(evals) > 1:
+        axes.legend(loc="upper right")
 
 
 def _lr(axes: Axes, history: History) -> None:
@@ -213,21 +245,21 @@ def trust(ratios: Columns) -> str:
 
 
 def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> str:
-    """SVG of the accuracies of members and of what is made of them, one row each, by split."""
-    rows = list(reversed(rows))
+    """SVG of the scores of members and of what is made of them, one row each, by split."""
+    rows, judge = list(reversed(rows)), judge_of(rows)
     with figure(5.2, 0.9 + 0.36 * len(rows)) as (drawn, axes):
-        axes.set_title("Accuracy")
-        # A little apart, so that equal accuracies do not hide one another.
+        axes.set_title(judge.heading)
+        # A little apart, so that equal scores do not hide one another.
         for split, colour, marker, shift in (
             ("val", ORANGE, "D", 0.13),
             ("test", BLUE, "o", -0.13),
         ):
             for y, (name, figures, kept) in enumerate(rows):
-                accuracy = (figures.get(split) or {}).get("accuracy")
-                if accuracy is None:
+                score = (figures.get(split) or {}).get(judge.key)
+                if score is None:
                     continue
                 axes.plot(
-                    accuracy,
+                    score,
                     y + shift,
                     marker,
                     color=colour,
@@ -244,9 +276,10 @@ def members(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.12)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        if judge.share:
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-        return to_svg(drawn, "members", "Accuracy of members, ensemble and soup")
+        return to_svg(drawn, "members", f"{judge.heading} of members, ensemble and soup")
 
 
 def confusion(

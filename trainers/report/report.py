@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
+from bigbatch.configs.judged import ACCURACY, judged_in, shown
 from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
@@ -27,7 +28,7 @@ from bigbatch.trainers.monitoring.progress import duration
 from bigbatch.trainers.report import plots
 from bigbatch.trainers.report.diagnosis import diagnose
 from bigbatch.trainers.report.evaluations import shown_evaluations
-from bigbatch.trainers.report.results import COMBINED, MEASURES, figure, result_rows
+from bigbatch.trainers.report.results import COMBINED, figure, judge_of, result_rows
 from bigbatch.trainers.report.svg import png_uri
 
 _SHOWN_RANKS = 16
@@ -56,7 +57,7 @@ def write_report(run: RunDir, history: History | None = None) -> Path:
         trust_plot=plots.trust(history.trust),
         rows=rows,
         members_plot=_members_plot(history),
-        measures=MEASURES,
+        measures={score.key: score.title for score in shown(judge_of(rows))},
         splits=[s for s in ("val", "test") if s in (history.summary or {})],
         combined=COMBINED,
         answers="ensemble" if "ensemble" in {name for name, *_ in rows} else "model",
@@ -92,13 +93,16 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
         figures = summary.get(split) or {}
         ensemble, members = figures.get("ensemble"), figures.get("members") or []
         if ensemble and members:
-            best = max(m["accuracy"] for m in members)
+            judge = judged_in(ensemble) or ACCURACY
+            best = max(members, key=judge.merit)[judge.key]
             alone = str(members[0]["name"]) if len(members) == 1 else None
-            remark = alone or f"ensemble; best member {best:.2%}"
-            tiles.append((f"{split} accuracy", f"{ensemble['accuracy']:.2%}", remark))
-    if not summary and "accuracy" in history.evals.get("val", {}):
-        accuracy = history.evals["val"]["accuracy"]
-        tiles.append(("val accuracy", f"{accuracy[-1]:.2%}", f"best {np.nanmax(accuracy):.2%}"))
+            remark = alone or f"ensemble; best member {judge.text(best)}"
+            tiles.append((f"{split} {judge.title}", judge.text(ensemble[judge.key]), remark))
+    val = history.evals.get("val", {})
+    if not summary and (judge := judged_in(val)):
+        values = val[judge.key]
+        best = np.nanmax(values) if judge.more_is_better else np.nanmin(values)
+        tiles.append((f"val {judge.title}", judge.text(values[-1]), f"best {judge.text(best)}"))
     total = history.total_steps
     remark = f"of {total:,}" if total else ""
     tiles.append(("steps", f"{history.last_step:,}", remark))

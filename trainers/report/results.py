@@ -3,34 +3,43 @@
 Apart from the report, for the table does not wait for matplotlib. Free of torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
+from bigbatch.configs.judged import ACCURACY, SCORES, Score, judged_in, shown
+
 COMBINED = ("ensemble", "soup", "ema", "swa")  # what summary.json has beside the members
 Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept as a member
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy, NLL and ECE of each member, ensemble, soup and average, on val and test.
+    """Scores of each member, ensemble, soup and average, on val and test.
 
     `summary` is the content of summary.json. Members beyond the selection margin are dimmed
     and marked.
     """
     splits = [split for split in ("val", "test") if split in summary]
+    rows = result_rows(summary)
+    measures = shown(judge_of(rows))
     table = Table(box=box.SIMPLE_HEAD)  # fits 80 columns
     table.add_column("\nmodel", no_wrap=True)
     for split in splits:
-        for measure in MEASURES.values():
-            table.add_column(f"{split}\n{measure}", justify="right", no_wrap=True)
-    for name, figures, kept in result_rows(summary):
-        cells = [figure(figures.get(split), key) for split in splits for key in MEASURES]
+        for measure in measures:
+            table.add_column(f"{split}\n{measure.title}", justify="right", no_wrap=True)
+    for name, figures, kept in rows:
+        cells = [figure(figures.get(split), each.key) for split in splits for each in measures]
         style = "bold" if name in COMBINED else ("" if kept else "dim")
         table.add_row(name if kept else f"{name} (out)", *cells, style=style)
     return table
+
+
+def judge_of(rows: Sequence[Row]) -> Score:
+    """The score that models of these rows are judged by."""
+    entries = [entry for _, figures, _ in rows for entry in figures.values()]
+    return next(filter(None, map(judged_in, entries)), ACCURACY)
 
 
 def result_rows(summary: Mapping[str, Any]) -> list[Row]:
@@ -59,8 +68,8 @@ def _scores(row: Row) -> dict[str, Mapping[str, Any]]:
 
 
 def figure(entry: Mapping[str, Any] | None, measure: str) -> str:
-    """One figure as text: accuracy in per cent, the others with four decimals."""
+    """One figure as text: a share in per cent, the others with four decimals or digits."""
     value = entry.get(measure) if entry else None
     if value is None:
         return "-"
-    return f"{value:.2%}" if measure == "accuracy" else f"{value:.4f}"
+    return SCORES[measure].text(value) if measure in SCORES else f"{value:.4f}"

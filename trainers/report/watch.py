@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bigbatch.configs.judged import judged_in
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.terminal import Terminal
 from bigbatch.trainers.monitoring.alerts import TITLES
@@ -108,8 +109,9 @@ def _header(history: History, age: float | None, state: str) -> RenderableType:
     if total:
         cells += [ProgressBar(total, history.last_step, width=20), f"{history.last_step}/{total}"]
     cells += [f"{key} {train[key][-1]:.4g}" for key in ("loss", "lr") if key in train]
-    scored = [(split, c["accuracy"]) for split, c in history.evals.items() if "accuracy" in c]
-    cells += [Text(f"{split} {accuracy[-1]:.2%}") for split, accuracy in scored]
+    for split, columns in history.evals.items():
+        if judge := judged_in(columns):
+            cells.append(Text(f"{split} {judge.said(float(columns[judge.key][-1]))}"))
     if "images_per_s" in train:
         recent = train["images_per_s"][-20:]
         # The mean time of an image, not of the rate: see Progress.
@@ -165,9 +167,10 @@ def _plots(history: History, width: int, height: int) -> Sequence[RenderableType
         loss = [("train", train["step"], train["loss"])]
         loss += [(s, c["step"], c["nll"]) for s, c in history.evals.items() if "nll" in c]
         drawn.append(_plot("loss", loss, width, height, (0.0, loss_ceiling(history))))
-    accuracy = [(s, c["step"], c["accuracy"]) for s, c in history.evals.items() if "accuracy" in c]
-    if accuracy:
-        drawn.append(_plot("accuracy", accuracy, width, height))
+    judged = {s: judge for s, c in history.evals.items() if (judge := judged_in(c))}
+    for judge in dict.fromkeys(judged.values()):
+        lines = [(s, c["step"], c[judge.key]) for s, c in history.evals.items() if s in judged]
+        drawn.append(_plot(judge.title, lines, width, height))
     for key, title in (("lr", "learning rate"), ("images_per_s", "images per second")):
         if key in train:
             values = smooth(train[key]) if key == "images_per_s" else train[key]

@@ -24,7 +24,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.cli.main import cli
-from bigbatch.launcher.cli.render import status_table
+from bigbatch.launcher.cli.render import runs_table, status_table
 from bigbatch.launcher.runs import registry
 from bigbatch.launcher.runs.processes import processes
 from bigbatch.launcher.runs.registry import describe, find_run, list_runs, status
@@ -55,6 +55,18 @@ def test_what_one_run_says(tmp_path: Path) -> None:
     assert (values["loss"], values["world_size"], values["starts"]) == (2.0, 2, 1)
     assert values["seconds_left"] == pytest.approx(18 * 0.5)
     json.dumps(values, allow_nan=False)
+
+
+def test_the_best_of_an_error_is_the_least(tmp_path: Path) -> None:
+    lines = METRICS.replace('"accuracy": 0.5', '"mae": 3.5').replace(
+        '"accuracy": 0.25', '"mae": 2.5'
+    )
+    run = make(tmp_path, "a", [START], lines.replace('"accuracy"', '"mae"'))
+    info = describe(run)
+    assert (info.best_accuracy, info.best_score) == (None, {"mae": 2.5})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(runs_table([info]))
+    assert "MAE 2.5 " in console.export_text()
 
 
 def test_time_left_goes_by_images_where_the_batch_changes(tmp_path: Path) -> None:

@@ -188,6 +188,26 @@ def shown(terminal: bool, name: str = "run") -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ({"accuracy": 0.975, "nll": 0.1}, "val 97.50%"),
+        ({"mae": 2.34567, "rmse": 3.0, "r2": 0.5}, "val MAE 2.346"),
+        ({"kl": 0.25, "mode": 0.5}, "val KL 0.2500"),
+    ],
+)
+def test_progress_shows_the_score_that_a_run_is_judged_by(
+    scores: dict[str, float], text: str
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=110)
+    progress = Progress("run", 2, 0, console)
+    progress.train(1, {"loss": 1.0})
+    progress.evaluation("val", scores)
+    progress.train(2, {"loss": 0.5})
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[-1] == f"run 2/2 (100%) loss 0.5000  {text}"
+
+
 def test_progress_in_a_file_is_a_few_plain_lines() -> None:
     first, last, phase, warning = shown(terminal=False).splitlines()
     assert first.startswith("run 1/200 (0%) loss 2.0000  lr 0.1")

@@ -95,6 +95,16 @@ def test_label_values_are_escaped(tmp_path: Path) -> None:
     assert json.dumps(sample.value) == "0.5"
 
 
+def test_a_run_that_has_no_accuracy_shows_its_own_score(tmp_path: Path) -> None:
+    from bigbatch.trainers.monitoring.prometheus import TextFile
+
+    file = TextFile(tmp_path, "run", 10)
+    file.record({"kind": "eval", "split": "val", "mae": 2.5, "rmse": 3.0, "r2": 0.5})
+    text = file.path.read_text()
+    assert 'bigbatch_score{run="run",split="val",score="mae"} 2.5\n' in text
+    assert "bigbatch_accuracy_ratio" not in text
+
+
 def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
     changes = ["log.wandb=off", f"log.prometheus={tmp_path / 'none'}"]
     run = create_run(tmp_path / "run", load_recipe("digits", changes))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.judged import ACCURACY, MAE
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.regularise import EarlyStop
 from bigbatch.configs.rundir import RunDir, create_run
@@ -39,13 +40,20 @@ def test_it_ends_after_so_many_evaluations_without_a_new_best(
 ) -> None:
     config = EarlyStop(patience=patience, threshold=threshold)
     seen = evaluations(*accuracies)
-    ends = [n for n in range(len(seen) + 1) if stops(config, seen[:n])]
+    ends = [n for n in range(len(seen) + 1) if stops(config, seen[:n], ACCURACY)]
     assert (ends or [None])[0] == after
-    assert not stops(None, seen)
+    assert not stops(None, seen, ACCURACY)
+    errors = [
+        Evaluation(at, {"mae": None if s["accuracy"] is None else 1 - s["accuracy"]})
+        for at, s in seen
+    ]
+    assert [n for n in range(len(seen) + 1) if stops(config, errors[:n], MAE)] == ends
 
 
 def test_the_first_of_equally_good_ones_is_the_best() -> None:
-    assert best_evaluation(evaluations(0.5, 0.7, None, 0.7, 0.6)).step == 20
+    assert best_evaluation(evaluations(0.5, 0.7, None, 0.7, 0.6), ACCURACY).step == 20
+    errors = [Evaluation(10 * i, {"mae": e}) for i, e in enumerate([0.5, 0.3, None, 0.3, 0.4], 1)]
+    assert best_evaluation(errors, MAE).step == 20
 
 
 ACCURACIES = (0.5, 0.7, 0.6, 0.7, 0.8)  # of steps 1, 2, ...

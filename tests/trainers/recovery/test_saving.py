@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.judged import MAE
 from bigbatch.trainers.recovery import saving, stored
 from bigbatch.trainers.recovery.checkpoint import TrainState, write
 from bigbatch.trainers.recovery.saving import Saver
-from bigbatch.trainers.recovery.stored import Retention, list_checkpoints
+from bigbatch.trainers.recovery.stored import Retention, list_checkpoints, verify
 
 
 class Alone:
@@ -117,8 +118,17 @@ def test_a_defect_in_the_background_surfaces_in_the_loop(tmp_path, state, monkey
 def test_the_best_and_every_nth_stay(tmp_path, state):
     with Saver(tmp_path, Alone(), Told(), Retention(newest=1, best=1, every=4)) as saver:
         for state.step, accuracy in enumerate([0.1, 0.9, None, 0.3, 0.9, 0.2, 0.4], start=1):
-            saver.save(state, accuracy=accuracy)
+            saver.save(state, score=accuracy)
     assert names(tmp_path) == ["step-00000007", "step-00000004", "step-00000002"]
+
+
+def test_of_an_error_the_least_is_the_best(tmp_path, state):
+    retention = Retention(newest=1, best=1, every=4, judge=MAE)
+    with Saver(tmp_path, Alone(), Told(), retention) as saver:
+        for state.step, error in enumerate([3.1, 0.1, None, 0.7, 0.1, 0.8, 0.6], start=1):
+            saver.save(state, score=error)
+    assert names(tmp_path) == ["step-00000007", "step-00000004", "step-00000002"]
+    verify(tmp_path / "step-00000002")
 
 
 def test_there_is_always_one_to_go_back_to():
