@@ -44,10 +44,10 @@ def greedy_soup(
 ) -> list[SoupStep]:
     """Greedy soup (Wortsman et al. 2022, recipe 1) of files of weights, by name, best first.
 
-    A model joins the average if the validation score `judge` does not suffer. BatchNorm statistics are
-    recomputed for every candidate: those of averaged weights are not the average of the
-    statistics. `losses` are those of the files alone, by `loss`; `evaluate` scores the model on rank 0, and
-    returns None elsewhere. Collective; leaves the soup in the model.
+    A model joins the average if the validation score `judge` does not suffer. BatchNorm
+    statistics are recomputed for every candidate: those of averaged weights are not the average of
+    the statistics. `losses` are those of the files alone, by `loss`; `evaluate` scores the model on
+    rank 0, and returns None elsewhere. Collective; leaves the soup in the model.
     """
     (first, path), *others = files.items()
     total = _doubles(load_weights(model, path))

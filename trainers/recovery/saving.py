@@ -40,7 +40,8 @@ class Saver:
         """Copy the state and start writing it. Collective, in the same step on every rank.
 
         `score` is this step's on the validation split, by `retention.judge`, where it was
-        evaluated. With `last` the checkpoint is on the disk at the return; raises UserError where it cannot be.
+        evaluated. With `last` the checkpoint is on the disk at the return; raises UserError where
+        it cannot be.
         """
         started = time.perf_counter()
         self._finish()

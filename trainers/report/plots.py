@@ -36,8 +36,7 @@ def curves(history: History) -> list[str]:
     judges = {judge for columns in history.evals.values() if (judge := judged_in(columns))}
     if ACCURACY in judges:
         plots.append(("accuracy", _accuracy))
-    for judge in judges - {ACCURACY}:
-        plots.append((judge.key, partial(_error, judge=judge)))
+    plots += [(judge.key, partial(_error, judge=judge)) for judge in judges - {ACCURACY}]
     if "lr" in train:
         plots.append(("lr", _lr))
     if "grad_norm" in train:

@@ -58,10 +58,8 @@ def test_what_one_run_says(tmp_path: Path) -> None:
 
 
 def test_the_best_of_an_error_is_the_least(tmp_path: Path) -> None:
-    lines = METRICS.replace('"accuracy": 0.5', '"mae": 3.5').replace(
-        '"accuracy": 0.25', '"mae": 2.5'
-    )
-    run = make(tmp_path, "a", [START], lines.replace('"accuracy"', '"mae"'))
+    lines = METRICS.replace("0.5}", "3.5}").replace("0.25}", "2.5}").replace("accuracy", "mae")
+    run = make(tmp_path, "a", [START], lines)
     info = describe(run)
     assert (info.best_accuracy, info.best_score) == (None, {"mae": 2.5})
     console = Console(width=120, record=True, file=io.StringIO())

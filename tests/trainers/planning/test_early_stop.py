@@ -43,10 +43,8 @@ def test_it_ends_after_so_many_evaluations_without_a_new_best(
     ends = [n for n in range(len(seen) + 1) if stops(config, seen[:n], ACCURACY)]
     assert (ends or [None])[0] == after
     assert not stops(None, seen, ACCURACY)
-    errors = [
-        Evaluation(at, {"mae": None if s["accuracy"] is None else 1 - s["accuracy"]})
-        for at, s in seen
-    ]
+    losses = [None if a is None else 1 - a for a in accuracies]
+    errors = [Evaluation(10 * i, {"mae": loss}) for i, loss in enumerate(losses, 1)]
     assert [n for n in range(len(seen) + 1) if stops(config, errors[:n], MAE)] == ends
 
 
