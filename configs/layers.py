@@ -72,6 +72,16 @@ def named_parts(tree: Mapping[str, Any], place: Place = ()) -> Iterator[Place]:
             yield from named_parts(value, (*place, key))
 
 
+def give_way(before: Tree, layer: Mapping[str, Any], place: Place) -> None:
+    """Take the part at a place, which both layers write as a whole, out of the one `before` where
+    the other one's is of another kind: the last one counts."""
+    *above, key = place
+    for part in above:
+        before, layer = before[part], layer[part]
+    if is_named(place) and before[key]["name"] != layer[key]["name"]:
+        del before[key]
+
+
 def _settle(
     merged: Tree,
     below: Mapping[str, Any],

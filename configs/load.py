@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from bigbatch.configs.errors import UserError, reason_of
 from bigbatch.configs.explain import explain, shortened
-from bigbatch.configs.layers import Place, Tree, canonical, lay, named_parts
+from bigbatch.configs.layers import Place, Tree, canonical, give_way, lay, named_parts
 from bigbatch.configs.notices import notice
 from bigbatch.configs.redact import redact, refuse_secrets
 from bigbatch.configs.renamed import with_new_names
@@ -214,7 +214,7 @@ def _inherit(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, list[str]]:
 
 def _overridden(tree: Tree, overrides: Iterable[str]) -> tuple[Tree, list[str]]:
     """A tree with ``key=value`` applied, in whatever order, and what to say of it."""
-    layers, notes, whole = [], [], set[Place]()
+    layers, notes, whole = list[Tree](), list[str](), dict[Place, Tree]()
     for text in overrides:
         key, equals, value = text.partition("=")
         path = key.strip().split(".")
@@ -232,6 +232,10 @@ def _overridden(tree: Tree, overrides: Iterable[str]) -> tuple[Tree, list[str]]:
         # KEY={name: ...} is a part written as a whole; KEY.name=NAME, or KEY=NAME, names one and
         # keeps the rest.
         if isinstance(written, dict):
-            whole |= {place for place in named_parts(layer) if len(place) >= len(path)}
+            for place in named_parts(layer):
+                if len(place) >= len(path):
+                    if place in whole:
+                        give_way(whole[place], layer, place)
+                    whole[place] = layer
     tree, more = lay(tree, layers, whole)
     return tree, [*notes, *more]

@@ -83,6 +83,28 @@ def test_a_part_that_the_command_writes_as_a_whole_replaces_another_kind() -> No
     assert load_recipe("digits", earlier).optimizer.weight_decay == 0.1  # type: ignore[union-attr]
 
 
+def test_of_two_kinds_that_the_command_writes_as_a_whole_the_last_counts() -> None:
+    """They were merged, and the first one's keys refused as unknown to the second."""
+    growing = "global_batch={name: doubling, start: 128, every: 2 epochs, most: 512}"
+    stages = "global_batch={name: stages, pieces: [{batch: 128, until: 2 epochs}, {batch: 256}]}"
+    for first, last, kind in ((growing, stages, "stages"), (stages, growing, "doubling")):
+        recipe = load_recipe("cifar10-resnet18", [first, last])
+        assert recipe == load_recipe("cifar10-resnet18", [last])
+        assert recipe.global_batch.name == kind  # type: ignore[union-attr]
+    both = ["optimizer={name: muon, lr: 0.02, rest: {name: lamb, lr: 0.01}}"]
+    both += ["optimizer.rest={name: sgd, lr: 0.5, nesterov: true, momentum: 0.9}"]
+    assert load_recipe("digits", both).optimizer.rest.name == "sgd"  # type: ignore[union-attr]
+    single = [
+        "optimizer={name: sgd, lr: 1, nesterov: true, momentum: 0.9}",
+        "optimizer.weight_decay=0.1",
+    ]
+    recipe = load_recipe("digits", [*single, "optimizer={name: adamw, lr: 0.001}"])
+    assert recipe.optimizer.name == "adamw"
+    assert recipe.optimizer.weight_decay == 0.1  # what is given by itself stays, in whatever order
+    same = ["optimizer={name: sgd, lr: 1}", "optimizer={name: sgd, momentum: 0.5}"]
+    assert load_recipe("digits", same).optimizer.lr == 1
+
+
 @pytest.mark.parametrize("key", ["optimizer=adamw", "optimizer.name=adamw"])
 def test_a_part_may_be_written_by_its_name_alone(key: str) -> None:
     recipe, said = load("digits", key)
