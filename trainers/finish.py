@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bigbatch.configs.errors import reason_of
-from bigbatch.configs.files import iter_jsonl, to_json, write_atomically
+from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.judged import judged_by
 from bigbatch.configs.notices import notice
@@ -20,7 +20,7 @@ from bigbatch.trainers.ensemble.combine import combine
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.centres import remove_centres
-from bigbatch.trainers.monitoring.history import as_finished, read_history
+from bigbatch.trainers.monitoring.history import as_finished, read_history, timed_steps
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
 from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
@@ -144,10 +144,11 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     over the recorded steps.
     """
     total, line = job.state.step, job.inputs.plan.timeline
-    trained = iter_jsonl(job.run.metrics, b'"train"')
-    steps = {r["step"]: r["step_s"] for r in trained if r["kind"] == "train"}
-    batch = sum(line.batch(step - 1) for step in steps) / len(steps) if steps else 0
-    mean = sum(steps.values()) / len(steps) if steps else None
+    steps, trained, taken = 0, 0, 0.0
+    for step, seconds in timed_steps(job.run.metrics):
+        steps, trained, taken = steps + 1, trained + line.batch(step - 1), taken + seconds
+    batch = trained / steps if steps else 0
+    mean = taken / steps if steps else None
     samples = line.first(total)
     journal = read_journal(job.run.path)
     return {

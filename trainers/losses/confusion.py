@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl
 
 Counts = Sequence[Sequence[int]]  # [C][C]: row = true class, column = answer
 _MOST = 1000  # classes: a record of an evaluation holds their square
@@ -54,8 +54,6 @@ class ConfusionCosts:
 
 def read_confusion(metrics: Path, step: int) -> Counts | None:
     """What the last evaluation up to `step` confused, from metrics.jsonl; None without one."""
-    found: Counts | None = None
-    for record in read_jsonl(metrics):
-        if record.get("kind") == "confusion" and record["step"] <= step:
-            found = record["matrix"]
-    return found
+    newest = iter_jsonl(metrics, b'"confusion"', newest_first=True)
+    found = (r for r in newest if r.get("kind") == "confusion" and r["step"] <= step)
+    return next((record["matrix"] for record in found), None)

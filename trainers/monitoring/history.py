@@ -7,7 +7,7 @@ import math
 import re
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _LONGEST_EVENT = 1 << 16
 _MOST = {"train": 1 << 14, "eval": 1 << 12, "trust": 1 << 10, "ranks": 1, "probe": 256}
 _MOST |= {"gradients": 256}
 _KIND = re.compile(rb'"kind": ?"(\w+)"')
+_TIMED = re.compile(rb'\{"kind": ?"train", ?"step": ?(\d+),.*"step_s": ?(\d[0-9.eE+-]*)')
 _SPLIT = re.compile(rb'"split": ?"([^"]*)"')
 Columns = dict[str, NDArray[np.float64]]  # equally long, "step" ascending; NaN: no finite value
 
@@ -159,6 +160,13 @@ def read_records(metrics: Path) -> dict[str, list[dict[str, Any]]]:
             if isinstance(record, dict) and record.get("kind") == kind:
                 found.setdefault(kind, []).append(record)
     return found
+
+
+def timed_steps(metrics: Path) -> Iterator[tuple[int, float]]:
+    """(step, seconds) of each train record, oldest first, at a fraction of what parsing costs."""
+    for line in iter_lines(metrics, b'"train"'):
+        if found := _TIMED.match(line):
+            yield int(found[1]), float(found[2])
 
 
 class _Thinned:

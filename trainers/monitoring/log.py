@@ -5,11 +5,12 @@ views of it. The lines of ledger.jsonl are made in trainers/ledger. Only rank 0 
 torch.
 """
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from bigbatch.configs.files import finite, iter_jsonl, write_atomically
+from bigbatch.configs.files import finite, iter_jsonl
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.redact import redact
 from bigbatch.configs.rundir import RunDir, event_record
@@ -23,6 +24,8 @@ from bigbatch.trainers.planning.sizes import image_sizes
 
 if TYPE_CHECKING:
     from bigbatch.trainers.monitoring.progress import Progress
+
+_TAIL = 1 << 16  # bytes of a file's end, to begin with
 
 
 class Log:
@@ -287,21 +290,38 @@ def stalls(events: Path) -> list[dict[str, Any]]:
     return found
 
 
-def cut_records(metrics: Path, step: int) -> None:
-    """Drop the records beyond `step`, and a torn line, atomically; the rest stays byte for byte."""
-    if not metrics.exists():
+def cut_records(records: Path, step: int) -> None:
+    """Drop the records beyond `step`, and a torn line; the rest stays byte for byte.
+
+    They are the end of the file, in which steps rise: no more than that is read, of a file of any
+    size, and cut off at once, for which a full disk has room.
+    """
+    if not records.exists():
         return
-    with metrics.open("rb") as lines:
-        if all(_stands(line, step) for line in lines):
-            return
-        lines.seek(0)
-        kept = b"".join(line for line in lines if _stands(line, step))
-    write_atomically(metrics, kept)
+    with records.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        at, data, stop = end, b"", 0  # data[:stop] are the bytes from `at` on that are looked at
+        while stop or at:
+            first = data.rfind(b"\n", 0, max(0, stop - 1)) + 1
+            if not first and at:
+                start = max(0, at - max(_TAIL, stop))
+                file.seek(start)
+                data = file.read(at - start) + data[:stop]
+                stop += at - start
+                at = start
+                continue
+            if _stands(data[first:stop], step):
+                break
+            stop = first
+        if at + stop < end:
+            file.truncate(at + stop)
+            os.fsync(file.fileno())
 
 
 def last_step(metrics: Path) -> int:
     """The last step that has a record; 0 without any."""
-    return max((int(r["step"]) for r in iter_jsonl(metrics) if "step" in r), default=0)
+    newest = iter_jsonl(metrics, newest_first=True)
+    return next((int(r["step"]) for r in newest if "step" in r), 0)
 
 
 def _stands(line: bytes, step: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import create_run
 from bigbatch.trainers.monitoring import history
-from bigbatch.trainers.monitoring.history import read_history, read_records
+from bigbatch.trainers.monitoring.history import read_history, read_records, timed_steps
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
@@ -110,3 +110,18 @@ def test_a_damaged_table_of_confusions_is_as_good_as_missing(
     run.ensemble.mkdir()
     (run.ensemble / "confusion.json").write_text(json.dumps(table))
     assert read_history(run).confusion is None
+
+
+def test_times_of_steps_are_those_of_the_records(tmp_path: Path) -> None:
+    """Read without parsing, of records as `Log` writes them and of those of older versions."""
+    records: list[dict[str, Any]] = [
+        {"kind": "train", "step": 1, "epoch": 0.1, "loss": None, "step_s": 0.25, "mfu": None},
+        {"kind": "eval", "step": 1, "split": "train", "step_s": 7},
+        {"kind": "train", "step": 2, "step_s": 1e-05, "phases": {"data": 0.1, "step": 9}},
+        {"kind": "train", "step": 3, "loss": 1.0},
+        {"kind": "train", "step": 4, "slowest": {"rank": 1}, "step_s": 12},
+    ]
+    lines = [json.dumps(record) for record in records]
+    lines[4] = lines[4].replace(" ", "")
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "train", "step": 5, "s']))
+    assert list(timed_steps(tmp_path / "metrics.jsonl")) == [(1, 0.25), (2, 1e-05), (4, 12.0)]

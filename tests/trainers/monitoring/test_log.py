@@ -15,7 +15,8 @@ from rich.console import Console
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.trainers.monitoring.log import Log, open_log
+from bigbatch.trainers.monitoring import log as log_module
+from bigbatch.trainers.monitoring.log import Log, cut_records, last_step, open_log
 from bigbatch.trainers.monitoring.progress import Progress, duration
 
 EPOCH = 1077
@@ -92,16 +93,47 @@ def test_every_n_steps_and_always_the_last(tmp_path: Path) -> None:
 def test_resume_cuts_what_will_come_again(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     with opened(run) as log:
-        train(log, 1, 30)
+        train(log, 1, 20)
         log.evaluation(20, "val", accuracy=0.5)
+        train(log, 21, 30)
         log.evaluation(30, "val", accuracy=0.6)
-    kept = run.metrics.read_text().splitlines()[:20]
+    kept = run.metrics.read_text().splitlines()[:21]
     with opened(run, start=20) as log:
         assert steps(run) == list(range(1, 21))
         train(log, 21, 40)
     assert steps(run) == list(range(1, 41))
     assert steps(run, "eval") == [20]
-    assert run.metrics.read_text().splitlines()[:20] == kept
+    assert run.metrics.read_text().splitlines()[:21] == kept
+
+
+def test_of_a_long_file_the_end_alone_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 MB of records were parsed at each start, and written once more where one was cut."""
+    parsed = []
+    monkeypatch.setattr(
+        log_module, "parse_json", lambda text: parsed.append(text) or json.loads(text)
+    )
+    run = new_run(tmp_path / "run")
+    whole = b"".join(b'{"kind": "train", "step": %d, "loss": 1.0}\n' % n for n in range(1, 20_001))
+    odd = b'{"torn\n' + whole
+    ends = (b"", b'{"kind": "train", "step": 20001}\n', b'{"kind": "tr', b"\0" * 300_000, b"\n")
+    for end in ends:
+        run.metrics.write_bytes(odd + end)
+        run.metrics.chmod(0o600)
+        node = run.metrics.stat().st_ino
+        cut_records(run.metrics, 20_000)
+        assert run.metrics.read_bytes() == odd
+        assert run.metrics.stat().st_ino == node  # in its place: a full disk has room for that
+        assert last_step(run.metrics) == 20_000
+    assert len(parsed) < 20
+    cut_records(run.metrics, 15_000)
+    assert len(parsed) < 5100
+    assert run.metrics.read_bytes() == odd[: odd.index(b'{"kind": "train", "step": 15001')]
+    cut_records(run.metrics, 0)
+    assert run.metrics.read_bytes() == b""
+    cut_records(run.metrics, 0)
+    assert last_step(run.metrics) == last_step(tmp_path / "none") == 0
 
 
 @settings(max_examples=30, deadline=None)
