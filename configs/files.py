@@ -1,5 +1,6 @@
 """Files that a reader always finds whole: written through a temporary one, strict JSON."""
 
+import errno
 import json
 import math
 import os
@@ -88,10 +89,17 @@ def finite(value: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where the file is missing, or is no object."""
     try:
+        see_that_it_ends(path)
         content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def see_that_it_ends(path: Path) -> None:
+    """Raise OSError where a path is a pipe or a device, of which a reader may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no file", str(path))
 
 
 def read_jsonl(path: Path, *words: bytes) -> list[dict[str, Any]]:
@@ -117,8 +125,10 @@ def iter_jsonl(path: Path, *words: bytes, newest_first: bool = False) -> Iterato
 def iter_lines(path: Path, *words: bytes, newest_first: bool = False) -> Iterator[bytes]:
     """The lines of a file that end, without their ends; with `words`, those that hold one of them.
 
-    A line of more than 16 MB, which no record is, is stepped over.
+    A line of more than 16 MB, which no record is, is stepped over. Raises OSError where the path
+    is no file.
     """
+    see_that_it_ends(path)
     try:
         file = path.open("rb")
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """The run directory: its layout, its creation, and what can be read from it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,14 @@ from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.schema import Recipe
 
 ENSEMBLE = "ensemble.json"  # of a folder that `bigbatch ensemble` wrote
+_FILES = (
+    *("recipe.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "ledger.jsonl"),
+    *("summary.json", "report.html", "augmented.png", "job.sbatch"),
+)
+_FOLDERS = (
+    *("checkpoints", "snapshots", "ensemble", "evaluations", "heartbeats", "stacks", "logs"),
+    *("trace", "wandb", "tensorboard", "code"),
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSIONS = ("bigbatch", "torch", "timm", "accelerate", "deepspeed", "kornia", "numpy", "wandb")
 
@@ -170,6 +179,20 @@ def create_run(
         shutil.rmtree(path, ignore_errors=True)  # half a run could neither start nor resume
         raise UserError(f"cannot write the run directory {path}: {error}") from None
     return run
+
+
+def check_layout(run: RunDir) -> None:
+    """Raise UserError where one of a run's files is a folder, a pipe or a link to nothing, or one
+    of its folders is none: reading it would fail, or wait for ever, and writing it end elsewhere.
+
+    Links to files and folders may stand in their place.
+    """
+    for names, right, word in ((_FILES, Path.is_file, "file"), (_FOLDERS, Path.is_dir, "folder")):
+        for path in (run.path / name for name in names):
+            if not right(path) and os.path.lexists(path):
+                kind = "a file" if path.is_file() else "a folder" if path.is_dir() else "a pipe"
+                what = kind if path.exists() else "a link to nothing"
+                raise UserError(f"{path} is {what}, where a run has a {word}; move it away")
 
 
 def remove_leftovers(run: RunDir) -> None:

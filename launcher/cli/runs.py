@@ -160,7 +160,7 @@ def remove(names: tuple[str, ...], yes: bool, runs_folder: Path, as_json: bool) 
     """Remove run directories with all they hold. Refuses runs that run or wait in a queue."""
     from bigbatch.launcher.runs import registry
 
-    found = [registry.find_run(name, runs_folder) for name in names]
+    found = [registry.find_run(name, runs_folder, whole=False) for name in names]
     removed = []
     try:
         for run in found:

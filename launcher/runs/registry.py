@@ -19,7 +19,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import iter_jsonl, read_json
 from bigbatch.configs.judged import ACCURACY, Score, judged_in
 from bigbatch.configs.notices import notice
-from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, create_run
+from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, check_layout, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.measured import with_measured
 from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
@@ -54,11 +54,16 @@ class RunInfo:
     best_score: dict[str, float] | None = None  # by its name, of a run that has no accuracy
 
 
-def find_run(name: str, runs: Path) -> RunDir:
-    """A run by its directory, or by its name below `runs`."""
+def find_run(name: str, runs: Path, *, whole: bool = True) -> RunDir:
+    """A run by its directory, or by its name below `runs`.
+
+    UserError, too, where one of its files is none (`check_layout`), unless `whole` is False.
+    """
     for path in (Path(name), runs / name):
         try:
             if (path / "recipe.yaml").is_file():
+                if whole:
+                    check_layout(RunDir(path))
                 return RunDir(path)
         except PermissionError as error:
             raise UserError(
@@ -117,6 +122,7 @@ def describe(
     """
     now = time.time() if now is None else now
     try:
+        check_layout(run)
         changed = [p.stat().st_mtime for p in _records(run) if p.exists()]
         age = max(0.0, now - max(changed))
         step, judge, best = _progress(run.metrics)
@@ -315,20 +321,27 @@ def _refuse_to_remove(run: RunDir) -> None:
 def _lock(run: RunDir) -> Heartbeat | None:
     """The lock on a run. Raises UserError, naming the holder, where somebody has it.
 
-    None on a full disk, where a run that has no lock yet cannot start either.
+    None where a run cannot start either: its files are none, or a full disk takes no lock.
     """
     try:
-        heartbeat = Heartbeat(run.heartbeats, 0)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return None
-        raise UserError(f"cannot remove {run.path}: {error}") from None
+        check_layout(run)
+    except UserError:
+        return None
+    heartbeat: Heartbeat | None = None
     try:
+        heartbeat = Heartbeat(run.heartbeats, 0)
         heartbeat.lock()
+        return heartbeat
+    except OSError as error:
+        if heartbeat is not None:
+            heartbeat.close()
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"cannot remove {run.path}: {error}") from None
+        return None
     except BaseException:
+        assert heartbeat is not None
         heartbeat.close()
         raise
-    return heartbeat
 
 
 def _live_job(run: RunDir) -> str | None:

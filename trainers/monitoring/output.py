@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
+from bigbatch.configs.files import see_that_it_ends
+
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _MOST = 65_536  # bytes at once; a line that is longer is cut into several
 
@@ -41,6 +43,7 @@ def copy_output(run: Path) -> None:
         return  # no run directory; the worker says so
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        see_that_it_ends(path)  # a pipe would wait for its reader
         log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     except OSError as error:
         print(f"bigbatch: no log of this rank: {error}", file=sys.stderr, flush=True)

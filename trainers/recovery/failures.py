@@ -8,7 +8,7 @@ from pathlib import Path
 from bigbatch.configs.errors import UserError, is_refused
 from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.redact import message, redact
-from bigbatch.configs.rundir import RunDir, event_record
+from bigbatch.configs.rundir import RunDir, check_layout, event_record
 from bigbatch.trainers.engine import Engine, is_lost_peer
 from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.recovery import oom
@@ -71,7 +71,8 @@ def _note_failed_start(run: RunDir, text: str) -> None:
 
     Once that is recorded, the log says how each attempt ends (monitoring/log.py).
     """
-    with suppress(OSError):  # what ends the run is said in any case
+    with suppress(OSError, UserError):  # what ends the run is said in any case
+        check_layout(run)
         noted = iter_jsonl(run.events, b'"start"', b'"end"')
         if not any(e.get("kind") in ("start", "end") for e in noted):
             file = JsonLines(run.events)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.rundir import RunDir, remove_leftovers
+from bigbatch.configs.rundir import RunDir, check_layout, remove_leftovers
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.monitoring.log import last_step
 from bigbatch.trainers.planning.plateau import Evaluation, read_evaluations
@@ -16,6 +16,7 @@ from bigbatch.trainers.recovery.stored import newest_valid
 
 def acquire_run_lock(run: RunDir, engine: Engine) -> Heartbeat:
     """This rank's heartbeat. Rank 0's is the lock on the run; UserError where another has it."""
+    engine.on_main(lambda: check_layout(run))
     heartbeat: Heartbeat | None = None
     refused: UserError | None = None
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import see_that_it_ends
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.judged import ACCURACY, SCORES, Score
 from bigbatch.configs.timeline import Crossings, due
@@ -136,6 +137,7 @@ def verify(path: Path) -> None:
     """Raise CorruptCheckpoint unless every file has the size and hash that the manifest names,
     and holds what a checkpoint's can hold. The manifest names these files and no other ones."""
     try:
+        see_that_it_ends(path / MANIFEST)
         files = parse_json((path / MANIFEST).read_bytes())["files"]
         names = [*_FILES, *(name for name in _MAY_BE if name in files)]
         if files.keys() != set(names):
@@ -224,7 +226,8 @@ def _score(path: Path, key: str) -> float | None:
 
 
 def measure(path: Path) -> dict[str, int | str]:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file. Raises OSError, also for a pipe, which has no end."""
+    see_that_it_ends(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
