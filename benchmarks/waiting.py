@@ -1,6 +1,6 @@
 """How threads of OpenMP wait for work: what it costs processes that decode beside them.
 
-    python benchmarks/waiting.py [--photos TAR] [--rounds N] [--quick] [--json FILE]
+    python benchmarks/waiting.py [--photos TAR] [--rounds N] [--case NAME] [--quick] [--json FILE]
 
 libgomp's threads spin for milliseconds before they sleep (its documentation, "OMP_WAIT_POLICY" and
 "GOMP_SPINCOUNT"). Between the operations of a network, or while Python is at work, one core of
@@ -87,10 +87,12 @@ def main() -> None:
     parser = benchmark_parser(__doc__, quick="few images, one round")
     parser.add_argument("--photos", type=Path, help="tar of JPEGs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--case", action="append", help="this one, and no other that is not named")
     options = parser.parse_args()
     images, rounds = (200, 1) if options.quick else (2000, options.rounds)
     cases = [f"evaluate {model}" for model in EVALUATED]
     cases += ["train digits", *(f"train {model}" for model in TRAINED)]
+    cases = [case for case in cases if options.case is None or case in options.case]
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
