@@ -27,7 +27,10 @@ from bigbatch.trainers.recovery.stored import CorruptCheckpoint, list_checkpoint
 STEPS = 60
 RANKS = 2
 RECIPE = ["evaluate.every=20 steps", "checkpoint.every=4 steps"]
-LOCAL_RECIPE = [*RECIPE, "recovery.stall_s=10", "log.wandb=off"]
+LOCAL_RECIPE = [
+    *(*RECIPE, "recovery.stall_s=10", "log.wandb=off"),
+    "recovery.corruption.digest_every=1",
+]
 # The rest of a record are times, and averages over the steps since the last start.
 RECORDED = ("kind", "step", "split", "epoch", "loss", "lr", "grad_norm", "accuracy", "nll", "ece")
 # Moments of checkpointing: what is about to happen, part and end of its path, delay in s.
@@ -214,6 +217,20 @@ def flipped_bit(run: LocalRun, rng: random.Random) -> str:
     return f"in the newest {path.name}"
 
 
+def flipped_weight(run: LocalRun, rng: random.Random) -> str:
+    """In a rank's memory, at any moment of a step; whoever is to find it compares the ranks."""
+    rank, file = rng.randrange(RANKS), run.control / "flip"
+    file.with_suffix(".new").write_text(f"{rank} {rng.random()}")
+    file.with_suffix(".new").rename(file)
+    if not until(lambda: not file.exists() or run.ended() is not None, 60) or file.exists():
+        file.unlink(missing_ok=True)
+        return "the run had ended"
+    until(lambda: run.ended() is not None, 60)
+    found = [e for e in read_jsonl(run.run.events) if e.get("kind") == "corruption"]
+    named = f"named in step {found[-1]['step']}" if found else "not named"
+    return f"in memory of rank {rank}; {named}, status {run.ended()}"
+
+
 def truncated_metrics(run: LocalRun, rng: random.Random) -> str:
     run.stop()
     checkpoints = list_checkpoints(run.run.checkpoints)
@@ -281,6 +298,7 @@ FAULTS: dict[str, Fault] = {
     "kill in a checkpoint": kill_in_checkpoint,
     "disk full": disk_full,
     "flipped bit": flipped_bit,
+    "flipped bit of a weight": flipped_weight,
     "truncated metrics.jsonl": truncated_metrics,
     "hung rank": hung_rank,
     "time limit": time_limit,
@@ -289,7 +307,15 @@ FAULTS: dict[str, Fault] = {
 }
 # All kinds equally often, deaths in a checkpoint three times that.
 KINDS = [*FAULTS, "kill in a checkpoint", "kill in a checkpoint"]
-QUICK = ("kill rank 1", "kill agent", "kill in a checkpoint", "disk full", "flipped bit", "double")
+QUICK = (
+    "kill rank 1",
+    "kill agent",
+    "kill in a checkpoint",
+    "disk full",
+    "flipped bit",
+    "double",
+    "flipped bit of a weight",
+)
 
 
 @contextmanager

@@ -1,17 +1,20 @@
 """What benchmarks/chaos.py puts into every process of a run, as its sitecustomize module.
 
-Two faults need a place inside: death at an exact moment of checkpointing, by an audit hook
-that sees each file operation, and a clock that jumps. Nothing of bigbatch is touched.
+Three faults need a place inside: death at an exact moment of checkpointing, by an audit hook
+that sees each file operation, a clock that jumps, and a bit of a rank's weights that flips, by a
+thread that finds the memory while the steps go on. Nothing of bigbatch is touched.
 """
 
 import os
+import random
 import signal
 import sys
 import threading
 import time
+from typing import Any
 
 FOLDER = os.environ["BIGBATCH_CHAOS"]
-KILL, CLOCK = FOLDER + "/kill", FOLDER + "/clock"
+KILL, CLOCK, FLIP = FOLDER + "/kill", FOLDER + "/clock", FOLDER + "/flip"
 
 
 def audit(event: str, arguments: tuple[object, ...]) -> None:
@@ -19,6 +22,8 @@ def audit(event: str, arguments: tuple[object, ...]) -> None:
     if event not in ("open", "os.mkdir", "os.rename", "shutil.rmtree"):
         return
     path = str(arguments[0])
+    if path.endswith(f"/heartbeats/rank-{int(os.environ.get('RANK', '0')):05d}.json"):
+        start_flipping()
     if "/checkpoints" not in path:
         return
     try:
@@ -32,6 +37,49 @@ def audit(event: str, arguments: tuple[object, ...]) -> None:
             threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
         else:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+flipping_in = 0  # the process that has the thread; a fork has none
+
+
+def start_flipping() -> None:
+    """A rank has begun: its thread waits for the file `flip`."""
+    global flipping_in
+    if flipping_in != os.getpid():
+        flipping_in = os.getpid()
+        threading.Thread(target=flip_when_told, daemon=True).start()
+
+
+def flip_when_told() -> None:
+    """Flip a bit of a weight, once the file `flip` says RANK SEED and the steps go on."""
+    while True:
+        time.sleep(0.01)
+        try:
+            with open(FLIP) as file:
+                rank, seed = file.read().split(" ")
+        except (OSError, ValueError):
+            continue
+        engine = found_engine()
+        if rank == os.environ.get("RANK") and engine is not None:
+            flip(engine, random.Random(seed))
+            os.unlink(FLIP)
+
+
+def found_engine() -> Any:
+    """The engine of the loop that the main thread is in."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_code.co_name == "train" and "engine" in frame.f_locals:
+            return frame.f_locals["engine"]
+        frame = frame.f_back
+    return None
+
+
+def flip(engine: Any, rng: random.Random) -> None:
+    torch = sys.modules["torch"]
+    weight = rng.choice(list(engine.module.parameters()))
+    words = weight.detach().view(torch.int32).view(-1)
+    words[rng.randrange(len(words))] ^= 1 << rng.randrange(31)
 
 
 real, read_at, offset = time.time, 0.0, 0.0

@@ -17,6 +17,9 @@ little; medians over the rounds. Of each net:
 
 A line costs the same whatever the step: it grows with the weights, and the step with weights times
 images times pixels. So small nets and small batches pay the largest share.
+
+With --swapped instead what swapped recomputation adds, every 100 steps (ledger_swapped.py): step_ms
+of a step without, check_ms beyond that, and the share of a check every 100 steps.
 """
 
 import json
@@ -28,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ledger_swapped
 import numpy as np
 import timm
 import torch
@@ -121,12 +125,12 @@ class Step:
         times["ledger"] = 0.0
         if measured:
             spent, _ = self.timed(see)
-            shared, part = self.timed(lambda: ledger.share(step))
+            shared, part = self.timed(lambda: ledger.share(step, None))
             agreed, _ = self.timed(lambda: ledger.agree(step, part.tolist(), 1.0))
             times["ledger"] = spent + shared + agreed
         times["rest"] += self.timed(update)[0]
-        if measured:
-            times["ledger"] += self.timed(lambda: ledger.look(step))[0]
+        if measured:  # the state, which the next step's all-reduce would tell
+            times["ledger"] += self.timed(lambda: ledger.save(None))[0]
         return times
 
 
@@ -160,9 +164,20 @@ def measure(case: tuple[str, int, int, int, int], optimizer: str, rounds: int) -
 def main() -> None:
     parser = benchmark_parser(__doc__, quick="2 rounds, and the smallest net alone")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--swapped", action="store_true", help="of swapped recomputation")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = {}
+    figures: dict[str, Any] = {}
+    if options.swapped:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in ledger_swapped.CASES[:1] if options.quick else ledger_swapped.CASES:
+                rounds = 4 if options.quick else part[-1]
+                name = ledger_swapped.name_of(part)
+                figures[name] = ledger_swapped.measure(part, Path(folder), rounds)
+                print(name, json.dumps(figures[name]), flush=True)
+        where = machine(*("bigbatch", "timm", "torch"), threads=options.threads)
+        write_figures(options.json, machine=where, figures=figures)
+        return
     for case in CASES[:1] if options.quick else CASES:
         for optimizer in OPTIMIZERS:
             name = f"{case[0]}, {case[2]} pixels, micro-batches of {case[3]}, {optimizer}"

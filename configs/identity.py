@@ -19,7 +19,7 @@ NO_EFFECT: dict[str, Any] = {
     "backend": True,
     "log": True,
     "checkpoint": True,
-    "recovery": {"stall_s"},
+    "recovery": {"stall_s", "corruption"},
     "data": {"path", "cache", "cache_gb", "workers", "threads"},
     "model": {"recompute"},
     "distill": {"teacher", "cache", "cache_gb"},

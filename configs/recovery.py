@@ -1,7 +1,7 @@
 """What a run keeps, and what it does about a step that goes wrong; trainers/recovery does it."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,24 @@ class Spike(StrictModel):
     window: Annotated[int, Field(ge=5)] = Field(50, description="how many last losses are taken")
 
 
+class Corruption(StrictModel):
+    """How silent data corruption is looked for, of which no error tells. Found, it ends the run.
+
+    Dixit et al. 2021, "Silent data corruptions at scale" (arXiv:2102.11245).
+    """
+
+    digest_every: Count | Literal["ledger"] | None = Field(
+        "ledger",
+        description="steps between comparisons of what every rank has a copy of, by digests; "
+        "ledger: where the ledger digests it anyway, in steps that have a line; null: none",
+    )
+    recompute_every: Count | None = Field(
+        None,
+        description="steps between those in which each rank also computes a micro-batch of the "
+        "next rank, and their gradients are compared bit for bit; null: none",
+    )
+
+
 class Recovery(StrictModel):
     """What a run does about a step that goes wrong."""
 
@@ -48,6 +66,9 @@ class Recovery(StrictModel):
         300.0,
         description="seconds without progress after which a step counts as hung; or 20 times "
         "the longest wait so far, if that is more",
+    )
+    corruption: Corruption = Field(
+        Corruption(), description="how silent data corruption is looked for"
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bigbatch.configs.judged import judged_by
 from bigbatch.data.batch import MicroBatch
+from bigbatch.trainers.corruption.check import CorruptionCheck
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.evaluation.metrics import confusion
 from bigbatch.trainers.evaluation.probe import Probe
@@ -40,6 +41,7 @@ class Attempt:
     stop: StopFlag
     batches: Iterator[MicroBatch]  # this rank's, from the state's step on
     ledger: LedgerWriter
+    corruption: CorruptionCheck
     probe: Probe | None = None
 
     def evaluate(self, *, snapshot: bool = False) -> dict[str, float]:
@@ -115,4 +117,16 @@ def open_attempt(
         probe = None
         if images := plan.probes.images:
             probe = Probe(engine, job.evaluator, job.inputs.splits, images, recipe.seed)
-        yield Attempt(job, log, monitor, statistics, saver, watchdog, stop, batches, ledger, probe)
+        yield Attempt(
+            job=job,
+            log=log,
+            monitor=monitor,
+            statistics=statistics,
+            saver=saver,
+            watchdog=watchdog,
+            stop=stop,
+            batches=batches,
+            ledger=ledger,
+            corruption=CorruptionCheck(job, log, ledger),
+            probe=probe,
+        )

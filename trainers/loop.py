@@ -27,6 +27,7 @@ def train(attempt: Attempt) -> bool:
     """
     job, log, monitor, statistics = attempt.job, attempt.log, attempt.monitor, attempt.statistics
     saver, watchdog, ledger = attempt.saver, attempt.watchdog, attempt.ledger
+    corruption = attempt.corruption
     recipe, engine, state, plan = job.recipe, job.engine, job.state, job.inputs.plan
     optimizer, objective = engine.optimizer, job.objective
     noise = NoiseScale(recipe.micro_batch, recipe.first_batch)
@@ -61,6 +62,7 @@ def train(attempt: Attempt) -> bool:
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         engine.begin(micro_batches)
         statistics.begin()
+        corruption.begin(step, micro_batches)
         mine = len(range(engine.rank, micro_batches, engine.world))  # maybe none
         for number in range(mine):
             watchdog.beat(step, "loading")
@@ -70,6 +72,7 @@ def train(attempt: Attempt) -> bool:
             watchdog.beat(step, "computing")
             clock.micro_batch(batch.slow_read)
             ledger.see(batch)
+            corruption.see(batch)
             with clock("copy"):
                 batch = batch.to(engine.device)
             with clock("augment"):
@@ -93,6 +96,8 @@ def train(attempt: Attempt) -> bool:
             else:
                 statistics.add()
             loss_sum += loss.detach()
+        corruption.recompute()
+        statistics.discard()  # until here the model's buffers were those of micro-batches
 
         # 2. What all ranks must agree on: the mean gradient, and the rest in one small
         #    all-reduce.
@@ -100,6 +105,7 @@ def train(attempt: Attempt) -> bool:
         with clock("reduce"):
             engine.reduce()
             changed = engine.changed_parameters()
+            copies = corruption.copies()
             totals = engine.sum_by_name(
                 {
                     "loss": loss_sum,
@@ -108,7 +114,9 @@ def train(attempt: Attempt) -> bool:
                     "statistics": statistics.local(),
                     "timings": monitor.table(step + 1),
                     "changed": loss_sum.new_full((), float(bool(changed))),
-                    "ledger": ledger.share(step + 1),
+                    "copies": corruption.share(copies),
+                    "swapped": corruption.share_gradients(),
+                    "ledger": ledger.share(step + 1, copies),
                 }
             )
             on_device = totals.pop("statistics")
@@ -119,6 +127,7 @@ def train(attempt: Attempt) -> bool:
         engine.refuse_changes(step, changed, agreed["changed"][0])
         mean_loss = agreed["loss"][0] / micro_batches
         norm_value = agreed["norm"][0]
+        corruption.agree(agreed["copies"], agreed["swapped"])
         ledger.agree(step + 1, agreed["ledger"], mean_loss)
 
         # 3. The update. Nothing non-finite ever reaches the weights, on any rank.
@@ -152,12 +161,10 @@ def train(attempt: Attempt) -> bool:
                 if state.average is not None:
                     state.average.update(step + 1)
         else:
-            statistics.discard()
             engine.skip()
         if closure is not None:
             closure.forget()
         state.step = step + 1
-        ledger.look(state.step)
 
         # 4. Say what happened.
         seconds = time.perf_counter() - started
@@ -178,6 +185,8 @@ def train(attempt: Attempt) -> bool:
         #    means that all the rest of that step is on disk.
         cycle_end = state.step in plan.snapshots and early_stop is None
         score, done = None, False
+        if cycle_end:
+            corruption.compare(state.step)  # a snapshot is kept
         if plan.evaluates(state.step) or cycle_end:
             watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
@@ -190,7 +199,7 @@ def train(attempt: Attempt) -> bool:
         if plan.saves(state.step) or last:
             watchdog.beat(state.step, "saving")
             log.phase("saving")
-            ledger.save()
+            ledger.save(corruption.compare(state.step))
             saver.save(state, score=score, last=last)
         saver.report()
         if leaving:

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,8 @@ from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.planning.environment import asks_for_cpu, check_environment
 
+# Of parameters and their gradients, those of one micro-batch, which another tensor may hold next.
+Look = Callable[[Iterable[tuple[Tensor, Tensor]]], None]
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -72,6 +74,9 @@ class Engine(Collectives, ABC):
         self.device: torch.device = self.accelerator.device
         # Called when the last of a step's gradients are on their way and the host only waits.
         self.on_sent: Callable[[], None] = lambda: None
+        # Called, maybe in parts, with a micro-batch's own gradient, this rank's first one's or
+        # each (`sees_each`), before it is added to others. Not on fsdp2, which has it in no place.
+        self.on_gradient: Look | None = None
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self._norms = MicroBatchNorms(self.device)
@@ -148,6 +153,21 @@ class Engine(Collectives, ABC):
     @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """One forward and backward pass; `last` says that it is this rank's last in the step."""
+
+    @property
+    def sees_each(self) -> bool:
+        """Whether each micro-batch's gradient is seen alone, and not a rank's first one's only."""
+        return False
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What `backward` differentiates: the mean over ranks becomes the mean over all samples."""
+        return self._loss_scaled(loss * (self.world / self.micro_batches))
+
+    def _loss_scaled(self, loss: Tensor) -> Tensor:
+        if self.scaler is None:
+            return loss
+        scaled: Tensor = self.scaler.scale(loss)
+        return scaled
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

@@ -90,10 +90,17 @@ class DdpEngine(Engine):
         with nullcontext() if plain else self.accelerator.no_sync(self.model):
             yield
 
+    @property
+    def sees_each(self) -> bool:
+        return self.exact
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return self._loss_scaled(loss) if self.exact else super().scaled(loss)
+
     def backward(self, loss: Tensor) -> None:
         if self.exact:
             self.accelerator.backward(loss)
-            self._norms.add(self._gradients())
+            self._look()
             for part, parameter in zip(self._sums, self._trained, strict=True):
                 if parameter.grad is not None:
                     part.add_(parameter.grad)
@@ -102,11 +109,19 @@ class DdpEngine(Engine):
             # The mean over ranks, which DDP takes, becomes the mean over all samples.
             self.accelerator.backward(loss * (self.world / self.micro_batches))
             if self._norms.passes == 0 and not self._reducing:
-                self._norms.add(self._gradients())
+                self._look()
         self._norms.passes += 1
+
+    def _look(self) -> None:
+        """Of gradients that stand alone."""
+        self._norms.add(self._gradients())
+        if self.on_gradient is not None:
+            self.on_gradient([(p, p.grad) for p in self._trained if p.grad is not None])
 
     def _send(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's own all-reduce of a bucket of gradients, after a look at them."""
+        if self.on_gradient is not None and self._norms.passes == 0:
+            self.on_gradient(zip(bucket.parameters(), bucket.gradients(), strict=True))
         sent = self._norms.hook(state, bucket)
         if bucket.is_last():
             self.on_sent()

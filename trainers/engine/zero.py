@@ -91,13 +91,14 @@ class ZeroEngine(ShardedEngine):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        scaled = loss * (self.world / self.micro_batches)
-        self._deepspeed.backward(scaled if self.scaler is None else self.scaler.scale(scaled))
+        self._deepspeed.backward(self.scaled(loss))
         self._norms.passes += 1
 
     def _note_gradient(self, parameter: Tensor) -> None:
         if self._norms.passes == 0 and parameter.grad is not None:
             self._norms.add([parameter.grad])
+            if self.on_gradient is not None:
+                self.on_gradient([(parameter, parameter.grad)])
 
     def reduce(self) -> None:
         self._collected.close()

@@ -1,8 +1,8 @@
 """How a run's ledger is written: digests of each step, in the all-reduce that it makes anyway.
 
-The state after a step is digested at once and told in the next step's all-reduce, so that neither
-a collective nor a wait for the device is added; a save, at which a ledger has to be complete, makes
-an all-reduce of its own. So the file is a step behind while a run goes on, never at a checkpoint.
+The state after a step is digested and told in the next step's all-reduce, before it changes, so
+that no collective is added; a save, at which a ledger has to be complete, makes an all-reduce of
+its own. So the file is a step behind while a run goes on, never at a checkpoint.
 """
 
 import hashlib
@@ -33,11 +33,10 @@ class LedgerWriter:
         self._index = job.inputs.splits.get("train")
         self._keys = 0
         self._of_step: dict[str, str] = {}  # of the step that `agree` has seen last
-        self._after: Tensor | None = None  # limbs of the state after it, until they are told
-        self._step = 0
+        self._step: int | None = None  # that step, until the state after it is told
+        self.state = StateDigests(job.engine)
         if self._every is None:
             return
-        self._state = StateDigests(job.engine)
         if job.engine.rank == 0:
             self._chain = last_chain(job.run.ledger)
             self._records = _Records(job)
@@ -60,51 +59,52 @@ class LedgerWriter:
             checksums = np.asarray(self._index.crc[batch.samples])
         self._keys += digest_samples(places, batch.samples, labels, checksums)
 
-    def share(self, step: int) -> Tensor:
-        """This rank's part of the all-reduce of the step that makes `step` finished ones."""
+    def share(self, step: int, copies: Tensor | None) -> Tensor:
+        """This rank's part of the all-reduce of the step that makes `step` finished ones.
+
+        `copies` are the digests of the state as it is, where they are known (StateDigests).
+        """
         parts = []
         if self.due(step):
             keys = of_int(self._keys & MASK, self._engine.device)
             self._keys = 0
-            parts.append(to_limbs(torch.stack([keys, self._state.gradient()])).flatten())
-        if self._after is not None:
-            parts.append(self._after)
+            parts.append(to_limbs(torch.stack([keys, self.state.gradient()])).flatten())
+        if self._step is not None:
+            parts.append(to_limbs(self.state.state(copies)).flatten())
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def agree(self, step: int, sums: Sequence[float], loss: float) -> None:
         """Take `share`, summed over ranks: write the step before, and keep this one's."""
-        due, told = self.due(step), self._after is not None
+        due = self.due(step)
         values = from_limbs(sums)
-        if told:
+        if self._step is not None:
             self._write(values[2 if due else 0 :])
         if due:
             keys, gradient = (f"{value:016x}" for value in values[:2])
             self._of_step = {"keys": keys, "loss": loss_bits(loss), "gradient": gradient}
 
-    def look(self, step: int) -> None:
-        """Digest the state as it is after `step` finished steps, and wait for nothing."""
-        if self.due(step):
             self._step = step
-            state = self._state
-            digests = torch.stack([state.weights(), state.optimizer(), state.buffers()])
-            self._after = to_limbs(digests).flatten()
 
-    def save(self) -> None:
-        """Complete the ledger up to the last step, for its checkpoint. Collective."""
+    def save(self, copies: Tensor | None) -> None:
+        """Complete the ledger up to the last step, for its checkpoint. Collective.
+
+        `copies` as in `share`.
+        """
         if self._every is None:
             return
-        if self._after is not None:
-            total = self._engine.sum(self._after)
+        if self._step is not None:
+            total = self._engine.sum(to_limbs(self.state.state(copies)).flatten())
             self._write(from_limbs(read_back({"sums": total})["sums"]))
         if self._engine.rank == 0 and (line := self._records.line(self._job.state.step)):
             self._log.ledger(line)
 
     def _write(self, values: Sequence[int]) -> None:
-        self._after = None
+        assert self._step is not None
+        step, self._step = self._step, None
         names = "weights", "optimizer", "buffers"
         state = {name: f"{value:016x}" for name, value in zip(names, values, strict=True)}
         if self._engine.rank == 0:
-            line = chained(self._chain, self._step, self._of_step | state)
+            line = chained(self._chain, step, self._of_step | state)
             self._chain = line["chain"]
             self._log.ledger(line)
 

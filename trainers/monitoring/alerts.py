@@ -16,6 +16,7 @@ TITLES = {
     "slow": "Low throughput",
     "non_finite": "Loss, gradient or running statistics are not finite",
     "rollback": "Rolled back",
+    "corruption": "Silent data corruption",
     "stall": "A step hangs",
     "disk": "The disk takes no records",
     "save_failed": "A checkpoint could not be saved",
@@ -42,6 +43,8 @@ def replay_command(run: str, event: Mapping[str, Any]) -> str | None:
             return f"bigbatch replay {run} --step {step}"
         case {"kind": "non_finite", "step": int(step)}:
             return f"bigbatch replay {run} --step {step + 1}"
+        case {"kind": "corruption", "found": "copies", "step": int(step)} if step:
+            return f"bigbatch replay {run} --step {step}"
         case {"kind": "rollback", "last": int(last)}:
             return f"bigbatch replay {run} --step {last + 1} --before-rollback"
     return None

@@ -20,7 +20,9 @@ from torch import Tensor
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_json
 from bigbatch.configs.json_text import parse_json
+from bigbatch.configs.recovery import Corruption
 from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.corruption.check import CorruptionCheck
 from bigbatch.trainers.job import Job, build_job
 from bigbatch.trainers.ledger.lines import DIGESTS, read_ledger
 from bigbatch.trainers.ledger.record import LedgerWriter
@@ -84,6 +86,7 @@ class Replayed:
     compared: int  # values that are on record
     lines: int  # of the ledger, their digests among these values
     differences: tuple[Difference, ...]  # of the replayed steps, the oldest first
+    line: Record  # of the ledger
     checkpoint: bool | None  # the weights after it are those saved then; None: none are there
 
     @property
@@ -120,6 +123,7 @@ class Replay:
         inputs = self.job.inputs
         job = replace(self.job, inputs=replace(inputs, plan=replace(inputs.plan, stop=stop)))
         with closing(job.traced_batches(job.state.step, stop)) as batches:
+            ledger = LedgerWriter(job, self.log)
             attempt = Replaying(
                 job,
                 self.log,
@@ -129,7 +133,8 @@ class Replay:
                 NoWatchdog(),
                 NoSignal(),
                 batches,
-                LedgerWriter(job, self.log),
+                ledger,
+                CorruptionCheck(job, self.log, ledger),
                 past=self.past,
             )
             try:
@@ -161,6 +166,7 @@ class Replay:
             self.copied(),
             trust_ratios(engine.optimizer, engine.module) if updated else {},
             *self._compare(),
+            self.log.lines[past.step],
             self._saved(),
         )
 
@@ -247,8 +253,8 @@ def open_replay(past: Past) -> Iterator[Replay]:
         first = job.inputs.plan.timeline.first
         images = first(past.step) - first(past.start)
         data = recipe.data.model_copy(update={"workers": 0} if images <= _FEW_IMAGES else {})
-        # What leaps is looked at here, not gone back from.
-        recovery = recipe.recovery.model_copy(update={"spike": None})
+        # What leaps is looked at here, not gone back from; a step is replayed once, not twice.
+        recovery = recipe.recovery.model_copy(update={"spike": None, "corruption": Corruption()})
         log = recipe.log.model_copy(update={"ledger_every": 1})
         here = recipe.model_copy(update={"data": data, "recovery": recovery, "log": log})
         job = replace(job, recipe=here)

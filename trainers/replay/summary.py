@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bigbatch.configs.words import plural
+from bigbatch.trainers.replay.corrupted import compare_ranks, words
 from bigbatch.trainers.replay.look import Looked, Sample
 from bigbatch.trainers.replay.past import Past, number
 from bigbatch.trainers.replay.replay import COMPARED, Replayed
@@ -49,6 +50,7 @@ def summarise(
         "terms": looked.terms,
         "samples": samples,
         "activations": [asdict(a) for a in looked.activations],
+        "ranks": compare_ranks(past.run, past.step, replayed.line),
     }
 
 
@@ -143,7 +145,7 @@ def in_words(result: Result) -> list[str]:
             f"gradient norm {here['grad_norm']:.4g}, {here['grad_norm'] / usual:.2g} times the "
             f"median of the last {plural(result['usual_of'], 'record')} before ({usual:.4g})"
         )
-    return lines + _guilty_words(result)
+    return lines + words(result["ranks"]) + _guilty_words(result)
 
 
 def _where_from(result: Result) -> str:

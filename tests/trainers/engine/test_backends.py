@@ -183,6 +183,8 @@ def check_digests(engine: Engine, state: TrainState) -> None:
     found = torch.stack([own.weights(), own.buffers(), own.optimizer()])
     model, optimizer = from_limbs(engine.sum(to_limbs(found[1:]).flatten()).tolist())
     (weights,) = from_limbs(engine.sum(to_limbs(found[:1]).flatten()).tolist())
+    copies = engine.gather_values((own.copies().tolist(), own.each_copy()))
+    assert copies == [copies[0]] * engine.world  # on whatever backend
     if engine.rank:
         return
     scalars: Any = captured.content["optimizer"]
