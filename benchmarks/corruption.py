@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from bigbatch.trainers.monitoring.log import last_step
 from bigbatch.trainers.recovery.signals import SAVED
 
 WORLDS = (1, 2, 3, 4)
-BEFORE_END = (100, 400)  # steps of a start
+BEFORE_END = (8, 4)  # a start ends after between an eighth and a quarter of a run's steps
 RECIPE = [
     *("model={name: test_resnet, options: {drop_rate: 0.2}}", "augment.mixup=0.2"),
     *("data={workers: 0, threads: 1, image_size: 16}", "log={wandb: off, diagnosis: false}"),
+    *("log.every=5", "log.ledger_every=100"),
     *("global_batch=16", "micro_batch=4", "schedule={name: constant}", "duration=1000000 steps"),
-    *("optimizer={name: lars, lr: 0.01}", "checkpoint={every: 50 steps, keep: 2}"),
+    *("optimizer={name: lars, lr: 0.01}", "checkpoint={every: 20 steps, keep: 2}"),
     *("evaluate={every: 1000 steps, precise_bn: never}", "recovery.stall_s=120"),
 ]
 CHECKS = "recovery.corruption={digest_every: 1, recompute_every: 1}"
@@ -52,12 +54,15 @@ class Course:
         self.starts = self.kills = self.signals = 0
         self.by_world = dict.fromkeys(WORLDS, 0)  # steps computed, those that a kill lost too
 
-    def go(self) -> None:
+    def go(self, say: Callable[[], None]) -> None:
         while (done := last_step(self.run.metrics)) < self.steps:
             world = WORLDS[self.starts % len(WORLDS)]
-            status = self.start(world, done + self.rng.randint(*BEFORE_END))
+            status = self.start(
+                world, done + self.rng.randint(*(self.steps // n for n in BEFORE_END))
+            )
             if status not in (0, SAVED, None):
                 sys.exit(f"ended with status {status}: {(self.run.path / 'out.txt').read_text()}")
+            say()
 
     def start(self, world: int, until: int) -> int | None:
         """One start, to be ended once it has come to `until` steps; None where it was killed."""
@@ -68,7 +73,7 @@ class Course:
         self.starts += 1
         softly = self.rng.random() < 0.3
         while process.poll() is None:
-            time.sleep(0.1)
+            time.sleep(0.5)
             if until <= last_step(self.run.metrics) < self.steps:
                 if softly:
                     self.signals += 1
@@ -96,7 +101,7 @@ class Course:
     def figures(self) -> dict[str, Any]:
         return {
             "alarms": self.alarms(),
-            "steps": self.steps,
+            "steps": last_step(self.run.metrics),
             "computed_by_ranks": self.by_world,
             "starts": self.starts,
             "kills": self.kills,
@@ -105,12 +110,13 @@ class Course:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__, quick="300 steps of each")
+    parser = benchmark_parser(__doc__, quick="80 steps of each")
     parser.add_argument("--steps", type=int, default=5000, help="of each of the two runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    steps = 300 if options.quick else options.steps
+    steps = 80 if options.quick else options.steps
     figures: dict[str, Any] = {}
+    where = machine("bigbatch", "torch", steps=2 * steps, seed=options.seed, recipe=RECIPE)
     with tempfile.TemporaryDirectory(prefix="bigbatch-corruption-") as folder:
         shards = Path(folder) / "digits"
         shard("digits", shards, progress=False)
@@ -120,9 +126,13 @@ def main() -> None:
             run = create_run(Path(folder) / reduction, load_recipe("digits", [*own, CHECKS]))
             course = Course(run, steps, random.Random(f"{options.seed}-{reduction}"))
             began = time.monotonic()
-            course.go()
-            figures[reduction] = course.figures() | {"seconds": round(time.monotonic() - began)}
-            print(reduction, json.dumps(figures[reduction]), flush=True)
+
+            def say(course: Course = course, began: float = began, name: str = reduction) -> None:
+                figures[name] = course.figures() | {"seconds": round(time.monotonic() - began)}
+                print(name, json.dumps(figures[name]), flush=True)
+                write_figures(options.json, machine=where, same_weights=None, runs=figures)
+
+            course.go(say)
             known = known or course.weights(steps)
         own = [f"data.path={shards}", *RECIPE, "reduction=exact", NO_CHECKS]
         plain = Course(
@@ -131,7 +141,6 @@ def main() -> None:
         plain.start(1, steps)
         same = plain.weights(steps) == known
         print(f"weights of a run without checks, on one rank: {'the same' if same else 'OTHERS'}")
-    where = machine("bigbatch", "torch", steps=2 * steps, seed=options.seed, recipe=RECIPE)
     write_figures(options.json, machine=where, same_weights=same, runs=figures)
     if not same or any(found["alarms"] for found in figures.values()):
         sys.exit("a false alarm, or other weights")

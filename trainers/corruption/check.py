@@ -83,10 +83,10 @@ class CorruptionCheck:
         """Digests of this rank's copies before an update, where they are to be compared."""
         if self._every is None:
             return None
-        if self._every == "ledger":
-            due = self._ledger.due(self._step)
-        else:
+        if isinstance(self._every, int):
             due = self._step % self._every == 0
+        else:  # as the ledger
+            due = self._ledger.due(self._step)
         due = due or self._fresh or (self._swapped is not None and self._swapped.due)
         return self._ledger.state.copies() if due else None
 

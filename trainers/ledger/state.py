@@ -77,7 +77,7 @@ class StateDigests:
         return found | {name: digest_value(name, value) for name, value in self._copied_values()}
 
     def _copies(self) -> dict[str, list[Part]]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         if self._engine.pieces is None:
             tensors = own_state(self._engine.optimizer, self._names)[0]
         kinds = {"weights": self._copied, "optimizer": tensors, "buffers": self._buffers}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bigbatch.configs.load import load_recipe
+from bigbatch.trainers.corruption.check import CorruptionCheck
 from bigbatch.trainers.corruption.swapped import from_rows, in_row, why_not
 
 
@@ -48,3 +49,20 @@ def test_gradients_are_compared_where_bits_come_again(
 ) -> None:
     found = why_not(job, alike=alike)
     assert found is None if reason is None else reason in (found or "")
+
+
+def test_ranks_of_unlike_environments_compare_nothing_and_rank_0_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = a_job("recovery.corruption.recompute_every=5")
+    job.engine.rank = 0
+    job.engine.gather_values = lambda value: [value, "of another processor"]
+    ledger: Any = SimpleNamespace(due=lambda step: True)  # nobody asks it for digests
+    check = CorruptionCheck(job, None, ledger)  # type: ignore[arg-type]
+    check.begin(4, 4)
+    assert check.copies() is None
+    assert check.compare(4) is None
+    assert check.share_gradients().numel() == 0
+    said = capsys.readouterr().err
+    assert "digests of ranks are not compared (recovery.corruption): ranks have unlike" in said
+    assert "gradients of two ranks are not compared (recovery.corruption): ranks have" in said
