@@ -127,7 +127,7 @@ def make_step(reduction: str, micro_batches: int, measured: bool) -> Callable[[]
         totals = engine.sum(torch.stack(agreed))
         values = torch.cat([totals, engine.gradient_norm().view(1)]).tolist()
         if measured:
-            update(values[1], values[-1])
+            update(values[1] / engine.micro_batches_measured, values[-1])
         engine.step()
         if engine.device.type == "cuda":
             torch.cuda.synchronize()

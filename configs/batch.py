@@ -6,15 +6,15 @@ would fall; McCandlish et al. 2018 (arXiv:1812.06162), why the noise asks for la
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from bigbatch.configs.durations import Period
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.part import Count, StrictModel
+from bigbatch.configs.part import Count, Positive, StrictModel
 from bigbatch.configs.stream import lengths
 from bigbatch.configs.timeline import Timeline
 
@@ -36,6 +36,30 @@ class _Changing(StrictModel):
         description="what the momentum m of BatchNorm's running statistics does there: none: "
         "nothing, power: 1 - (1 - m)^k, that of k steps (after Busbridge et al. 2023)",
     )
+
+    betas: Literal["none", "power"] = Field(
+        "none",
+        description="what the betas of Adam, AdamW and LAMB do there: none: nothing, power: "
+        "beta^k, so that moments forget by samples; close to 1 - k (1 - beta) (Malladi et al. "
+        "2022)",
+    )
+
+    weight_decay: Literal["none", "timescale"] = Field(
+        "none",
+        description="what a weight decay apart from the gradient does there: none: nothing, "
+        "timescale: rate times decay go with the batch, so that weights forget by samples (Wang "
+        "and Aitchison 2024; Bergsma et al. 2025)",
+    )
+
+    def betas_power(self, batch: int) -> float:
+        """Which power of its betas an optimizer has at `batch` samples a step."""
+        return batch / self.first if self.betas == "power" else 1.0
+
+    def decay_factor(self, batch: int) -> float:
+        """The weight decay at `batch` samples a step, relative to that of the first step."""
+        if self.weight_decay == "none":
+            return 1.0
+        return batch / self.first / self.lr_factor(batch)
 
     def batch_norm_power(self, batch: int) -> float:
         """For how many steps of the first batch one of `batch` samples moves running statistics."""
@@ -108,21 +132,15 @@ class Stages(_Changing):
         return self
 
 
-class Doubling(_Changing):
-    """Twice the batch after every `every`, up to `most`."""
+class _Doubled(_Changing):
+    """`start`, and twice that, and so on up to `most`."""
 
-    name: Literal["doubling"]
     start: Count = Field(description="samples in the run's first step")
-    every: Period = Field(description="from one doubling to the next, in epochs or samples")
     most: Count = Field(description="samples in a step at last: start times a power of 2")
 
     @property
     def sizes(self) -> list[int]:
         return [self.start << k for k in range((self.most // self.start).bit_length())]
-
-    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
-        every = self.every.samples(1, epoch_samples)
-        return ((k * every, batch) for k, batch in enumerate(self.sizes[1:], 1))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -132,6 +150,58 @@ class Doubling(_Changing):
                 f"{self.start * 2 ** max(1, round(math.log2(self.most / self.start)))}"
             )
         return self
+
+
+class Doubling(_Doubled):
+    """Twice the batch after every `every`, up to `most`."""
+
+    name: Literal["doubling"]
+    every: Period = Field(description="from one doubling to the next, in epochs or samples")
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        every = self.every.samples(1, epoch_samples)
+        return ((k * every, batch) for k, batch in enumerate(self.sizes[1:], 1))
+
+
+class ByNoise(_Doubled):
+    """Twice the batch, up to `most`, where the gradients that were measured ask for it.
+
+    A run decides after every `every`, and writes it down before it takes effect: from then on that
+    stands, whoever goes on with the run. McCandlish et al. 2018 (arXiv:1812.06162), section 2.2.
+    """
+
+    name: Literal["noise_scale"]
+    every: Period = Field(description="from one decision to the next, in epochs or samples")
+    target: Positive = Field(
+        1.0,
+        description="the batch doubles where this times the gradient noise scale reaches twice "
+        "the batch; smaller: later",
+    )
+    # (samples, batch): what a run has decided at which position, rising. Its recipe says none of
+    # it: events.jsonl does, and `following` puts it here.
+    _decided: tuple[tuple[int, int], ...] = PrivateAttr(())
+
+    @property
+    def decided(self) -> tuple[tuple[int, int], ...]:
+        return self._decided
+
+    def following(self, decided: Iterable[tuple[int, int]]) -> "ByNoise":
+        """The same once these (samples, batch) are decided."""
+        found = self.model_copy()
+        found._decided = tuple(sorted(decided))
+        return found
+
+    def fastest(self, epoch_samples: int) -> "ByNoise":
+        """The same where each decision doubles the batch."""
+        every = self.every.samples(1, epoch_samples)
+        return self.following((math.ceil(k * every), b) for k, b in enumerate(self.sizes[1:], 1))
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        now = self.start
+        for samples, batch in self._decided:
+            if batch != now:
+                yield samples, batch
+            now = batch
 
 
 class LinearGrowth(_Changing):
@@ -164,7 +234,7 @@ class LinearGrowth(_Changing):
         return self
 
 
-Changing = Annotated[Stages | Doubling | LinearGrowth, Field(discriminator="name")]
+Changing = Annotated[Stages | Doubling | LinearGrowth | ByNoise, Field(discriminator="name")]
 NUMBER, CHANGING = "~number", "~changing"  # tags of the branches, which no reader sees
 
 
@@ -186,6 +256,14 @@ def timeline(batch: "int | _Changing", epoch_samples: int) -> Timeline:
     """Which samples each step takes, in epochs of so many. UserError where a piece has no step."""
     if isinstance(batch, int):
         return Timeline.constant(batch, epoch_samples)
+    if isinstance(batch, ByNoise):
+        if batch.every.samples(1, epoch_samples) < batch.most:
+            raise UserError(
+                f"global_batch.every = {batch.every}: in epochs of {epoch_samples:,} samples that "
+                f"is less than a step of {batch.most:,} (most) has; let `every` be longer"
+            )
+        changes = batch.changes(epoch_samples)
+        return Timeline.changing(batch.first, changes, epoch_samples, tuple(batch.sizes))
     found = Timeline.changing(batch.first, batch.changes(epoch_samples), epoch_samples)
     if isinstance(batch, Stages) and len(found.batches) < len(batch.pieces):
         ends = ", ".join(f"{piece.batch} until {piece.until}" for piece in batch.pieces[:-1])
@@ -229,8 +307,81 @@ def refusals(recipe: Any) -> Iterator[str]:
                     "seen, and so many steps are no fixed number of them; give it in epochs or "
                     "samples"
                 )
+    yield from _without_base(batch, recipe.optimizer)
+    if isinstance(batch, ByNoise):
+        yield from _needs_steps_ahead(batch, recipe)
     if recipe.optimizer.name == "lbfgs":
         yield (
             "optimizer lbfgs compares gradients of one step with those of the next, and another "
             "batch makes another function; set global_batch to a number"
         )
+
+
+def _without_base(batch: _Changing, optimizer: Any) -> Iterator[str]:
+    """Rules that have nothing in the optimizer to hold for."""
+    rest = getattr(optimizer, "rest", None)
+    names = optimizer.name if rest is None else f"{optimizer.name} with rest {rest.name}"
+    second = optimizer if rest is None else rest
+    if batch.betas != "none" and second.name not in ("adam", "adamw", "lamb"):
+        yield (
+            f"global_batch.betas: {batch.betas} is for the moments of adam, adamw and lamb (also "
+            f"as muon's rest), and the optimizer is {names}; set it to none"
+        )
+    if batch.weight_decay == "none":
+        return
+    decaying = [part for part in (optimizer, rest) if part is not None and _decays(part)]
+    if not decaying:
+        yield (
+            f"global_batch.weight_decay: {batch.weight_decay} has no optimizer.weight_decay to "
+            "start from; set one, or set it to none"
+        )
+    if odd := [part.name for part in decaying if part.name not in ("adamw", "lion", "muon")]:
+        yield (
+            f"global_batch.weight_decay: {batch.weight_decay} is for a decay apart from the "
+            f"gradient, of adamw, lion and muon; {odd[0]} decays in another way, so set it to none"
+        )
+
+
+def _decays(optimizer: Any) -> bool:
+    """Whether any weight decays."""
+    of_layers = getattr(optimizer, "weight_decay_of", {}).values()
+    return any([getattr(optimizer, "weight_decay", 0.0), *of_layers])
+
+
+def _needs_steps_ahead(batch: ByNoise, recipe: Any) -> Iterator[str]:
+    """What must know the steps to come, where only the samples are known."""
+    known = "a batch that noise_scale decides on leaves open which step that is"
+    if recipe.duration.unit == "steps":
+        yield f"duration = {recipe.duration}: {known}; give it in epochs or samples"
+    if batch.start < 2 * recipe.micro_batch:
+        yield (
+            f"global_batch.start {batch.start} is one micro-batch of {recipe.micro_batch}: the "
+            "noise scale compares at least two; lower micro_batch, or raise start"
+        )
+    if recipe.data.stream is not None:
+        yield (
+            "global_batch noise_scale needs indexed shards: what a stream's steps hold depends on "
+            "ranks, and so would decisions; index the tars and set data.path"
+        )
+    distill, loss = recipe.distill, recipe.loss
+    for said, key, instead in (
+        (recipe.schedule.name == "cycles", "schedule cycles", "choose another schedule"),
+        (recipe.data.progressive is not None, "data.progressive", "leave it out"),
+        (
+            getattr(recipe.transfer, "name", None) == "gradual",
+            "transfer gradual",
+            "choose another transfer",
+        ),
+        (
+            getattr(getattr(loss, "class_weights_from", None), "value", 0) > 0,
+            "loss.class_weights_from",
+            "leave it out",
+        ),
+        (
+            distill is not None and distill.cache_gb > 0,
+            "distill.cache_gb",
+            "set it to 0",
+        ),
+    ):
+        if said:
+            yield f"{key} begins at a step that is known ahead, and {known}; {instead}"

@@ -76,7 +76,7 @@ class Recipe(StrictModel):
     global_batch: GlobalBatch = Field(
         256,
         description="samples in one optimizer step: a number, or how it changes over the run: "
-        "stages, doubling or linear",
+        "stages, doubling, linear or noise_scale",
     )
     micro_batch: Count = Field(64, description="samples in one forward/backward pass")
     precision: Literal["fp32", "bf16", "fp16"] = Field(

@@ -25,13 +25,22 @@ class Timeline:
     positions: tuple[int, ...]  # the first sample of that step
     batches: tuple[int, ...]  # samples in a step
     epoch_samples: int
+    # Of a batch that is decided on while training: all that it can be. What is not decided yet
+    # stays as it is: the run is no longer than that.
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def constant(cls, batch: int, epoch_samples: int) -> Self:
         return cls((0,), (0,), (batch,), epoch_samples)
 
     @classmethod
-    def changing(cls, first: int, changes: Iterable[tuple[float, int]], epoch_samples: int) -> Self:
+    def changing(
+        cls,
+        first: int,
+        changes: Iterable[tuple[float, int]],
+        epoch_samples: int,
+        sizes: tuple[int, ...] = (),
+    ) -> Self:
         """Steps of `first` samples, and of `batch` ones from `samples` on, for each of `changes`.
 
         A step that begins at or behind that position is the first of its batch. A change that
@@ -46,17 +55,27 @@ class Timeline:
             starts.append(starts[-1] + steps)
             positions.append(positions[-1] + steps * batches[-1])
             batches.append(batch)
-        return cls(tuple(starts), tuple(positions), tuple(batches), epoch_samples)
+        return cls(tuple(starts), tuple(positions), tuple(batches), epoch_samples, sizes)
 
     @property
     def changes(self) -> bool:
-        """Whether the batch is not the same throughout."""
-        return len(self.batches) > 1
+        """Whether the batch is not the same throughout, or may yet change."""
+        return len(self.batches) > 1 or self.is_open
+
+    @property
+    def is_open(self) -> bool:
+        """Whether batches are decided on while training."""
+        return bool(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """The most samples that a step has, or may have."""
+        return max(*self.batches, *self.sizes, 0)
 
     @cached_property
     def unit(self) -> int:
         """The largest number of samples of which every batch is a multiple."""
-        return math.gcd(*self.batches)
+        return math.gcd(*self.batches, *self.sizes)
 
     def batch(self, step: int) -> int:
         """The samples of the step after `step` finished ones."""

@@ -55,6 +55,11 @@ def batches(
             f"recipe {recipe.name} trains on data.stream: which samples come is known only when "
             "they have come; index the tars and set data.path"
         )
+    if plan.decide_every is not None and steps.stop > (known := plan.first_decision):
+        raise UserError(
+            f"--steps up to {steps.stop}: what a step holds from {known} on is decided while "
+            f"training (global_batch noise_scale); give steps before {known}"
+        )
     index = order.index
     keys = index.keys()
 

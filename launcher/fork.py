@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.batch import ByNoise
+from bigbatch.configs.decisions import KIND, Decisions, following, recipe_of
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.identity import differences, recipe_hash, summary, tree_differences
@@ -81,10 +83,15 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     The position is kept in samples: another global_batch counts its own steps up to there.
     Raises UserError, with the remedy, where the checkpoint and the recipe do not go together.
     """
-    before = parent.recipe()
+    before = recipe_of(parent)
     check_name(path.name)
     inputs = open_inputs(recipe)
-    there, here = _timeline(before, inputs), inputs.plan.timeline
+    there = _timeline(before, inputs)
+    decided = _decided(before, recipe, there.first(step_of(checkpoint)))
+    if decided:
+        recipe = following(recipe, decided)
+        inputs = open_inputs(recipe)
+    here = inputs.plan.timeline
     step = _same_sample(step_of(checkpoint), there, here)
     if step >= inputs.plan.total:
         raise UserError(
@@ -93,7 +100,9 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         )
     _check_network(checkpoint, before, recipe, inputs.classes)
     same_batch = step > 0 and there.upto(step).stretches == here.upto(step).stretches
-    same_batches = before.global_batch == recipe.global_batch
+    # By what the recipes say: the parent may have decided more than the branch has seen.
+    batches = [r.model_dump(include={"global_batch"}) for r in (before, recipe)]
+    same_batches = batches[0] == batches[1]
     if recipe.schedule.name == "plateau" and not same_batch:
         raise UserError(
             "schedule plateau looks at the evaluations of all steps, and those of another "
@@ -103,7 +112,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     fingerprint = dict(content["fingerprint"])
     fingerprint["recipe"] = recipe.model_dump(mode="json")
     fingerprint["order_hash"] = "stream" if inputs.order is None else inputs.order.hash
-    content |= {"step": step, "fingerprint": fingerprint}
+    content |= {"step": step, "fingerprint": fingerprint, "batches": [list(d) for d in decided]}
     kept, notes = [MODEL, OPTIMIZER], list(inputs.notes)
     if content.get("precise_bn", False):
         kept.append(STATISTICS)
@@ -140,6 +149,16 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         _best_so_far(parent, step, recipe) if same_batch else None,
         tuple(notes),
     )
+
+
+def _decided(before: Recipe, recipe: Recipe, samples: int) -> Decisions:
+    """What the parent had decided about its batch by then and the branch could have: it stands."""
+    theirs, ours = before.global_batch, recipe.global_batch
+    if not (isinstance(theirs, ByNoise) and isinstance(ours, ByNoise)):
+        return []
+    decided = [(at, batch) for at, batch in theirs.decided if at <= samples]
+    fits = theirs.start == ours.start and all(batch in ours.sizes for _, batch in decided)
+    return decided if fits else []
 
 
 def _optimizers(recipe: Recipe) -> tuple[str, str | None]:
@@ -302,4 +321,8 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
     manifest = json.loads(run.manifest.read_text(encoding="utf-8")) | {"forked_from": origin}
     write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
     event = event_record("fork", branch.step) | {"run": origin["run"], "from_step": origin["step"]}
-    write_atomically(run.events, to_json(event) + "\n")
+    decided = [
+        event_record(KIND, branch.step) | {"samples": samples, "global_batch": batch}
+        for samples, batch in branch.content.get("batches", [])
+    ]
+    write_atomically(run.events, "".join(to_json(e) + "\n" for e in (event, *decided)))

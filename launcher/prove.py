@@ -121,7 +121,15 @@ def not_reached(recipe: Recipe, steps: int) -> str | None:
     """What the first `steps` steps do not show of a batch that changes; None where they do."""
     if isinstance(recipe.global_batch, int):
         return None
-    starts = open_inputs(recipe).plan.timeline.starts
+    plan = open_inputs(recipe).plan
+    if plan.decide_every is not None:
+        if (first := plan.first_decision) < steps:
+            return None
+        return (
+            f"global_batch is decided on first at step {first:,}, which {plural(steps, 'step')} do "
+            f"not reach; --steps {first + 2} does"
+        )
+    starts = plan.timeline.starts
     beyond = [start for start in starts if start >= steps]
     if not beyond:
         return None

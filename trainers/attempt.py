@@ -5,11 +5,16 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import nn
 
+from bigbatch.configs.batch import ByNoise
+from bigbatch.configs.decisions import KIND
+from bigbatch.configs.files import finite
 from bigbatch.configs.judged import judged_by
 from bigbatch.data.batch import MicroBatch
+from bigbatch.trainers.advice.noise_scale import asks_for, noise_scale
 from bigbatch.trainers.corruption.check import CorruptionCheck
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.evaluation.metrics import confusion
@@ -26,6 +31,14 @@ from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.signals import StopFlag
 from bigbatch.trainers.recovery.stored import Retention
 from bigbatch.trainers.recovery.watchdog import Watchdog
+
+
+class Ending(Enum):
+    """Why the loop has ended."""
+
+    DONE = "done"  # it has come to the plan's stop, or an early one
+    LEFT = "left"  # after a signal
+    GROWN = "grown"  # the batch doubles: another plan holds from here on
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,24 @@ class Attempt:
             job.course.costs.update(counts)
         state.evaluations.append(Evaluation(state.step, scores))
         return scores
+
+    def grows(self, step: int) -> bool:
+        """Decide whether the batch doubles from the step after `step` finished ones on. Collective.
+
+        The averages are the same on every rank. What is decided is on the disk before any step
+        follows from it.
+        """
+        job, state = self.job, self.job.state
+        rules, line = job.recipe.global_batch, job.inputs.plan.timeline
+        assert isinstance(rules, ByNoise)
+        now, samples = line.batch(step), line.first(step)
+        grows = asks_for(2 * now, rules.target, *state.noise)
+        batch = 2 * now if grows else now
+        values = finite({"noise_scale": noise_scale(*state.noise)})
+        self.log.event(KIND, step=step, samples=samples, global_batch=batch, **values)
+        job.engine.on_main(self.log.sync)
+        state.decided.append((samples, batch))
+        return grows
 
     @contextmanager
     def _evaluated_model(self) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from bigbatch.configs.decisions import Decisions, following
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
 from bigbatch.configs.notices import notice
@@ -47,7 +48,7 @@ from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.averaging import WeightAverage
 from bigbatch.trainers.optim.stages import fit_transfer, freeze, rate_table
-from bigbatch.trainers.planning.inputs import Inputs, open_inputs
+from bigbatch.trainers.planning.inputs import Inputs, open_inputs, replanned
 from bigbatch.trainers.planning.plan import check_world
 from bigbatch.trainers.planning.plateau import Evaluation
 from bigbatch.trainers.recovery.checkpoint import TrainState
@@ -82,6 +83,17 @@ class Job:
         if self.teacher is None:
             return images, targets
         return images, torch.cat([targets, self.teacher.outputs(batch)], 1)
+
+    def following(self, decided: Decisions) -> "Job":
+        """The same under the plan of what a run has decided about its batch; itself elsewhere."""
+        recipe, state = following(self.recipe, decided), self.state
+        if recipe is self.recipe:
+            return self
+        inputs = replanned(self.inputs, recipe, state.evaluations)
+        if state.average is not None and (averaging := inputs.plan.average) is not None:
+            state.average.follow(averaging.steps, averaging.updates)
+        precise_bn = replace(self.precise_bn, timeline=inputs.plan.timeline)
+        return replace(self, recipe=recipe, inputs=inputs, precise_bn=precise_bn)
 
     def batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of steps `start` to `stop`."""

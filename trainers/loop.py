@@ -8,11 +8,11 @@ import torch
 from bigbatch.configs.judged import judged_by
 from bigbatch.data.rng import key64
 from bigbatch.trainers.advice.noise_scale import NoiseScale
-from bigbatch.trainers.attempt import Attempt
+from bigbatch.trainers.attempt import Attempt, Ending
 from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.engine.closure import Closure
 from bigbatch.trainers.engine.sharpness import Sharpness
-from bigbatch.trainers.optim import set_lr, set_momentum
+from bigbatch.trainers.optim import set_by_batch, set_lr, set_momentum
 from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.recovery.rollback import check_step
 
@@ -20,8 +20,8 @@ from bigbatch.trainers.recovery.rollback import check_step
 _MAX_SKIPPED = 50
 
 
-def train(attempt: Attempt) -> bool:
-    """Train from the state's step to the plan's stop, or an early one. False after a signal.
+def train(attempt: Attempt) -> Ending:
+    """Train from the state's step to the plan's stop, or an early one, or until the plan changes.
 
     Raises Rollback where steps went wrong that shall be stepped over.
     """
@@ -30,7 +30,7 @@ def train(attempt: Attempt) -> bool:
     corruption = attempt.corruption
     recipe, engine, state, plan = job.recipe, job.engine, job.state, job.inputs.plan
     optimizer, objective = engine.optimizer, job.objective
-    noise = NoiseScale(recipe.micro_batch, recipe.first_batch)
+    noise = NoiseScale(recipe.micro_batch, recipe.first_batch, state.noise)
     clock = monitor.clock
     closure = None
     if recipe.optimizer.name == "lbfgs":
@@ -41,11 +41,13 @@ def train(attempt: Attempt) -> bool:
     skipped = 0
     early_stop, judge = recipe.regularise.early_stop, judged_by(recipe)
     if stops(early_stop, state.evaluations, judge):  # it has come to its end before
-        return True
+        return Ending.DONE
     statistics.check()
     engine.model.train()
 
     for step in range(state.step, plan.stop):
+        if plan.decides(step) and attempt.grows(step):
+            return Ending.GROWN
         started = time.perf_counter()
         clock.begin_step()
         images_of_step, micro_batches = plan.timeline.batch(step), plan.micro_batches(step)
@@ -53,6 +55,8 @@ def train(attempt: Attempt) -> bool:
         set_lr(optimizer, lr_multiplier)
         if job.inputs.momentum is not None:
             set_momentum(optimizer, job.inputs.momentum(step))
+        batch_before = plan.timeline.batch(max(0, step - 1))
+        set_by_batch(optimizer, recipe.global_batch, images_of_step, batch_before)
         if job.freezing is not None and (begun := job.freezing.begin(step)):
             log.event("unfreeze", step=step, stages=begun)
 
@@ -126,6 +130,7 @@ def train(attempt: Attempt) -> bool:
                 monitor.gradients = engine.layer_gradient_norms()
         engine.refuse_changes(step, changed, agreed["changed"][0])
         mean_loss = agreed["loss"][0] / micro_batches
+        micro_sq = agreed["micro_sq"][0] / engine.micro_batches_measured
         norm_value = agreed["norm"][0]
         corruption.agree(agreed["copies"], agreed["swapped"])
         ledger.agree(step + 1, agreed["ledger"], mean_loss)
@@ -176,7 +181,7 @@ def train(attempt: Attempt) -> bool:
             images_per_s=images_of_step / seconds,
             data_s=clock.waited,
             step_s=seconds,
-            **noise.update(agreed["micro_sq"][0], norm_value, images_of_step),
+            **noise.update(micro_sq, norm_value, images_of_step),
             **monitor.record(agreed["timings"], images_of_step / seconds),
         )
         monitor.details(state.step)
@@ -204,8 +209,8 @@ def train(attempt: Attempt) -> bool:
         saver.report()
         if leaving:
             log.event("signal", step=state.step, signal=attempt.stop.signal)
-            return False
+            return Ending.LEFT
         if done:
             log.event("early_stop", step=state.step)
             break
-    return True
+    return Ending.DONE

@@ -4,12 +4,13 @@ import gc
 import os
 import socket
 import sys
+from enum import Enum
 
 import torch
 
 from bigbatch.configs.judged import judged_by
 from bigbatch.configs.notices import notice
-from bigbatch.trainers.attempt import open_attempt
+from bigbatch.trainers.attempt import Ending, open_attempt
 from bigbatch.trainers.finish import finish
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.loop import train
@@ -21,31 +22,46 @@ from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.planning.environment import recorded_variables, said_variables
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
-from bigbatch.trainers.recovery.resume import resume
+from bigbatch.trainers.recovery.resume import agreed_decisions, resume
 from bigbatch.trainers.recovery.rollback import Rollback, StepFailed
 from bigbatch.trainers.recovery.signals import SAVED, StopFlag, agent_pid
 
 
 def work(job: Job, stop: StopFlag, heartbeat: Heartbeat) -> int:
-    """Train, from wherever the run directory says, until no rollback asks for another try."""
+    """Train, from wherever the run directory says, until no rollback asks for another try and no
+    batch that has grown for another plan."""
     # What is there by now stays: the collector, off since the start (worker.py), need not look
     # through a million objects of libraries again.
     gc.freeze()
     gc.enable()
     statistics = StepStatistics(job.engine.module)
-    while True:
-        status = attempt(job, stop, heartbeat, statistics)
-        if status is not None:
-            return status
+    status: int | Again = Again.FROM_CHECKPOINT
+    while isinstance(status, Again):
+        status = attempt(job, stop, heartbeat, statistics, status)
+    return status
+
+
+class Again(Enum):
+    """From where the next attempt goes on."""
+
+    FROM_CHECKPOINT = "from checkpoint"  # the newest
+    FROM_HERE = "from here"  # the state as it is, under another plan
 
 
 def attempt(
-    job: Job, stop: StopFlag, heartbeat: Heartbeat, statistics: StepStatistics
-) -> int | None:
-    """Go on from the newest checkpoint; the exit status, or None: once more, after a rollback."""
-    run, recipe, engine, state = job.run, job.recipe, job.engine, job.state
-    plan = job.inputs.plan
-    corrupt = resume(run, engine, state, recipe.log.every)
+    job: Job,
+    stop: StopFlag,
+    heartbeat: Heartbeat,
+    statistics: StepStatistics,
+    start: Again = Again.FROM_CHECKPOINT,
+) -> int | Again:
+    """Go on; the exit status, or from where to go on once more."""
+    run, engine, state = job.run, job.engine, job.state
+    corrupt: list[str] = []
+    if start is Again.FROM_CHECKPOINT:
+        corrupt = resume(run, engine, state, job.recipe.log.every)
+    job = job.following(agreed_decisions(run, engine, state))
+    recipe, plan = job.recipe, job.inputs.plan
     if job.course.costs is not None:
         seen = engine.on_main(lambda: read_confusion(run.metrics, state.step))
         job.course.costs.update(seen)
@@ -61,7 +77,7 @@ def attempt(
         monitor = announce(job, log, corrupt)
         try:
             with open_attempt(job, log, monitor, statistics, stop, heartbeat) as opened:
-                finished = train(opened)
+                ending = train(opened)
         except Rollback as error:
             engine.skip()  # otherwise a loss scaler takes the next gradients for unscaled ones
             first, last = error.steps
@@ -76,13 +92,16 @@ def attempt(
             log.sync()
             log.close("stopped")
             engine.barrier()  # the others read what rank 0 has written
-            return None
+            return Again.FROM_CHECKPOINT
         except StepFailed as error:
             if error.leaps:  # what is not finite has an event already
                 wrong = {"loss": error.loss, "grad_norm": error.norm, "refused": True}
                 log.event("spike", step=error.step + 1, **wrong)
             raise
-        if not finished:
+        if ending is Ending.GROWN:
+            log.close("stopped")
+            return Again.FROM_HERE
+        if ending is Ending.LEFT:
             log.close("stopped")
             if engine.rank == 0:
                 go_on = f"saved after step {state.step}; go on with `bigbatch resume {run.path}`"

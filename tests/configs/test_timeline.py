@@ -208,7 +208,10 @@ def test_contradictions_are_refused_with_the_remedy(
         ("{name: doubling, start: 64, every: 1 epochs, most: 64}", "write such as 128"),
         ("{name: linear, start: 64, end: 320, until: 1 epochs, by: 100}", "no whole number of p"),
         ("{name: linear, start: 64, end: 320, until: 1 steps, by: 64}", "epochs or samples"),
-        ("{name: steps}", "did you mean stages\\? there are stages, doubling, linear, a number"),
+        (
+            "{name: steps}",
+            "did you mean stages\\? there are stages, doubling, linear, noise_scale, a",
+        ),
         ("0", "greater than or equal to 1"),
     ],
 )

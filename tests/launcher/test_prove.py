@@ -208,6 +208,10 @@ def test_the_proof_holds_for_a_batch_that_changes(digits: Path, tmp_path: Path) 
     images_per_s = [r["images_per_s"] * r["step_s"] for r in steps]
     assert images_per_s == pytest.approx([24, 24, 96, 96])
     assert ["grad_sq_micro" in r for r in steps] == [False] * 2 + [True] * 2
+    for name in ("ranks-1", "killed"):  # averages, too, are the same on any ranks, and resumed
+        others = [r for r in iter_jsonl(tmp_path / name / "metrics.jsonl") if r["kind"] == "train"]
+        for key in ("grad_sq_micro", "noise_scale"):
+            assert [r.get(key) for r in others] == [r.get(key) for r in steps]
     for path in (tmp_path / "ranks-2", tmp_path / "killed"):  # and what it read
         traced = read_trace(RunDir(path).trace)
         assert sorted(traced) == [(s, m) for s in range(4) for m in range(4 if s > 1 else 1)]
@@ -240,6 +244,24 @@ def test_the_proof_holds_for_every_kind_of_change(
     assert all(result.passed for result in results)
     assert all(result.difference <= limit for result in results[:-1])
     assert results[-1].difference == 0.0
+
+
+@pytest.mark.slow
+def test_the_proof_holds_for_rules_of_betas_and_decay_and_a_batch_decided_on(
+    digits: Path, tmp_path: Path
+) -> None:
+    adamw = "{name: adamw, lr: 0.01, betas: [0.8, 0.95], weight_decay: 0.1}"
+    rules = "lr: sqrt, betas: power, weight_decay: timescale"
+    batch = f"{{name: noise_scale, start: 48, most: 96, every: 96 samples, target: 100, {rules}}}"
+    keys = [*SMALL, f"global_batch={batch}", *CHANGING, f"data.path={digits}", "reduction=exact"]
+    recipe = load_recipe("digits", [*keys, f"optimizer={adamw}"], say=None)
+    said: list[str] = []
+    results = prove(recipe, tmp_path, steps=7, ranks=(1, 3), say=said.append)
+    assert [result.difference for result in results] == [0.0, 0.0]
+    assert all(result.passed for result in results)
+    assert not any("not reach" in text for text in said)
+    steps = [r for r in iter_jsonl(tmp_path / "killed" / "metrics.jsonl") if r["kind"] == "train"]
+    assert {48, 96} == {r["global_batch"] for r in steps}
 
 
 @pytest.mark.slow

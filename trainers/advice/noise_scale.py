@@ -14,13 +14,17 @@ _MEMORY = 0.99  # weight of the past in the two averages: about a hundred steps
 class NoiseScale:
     """The noise scale B_simple, in samples, from averages over about the last 100 steps.
 
-    Noise and signal are averaged on their own, never their ratio, whose mean need not exist.
-    The averages start anew when a run is resumed; the records that they are made of do not.
+    Noise and signal are averaged on their own, never their ratio, whose mean need not exist. Each
+    step's are unbiased at any batch, so that an average goes on where the batch changes; it
+    forgets by steps, which is how the weights move that it is of.
     """
 
-    def __init__(self, micro_batch: int, global_batch: int) -> None:
+    def __init__(
+        self, micro_batch: int, global_batch: int, averages: list[float] | None = None
+    ) -> None:
+        """`averages`, of noise and signal, are gone on from and kept up to date in place."""
         self._batches = micro_batch, global_batch
-        self._noise = self._signal = 0.0
+        self.averages = [0.0, 0.0] if averages is None else averages
 
     def update(
         self, grad_sq_micro: float, grad_norm: float, global_batch: int | None = None
@@ -41,8 +45,16 @@ class NoiseScale:
         if math.isfinite(grad_sq_micro) and math.isfinite(grad_norm):
             noise, signal = noise_and_signal(grad_sq_micro, grad_norm**2, small, large)
             # Without correction for the start, which both share and the ratio cancels.
-            self._noise = _MEMORY * self._noise + (1 - _MEMORY) * noise
-            self._signal = _MEMORY * self._signal + (1 - _MEMORY) * signal
-        resolved = self._signal > 0 and self._noise >= 0
-        scale = self._noise / self._signal if resolved else math.nan
-        return {"grad_sq_micro": grad_sq_micro, "noise_scale": scale}
+            for i, value in enumerate((noise, signal)):
+                self.averages[i] = _MEMORY * self.averages[i] + (1 - _MEMORY) * value
+        return {"grad_sq_micro": grad_sq_micro, "noise_scale": noise_scale(*self.averages)}
+
+
+def noise_scale(noise: float, signal: float) -> float:
+    """B_simple in samples; NaN where no signal stands out of the noise, as before step 1."""
+    return noise / signal if signal > 0 and noise >= 0 else math.nan
+
+
+def asks_for(batch: int, target: float, noise: float, signal: float) -> bool:
+    """Whether `target` times the noise scale reaches `batch`; not where no signal stands out."""
+    return signal > 0 and target * noise >= batch * signal

@@ -182,22 +182,26 @@ class Engine(Collectives, ABC):
         """The global L2 norm of the averaged gradient, on the device, loss scale removed."""
 
     def micro_batch_sq(self) -> Tensor:
-        """This rank's share of the mean squared gradient norm of a micro-batch, on the device.
+        """This rank's squared gradient norms of micro-batches, added up, on the device.
 
-        The sum over ranks is the mean over each rank's first micro-batch of the step, or over
-        all of them where the backend sees each alone. Loss scale removed; to be called before
-        `step`.
+        Those of its first micro-batch of the step, or of all of them where the backend sees each
+        alone: over all ranks there are `micro_batches_measured`. Loss scale removed; to be called
+        before `step`.
         """
-        taken = min(self.world, self.micro_batches)  # a rank may have none
-        return self._first_micro_batch_sq(self.world / self.micro_batches, taken)
+        return self._measured_sq(self.world / self.micro_batches)
 
-    def _first_micro_batch_sq(self, loss_factor: float, taken: int) -> Tensor:
-        """The squared norms added up, of losses times `loss_factor`, over `taken` of them."""
+    @property
+    def micro_batches_measured(self) -> int:
+        """How many micro-batches of a step `micro_batch_sq` adds up, over all ranks."""
+        return min(self.world, self.micro_batches)  # a rank may have none
+
+    def _measured_sq(self, loss_factor: float) -> Tensor:
+        """The squared norms added up, of losses times `loss_factor`."""
         scale = torch.ones((), device=self.device)
         if self.scaler is not None:
             scale = self.scaler.scale(scale)
         scale = scale * loss_factor
-        return self._norms.total / (scale.double().square() * taken)
+        return self._norms.total / scale.double().square()
 
     def layer_gradient_norms(self) -> dict[str, float]:
         """The L2 norm of the averaged gradient of each trained weight that is no vector, by name.

@@ -157,8 +157,12 @@ class DdpEngine(Engine):
 
     def micro_batch_sq(self) -> Tensor:
         if self.exact:  # every micro-batch stands alone, and its loss is not scaled
-            return self._first_micro_batch_sq(1.0, self.micro_batches)
+            return self._measured_sq(1.0)
         return super().micro_batch_sq()
+
+    @property
+    def micro_batches_measured(self) -> int:
+        return self.micro_batches if self.exact else super().micro_batches_measured
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._trained if p.grad is not None]

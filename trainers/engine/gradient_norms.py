@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+_SPLIT = 2.0**29 + 1  # leaves the upper 24 bits of a float64 (Dekker 1971)
+
 
 class MicroBatchNorms:
     """Adds up the squared norms of micro-batches' gradients, on the device.
@@ -28,7 +30,9 @@ class MicroBatchNorms:
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor]) -> None:
-        self.total += nn.utils.get_total_norm(gradients).double().square()
+        square = nn.utils.get_total_norm(gradients).double().square()
+        split = square * _SPLIT
+        self.total += split - (split - square)  # to 24 bits: sums are then exact, in any order
 
     def hook(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's own all-reduce of a bucket, after a look at the gradients of this rank."""

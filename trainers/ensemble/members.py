@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigbatch.configs.decisions import recipe_of
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.json_text import parse_json
@@ -83,7 +84,7 @@ def find_members(run: RunDir, choice: str = "auto") -> list[Member]:
     the checkpoints of other steps; or names of either, of the soup or of averaged weights, such
     as ``cycle-01,step-00000120,soup``. Raises UserError where there is none, or not all of them.
     """
-    recipe = run.recipe()
+    recipe = recipe_of(run)
     there = _weights(run)
     names = _chosen(run, choice, there)
     return [_member(f"{run.name}/{name}", there[name], recipe) for name in names]

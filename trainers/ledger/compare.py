@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.configs.decisions import recipe_of
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import differences, tree_differences
 from bigbatch.configs.json_text import parse_json
@@ -75,7 +76,7 @@ class Comparison:
 
 def compare(a: RunDir, b: RunDir) -> Comparison:
     """Compare two runs. UserError where one of them is no run or has no ledger."""
-    recipes = a.recipe(), b.recipe()
+    recipes = recipe_of(a), recipe_of(b)
     ledgers = read_ledger(a.ledger), read_ledger(b.ledger)
     recipe = differences(*recipes, _PLACES)
     versions = tree_differences(_versions(a), _versions(b), _PLACES)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigbatch.configs.decisions import recipe_of
 from bigbatch.configs.files import iter_lines, read_json
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir, event_record
@@ -108,7 +109,7 @@ def read_history(run: RunDir) -> History:
     Of very many records of one kind every so many are taken, the first ones and the newest among
     them: a plot shows no more, and a run of a year is read in seconds.
     """
-    recipe = run.recipe()
+    recipe = recipe_of(run)
     found = read_records(run.metrics)
     train, ranks = found.get("train", []), found.get("ranks", [])
     evals: dict[str, list[Record]] = {}

@@ -45,6 +45,10 @@ class WeightAverage:
             for name, w in weights.items()
         }
 
+    def follow(self, steps: Collection[int], updates: Callable[[int], int]) -> None:
+        """Go on by another plan, which has the same steps up to now."""
+        self._steps, self._updates = steps, updates
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after `step` finished steps, if those enter."""

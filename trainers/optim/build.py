@@ -23,8 +23,9 @@ def build_optimizer(
     """The optimizer that a recipe names, over the trainable parameters of `model`.
 
     Norm layers and biases take neither weight decay nor a layer-wise rate. Each group keeps
-    its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. `learning` says what
-    has another rate, and what begins to learn later (`Waiting` keeps it out). Raises UserError
+    its rate as `base_lr`; `set_lr` multiplies it by the schedule's factor. So it keeps
+    `base_betas` and `base_weight_decay`, where it has these, for `set_by_batch`. `learning` says
+    what has another rate, and what begins to learn later (`Waiting` keeps it out). Raises UserError
     where `layer_decay` is asked of a model whose layers timm cannot order, where
     `weight_decay_of` names no layer, and where Muon finds no matrix.
     """
@@ -39,7 +40,9 @@ def build_optimizer(
         )
         optimizer = _build(_with_rate(groups, config.lr), config)
     for group in optimizer.param_groups:
-        group["base_lr"] = group["lr"]
+        for key in ("lr", "betas", "weight_decay"):
+            if key in group:
+                group[f"base_{key}"] = group[key]
     return optimizer
 
 

@@ -46,7 +46,7 @@ def plan_average(
     entering: Sequence[int]
     match config:
         case EMA():
-            unit, largest = line.unit, max(line.batches)
+            unit, largest = line.unit, line.largest
             if line.changes and config.half_life.unit == "steps":
                 largest = unit  # as in the samples of a step that never changes
             elif line.changes:

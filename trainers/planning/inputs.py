@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.batch import ByNoise
 from bigbatch.configs.data import Data
 from bigbatch.configs.distill import Distill
 from bigbatch.configs.errors import UserError
@@ -44,6 +45,7 @@ class Inputs:
     strengths: tuple[float, ...] | None = None  # of augmentation by class, where they differ
     momentum: Schedule | None = None  # of the optimizer, after s finished steps
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is refused
+    stop_at: int | None = None  # where this start of the run ends, if the run goes on beyond it
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -97,6 +99,8 @@ def open_inputs(
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
     if not isinstance(recipe.global_batch, int):
         notes.append(f"global_batch: {batches_in_words(plan)}")
+    if isinstance(recipe.global_batch, ByNoise):
+        notes.append(still_open(recipe, plan))
     momentum = momentum_schedule(recipe, plan)
     sizes = image_sizes(recipe, epoch_samples)
     if sizes:
@@ -112,7 +116,15 @@ def open_inputs(
         class_strengths(recipe, classes, splits.get("train")),
         momentum,
         tuple(notes),
+        stop_at,
     )
+
+
+def replanned(inputs: Inputs, recipe: Recipe, evaluations: Evaluations) -> Inputs:
+    """The same inputs under the plan of `recipe`, which has decided on more of its batches."""
+    plan, schedule = fit(recipe, inputs.epoch_samples, inputs.stop_at, evaluations)
+    momentum = momentum_schedule(recipe, plan)
+    return replace(inputs, plan=plan, schedule=schedule, momentum=momentum)
 
 
 def see_teacher(distill: Distill) -> None:
@@ -175,6 +187,8 @@ def fit(
     The schedule's value multiplies optimizer.lr; the batch rule (optimizer.scale) is in it.
     """
     plan = make_plan(recipe, epoch_samples, stop_at)
+    if plan.timeline.is_open:
+        _fastest_plan(recipe, epoch_samples)  # refuses what would not fit into it
     lr_multiplier = _by_samples(recipe.schedule, plan, evaluations)
     scale, batch = recipe.lr_scale, recipe.global_batch
     if isinstance(batch, int):
@@ -193,7 +207,7 @@ def _by_samples(config: Any, plan: Plan, evaluations: Evaluations = ()) -> Sched
     try:
         factor = build_schedule(
             config,
-            total_steps=line.units(plan.total),
+            total_steps=plan.units,
             global_batch=line.unit,
             epoch_samples=line.epoch_samples,
             evaluations=evaluations,
@@ -206,6 +220,25 @@ def _by_samples(config: Any, plan: Plan, evaluations: Evaluations = ()) -> Sched
             f"{error} (where global_batch changes, in steps of {line.unit} samples)"
         ) from None
     return (lambda step: factor(line.units(step))) if line.changes else factor
+
+
+def _fastest_plan(recipe: Recipe, epoch_samples: int) -> Plan:
+    """The plan of a run that doubles its batch at every decision. UserError where that has none."""
+    batch = recipe.global_batch
+    assert isinstance(batch, ByNoise)
+    fastest = recipe.model_copy(update={"global_batch": batch.fastest(epoch_samples)})
+    return make_plan(fastest, epoch_samples)
+
+
+def still_open(recipe: Recipe, plan: Plan) -> str:
+    """What a batch that is decided on while training leaves open, in words."""
+    batch = recipe.global_batch
+    assert isinstance(batch, ByNoise)
+    least = _fastest_plan(recipe, plan.timeline.epoch_samples).total
+    return (
+        f"the batch doubles, up to {batch.most:,}, where {batch.target:g} times the noise scale "
+        f"reaches twice the batch, looked at every {batch.every}: {least:,} to {plan.total:,} steps"
+    )
 
 
 def batches_in_words(plan: Plan) -> str:

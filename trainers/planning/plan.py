@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from bigbatch.configs.batch import ByNoise
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.timeline import Crossings, Timeline, due
@@ -31,10 +32,26 @@ class Plan:
     probes: Probes  # which evaluations look more closely
     weights_from: int = 0  # class weights of the loss count from here on
     may_stop: bool = False  # earlier, going back to the best evaluation: so each one is saved
+    units: int = 0  # of the timeline: those of the whole run, which schedules run over
+    decide_every: Every | None = None  # whether the batch grows
+    decided: int = 0  # samples: up to here that is decided
 
     def micro_batches(self, step: int) -> int:
         """Those of the step after `step` finished ones, over all ranks."""
         return self.timeline.batch(step) // self.micro_batch
+
+    def decides(self, step: int) -> bool:
+        """Whether the batch of the step after `step` finished ones is to be decided on."""
+        if self.decide_every is None or step >= self.total:
+            return False
+        return due(self.decide_every, step) and self.timeline.first(step) > self.decided
+
+    @property
+    def first_decision(self) -> int:
+        """The first step that is not decided yet, of a run that decides."""
+        return next(
+            step for step in range(1, self.total + 1) if self.decides(step) or step == self.total
+        )
 
     def evaluates(self, step: int) -> bool:
         return due(self.evaluate_every, step) or step == self.total
@@ -107,6 +124,12 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
             f"loss.class_weights_from = {later} is step {weights_from}, and the run has {total}: "
             "class weights would never count; let them begin earlier, or drop them"
         )
+    batch, decide_every, decided = recipe.global_batch, None, 0
+    if isinstance(batch, ByNoise) and line.batches[-1] < line.largest:
+        decide_every = line.every(batch.every)
+        decided = max((samples for samples, _ in batch.decided), default=0)
+    # The step that ends an open run may be a larger one; its schedule is of the samples asked for.
+    units = recipe.duration.steps(line.unit, epoch_samples) if line.is_open else line.units(total)
     return Plan(
         total=total,
         stop=min(total, stop_at or total),
@@ -117,9 +140,12 @@ def make_plan(recipe: Recipe, epoch_samples: int, stop_at: int | None = None) ->
         snapshots=frozenset(ends or [total]),
         keep_every=None if keep is None else line.every(keep),
         average=plan_average(recipe.average, total, line, ends),
-        probes=_probes(total, line, evaluate_every) if recipe.log.diagnosis else Probes(),
+        probes=_probes(recipe, total, line, evaluate_every) if recipe.log.diagnosis else Probes(),
         weights_from=weights_from,
         may_stop=recipe.regularise.early_stop is not None,
+        units=units,
+        decide_every=decide_every,
+        decided=decided,
     )
 
 
@@ -134,13 +160,21 @@ def snapshot_steps(recipe: Recipe, line: Timeline, total: int) -> list[int]:
     if len(set(ends)) < len(ends):
         raise UserError(
             f"schedule.cycles = {len(ends)} for a run of {total} steps, of up to "
-            f"{max(line.batches)} samples: each cycle needs at least one step; use fewer cycles, a "
+            f"{line.largest} samples: each cycle needs at least one step; use fewer cycles, a "
             "longer duration, or smaller batches"
         )
     return ends
 
 
-def _probes(total: int, line: Timeline, evaluate_every: Every) -> Probes:
+def _probes(recipe: Recipe, total: int, line: Timeline, evaluate_every: Every) -> Probes:
+    if line.is_open:
+        # By samples alone, so that no decision moves a probe that lies behind it.
+        if isinstance(evaluate_every, int):
+            return Probes(first_gradients=True)
+        period, unit = evaluate_every.period, line.unit
+        samples = round(recipe.duration.samples(unit, line.epoch_samples))
+        marks = [*range(period, samples // unit + 1, period), -(-samples // unit)]
+        return plan_probes([line.reaching(mark * unit) for mark in marks], total, samples)
     if isinstance(evaluate_every, int):
         evaluations: Sequence[int] = range(evaluate_every, total + evaluate_every, evaluate_every)
     else:

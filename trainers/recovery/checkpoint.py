@@ -60,7 +60,9 @@ class TrainState:
     fingerprint: dict[str, JsonValue]  # recipe, and hash of the order: what weights depend on
     pieces: Pieces | None = None  # where ranks hold pieces, how to gather and to cut them
     losses: list[float] = field(default_factory=list)  # the last ones, to tell a spike by
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of gradients: NoiseScale's
     skipped_steps: list[list[int]] = field(default_factory=list)  # ranges that make no update
+    decided: list[tuple[int, int]] = field(default_factory=list)  # (samples, batch), rising
     # Of the validation split so far. Not in the checkpoint: metrics.jsonl has them.
     evaluations: list[Evaluation] = field(default_factory=list)
     info: WeightsInfo | None = None  # goes with the weights into each file of them
@@ -115,6 +117,8 @@ def capture(state: TrainState, into: Capture | None = None) -> Capture:
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "fingerprint": dict(state.fingerprint),
         "losses": list(state.losses),
+        "noise": list(state.noise),
+        "batches": [list(decision) for decision in state.decided],
         "over": [list(steps) for steps in state.skipped_steps],
         "averaged": state.average.count if state.average else 0,
         "precise_bn": bool(statistics),
@@ -234,6 +238,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     if state.scaler is not None and content.get("scaler") is not None:
         state.scaler.load_state_dict(content["scaler"])
     state.losses[:] = content.get("losses", [])
+    state.noise[:] = content.get("noise", [0.0, 0.0])
+    state.decided[:] = [(samples, batch) for samples, batch in content.get("batches", [])]
     state.skipped_steps[:] = content.get("over", [])
     state.step = content["step"]
     state.evaluated = None

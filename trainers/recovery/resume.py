@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from bigbatch.configs.decisions import KIND, Decisions, read_decisions
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir, check_layout, remove_leftovers
 from bigbatch.trainers.engine import Engine
@@ -87,3 +88,20 @@ def resume(run: RunDir, engine: Engine, state: TrainState, every: int) -> list[s
     found = engine.on_main(lambda: read_evaluations(run.metrics, state.step))
     state.evaluations[:] = [Evaluation(*evaluation) for evaluation in found]
     return errors
+
+
+def agreed_decisions(run: RunDir, engine: Engine, state: TrainState) -> Decisions:
+    """What the run has decided about its batch, by rank 0's reading of it. Collective.
+
+    Events are on the disk before a step follows from them, and every checkpoint holds those that
+    its steps followed from. Raises UserError where events.jsonl does not have these.
+    """
+    found = engine.on_main(lambda: read_decisions(run))
+    decided = [(samples, batch) for samples, batch in found]
+    if lost := [decision for decision in state.decided if decision not in decided]:
+        samples, batch = lost[0]
+        raise UserError(
+            f"{run.events} has no event {KIND} of global_batch {batch} at {samples:,} samples, "
+            f"which step {state.step} follows from; put the file back as it was, or start a new run"
+        )
+    return decided

@@ -36,6 +36,8 @@ _STATE_KINDS: dict[str, Any] = {
     "scaler": dict | None,
     "fingerprint": dict,
     "losses": list,
+    "noise": list,
+    "batches": list,
     "over": list,
     **dict.fromkeys(SCORES, float | int | None),
     "averaged": int,
@@ -178,11 +180,15 @@ def check_state(content: Any, step: int) -> None:
             raise ValueError(f"{name} is {content[name]!r:.40}")
     if content.get("averaged", 0) < 0:
         raise ValueError(f"averaged is {content['averaged']}")
-    if not all(isinstance(loss, float | int) for loss in content.get("losses", [])):
-        raise ValueError("losses holds what is no number")
-    for steps in content.get("over", []):
-        if not (isinstance(steps, list) and len(steps) == 2 and {*map(type, steps)} == {int}):
-            raise ValueError(f"over holds {steps!r:.40}, no range of steps")
+    for name in ("losses", "noise"):
+        if not all(isinstance(value, float | int) for value in content.get(name, [])):
+            raise ValueError(f"{name} holds what is no number")
+    if len(content.get("noise", (0, 0))) != 2:
+        raise ValueError(f"noise is {content['noise']!r:.40}")
+    for name, what in (("over", "range of steps"), ("batches", "position and batch")):
+        for pair in content.get(name, []):
+            if not (isinstance(pair, list) and len(pair) == 2 and {*map(type, pair)} == {int}):
+                raise ValueError(f"{name} holds {pair!r:.40}, no {what}")
 
 
 def newest_valid(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.decisions import recipe_of
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.json_text import parse_json
@@ -95,7 +96,7 @@ def find_past(
     `before_rollback`: the step as it was when the run went back from it, or from one after it.
     Raises UserError, with the remedy, where the step is out of reach.
     """
-    recipe = run.recipe()
+    recipe = recipe_of(run)
     if recipe.data.stream is not None:
         raise UserError(
             f"{run.name} trains on data.stream, whose samples are drawn anew at each start: no "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import finite
 from bigbatch.configs.judged import judged_by
 from bigbatch.configs.rundir import RunDir
@@ -104,6 +105,12 @@ class Replaying(Attempt):
     """An attempt whose evaluations are those on record: what follows from them does so again."""
 
     past: Past | None = None
+
+    def grows(self, step: int) -> bool:
+        raise UserError(
+            f"{self.job.run.name} has no event of what it decided about its batch after step "
+            f"{step}: events.jsonl is not what it was, and no later step can be had again"
+        )
 
     def evaluate(self, *, snapshot: bool = False) -> dict[str, float]:
         state, course = self.job.state, self.job.course

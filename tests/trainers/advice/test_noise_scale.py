@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigbatch.trainers.advice.noise_scale import NoiseScale
+from bigbatch.trainers.advice.noise_scale import NoiseScale, noise_scale
 from bigbatch.trainers.engine.ddp import DdpEngine
 from tests.helpers.ranks import run_ranks
 
@@ -61,7 +62,7 @@ def measure(reduction: str, micro_batches: int, steps: int) -> dict[str, list[fl
             with engine.micro_batch(last=number == mine[-1]):
                 engine.backward((engine.model(x) - y).square().mean() / 2)
         engine.reduce()
-        micro = float(engine.sum(engine.micro_batch_sq()))
+        micro = float(engine.sum(engine.micro_batch_sq())) / engine.micro_batches_measured
         norm = float(engine.gradient_norm())
         found["micro"].append(micro)
         found["norm"].append(norm)
@@ -122,6 +123,30 @@ def test_a_step_that_is_not_finite_is_recorded_and_not_averaged():
 def test_where_no_signal_stands_out_there_is_no_scale():
     recorded = NoiseScale(8, 32).update(4.0, 1.0)  # as of pure noise: |g|^2 falls as 1 / B
     assert math.isnan(recorded["noise_scale"])
+
+
+def test_averages_go_on_where_the_batch_changes_and_where_a_run_is_resumed():
+    """Norms as expected at |G|^2 = 2 and tr(S) = 600: any batch gives the scale 300, from the first
+    step of two micro-batches on; steps of one are left out. Independent: weights 0.99^k."""
+    kept: list[float] = [0.0, 0.0]
+    noise = NoiseScale(8, 8, kept)
+    values, rng = [], random.Random(0)
+    for step, batch in enumerate([8, 8, 16, 16, 64, 64, 64, 16, 256]):
+        wobble = rng.uniform(0.9, 1.1)
+        signal, spread = 2 * wobble, 600 / wobble
+        record = noise.update(signal + spread / 8, math.sqrt(signal + spread / batch), batch)
+        if batch == 8:
+            assert record == {}
+            continue
+        values.append((spread, signal))
+        weights = [0.99**k for k in range(len(values))][::-1]
+        n, s = (sum(w * v[i] for w, v in zip(weights, values, strict=True)) for i in (0, 1))
+        assert record["noise_scale"] == pytest.approx(n / s, rel=1e-9)
+        if step == 5:  # another process goes on from what a checkpoint holds
+            kept = list(kept)
+            noise = NoiseScale(8, 8, kept)
+    assert noise_scale(*kept) == record["noise_scale"]
+    assert math.isnan(noise_scale(0.0, 0.0))
 
 
 def test_steps_of_one_micro_batch_have_nothing_to_compare():

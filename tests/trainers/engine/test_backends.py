@@ -149,7 +149,7 @@ def train(
                 engine.clip(ClipNorm(name="norm", limit=clip), norm)
             engine.step()
             state.average.update(step + 1)
-        found.append([float(norm), float(totals[0])])
+        found.append([float(norm), float(totals[0]) / engine.micro_batches_measured])
     state.step = stop
     return found
 

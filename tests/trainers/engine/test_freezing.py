@@ -99,6 +99,7 @@ class Run:
             assert engine.changed_parameters() == []
             total = engine.sum(self.statistics.local())
             micro_sq = float(engine.sum(engine.micro_batch_sq().view(1)))
+            micro_sq /= engine.micro_batches_measured
             norm = engine.gradient_norm()
             self.statistics.finish(total, MICRO_BATCHES)
             engine.clip(ClipNorm(name="norm", limit=LIMIT), norm)

@@ -174,9 +174,11 @@ def without(path, *keys):
 def test_what_an_older_version_did_not_keep_starts_empty(tmp_path):
     state, other = make_state(steps=2), make_state(seed=1)
     state.losses, other.losses, other.skipped_steps = [1.0, 2.0], [3.0], [[4, 5]]
+    other.noise[:] = [5.0, 6.0]
     path = save_checkpoint(tmp_path, state, keep=1)
-    load_checkpoint(without(path, "losses", "over", "scaler", "accuracy"), other)
+    load_checkpoint(without(path, "losses", "noise", "over", "scaler", "accuracy"), other)
     assert (other.step, other.losses, other.skipped_steps) == (2, [], [])
+    assert other.noise == [0.0, 0.0]
     step(state)
     step(other)
     assert torch.equal(other.model[0].weight, state.model[0].weight)
@@ -411,6 +413,8 @@ STATES = {
     "another step": b'{"step": 3}',
     "half a step": b'{"step": 2.5}',
     "losses": b'{"losses": ["x"]}',
+    "noise": b'{"noise": ["x", 1]}',
+    "noise without signal": b'{"noise": [1]}',
     "an average": b'{"averaged": 1.5}',
     "less than no average": b'{"averaged": -1}',
     "ranges": b'{"over": [[1, 2, 3]]}',
