@@ -2,28 +2,22 @@
 
 `advise_run` reads a run directory: the recorded gradient norms give the critical batch size
 by phase, the recorded step time and a stated model of the all-reduce give the time of other
-batch sizes on other numbers of GPUs. `advise_points` fits measured training costs.
-Free of torch.
+batch sizes on other numbers of GPUs. Free of torch.
 """
 
-import csv
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bigbatch.configs.errors import UserError, reason_of
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.advice.critical_batch import (
-    Array,
     CostCurve,
     Phase,
     curve_of_phases,
-    fit_points,
-    held_out_errors,
     measure_phase,
     noise_and_signal,
 )
@@ -34,7 +28,7 @@ Rule = Literal["linear", "sqrt"]
 # The backward pass, twice as much work as the forward pass, hides an overlapped all-reduce.
 _HIDING = 2 / 3
 _MIN_STEPS = 10  # records in a phase, below which its blocks say nothing
-_BATCHES_TRIED = (1, 2, 4, 8, 16)  # micro-batches of each GPU in a step
+BATCHES_TRIED = (1, 2, 4, 8, 16)  # micro-batches of each GPU in a step
 
 
 @dataclass(frozen=True)
@@ -98,17 +92,8 @@ class RunAdvice:
     measured_ranks: int
     parameters: int
     choices: list[Choice]
-
-
-@dataclass(frozen=True)
-class PointsAdvice:
-    batch: Array  # [n]
-    cost: Array  # [n], in the unit of the file's column
-    unit: str
-    fitted: list[bool]  # [n], False for points held out
-    curve: CostCurve
-    errors: Array  # [n], of the curve, relative
-    left_out_errors: Array  # [n], each from a fit without that point; NaN where held out anyway
+    samples: int  # that the whole run was set to take
+    epoch_samples: int
 
 
 def advise_run(
@@ -141,7 +126,7 @@ def advise_run(
     parameters = parameters or count_parameters(run)
     step_time, step_s, ranks = measure_step(history, parameters, cluster)
     rule = rule or default_rule(recipe)
-    epochs = history.train["epoch"][-1] / history.train["step"][-1]
+    epoch_samples = round(batch * history.train["step"][-1] / history.train["epoch"][-1])
     choices = choose(
         curve,
         step_time,
@@ -149,7 +134,7 @@ def advise_run(
         recipe.optimizer.lr * recipe.lr_scale,
         rule,
         max_gpus=max_gpus,
-        max_batch=int(batch / epochs),
+        max_batch=epoch_samples,
     )
     return RunAdvice(
         name=run.name,
@@ -164,6 +149,8 @@ def advise_run(
         measured_ranks=ranks,
         parameters=parameters,
         choices=choices,
+        samples=total,
+        epoch_samples=epoch_samples,
     )
 
 
@@ -299,27 +286,7 @@ def choose(
     choices: list[Choice] = []
     gpus = 1
     while gpus <= max_gpus:
-        found = []
-        for turns in _BATCHES_TRIED:
-            size = step_time.micro_batch * gpus * turns
-            if size > max_batch:
-                break
-            step_s = step_time.seconds(size, gpus)
-            low, high = curve.cost_interval(size)
-            samples = curve.cost(size)
-            found.append(
-                Choice(
-                    gpus=gpus,
-                    batch=size,
-                    lr=scale_lr(lr, size / batch, rule),
-                    steps=math.ceil(samples / size),
-                    step_s=step_s,
-                    seconds=samples / size * step_s,
-                    seconds_interval=(low / size * step_s, high / size * step_s),
-                    extra_samples=samples / curve.floor - 1 if curve.floor > 0 else math.inf,
-                )
-            )
-        best = min(found, key=lambda c: c.seconds, default=None)
+        best = fastest(curve, step_time, batch, lr, rule, gpus=gpus, max_batch=max_batch)
         if best is None or (choices and best.seconds >= choices[-1].seconds):
             break
         choices.append(best)
@@ -327,65 +294,35 @@ def choose(
     return choices
 
 
-def advise_points(path: Path, hold_out: tuple[float, float] | None = None) -> PointsAdvice:
-    """Fit the points of a CSV file; those with a batch size in `hold_out`, ends included, not."""
-    batch, cost, unit = read_points(path)
-    low, high = hold_out or (math.inf, -math.inf)
-    fitted = (batch < low) | (batch > high)
-    if hold_out and fitted.all():
-        raise UserError(f"--hold-out {low:g}:{high:g} names no point of {path}")
-    sizes = len(set(batch[fitted].tolist()))
-    if sizes < 3:
-        left = " outside --hold-out" if hold_out else ""
-        raise UserError(
-            f"--points {path}: points at {sizes} different batch sizes{left}; two parameters and "
-            "their intervals need at least 3"
-        )
-    curve = fit_points(batch[fitted], cost[fitted])
-    left_out = np.full(len(batch), np.nan)
-    if len(set(batch[fitted].tolist())) > 3:
-        left_out[fitted] = held_out_errors(batch[fitted], cost[fitted])
-    errors = (curve.floor + curve.slope * batch) / cost - 1
-    return PointsAdvice(batch, cost, unit, fitted.tolist(), curve, errors, left_out)
-
-
-def read_points(path: Path) -> tuple[Array, Array, str]:
-    """Batch sizes, costs, and the name of the costs' column, in ascending batch size.
-
-    The columns are batch, batch_size or global_batch, and epochs, samples or a name
-    with `epochs_to` in it, such as epochs_to_75.9. Others are ignored.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
-            reader = csv.DictReader(file)
-            names = list(reader.fieldnames or [])
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        remedy = "give a CSV file that can be read"
-        raise UserError(f"cannot read --points {path}: {reason_of(error)}; {remedy}") from None
-    batches = [n for n in names if n in ("batch", "batch_size", "global_batch")]
-    costs = [n for n in names if n in ("epochs", "samples") or "epochs_to" in n]
-    if len(batches) != 1 or len(costs) != 1:
-        raise UserError(
-            f"--points {path} has columns {names}; it needs, parted by commas, exactly one of "
-            "batch, batch_size, global_batch, and one of epochs, samples, or a name with epochs_to "
-            "in it"
-        )
-    points = []
-    for row in rows:
-        try:
-            point = float(row[batches[0]]), float(row[costs[0]])
-        except (TypeError, ValueError):
-            point = math.nan, math.nan
-        if None in row:  # such as 256,10,5 where 10.5 was meant
-            raise UserError(
-                f"--points {path}: the row of batch {row[batches[0]]} has more than the "
-                f"{len(names)} columns named at the top; mend it (numbers are written 10.5)"
+def fastest(
+    curve: CostCurve,
+    step_time: StepTime,
+    batch: int,
+    lr: float,
+    rule: Rule,
+    *,
+    gpus: int,
+    max_batch: int,
+) -> Choice | None:
+    """The same for this number of GPUs; None where the least step of them is over `max_batch`."""
+    found = []
+    for turns in BATCHES_TRIED:
+        size = step_time.micro_batch * gpus * turns
+        if size > max_batch:
+            break
+        step_s = step_time.seconds(size, gpus)
+        low, high = curve.cost_interval(size)
+        samples = curve.cost(size)
+        found.append(
+            Choice(
+                gpus=gpus,
+                batch=size,
+                lr=scale_lr(lr, size / batch, rule),
+                steps=math.ceil(samples / size),
+                step_s=step_s,
+                seconds=samples / size * step_s,
+                seconds_interval=(low / size * step_s, high / size * step_s),
+                extra_samples=samples / curve.floor - 1 if curve.floor > 0 else math.inf,
             )
-        if not all(0 < value < math.inf for value in point):
-            shown = [row[batches[0]], row[costs[0]]]
-            raise UserError(f"--points {path}: {shown} is not two numbers above 0; mend that row")
-        points.append(point)
-    points.sort()
-    table = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1], costs[0]
+        )
+    return min(found, key=lambda c: c.seconds, default=None)

@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bigbatch.configs.plot_style import MUTED, plot_style
-from bigbatch.trainers.advice.advise import PointsAdvice, RunAdvice
+from bigbatch.trainers.advice.advise import RunAdvice
 from bigbatch.trainers.advice.critical_batch import CostCurve
+from bigbatch.trainers.advice.points import PointsAdvice
 from bigbatch.trainers.monitoring.progress import duration
 
 

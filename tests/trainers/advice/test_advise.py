@@ -17,13 +17,13 @@ from bigbatch.launcher.cli.main import cli
 from bigbatch.trainers.advice.advise import (
     Cluster,
     StepTime,
-    advise_points,
     advise_run,
     choose,
     count_parameters,
     measure_step,
 )
 from bigbatch.trainers.advice.critical_batch import CostCurve
+from bigbatch.trainers.advice.points import advise_points
 from bigbatch.trainers.monitoring.history import read_history
 
 ETHERNET = Cluster(bandwidth=12.5e9, latency=20e-6)
