@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from bigbatch import configs
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import builtin_recipes, load_recipe
 from bigbatch.configs.model import Model
@@ -53,6 +54,8 @@ EXPECTED = {
     "imagenet-mobilenet-v2": (IMAGENET, 1024, 64, 150, 4e-5, 0.9, {0: 0.1, 5: 0.4}),
     "cifar10-resnet18": (CIFAR, 512, 128, 30, 5e-4, 0.9, {3: 0.4}),
     "cifar10-airbench": (CIFAR, 1024, 256, 9.9, 0.00133, 0.85, {0: 0.3, 9.9: 0.105}),
+    "cifar10-muon": (CIFAR, 2000, 250, 8, 0, 0.6, {0: 0.24, 4: 0.12, 8: 0.0}),
+    "imagenet-resnet50-muon": (IMAGENET, 8192, 64, 90, 0.05, 0.95, {5: 0.02}),
 }  # fmt: skip
 
 
@@ -140,6 +143,30 @@ def test_airbench_decouples_rate_and_decay_as_its_authors_do():
     assert optimizer.weight_decay == pytest.approx(decay / lr / 1024, rel=1e-3)
 
 
+def test_muon_on_cifar_has_the_steps_of_its_source():
+    """airbench94_muon.py: 25 batches of 2,000 an epoch, lr (1 - step / steps), 3 iterations."""
+    recipe = load_recipe("cifar10-muon")
+    plan, rate = rates(recipe, 50_000)
+    assert plan.total == 8 * 25
+    for step in range(plan.total):
+        assert rate(step) == pytest.approx(0.24 * (1 - step / plan.total))
+    optimizer = recipe.optimizer
+    assert (optimizer.nesterov, optimizer.ns_steps, optimizer.ns_precision) == (True, 3, "bf16")
+    assert recipe.loss.label_smoothing == 0.2
+    (op,) = recipe.augment.ops
+    assert (op.name, op.padding, recipe.augment.border) == ("pad_crop", 2, "reflect")
+
+
+def test_muon_on_imagenet_has_lamb_s_rate_and_is_marked_untested():
+    recipe, lamb = (load_recipe(f"imagenet-resnet50-{name}") for name in ("muon", "lamb"))
+    for step in (0, 100, 9000):
+        ours, theirs = (rates(r, IMAGENET)[1](step) for r in (recipe, lamb))
+        assert ours == theirs
+    assert recipe.optimizer.rest.weight_decay == lamb.optimizer.weight_decay
+    folder = Path(configs.__file__).parent
+    assert "UNTESTED AT SCALE" in (folder / "imagenet-resnet50-muon.yaml").read_text()
+
+
 # The steps of MLPerf's decay after the warmup, from the hyperparameters of the runs in which they
 # stand as such; the others' are their epochs of training times the steps of an epoch.
 DECAY_STEPS = {"4k": 42 * 312.8 - 5 * 312.8, "8k": 6095, "32k": 2267 - 16 * 39.1, "64k": 1133}
@@ -215,7 +242,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Vision Transformer with AdamW.
 ALIKE = (
     *("-nesterov-8k", "-lars-4k", "-lars-8k", "-lars-32k", "-lars-64k", "-vit-s16-lamb"),
-    *("-a1", "-a2", "-growing"),
+    *("-a1", "-a2", "-growing", "-muon"),
 )
 
 
