@@ -1,6 +1,7 @@
 """What a run says about itself, and where; trainers/monitoring says it."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +20,11 @@ class Log(StrictModel):
         description="steps between lines of ledger.jsonl, digests of the state, which planned "
         "checkpoints and the last step also have; null: none",
     )
+    samples: bool = Field(
+        False,
+        description="write each sample's loss, margin and p(true) at each visit to samples.f16, 6 "
+        "bytes each, for `bigbatch samples`",
+    )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="auto: online where logged in, otherwise offline"
     )
@@ -33,3 +39,12 @@ class Log(StrictModel):
         "training images under evaluation conditions, dead units, gradients by layer",
     )
     trace: bool = Field(False, description="write every micro-batch's samples to trace/")
+
+
+def refusals(recipe: Any) -> Iterator[str]:
+    """What cannot be recorded of a recipe."""
+    if recipe.log.samples and recipe.data.stream is not None:
+        yield (
+            "log.samples does not go with data.stream, whose samples have no place in an order; "
+            "index the tars and set data.path, or set log.samples=false"
+        )

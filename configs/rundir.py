@@ -21,12 +21,13 @@ from bigbatch.configs.schema import Recipe
 ENSEMBLE = "ensemble.json"  # of a folder that `bigbatch ensemble` wrote
 _FILES = (
     *("recipe.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "ledger.jsonl"),
-    *("summary.json", "report.html", "augmented.png", "job.sbatch"),
+    *("summary.json", "report.html", "augmented.png", "job.sbatch", "samples.f16"),
 )
 _FOLDERS = (
     *("checkpoints", "snapshots", "ensemble", "evaluations", "heartbeats", "stacks", "logs"),
     *("trace", "wandb", "tensorboard", "code"),
 )
+ROW_BYTES = 6  # of samples.f16: three float16 for each sample of each step
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSIONS = ("bigbatch", "torch", "timm", "accelerate", "deepspeed", "kornia", "numpy", "wandb")
 
@@ -60,6 +61,10 @@ class RunDir:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.f16"
 
     @property
     def checkpoints(self) -> Path:

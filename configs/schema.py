@@ -14,6 +14,7 @@ from bigbatch.configs import (
     distill,
     losses,
     model,
+    monitoring,
     optimizers,
     recovery,
     regularise,
@@ -59,6 +60,7 @@ _RULES = tuple(
         regularise,
         distill,
         transfer,
+        monitoring,
     )
 )
 

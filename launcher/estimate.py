@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.rundir import ROW_BYTES
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import height_width
 from bigbatch.trainers.planning.plan import Plan
@@ -98,12 +99,14 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
 
 
 def disk_bytes(recipe: Recipe, plan: Plan, size: dict[str, int]) -> int:
-    """What the run directory will hold: checkpoints, one more while it is written, snapshots."""
+    """What the run directory will hold: checkpoints, one more while it is written, snapshots, and
+    rows of samples."""
     checkpoint = checkpoint_bytes(recipe, size)
     snapshots = len(plan.snapshots) + recipe.ensemble.soup + (recipe.average is not None)
     rule = recipe.checkpoint
     count = rule.keep + rule.keep_best + 1 + plan.kept()
     kept = count * checkpoint + snapshots * size["weight_bytes"]
+    kept += ROW_BYTES * plan.timeline.first(plan.total) if recipe.log.samples else 0
     return round(_MARGIN * kept)
 
 

@@ -19,7 +19,7 @@ from bigbatch.configs.rundir import RunDir, check_name, create_run, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.timeline import Timeline
 from bigbatch.trainers.models.weights_file import describe, read_header, read_info
-from bigbatch.trainers.monitoring.log import cut_records
+from bigbatch.trainers.monitoring.log import cut_records, cut_rows
 from bigbatch.trainers.planning.early_stop import best_evaluation, stops
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plateau import read_evaluations
@@ -54,6 +54,7 @@ class Branch:
     kept: tuple[str, ...]  # files of the parent's checkpoint that it takes as they are
     same_batch: bool  # steps are the parent's, and so are records of them
     same_cycles: bool  # and snapshots
+    same_samples: int  # the first ones of its order are the parent's, and so are rows of them
     best: Path | None  # the checkpoint that early stopping may yet go back to
     notes: tuple[str, ...]  # what a user should know, such as what it starts without
 
@@ -111,7 +112,9 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
     content = parse_json((checkpoint / STATE).read_bytes())
     fingerprint = dict(content["fingerprint"])
     fingerprint["recipe"] = recipe.model_dump(mode="json")
-    fingerprint["order_hash"] = "stream" if inputs.order is None else inputs.order.hash
+    order = "stream" if inputs.order is None else inputs.order.hash
+    same_order = order != "stream" and fingerprint.get("order_hash") == order
+    fingerprint["order_hash"] = order
     content |= {"step": step, "fingerprint": fingerprint, "batches": [list(d) for d in decided]}
     kept, notes = [MODEL, OPTIMIZER], list(inputs.notes)
     if content.get("precise_bn", False):
@@ -146,6 +149,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         tuple(kept),
         same_batch,
         same_batches and same,
+        here.first(step) if same_order else 0,
         _best_so_far(parent, step, recipe) if same_batch else None,
         tuple(notes),
     )
@@ -306,6 +310,9 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
             if records.exists():
                 shutil.copyfile(records, copy)
                 cut_records(copy, branch.step)  # what is beyond it no step of the branch has made
+    if branch.same_samples and branch.recipe.log.samples and parent.samples.exists():
+        shutil.copyfile(parent.samples, run.samples)
+        cut_rows(run.samples, branch.same_samples, recording=True)
     target = checkpoint_path(run.checkpoints, branch.step)
     target.mkdir(parents=True)
     for name in branch.kept:

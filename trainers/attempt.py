@@ -16,6 +16,7 @@ from bigbatch.configs.judged import judged_by
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.advice.noise_scale import asks_for, noise_scale
 from bigbatch.trainers.corruption.check import CorruptionCheck
+from bigbatch.trainers.dynamics.record import SampleRecords
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.evaluation.metrics import confusion
 from bigbatch.trainers.evaluation.probe import Probe
@@ -54,6 +55,7 @@ class Attempt:
     stop: StopFlag
     batches: Iterator[MicroBatch]  # this rank's, from the state's step on
     ledger: LedgerWriter
+    samples: SampleRecords
     corruption: CorruptionCheck
     probe: Probe | None = None
 
@@ -144,7 +146,7 @@ def open_attempt(
     ):
         if recipe.recovery.max_rollbacks and job.state.step == 0:
             saver.save(job.state)  # there is always something to go back to
-        ledger = LedgerWriter(job, log)
+        ledger, samples = LedgerWriter(job, log), SampleRecords(job, log)
         probe = None
         if images := plan.probes.images:
             probe = Probe(engine, job.evaluator, job.inputs.splits, images, recipe.seed)
@@ -158,6 +160,7 @@ def open_attempt(
             stop=stop,
             batches=batches,
             ledger=ledger,
+            samples=samples,
             corruption=CorruptionCheck(job, log, ledger),
             probe=probe,
         )

@@ -26,8 +26,8 @@ def train(attempt: Attempt) -> Ending:
     Raises Rollback where steps went wrong that shall be stepped over.
     """
     job, log, monitor, statistics = attempt.job, attempt.log, attempt.monitor, attempt.statistics
-    saver, watchdog, ledger = attempt.saver, attempt.watchdog, attempt.ledger
-    corruption = attempt.corruption
+    saver, watchdog = attempt.saver, attempt.watchdog
+    ledger, samples, corruption = attempt.ledger, attempt.samples, attempt.corruption
     recipe, engine, state, plan = job.recipe, job.engine, job.state, job.inputs.plan
     optimizer, objective = engine.optimizer, job.objective
     noise = NoiseScale(recipe.micro_batch, recipe.first_batch, state.noise)
@@ -86,11 +86,14 @@ def train(attempt: Attempt) -> Ending:
             if sharpness is not None:
                 with clock("model"):
                     first_loss = objective(engine.module, images, targets)
+                    samples.see(batch)  # at the run's own weights
                     sharpness.climb(first_loss)
                 statistics.add()  # of the run's own weights, not of those that it climbed to
                 torch.manual_seed(seed)
             with clock("model"), engine.micro_batch(last=number == mine - 1):
                 loss = objective(engine.model, images, targets)
+                if sharpness is None:
+                    samples.see(batch)
                 engine.backward(loss)
             if closure is not None:
                 closure.keep(seed, images, targets)
@@ -121,9 +124,10 @@ def train(attempt: Attempt) -> Ending:
                     "copies": corruption.share(copies),
                     "swapped": corruption.share_gradients(),
                     "ledger": ledger.share(step + 1, copies),
+                    "samples": samples.share(step),
                 }
             )
-            on_device = totals.pop("statistics")
+            on_device, of_samples = totals.pop("statistics"), totals.pop("samples")
             norm = engine.gradient_norm()
             agreed = read_back({**totals, "norm": norm, "buffers": on_device.sum()})
             if plan.probes.gradients(step + 1):
@@ -145,7 +149,7 @@ def train(attempt: Attempt) -> Ending:
             )
         if plan.timeline.shrinks(step):
             state.losses.clear()  # they are of more samples each, and so lie closer together
-        if check_step(
+        updated = check_step(
             recipe.recovery,
             step,
             mean_loss,
@@ -154,7 +158,8 @@ def train(attempt: Attempt) -> Ending:
             earlier=state.losses,
             skipped_steps=state.skipped_steps,
             may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,
-        ):
+        )
+        if updated:
             statistics.finish(on_device, micro_batches, recipe.batch_norm_power(images_of_step))
             with clock("optimizer"):
                 if recipe.clip is not None:
@@ -170,6 +175,7 @@ def train(attempt: Attempt) -> Ending:
         if closure is not None:
             closure.forget()
         state.step = step + 1
+        samples.write(of_samples, updated=updated)
 
         # 4. Say what happened.
         seconds = time.perf_counter() - started

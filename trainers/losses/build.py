@@ -26,18 +26,29 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target probabilities [B, C]
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a pass came to for each sample, off the graph."""
+
+    logits: Tensor  # [B, C]; of three views of each sample [3B, C], the first ones first
+    losses: Tensor  # [B], whose mean is the loss, without a teacher's or a penalty's part
+
+
 @dataclass
 class Course:
     """What a loss needs to know of a run's course; without one, all of it is behind.
 
     Class weights count from `weights_from` finished steps on: deferred re-weighting (Cao et al.
     2019, algorithm 1), where features are learned from the data as they are, and then rare
-    classes get their weights. `costs` are those of the loss confusion_cost.
+    classes get their weights. `costs` are those of the loss confusion_cost. Where somebody
+    `listens`, `heard` is what the last pass came to for each sample.
     """
 
     weights_from: int = 0
     step: int = 0  # finished steps; the loop sets it
     costs: ConfusionCosts | None = None
+    listens: bool = False
+    heard: Heard | None = None
 
     @property
     def weighs(self) -> bool:
@@ -101,16 +112,46 @@ def build_loss(
     keeps. Raises UserError where a model or classes do not fit.
     """
     if isinstance(config, c.CrossEntropy) and config.class_weights is None:
-        return partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        plain = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        return _heard_twice(plain, partial(plain, reduction="none"), course)
+    terms = _terms(config, model, classes, course)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        losses = terms(logits, targets)
+        if course is not None and course.listens:
+            course.heard = Heard(logits.detach(), losses.detach())
+        return losses.mean()
+
+    return loss
+
+
+def _heard_twice(mean: LossFunction, terms: LossFunction, course: Course | None) -> LossFunction:
+    """A mean that one kernel makes, with its terms by another where somebody listens: what a run
+    records must not change a bit of what it learns."""
+    if course is None:
+        return mean
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        if course.listens:
+            detached = logits.detach()
+            course.heard = Heard(detached, terms(detached, targets))
+        return mean(logits, targets)
+
+    return loss
+
+
+def _terms(
+    config: c.Loss, model: nn.Module | None, classes: ClassCounts | None, course: Course | None
+) -> LossFunction:
+    """The loss [B] of logits, [B, C] or of each view, and target probabilities [B, C]."""
     if isinstance(config, c.ConfusionCost):
         assert classes is not None, "the recipe refuses a stream"
         costs = ConfusionCosts(len(classes.names), config.share)
         if course is not None:
             course.costs = costs
-        return lambda z, v: classification.expected_cost(z, v, costs.like(z)).mean()
+        return lambda z, v: classification.expected_cost(z, v, costs.like(z))
     if isinstance(config, c.JSD):
-        weight = config.weight
-        return lambda z, v: classification.jsd(z, v, weight).mean()
+        return partial(classification.jsd, factor=config.weight)
     per_sample = _per_sample(config, model, classes)
     smoothing: float = getattr(config, "label_smoothing", 0.0)
     by_class: Callable[[Tensor], Tensor] | None = None
@@ -118,14 +159,14 @@ def build_loss(
         assert classes is not None, "the recipe refuses class weights of a stream"
         by_class = _constant(priors.class_weights(weights, classes))
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    def terms(logits: Tensor, targets: Tensor) -> Tensor:
         if by_class is not None and (course is None or course.weighs):
             targets = targets * by_class(targets)
         if smoothing:
             targets = classification.smoothed(targets, smoothing)
-        return per_sample(logits, targets).mean()
+        return per_sample(logits, targets)
 
-    return loss
+    return terms
 
 
 def _per_sample(
@@ -158,7 +199,7 @@ def _per_sample(
             costs = _constant(_costs(config, classes))
             return lambda z, v: classification.expected_cost(z, v, costs(z))
         case c.ConfusionCost() | c.JSD():
-            raise AssertionError("build_loss makes it")
+            raise AssertionError("`_terms` makes it")
         case c.LogitAdjusted():
             assert classes is not None, "the recipe refuses a stream"
             prior = _constant(config.tau * priors.log_shares(classes))

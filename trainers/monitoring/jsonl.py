@@ -1,4 +1,4 @@
-"""Files of JSON lines that are appended to while a disk may fill up or a process be killed."""
+"""Files that are appended to while a disk may fill up or a process be killed."""
 
 import os
 import threading
@@ -8,25 +8,22 @@ from typing import Any
 from bigbatch.configs.files import append_whole, to_json
 
 
-class JsonLines:
-    """Appends whole lines to a file, in order, and holds them back while the disk takes none."""
+class Appending:
+    """Appends bytes to a file, in order, and holds them back while the disk takes none."""
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        size = os.fstat(self._handle).st_size
-        torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
-        # A last line torn by a kill is ended first, so that it stands alone.
-        self._waiting = b"\n" if torn else b""
+        self._waiting = b""
         self._lock = threading.Lock()  # `sync` may come from another thread
 
-    def append(self, record: dict[str, Any]) -> str | None:
-        """Append one record. Returns why it is held back, or None: it is in the file."""
+    def append_bytes(self, content: bytes) -> str | None:
+        """Append them whole. Returns why they are held back, or None: they are in the file."""
         with self._lock:
-            self._waiting += to_json(record).encode() + b"\n"
+            self._waiting += content
         return self._flush()
 
     def sync(self) -> None:
-        """Put all lines onto the disk; raises OSError where it takes none."""
+        """Put all of it onto the disk; raises OSError where it takes none."""
         refusal = self._flush()
         if refusal:
             raise OSError(refusal)
@@ -47,3 +44,18 @@ class JsonLines:
                 return str(error)
             self._waiting = b""
             return None
+
+
+class JsonLines(Appending):
+    """A file of whole lines of JSON."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        size = os.fstat(self._handle).st_size
+        torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
+        # A last line torn by a kill is ended first, so that it stands alone.
+        self._waiting = b"\n" if torn else b""
+
+    def append(self, record: dict[str, Any]) -> str | None:
+        """Append one record. Returns why it is held back, or None: it is in the file."""
+        return self.append_bytes(to_json(record).encode() + b"\n")

@@ -1,8 +1,8 @@
 """What a run says about itself: metrics.jsonl, events.jsonl, and the views of them.
 
 `metrics.jsonl` is the truth, keyed by step; the progress line, wandb and the report are
-views of it. The lines of ledger.jsonl are made in trainers/ledger. Only rank 0 writes. Free of
-torch.
+views of it. The lines of ledger.jsonl are made in trainers/ledger, the rows of samples.f16 in
+trainers/dynamics. Only rank 0 writes. Free of torch.
 """
 
 import os
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Self
 from bigbatch.configs.files import finite, iter_jsonl
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.redact import redact
-from bigbatch.configs.rundir import RunDir, event_record
+from bigbatch.configs.rundir import ROW_BYTES, RunDir, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.trainers.monitoring.alerts import TITLES, Alerts, replay_command
-from bigbatch.trainers.monitoring.jsonl import JsonLines
+from bigbatch.trainers.monitoring.jsonl import Appending, JsonLines
 from bigbatch.trainers.monitoring.prometheus import TextFile
 from bigbatch.trainers.monitoring.tensorboard_view import TensorBoardView
 from bigbatch.trainers.monitoring.wandb_view import WandbView, open_wandb
@@ -45,6 +45,7 @@ class Log:
         metrics: JsonLines | None,
         events: JsonLines | None,
         ledger: JsonLines | None = None,
+        samples: Appending | None = None,
         progress: "Progress | None",
         wandb: WandbView | None,
         tensorboard: TensorBoardView | None = None,
@@ -58,6 +59,7 @@ class Log:
         self._metrics = metrics
         self._events = events
         self._ledger = ledger
+        self._samples = samples
         self._progress = progress
         self._wandb = wandb
         self._tensorboard = tensorboard
@@ -120,6 +122,11 @@ class Log:
         if self._ledger:
             self._ledger.append(line)
 
+    def samples(self, rows: bytes) -> None:
+        """Append the rows of a step to samples.f16; what the disk holds back comes later."""
+        if self._samples:
+            self._samples.append_bytes(rows)
+
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl: when, what, after how many steps, and any plain values."""
         if self._events:
@@ -150,7 +157,7 @@ class Log:
 
     def sync(self) -> None:
         """Put the records on the disk; a checkpoint must not outlive them. From any thread."""
-        for file in (self._metrics, self._events, self._ledger):
+        for file in (self._metrics, self._events, self._ledger, self._samples):
             if file:
                 file.sync()
 
@@ -175,7 +182,7 @@ class Log:
             self._report_tensorboard()
         if self._prometheus:
             self._prometheus.close()
-        for file in (self._metrics, self._events, self._ledger):
+        for file in (self._metrics, self._events, self._ledger, self._samples):
             if file:
                 file.close()
 
@@ -252,6 +259,8 @@ def open_log(
 
     cut_records(run.metrics, start_step)
     cut_records(run.ledger, start_step)
+    seen = recipe.timeline(epoch_samples).first(start_step)
+    cut_rows(run.samples, seen, recording=recipe.log.samples)
     prometheus = recipe.log.prometheus
     log = Log(
         run,
@@ -261,6 +270,7 @@ def open_log(
         metrics=JsonLines(run.metrics),
         events=JsonLines(run.events),
         ledger=JsonLines(run.ledger) if recipe.log.ledger_every else None,
+        samples=Appending(run.samples) if recipe.log.samples else None,
         progress=Progress(
             run.name, total_steps, start_step, work=recipe.timeline(epoch_samples).first
         ),
@@ -316,6 +326,16 @@ def cut_records(records: Path, step: int) -> None:
         if at + stop < end:
             file.truncate(at + stop)
             os.fsync(file.fileno())
+
+
+def cut_rows(samples: Path, seen: int, *, recording: bool) -> None:
+    """Drop the rows of samples.f16 beyond the first `seen` samples; where a run goes on recording,
+    rows that are missing there become a hole, which says so."""
+    size = seen * ROW_BYTES
+    if recording:
+        samples.touch()
+    if samples.exists() and (recording or samples.stat().st_size > size):
+        os.truncate(samples, size)
 
 
 def last_step(metrics: Path) -> int:

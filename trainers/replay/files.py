@@ -1,8 +1,7 @@
 """A replayed step as a folder: JSON, a page, a picture of each micro-batch, and tensors."""
 
-import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from bigbatch.trainers.recovery.tensor_files import write_tensors
 from bigbatch.trainers.replay.look import Looked
 from bigbatch.trainers.replay.replay import Replayed
 from bigbatch.trainers.replay.summary import Result, in_words, mixed_words
+from bigbatch.trainers.report import pages
 from bigbatch.trainers.report.grid import grid
 
 RESULT, PAGE, STEP, MICRO = (
@@ -24,12 +24,6 @@ RESULT, PAGE, STEP, MICRO = (
     "micro-batch.safetensors",  # images, targets, logits and losses of the one looked into
 )
 _COLUMNS = 8
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em}"
-    "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f4f4}"
-    "img{max-width:100%}code{background:#f4f4f4}"
-)
 
 
 def write_folder(folder: Path, result: Result, replayed: Replayed, looked: Looked) -> list[Path]:
@@ -80,18 +74,16 @@ def picture(result: Result, micro: int, images: npt.NDArray[np.uint8]) -> bytes:
 
 def page(result: Result, pictures: Sequence[str]) -> str:
     """The findings as a page, which shows the pictures that lie beside it."""
-    title = f"Step {result['step']} of {result['run']}"
-    words = "".join(f"<p>{html.escape(line)}</p>\n" for line in in_words(result))
     columns = ("gradient_norm", "share", "usual", "update_norm", "weight_norm", "trust_ratio")
     parts = [
-        f"<h1>{html.escape(title)}</h1>\n{words}",
+        pages.sentences(in_words(result)),
         "<h2>Layers</h2>\n",
-        _table("layer", columns, sorted(result["layers"], key=_by("gradient_norm"))),
+        pages.table("layer", columns, sorted(result["layers"], key=_by("gradient_norm"))),
         "<h2>Micro-batches</h2>\n",
-        _table("micro", ("loss", "norm", "share", "without"), result["micro_batches"]),
+        pages.table("micro", ("loss", "norm", "share", "without"), result["micro_batches"]),
         f"<h2>Samples of micro-batch {result['micro']}</h2>\n",
-        f"<p>{html.escape(result['terms'])}.</p>\n",
-        _table(
+        pages.sentences([f"{result['terms']}."]),
+        pages.table(
             "key",
             ("class", "loss", "norm", "share", "layer"),
             sorted(
@@ -101,33 +93,11 @@ def page(result: Result, pictures: Sequence[str]) -> str:
     ]
     if result["activations"]:
         columns = ("kind", "mean", "largest", "dead", "saturated", "non_finite")
-        parts += ["<h2>Activations</h2>\n", _table("layer", columns, result["activations"])]
-    for name in pictures:
-        parts.append(f'<h2>{html.escape(Path(name).stem)}</h2>\n<img src="{html.escape(name)}">\n')
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{_STYLE}</style>\n{''.join(parts)}</html>\n"
-    )
+        parts += ["<h2>Activations</h2>\n", pages.table("layer", columns, result["activations"])]
+    parts += [pages.picture(Path(name).stem, name) for name in pictures]
+    return pages.page(f"Step {result['step']} of {result['run']}", parts)
 
 
 def _by(name: str) -> Any:
     """What sorts rows by a figure, the largest first; those without one come last."""
     return lambda row: (row[name] is None, -(row[name] or 0.0))
-
-
-def _table(first: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in (first, *columns))
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(cell(row[c]))}</td>" for c in (first, *columns))
-        + "</tr>\n"
-        for row in rows
-    )
-    return f"<table><tr>{head}</tr>\n{body}</table>\n"
-
-
-def cell(value: Any) -> str:
-    """A value of a table; "-" where there is none."""
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

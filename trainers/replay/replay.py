@@ -23,6 +23,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.recovery import Corruption
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.corruption.check import CorruptionCheck
+from bigbatch.trainers.dynamics.record import SampleRecords
 from bigbatch.trainers.job import Job, build_job
 from bigbatch.trainers.ledger.lines import DIGESTS, read_ledger
 from bigbatch.trainers.ledger.record import LedgerWriter
@@ -134,6 +135,7 @@ class Replay:
                 NoSignal(),
                 batches,
                 ledger,
+                SampleRecords(job, self.log),
                 CorruptionCheck(job, self.log, ledger),
                 past=self.past,
             )
@@ -255,7 +257,7 @@ def open_replay(past: Past) -> Iterator[Replay]:
         data = recipe.data.model_copy(update={"workers": 0} if images <= _FEW_IMAGES else {})
         # What leaps is looked at here, not gone back from; a step is replayed once, not twice.
         recovery = recipe.recovery.model_copy(update={"spike": None, "corruption": Corruption()})
-        log = recipe.log.model_copy(update={"ledger_every": 1})
+        log = recipe.log.model_copy(update={"ledger_every": 1, "samples": False})
         here = recipe.model_copy(update={"data": data, "recovery": recovery, "log": log})
         job = replace(job, recipe=here)
         notes = Notes(run, here, job.inputs.plan.total, job.inputs.epoch_samples)

@@ -6,8 +6,8 @@ from typing import Any
 from rich.table import Table
 
 from bigbatch.configs.terminal import Terminal
-from bigbatch.trainers.replay.files import cell
 from bigbatch.trainers.replay.summary import Result
+from bigbatch.trainers.report.pages import cell
 
 _MOST = 8  # rows of a table; replay.json has all
 

@@ -162,9 +162,9 @@ class Net(nn.Module):
         return out
 
 
-def built(config: dict[str, Any]) -> Any:
+def built(config: dict[str, Any], course: Course | None = None) -> Any:
     model = Net(scale=SCALE) if config["name"] in ("arcface", "cosface") else None
-    return build_loss(ADAPTER.validate_python(config), model, COUNTS)
+    return build_loss(ADAPTER.validate_python(config), model, COUNTS, course)
 
 
 def batch(rows: int = 24, mixed: bool = True) -> tuple[Tensor, Tensor]:
@@ -217,6 +217,24 @@ def test_gradients_are_the_slopes_and_finite_far_out(case: str) -> None:
     loss(far, targets.float()).backward()
     assert far.grad is not None
     assert far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_who_listens_hears_each_sample_and_changes_no_bit(case: str) -> None:
+    config, label = CASES[case]
+    logits, targets = batch(mixed=config["name"] not in ONE_LABEL)
+    course = Course(listens=True)
+    loss, plain = built(config, course)(logits, targets), built(config)(logits, targets)
+    assert torch.equal(loss, plain)
+    assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (loss, plain)))
+    assert course.heard is not None
+    assert torch.equal(course.heard.logits, logits)
+    assert not course.heard.losses.requires_grad
+    expected = [
+        sum(share * label(row, c) for c, share in enumerate(shares)).item()
+        for row, shares in zip(logits.detach(), targets, strict=True)
+    ]
+    assert course.heard.losses.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_default_is_plain_cross_entropy() -> None:
