@@ -68,8 +68,9 @@ _SHOWN = {ACCURACY: (ACCURACY, NLL, ECE), MAE: (MAE, RMSE, R2), KL: (KL, MODE)}
 
 
 def judged_by(recipe: Any) -> Score:
-    """The score that decides between a recipe's models."""
-    return ACCURACY
+    """The score that decides between a recipe's models: a classifier's, or its loss's own."""
+    judge: Score = getattr(recipe.loss, "judge", ACCURACY)
+    return judge
 
 
 def judged_in(scores: Mapping[str, Any]) -> Score | None:

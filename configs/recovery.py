@@ -15,7 +15,7 @@ class Checkpoint(StrictModel):
     every: Period = Field(Length(1, "epochs"), description="and at the run's end")
     keep: Count = Field(2, description="how many of the newest checkpoints stay on disk")
     keep_best: Annotated[int, Field(ge=0)] = Field(
-        0, description="and how many of those with the best accuracy on the validation split"
+        0, description="and how many of those with the best score on the validation split"
     )
     keep_every: Period | None = Field(
         None, description="and one each time this much is done, for good"

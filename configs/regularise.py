@@ -29,14 +29,16 @@ class ASAM(StrictModel):
 
 
 class EarlyStop(StrictModel):
-    """The end of training where the validation split's accuracy no longer rises.
+    """The end of training where the validation split's score no longer improves.
 
     The run's model is then that of its best evaluation (Prechelt 1998, "Early stopping - but
     when?", criterion UP).
     """
 
     patience: Count = Field(description="evaluations in a row without a new best that end it")
-    threshold: NonNegative = Field(0.0, description="a new best is better by more than this")
+    threshold: NonNegative = Field(
+        0.0, description="a new best is better by more than this, in the score's own unit"
+    )
 
 
 class Regularise(StrictModel):

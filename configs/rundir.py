@@ -18,6 +18,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import dump_recipe, parse_recipe, read_yaml
 from bigbatch.configs.schema import Recipe
 
+ANSWERS = "targets.json"  # in a run's ensemble/: predicted numbers beside true ones
 ENSEMBLE = "ensemble.json"  # of a folder that `bigbatch ensemble` wrote
 _FILES = (
     *("recipe.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "ledger.jsonl"),

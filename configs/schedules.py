@@ -174,7 +174,9 @@ class Plateau(Warmup):
     """
 
     name: Literal["plateau"]
-    metric: Literal["accuracy", "nll"] = Field("nll", description="of the validation split")
+    metric: Literal["accuracy", "nll", "mae", "rmse", "r2", "kl", "mode"] = Field(
+        "nll", description="of the validation split, one of those that the loss has"
+    )
     factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of each reduction")
     patience: Annotated[int, Field(ge=0)] = Field(
         10, description="evaluations without improvement that are borne"

@@ -19,6 +19,7 @@ from bigbatch.configs import (
     recovery,
     regularise,
     stream,
+    targets,
     transfer,
 )
 from bigbatch.configs.augment import Augment
@@ -57,6 +58,7 @@ _RULES = tuple(
         model,
         augment,
         losses,
+        targets,
         regularise,
         distill,
         transfer,

@@ -8,14 +8,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.judged import SCORES, judged_by, shown
 from bigbatch.configs.load import load_recipe, read_yaml
 from bigbatch.configs.notices import notice
 from bigbatch.configs.part import Positive, StrictModel
 from bigbatch.configs.renamed import RENAMED
+from bigbatch.configs.schema import Recipe
 
-Objective = Literal["accuracy", "nll", "ece", "seconds"]
+Objective = Literal["accuracy", "nll", "ece", "mae", "rmse", "r2", "kl", "mode", "seconds"]
 _EXAMPLE = "optimizer.lr: {type: float, low: 0.1, high: 10, log: true}"
-MAXIMISED = ("accuracy",)  # the others are minimised
+# By which trials are compared while they run: scores of each evaluation, that decide something.
+COMPARED = tuple(key for key in SCORES if key != "ece")
+MAXIMISED = tuple(key for key, score in SCORES.items() if score.more_is_better)
 
 
 class Float(StrictModel):
@@ -122,6 +126,7 @@ def load_space(path: Path, recipe: str, overrides: tuple[str, ...] = ()) -> Spac
     except ValidationError as error:
         lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
         raise UserError(f"space {path}:\n{lines}") from None
+    _check_objectives(space, path, load_recipe(recipe, overrides, say=None))
     for key, parameter in space.parameters.items():
         if new := RENAMED.get(key):
             if new in space.parameters:
@@ -133,6 +138,17 @@ def load_space(path: Path, recipe: str, overrides: tuple[str, ...] = ()) -> Spac
             except UserError as error:
                 raise UserError(f"space {path}: {override(key, value)} in {error}") from None
     return space
+
+
+def _check_objectives(space: Space, path: Path, recipe: Recipe) -> None:
+    """Raise UserError for a score that runs of the recipe do not have."""
+    scores = [score.key for score in shown(judged_by(recipe))]
+    for objective in space.objectives:
+        if objective not in (*scores, "seconds"):
+            raise UserError(
+                f"space {path}: objectives: {objective} is no score of loss {recipe.loss.name}; "
+                f"write {', '.join(scores)} or seconds"
+            )
 
 
 def _explain(error: Any) -> str:

@@ -1,6 +1,6 @@
 """Micro-batches: which ones a rank makes and how, and what one holds on its way to the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class MicroBatch:
     bad: tuple[dict[str, Any], ...] = ()  # journal entries: what was substituted, and why
     slow_read: tuple[int, float] | None = None  # shard that took longest to read, seconds
     stored: Frames | None = None  # [B], which part of each image this is; None: all of it
+    targets: Tensor | None = None  # float32 [B, K], as they stand in the shards
 
     @property
     def frames(self) -> Frames:
@@ -110,10 +111,12 @@ class MicroBatch:
     def part(self, rows: npt.NDArray[np.int64]) -> "MicroBatch":
         """The samples at these places, with copies of their pixels."""
         pixels = self.pixels.split((self.sizes.prod(1) * self.channels).tolist())
+        places = torch.from_numpy(rows).to(self.labels.device)
         return replace(
             self,
             samples=self.samples[rows],
-            labels=self.labels[torch.from_numpy(rows).to(self.labels.device)],
+            labels=self.labels[places],
+            targets=None if self.targets is None else self.targets[places],
             pixels=torch.cat([pixels[row] for row in rows.tolist()]),
             sizes=self.sizes[torch.from_numpy(rows)],
             bad=(),
@@ -121,9 +124,16 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same with pixels and labels on `device`; sizes stay, which the host needs."""
-        pixels = self.pixels.to(device, non_blocking=True)
-        return replace(self, pixels=pixels, labels=self.labels.to(device, non_blocking=True))
+        """The same on `device`, but for sizes, which the host needs."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
-        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        return replace(
+            self,
+            pixels=change(self.pixels),
+            labels=change(self.labels),
+            targets=None if self.targets is None else change(self.targets),
+        )

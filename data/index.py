@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 from google_crc32c import value as crc32c
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.classes import UNLABELLED, read_classes
 from bigbatch.data.energon import one_part_only
-from bigbatch.data.index_check import COLUMNS
+from bigbatch.data.index_check import columns_of
 from bigbatch.data.index_files import (
     consistently,
     is_read_at_open,
@@ -39,6 +40,7 @@ from bigbatch.data.rng import uniforms
 from bigbatch.data.samples import Scan, scan_shard
 from bigbatch.data.splits import one_split_only
 from bigbatch.data.staging import Remote
+from bigbatch.data.targets import Targets, join_targets
 
 _SHOWN_PROBLEMS = 20
 MAX_UNNAMED = 1 << 20  # classes that no classes.txt names: a larger label is no class number
@@ -63,7 +65,8 @@ class Index:
     """The samples of one split, N of them in C classes.
 
     Sample i is the bytes [offset[i], offset[i] + size[i]) of shards[shard[i]], an encoded
-    image of class label[i]; crc[i] is their CRC-32C. class_members[class_starts[c] :
+    image of class label[i]; crc[i] is their CRC-32C, and target[i] what numbers it stands for,
+    where samples have any. class_members[class_starts[c] :
     class_starts[c + 1]] are the samples of class c, ascending. Arrays are memory-mapped and
     read-only. `problems` and `passed_over` say what was left out when it was made. `hash`
     identifies the rest, shard sizes and class names included.
@@ -84,6 +87,7 @@ class Index:
     hash: str
     remote: Remote | None = None  # where the shards are, if not in `root`
     loose: bool = False  # the "shards" are image files, of which no CRC is known
+    target: Targets | None = None  # [N, K]
 
     def __len__(self) -> int:
         return len(self.label)
@@ -110,7 +114,8 @@ class Index:
 
 def some_samples(index: Index, samples: npt.NDArray[np.int64]) -> Index:
     """Samples of an index, in this order, to read; its lists of classes stay those of the whole."""
-    columns = ("shard", "offset", "size", "label", "crc")
+    columns = ["shard", "offset", "size", "label", "crc"]
+    columns += [] if index.target is None else ["target"]
     return replace(index, **{name: getattr(index, name)[samples] for name in columns})
 
 
@@ -158,7 +163,7 @@ def verify_index(index: Index) -> None:
 
     def read() -> None:
         manifest = _same_manifest(index)
-        if not is_read_at_open({name: getattr(index, name) for name in COLUMNS}):
+        if not is_read_at_open({name: getattr(index, name) for name in columns_of(manifest)}):
             verify_columns(index.root, manifest)
         verify_keys(index.root, len(index))
 
@@ -217,10 +222,11 @@ def build_index(
     `classes` names the classes by number; without it, the lines of classes.txt in `root` or
     in the folder above it, or else the numbers themselves. `workers` processes scan shards.
 
-    Any problem (damaged archive, duplicate key, missing or impossible label, label without an
-    image) raises BadShards with all of them and leaves the old index as it was. With `skip_bad`,
-    samples with a problem are left out, and the problems are kept in the index. So is a count of
-    what is passed over: members that are no part of a sample, and files beside the archives.
+    Any problem (damaged archive, duplicate key, missing or impossible label or target, either
+    without an image) raises BadShards with all of them and leaves the old index as it was. With
+    `skip_bad`, samples with a problem are left out, and the problems are kept in the index. So is
+    a count of what is passed over: members that are no part of a sample, and files beside the
+    archives.
     """
     root = Path(root)
     paths = find_shards(root)
@@ -257,6 +263,11 @@ def write_index(
         "crc": _concatenate([s.crcs for s in scans]),
     }
     problems = [f"{where}: {what}" for scan in scans for where, what in scan.problems]
+    target, lacking = join_targets([numbers for scan in scans for numbers in scan.targets])
+    labels = np.delete(columns["label"], [i for i, _ in lacking])
+    if target is not None and (labels < 0).all() and len(names or UNLABELLED) == 1:
+        names, columns["label"] = names or UNLABELLED, np.zeros(len(keys), np.int64)
+    lacking += [(int(i), "has no label") for i in np.flatnonzero(columns["label"] < 0)]
     bad = _duplicates(keys)
     problems += [
         _describe(i, "has the key of an earlier one", columns, shards, keys) for i in bad.tolist()
@@ -267,7 +278,8 @@ def write_index(
     for i in unknown.tolist():
         problem = f"has label {columns['label'][i]}, beyond the {told} classes"
         problems.append(_describe(i, problem, columns, shards, keys))
-    bad = np.union1d(bad, unknown)
+    problems += [_describe(i, what, columns, shards, keys) for i, what in lacking]
+    bad = np.union1d(np.union1d(bad, unknown), np.array([i for i, _ in lacking], np.int64))
     if problems and not skip_bad:
         shown = "\n".join(f"  {p}" for p in problems[:_SHOWN_PROBLEMS])
         more = len(problems) - _SHOWN_PROBLEMS
@@ -280,6 +292,7 @@ def write_index(
     good[bad] = False
     if not good.any():
         raise UserError(f"{place} holds no sample: an image and a label (.cls) with the same name")
+    columns |= {} if target is None else {"target": target}
     columns = {name: column[good] for name, column in columns.items()}
     labels = columns["label"]
     if names is None:
@@ -297,9 +310,11 @@ def write_index(
         "shards": [asdict(file) for file in files],
         "problems": problems,
         "passed_over": members_passed_over(scans) | dict(beside),
+        "targets": 0 if target is None else target.shape[1],
     }
-    if not manifest["passed_over"]:
-        del manifest["passed_over"]
+    for optional in ("passed_over", "targets"):
+        if not manifest[optional]:
+            del manifest[optional]
     write_files(root, columns, keys.filter(pa.array(good)), manifest)
 
 
@@ -346,31 +361,12 @@ def members_passed_over(scans: Sequence[Scan]) -> dict[str, int]:
     return {f"members {what}": count for what, count in sorted(found.items())}
 
 
-def scan_shards(
-    paths: Sequence[Path], workers: int, label_key: str | None = None, unlabelled: bool = False
-) -> list[Scan]:
-    """Scan archives, with several processes where `workers` > 1; in the order given."""
-    scan = partial(scan_shard, label_key=label_key, unlabelled=unlabelled)
+def scan_shards(paths: Sequence[Path], workers: int, **keys: Any) -> list[Scan]:
+    """`scan_shard` of archives, in several processes where `workers` > 1; in the order given."""
+    scan = partial(scan_shard, **keys)
     if workers <= 1 or len(paths) == 1:
         return [scan(path) for path in paths]
     return map_all(scan, paths, workers)
-
-
-def read_classes(root: Path) -> tuple[str, ...] | None:
-    """Class names, one a line, from classes.txt in `root` or the folder above it."""
-    for path in (root / "classes.txt", root.resolve().parent / "classes.txt"):
-        if path.is_file():
-            return parse_classes(path.read_bytes(), path)
-    return None
-
-
-def parse_classes(text: bytes, path: Path | str) -> tuple[str, ...]:
-    """The lines of a classes.txt, by whatever editor, in UTF-8; UserError for other bytes."""
-    try:
-        lines = text.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); write it as UTF-8") from None
-    return tuple(lines.rstrip("\n").split("\n"))
 
 
 def _concatenate(lists: list[list[int]]) -> npt.NDArray[np.int64]:

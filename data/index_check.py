@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bigbatch.data.targets import MOST
+
 FORMAT = 1
-COLUMNS = {
+COLUMNS: dict[str, type[np.generic]] = {
     "shard": np.uint32,
     "offset": np.uint64,
     "size": np.uint32,
@@ -22,9 +24,10 @@ COLUMNS = {
     "class_starts": np.int64,
     "class_members": np.uint32,
 }
+TARGET = "target"  # of indexes whose manifest says `targets`, how many numbers a sample has
 MAX_MANIFEST_BYTES = 1 << 30
 _FIELDS = {"format", "samples", "classes", "shards", "problems", "columns", "hash"}
-_OPTIONAL = {"passed_over"}  # {what: how many}
+_OPTIONAL = {"passed_over", "targets"}  # {what: how many}; numbers of a sample's target
 _SHARD_FIELDS = {"name", "bytes", "samples"}
 _MOST_SAMPLES = 1 << 32  # class_members are uint32
 _MOST_BYTES = 1 << 63  # a file's offset is a signed number of 64 bits
@@ -54,13 +57,28 @@ def check_manifest(manifest: Any) -> None:
     good = isinstance(counts, dict) and all(_is_count(n, _MOST_BYTES) for n in counts.values())
     _expect(good, "passed_over holds what is no count")
     _expect(len(manifest["classes"]) > 0, "it names no class")
+    width = manifest.get("targets", 1)
+    _expect(_is_count(width, MOST + 1) and width > 0, f"targets = {width!r:.40}")
     columns = manifest["columns"]
     _expect(isinstance(columns, dict), "columns is no mapping")
-    _fields(columns, set(COLUMNS), "columns")
+    _fields(columns, set(columns_of(manifest)), "columns")
     good = all(isinstance(d, str) and re.fullmatch("[0-9a-f]{64}", d) for d in columns.values())
     _expect(good, "columns holds what is no SHA-256")
     _expect(isinstance(manifest["hash"], str), "hash is no text")
     _check_shards(manifest["shards"], samples)
+
+
+def columns_of(manifest: Mapping[str, Any]) -> dict[str, type[np.generic]]:
+    """The columns of an index, each with its dtype."""
+    return {**COLUMNS, TARGET: np.float32} if "targets" in manifest else COLUMNS
+
+
+def shape_of(column: str, manifest: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape that a manifest gives a column."""
+    if column == "class_starts":
+        return (len(manifest["classes"]) + 1,)
+    rows: int = manifest["samples"]
+    return (rows, manifest["targets"]) if column == TARGET else (rows,)
 
 
 def _check_shards(shards: Any, samples: int) -> None:
@@ -121,6 +139,10 @@ def check_columns(columns: Columns, manifest: Mapping[str, Any]) -> None:
         inside = (offset <= length) & (size <= length - np.minimum(offset, length))
         where = start + int(np.argmin(inside))
         _expect(bool(inside.all()), f"sample {where:,} reaches beyond the end of its shard")
+        if TARGET in columns:
+            finite = np.isfinite(columns[TARGET][chunk]).all(1)
+            where = start + int(np.argmin(finite))
+            _expect(bool(finite.all()), f"the target of sample {where:,} is not finite")
         in_shard += np.bincount(shard, minlength=len(shards))
         in_class += np.bincount(label, minlength=classes)
     told = np.array([shard["samples"] for shard in shards], np.int64)

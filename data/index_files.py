@@ -2,9 +2,10 @@
 
     SPLIT/index/{manifest.json, keys.parquet, *.npy}
 
-Columns are NumPy files, memory-mapped, 28 bytes a sample in all. An index is never edited. A
-new one is written beside it and changes places with it in one step, so that a crash leaves
-one or the other; a reader that meets the change between two files begins again.
+Columns are NumPy files, memory-mapped, 28 bytes a sample in all, and 4 for each number of a
+target. An index is never edited. A new one is written beside it and changes places with it in one
+step, so that a crash leaves one or the other; a reader that meets the change between two files
+begins again.
 """
 
 import ctypes
@@ -32,12 +33,13 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync, to_json
 from bigbatch.configs.json_text import parse_json
 from bigbatch.data.index_check import (
-    COLUMNS,
     FORMAT,
     MAX_MANIFEST_BYTES,
     check_class_starts,
     check_columns,
     check_manifest,
+    columns_of,
+    shape_of,
 )
 
 T = TypeVar("T")
@@ -67,10 +69,11 @@ def write_files(
             if left_over == folder or not _has_writer(left_over.name):
                 shutil.rmtree(left_over, ignore_errors=True)
         folder.mkdir()
-        for name, dtype in COLUMNS.items():
+        dtypes = columns_of(manifest)
+        for name, dtype in dtypes.items():
             np.save(folder / f"{name}.npy", columns[name].astype(dtype))
         pq.write_table(pa.table({"key": keys}), folder / "keys.parquet")
-        digests = {name: _digest(folder / f"{name}.npy") for name in COLUMNS}
+        digests = {name: _digest(folder / f"{name}.npy") for name in dtypes}
         manifest = {"format": FORMAT, **manifest, "columns": digests}
         manifest["hash"] = _hash(manifest)
         try:
@@ -183,7 +186,7 @@ def read_columns(root: Path, manifest: dict[str, Any]) -> dict[str, npt.NDArray[
     Small ones are checked in full, as by verify_columns; of large ones dtypes, lengths and
     where the lists of the classes begin.
     """
-    columns = {name: _open_column(root, manifest, name) for name in COLUMNS}
+    columns = {name: _open_column(root, manifest, name) for name in columns_of(manifest)}
     if is_read_at_open(columns):
         verify_columns(root, manifest)
     try:
@@ -230,7 +233,7 @@ def _keys(root: Path, samples: int) -> Iterator[pa.StringArray]:
 def verify_columns(root: Path, manifest: dict[str, Any]) -> None:
     """Read all columns: their hashes, and whether what they say can be true; or UserError."""
     columns = {}
-    for name in COLUMNS:
+    for name in columns_of(manifest):
         path = root / "index" / f"{name}.npy"
         try:
             digest = _digest(path)
@@ -272,10 +275,9 @@ def _open_column(
     root: Path, manifest: dict[str, Any], name: str, advice: int = mmap.MADV_RANDOM
 ) -> npt.NDArray[Any]:
     path = root / "index" / f"{name}.npy"
-    length = len(manifest["classes"]) + 1 if name == "class_starts" else manifest["samples"]
     try:
         column = map_column(path, advice)
-        if column.dtype != COLUMNS[name] or column.shape != (length,):
+        if column.dtype != columns_of(manifest)[name] or column.shape != shape_of(name, manifest):
             raise ValueError(f"it holds {column.dtype} {column.shape}")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); {_REMAKE} {root}`") from None

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.classes import read_classes
 from bigbatch.data.index import (
     MAX_UNNAMED,
     Index,
@@ -21,7 +22,6 @@ from bigbatch.data.index import (
     is_shard,
     members_passed_over,
     open_index,
-    read_classes,
     scan_shards,
 )
 from bigbatch.data.remote import open_remote, remote_at

@@ -165,6 +165,7 @@ def _batch(
         bad=tuple(bad),
         slow_read=decoded.slow_read,
         stored=decoded.frames,
+        targets=None if index.target is None else torch.from_numpy(index.target[samples]),
     )
 
 

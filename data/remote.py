@@ -18,7 +18,7 @@ import numpy as np
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import sync
 from bigbatch.data.index import Index, open_index
-from bigbatch.data.index_check import COLUMNS
+from bigbatch.data.index_check import columns_of, shape_of
 from bigbatch.data.index_files import parse_manifest, verify_columns, verify_keys
 from bigbatch.data.lanes import LaneOrder
 from bigbatch.data.order import Order, Positions
@@ -79,7 +79,7 @@ def _copy_index(remote: Remote, text: bytes, root: Path) -> None:
         manifest = parse_manifest(text)
         (temporary / "index").mkdir(parents=True)
         (temporary / "index" / "manifest.json").write_bytes(text)
-        for name in (*(f"{column}.npy" for column in COLUMNS), "keys.parquet"):
+        for name in (*(f"{column}.npy" for column in columns_of(manifest)), "keys.parquet"):
             found = stat(f"{remote.url}/index/{name}")
             _check_size(name, found.size, manifest)
             with (temporary / "index" / name).open("w+b") as file:
@@ -101,11 +101,11 @@ def _copy_index(remote: Remote, text: bytes, root: Path) -> None:
 
 def _check_size(name: str, size: int | None, manifest: dict[str, Any]) -> None:
     """Raise ValueError for a column of another size than the manifest's samples take."""
-    dtype = COLUMNS.get(name.removesuffix(".npy"))
+    column = name.removesuffix(".npy")
+    dtype = columns_of(manifest).get(column)
     if dtype is None or size is None:
         return
-    starts = name == "class_starts.npy"
-    values = len(manifest["classes"]) + 1 if starts else manifest["samples"]
+    values = math.prod(shape_of(column, manifest))
     expected = values * np.dtype(dtype).itemsize
     if not expected <= size <= expected + _NPY_HEADER:
         raise ValueError(f"{name} has {size:,} bytes, its {values:,} values take {expected:,}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.classes import parse_classes
 from bigbatch.data.energon import SPLIT_FILE
-from bigbatch.data.index import OURS, Index, is_shard, parse_classes, write_index
+from bigbatch.data.index import OURS, Index, is_shard, write_index
 from bigbatch.data.pool import map_all
 from bigbatch.data.remote import open_remote
 from bigbatch.data.retry import retry

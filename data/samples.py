@@ -15,6 +15,8 @@ from google_crc32c import value as crc32c
 
 from bigbatch.configs.json_text import parse_json
 from bigbatch.data.tar import Member, TarError, members
+from bigbatch.data.targets import EXTENSIONS as TARGETS
+from bigbatch.data.targets import encode_target, target_numbers
 
 # What may be decoded as an image, by extension; nothing is ever unpickled.
 _JPEG_AND_PNG = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng")
@@ -22,7 +24,7 @@ IMAGE_EXTENSIONS = frozenset(
     (*_JPEG_AND_PNG, "webp", "gif", "avif", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff")
 )
 META = re.compile(r"__[^/]*__($|/)")  # names that are no samples, to WebDataset
-_LABELS = ("cls", "json")
+_LABELS = ("cls", "json", *TARGETS)
 _MAX_IMAGE_BYTES = 1 << 30
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_LINKS = 40  # from one link to the next, as in Linux
@@ -42,23 +44,30 @@ class Scan:
     sizes: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     crcs: list[int] = field(default_factory=list)
+    targets: list[bytes] = field(default_factory=list)  # float32 numbers, b"" where there are none
     problems: list[tuple[str, str]] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def scan_shard(path: Path, label_key: str | None = None, unlabelled: bool = False) -> Scan:
+def scan_shard(
+    path: Path,
+    label_key: str | None = None,
+    unlabelled: bool = False,
+    target_key: str | None = None,
+) -> Scan:
     """Find the labelled images of one WebDataset archive; with `unlabelled` also the others.
 
     A sample's image is KEY.jpg, or another of IMAGE_EXTENSIONS, or else the only member such
     as KEY.input.jpg. Its label is read by `class_number` from KEY.cls and KEY.json (of
-    KEY.input.jpg also from KEY.input.cls), and -1 where that is none, with `unlabelled`. Links
-    are followed inside the archive. A sample
-    with neither image nor label is passed over, and counted. Problems are listed, with the
-    archive and the offset; nothing raises but OSError.
+    KEY.input.jpg also from KEY.input.cls), and -1 where that is none, with `unlabelled`, or
+    where the sample has a target. That is KEY.target.json or KEY.target.npy, or the entry
+    `target_key` of KEY.json. Links are followed inside the archive. A sample with neither image nor
+    label is passed over, and counted. Problems are listed, with the archive and the offset; nothing
+    raises but OSError.
     """
     scan = Scan(bytes=path.stat().st_size)
     with path.open("rb", buffering=1 << 20) as file:
-        reader = _Reader(scan, path.name, file, label_key, unlabelled)
+        reader = _Reader(scan, path.name, file, label_key, unlabelled, target_key)
         try:
             for member in members(file, scan.bytes):
                 folder, slash, base = member.name.rpartition("/")
@@ -120,7 +129,7 @@ class _Sample:
         self.key, self.offset = key, offset
         self.image: Member | None = None
         self.crc = 0
-        self.labels: dict[str, bytes] = {}  # by extension, of _LABELS
+        self.labels: dict[str, bytes] = {}  # and targets; by extension, of _LABELS
         self.problem = ""
         self.others: list[tuple[str, Member]] = []  # of other extensions, and links
 
@@ -132,6 +141,7 @@ class _Reader:
     file: BinaryIO
     label_key: str | None
     takes_unlabelled: bool = False
+    target_key: str | None = None
     sample: _Sample = field(default_factory=lambda: _Sample(""))
     targets: dict[str, Member | None] | None = None
     # Places in scan.problems of images without a label and labels without an image, by key.
@@ -176,18 +186,21 @@ class _Reader:
         sample = self.sample
         if sample.others:
             self._settle(sample)
-        image, label, wrong = sample.image, None, ""
+        image, label, wrong, numbers = sample.image, None, "", b""
         try:
             cls, record = sample.labels.get("cls"), sample.labels.get("json")
             label = class_number(cls, record, self.label_key)
+            numbers = b"" if self.takes_unlabelled else self._target(sample)
         except ValueError as error:
-            wrong = str(error)
+            label, wrong = None, str(error)
         if image is None:
             self._close_without_image(sample, label)
             return
         if label is None and self.takes_unlabelled and not sample.problem:
             label = -1
             self.scan.passed_over["labels that are none"] += bool(wrong)
+        elif label is None and numbers:
+            label = -1  # maybe none has one: the index tells
         if label is None or sample.problem:
             if not sample.problem and not wrong:
                 self.unlabelled[sample.key] = len(self.scan.problems)
@@ -201,16 +214,31 @@ class _Reader:
         scan.sizes.append(image.size)
         scan.labels.append(label)
         scan.crcs.append(sample.crc)
+        scan.targets.append(numbers)
         for extension, _ in sample.others:
             scan.passed_over[f".{_last(extension)}"] += 1
+
+    def _target(self, sample: _Sample) -> bytes:
+        """The numbers of a sample's target. Raises ValueError."""
+        key = self.target_key
+        if key is None:
+            return target_numbers(sample.labels)
+        said = _entry(sample.labels.get("json", b""), key)
+        if said is None:
+            raise ValueError(f"has no target (.json with `{key}`)")
+        try:
+            return encode_target(said)
+        except ValueError as error:
+            raise ValueError(f"has no target in .json ({key}: {error})") from None
 
     def _close_without_image(self, sample: _Sample, label: int | None) -> None:
         extensions = [*sample.labels, *(extension for extension, _ in sample.others)]
         if sample.problem:
             self._problem(sample.offset, sample.problem)
-        elif label is not None or any(_last(e) == "cls" for e in extensions):
+        elif label is not None or any(_last(e) == "cls" or e in TARGETS for e in extensions):
             self.imageless[sample.key] = len(self.scan.problems)
-            self._problem(sample.offset, f"has a label and no image (only {_list(extensions)})")
+            what = "target" if label is None and "cls" not in extensions else "label"
+            self._problem(sample.offset, f"has a {what} and no image (only {_list(extensions)})")
         else:
             for extension in extensions:
                 self.scan.passed_over[f".{_last(extension)}"] += 1

@@ -99,7 +99,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
             f"{path.name} would have no step left: its {inputs.plan.total} steps are over after "
             f"{step}; set a longer duration"
         )
-    _check_network(checkpoint, before, recipe, inputs.classes)
+    _check_network(checkpoint, before, recipe, inputs.outputs)
     same_batch = step > 0 and there.upto(step).stretches == here.upto(step).stretches
     # By what the recipes say: the parent may have decided more than the branch has seen.
     batches = [r.model_dump(include={"global_batch"}) for r in (before, recipe)]

@@ -46,7 +46,7 @@ def check(recipe: Recipe, world: int | None) -> dict[str, Any]:
     recipe = with_measured(recipe)
     for index in inputs.splits.values():
         verify_index(index)
-    weights = look_at_weights(recipe, inputs.classes)
+    weights = look_at_weights(recipe, inputs.outputs)
     plan, rate = fit_rate(recipe, inputs.epoch_samples)
     counted = "train" if recipe.data.stream is None else "val"
     counts = inputs.splits[counted].class_counts
@@ -98,7 +98,7 @@ def estimate(recipe: Recipe, folder: Path, lead: int | None = None) -> Estimate:
     """Memory, disk, time to save and wandb for a run in `folder`: takes some seconds."""
     inputs = open_inputs(recipe)
     plan, _ = fit_rate(recipe, inputs.epoch_samples)
-    classes = len(inputs.splits["val"].classes)
+    classes = len(inputs.outputs)
     found = look(recipe, plan, inputs.epoch_samples, classes, folder, lead)
     sizes = [len(index) for role, index in inputs.splits.items() if role != "train"]
     scoring = scores_memory(sizes, classes, len(plan.snapshots), recipe.evaluate.batch)

@@ -19,7 +19,9 @@ from bigbatch.trainers.corruption.check import CorruptionCheck
 from bigbatch.trainers.dynamics.record import SampleRecords
 from bigbatch.trainers.ensemble.members import save_snapshot
 from bigbatch.trainers.evaluation.metrics import confusion
+from bigbatch.trainers.evaluation.outcomes import Outcomes
 from bigbatch.trainers.evaluation.probe import Probe
+from bigbatch.trainers.evaluation.targets import Numbers
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.ledger.record import LedgerWriter
 from bigbatch.trainers.losses.confusion import Counts
@@ -32,6 +34,8 @@ from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.signals import StopFlag
 from bigbatch.trainers.recovery.stored import Retention
 from bigbatch.trainers.recovery.watchdog import Watchdog
+
+_MOST_TARGETS = 256  # of whose scores each evaluation keeps a record
 
 
 class Ending(Enum):
@@ -79,9 +83,11 @@ class Attempt:
                 save_snapshot(job.run.snapshots, number, state.step, model, scores, state.info)
         if snapshot:
             job.engine.barrier()
+        if isinstance(found, Numbers) and 1 < found.true.shape[1] <= _MOST_TARGETS:
+            self.log.detail(state.step, "targets", **found.by_target())
         if job.course.costs is not None:
             table = None
-            if found is not None:
+            if isinstance(found, Outcomes):
                 table = confusion(found.label, found.predicted, len(val.classes)).tolist()
             counts: Counts = job.engine.from_main(table)
             self.log.detail(state.step, "confusion", matrix=counts)  # before it takes effect

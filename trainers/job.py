@@ -199,8 +199,8 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
     stage("opening the data")
     inputs = open_inputs(recipe, stop_at, evaluations)
     check_same_data(inputs, engine)
-    classes = len(inputs.classes)
-    info = describe(recipe, inputs.classes)
+    classes = len(inputs.outputs)
+    info = describe(recipe, inputs.outputs)
     stage("building the model")
     model = build_model(
         recipe.model,
@@ -298,7 +298,7 @@ def precise_statistics(recipe: Recipe, inputs: Inputs, engine: Engine) -> Precis
     Where images grow, of their last size, whatever the step: evaluation sees none smaller.
     """
     grown = replace(inputs, sizes=())
-    augmenter = build_augmenter(recipe, len(inputs.classes), engine.device, grown)
+    augmenter = build_augmenter(recipe, len(inputs.outputs), engine.device, grown)
 
     def batches(recipe: Recipe, plan: BatchPlan) -> Iterator[MicroBatch]:
         return training_batches(recipe, inputs, plan, augmenter.view, engine.device)

@@ -127,7 +127,7 @@ def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
         log.event("damaged_checkpoint", problem=error)
     train_split = job.inputs.splits.get("train")  # a stream has none
     tars = [file.name for file in train_split.shards] if train_split else []
-    monitor = Monitor(log, engine, job.recipe, len(job.inputs.classes), tars)
+    monitor = Monitor(log, engine, job.recipe, len(job.inputs.outputs), tars)
     log.event(
         "start",
         step=job.state.step,

@@ -37,10 +37,10 @@ class Augmenter:
 
     `eval_size` is that of `evaluate`, by default `image_size`; `growth` are those of `train` by
     step, by default `image_size` throughout; `strengths` [classes] are the shares of images that
-    operations on pixels change, by default all. `memory_format` is that of what both give. With
-    `views`, `train` gives three images of each sample, [3B, C, *out]: all without the last
-    operation, then all with it, then all with it once more, by the draws that a second one of its
-    name would have.
+    operations on pixels change, by default all. `memory_format` is that of what both give.
+    `scaling` are mean and std of the numbers that are learned in place of labels. With `views`,
+    `train` gives three images of each sample, [3B, C, *out]: all without the last operation, then
+    all with it, then all with it once more, by the draws that a second one of its name would have.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Augmenter:
         strengths: Sequence[float] | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
         views: bool = False,
+        scaling: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         self.mean = torch.tensor(augment.pixel_mean, device=device)
         self.std = torch.tensor(augment.pixel_std, device=device)
@@ -85,17 +86,30 @@ class Augmenter:
         self.device = device
         self.memory_format = memory_format
         self._views = views
+        self._scaling: tuple[Tensor, Tensor] | None = None
+        if scaling is not None:
+            mean, std = (torch.tensor(x, dtype=torch.float64, device=device) for x in scaling)
+            self._scaling = mean, std
 
     def train(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Augmented images [B, C, *out] and soft targets [B, classes]."""
+        """Augmented images [B, C, *out] and soft targets [B, classes], or numbers [B, K]."""
         with self._float32():
             images = self._three(batch) if self._views else self.images(batch)
-            labels = batch.labels.to(self.device, non_blocking=True)
-            targets = F.one_hot(labels, self.classes).float()
+            targets = self.targets(batch)
             for mixing, occurrence in self._mixings:
                 draws = self._draws(batch, mixing.name, occurrence)
                 images, targets = mixing.apply(images, targets, draws)
             return self.normalise(images), targets
+
+    def targets(self, batch: MicroBatch) -> Tensor:
+        """What is learned of each sample, before it is mixed: its label's row of the unit matrix
+        [B, classes], or its numbers less their mean, over their std, [B, K]."""
+        if self._scaling is None:
+            labels = batch.labels.to(self.device, non_blocking=True)
+            return F.one_hot(labels, self.classes).float()
+        assert batch.targets is not None, "the start looks at the index"
+        mean, std = self._scaling
+        return ((batch.targets.to(self.device, torch.float64) - mean) / std).float()
 
     def shares(self, batch: MicroBatch) -> Tensor:
         """How much of each image that `train` gives comes from which one: [B, B], rows sum to 1."""

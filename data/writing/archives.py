@@ -9,16 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.classes import UNLABELLED, read_classes
 from bigbatch.data.energon import EXCLUDED, energon_parts
 from bigbatch.data.index import (
     MAX_UNNAMED,
     OURS,
     is_shard,
     members_passed_over,
-    read_classes,
     scan_shards,
 )
 from bigbatch.data.splits import SPLIT_NAMES, told_splits
+from bigbatch.data.targets import join_targets
 from bigbatch.data.writing.sources import Source
 from bigbatch.data.writing.tree import Tree, walk
 
@@ -41,18 +42,23 @@ class _Ranges:
 
 
 def tars(
-    path: Path, workers: int, label_key: str | None = None, tree: Tree | None = None
+    path: Path,
+    workers: int,
+    label_key: str | None = None,
+    tree: Tree | None = None,
+    target_key: str | None = None,
 ) -> Source:
     """WebDataset archives: one, a folder of *.tar, or SPLIT/*.tar; keys stay as they are.
 
     Class names come from a classes.txt beside or above the archives; `label_key` names the
-    entry of KEY.json that is the label. The split is that of .nv-meta/split.yaml, where there
+    entry of KEY.json that is the label, `target_key` that of numbers, which else are those of
+    KEY.target.json or .npy. The split is that of .nv-meta/split.yaml, where there
     is one, else that of the folder names, else of the file names. Samples without a label,
     second ones of the same key in a split, and what lies behind damage are skipped. `tree` is
     what lies below `path`.
     """
     files, splits, skipped = _archives(path, tree)
-    scans = scan_shards(files, workers, label_key)
+    scans = scan_shards(files, workers, label_key=label_key, target_key=target_key)
     names = [str(file.relative_to(path)) if file != path else file.name for file in files]
     problems = [
         (name + where.removeprefix(file.name), what)  # val/0.tar, for there may be a train/0.tar
@@ -61,7 +67,7 @@ def tars(
     ]
     skipped += problems
     taken: set[tuple[str, str]] = set()
-    rows = []
+    rows, numbers = [], list[bytes]()
     for shard, scan in enumerate(scans):
         for i, key in enumerate(scan.keys):
             if (splits[shard], key) in taken:  # a reader sees one split at a time
@@ -69,6 +75,14 @@ def tars(
                 continue
             taken.add((splits[shard], key))
             rows.append((key, shard, scan.offsets[i], scan.sizes[i], scan.labels[i]))
+            numbers.append(scan.targets[i])
+    target, odd = join_targets(numbers)
+    reasons = dict(odd)
+    if any(row[4] >= 0 for i, row in enumerate(rows) if i not in reasons):
+        reasons |= {i: "has no label" for i, row in enumerate(rows) if row[4] < 0}
+    skipped += [(rows[i][0], f"{names[rows[i][1]]}: {why}") for i, why in reasons.items()]
+    numbers = [each for i, each in enumerate(numbers) if i not in reasons]
+    rows = [row for i, row in enumerate(rows) if i not in reasons]
     if not rows:
         raise _nothing(path, problems)
     for what, count in members_passed_over(scans).items():
@@ -76,6 +90,8 @@ def tars(
     columns = np.array([row[1:] for row in rows], np.int64).T
     highest = int(columns[3].max())
     classes = _classes(files)
+    if highest < 0:  # targets alone
+        classes, columns[3], highest = UNLABELLED, 0, 0
     if classes is None and highest >= MAX_UNNAMED:
         raise UserError(
             f"{path} has label {highest}; without a classes.txt they are below {MAX_UNNAMED:,}: "
@@ -95,6 +111,7 @@ def tars(
         read=_Ranges([str(f) for f in files], *columns[:3]),
         splits=np.array(splits)[columns[0]] if splits[0] else None,
         skipped=skipped,
+        targets=None if target is None else numbers,
     )
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.words import plural
+from bigbatch.data.classes import UNLABELLED
 from bigbatch.data.rng import key64
 from bigbatch.data.writing.sources import Source
 
@@ -101,7 +102,7 @@ def doubts(
     counts = np.bincount(source.labels, minlength=len(source.classes))
     empty = np.flatnonzero(counts == 0).tolist()
     found = []
-    if len(counts) - len(empty) == 1:
+    if len(counts) - len(empty) == 1 and source.classes != UNLABELLED:
         found.append("all samples are of one class: there is nothing to tell apart")
     if empty:
         odd = empty == [0] and not source.skipped  # else its samples may be among those left out

@@ -18,6 +18,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 from bigbatch.data.index import MAX_UNNAMED
 from bigbatch.data.splits import SPLIT_NAMES
+from bigbatch.data.targets import encode_target, join_targets
 from bigbatch.data.writing.sources import printable
 
 _IMAGE_COLUMNS = ("image", "img", "jpeg", "jpg", "png")
@@ -39,28 +40,39 @@ class Columns:
     """Names of the columns, and of the classes in each file (None where it has none)."""
 
     image: str
-    label: str
+    label: str | None  # None: there are targets alone
     split: str | None
     classes: Sequence[tuple[str, ...] | None]
+    target: str | None = None
 
     @property
     def small(self) -> list[str]:
         """The columns that are read at once, for all rows."""
-        return [self.label] + ([self.split] if self.split else [])
+        return [name for name in (self.label, self.target, self.split) if name]
 
 
 def find_columns(
-    parts: Sequence[Part], path: Path, image: str | None, label: str | None
+    parts: Sequence[Part],
+    path: Path,
+    image: str | None,
+    label: str | None,
+    target: str | None = None,
 ) -> Columns:
-    """The columns asked for, else those that can be told; UserError where a file has them not."""
+    """The columns asked for, else those that can be told; UserError where a file has them not.
+
+    With a `target` there need be no label.
+    """
     names = list(dict.fromkeys(name for part in parts for name in part.schema.names))
     fields = [f for part in parts for f in part.schema if holds_images(f.type)]
     features = [_features(part) for part in parts]
     by_type = [n for feature in features for n in feature if _is_class_label(feature[n])]
     image = _choose("image", image, names, [f.name for f in fields], _IMAGE_COLUMNS, path)
-    label = _choose("label", label, names, by_type, _LABEL_COLUMNS, path)
+    if target is None:
+        label = _choose("label", label, names, by_type, _LABEL_COLUMNS, path)
+    else:
+        label = _label_beside(target, label, names, by_type, path)
     split = "split" if "split" in names else None
-    for column in filter(None, (image, label, split)):
+    for column in filter(None, (image, label, target, split)):
         owner = next(part for part in parts if column in part.schema.names)
         for part in parts:
             if column not in part.schema.names:
@@ -70,16 +82,60 @@ def find_columns(
                 )
     for part in parts:
         kind = part.schema.field(image).type
+        if target is not None and not _holds_numbers(part.schema.field(target).type):
+            raise UserError(
+                f"column {target} of {part.name} holds {part.schema.field(target).type}, neither "
+                "numbers nor lists of them; name another with --target"
+            )
         if not holds_images(kind):
             raise UserError(
                 f"column {image} of {part.name} holds {kind}, not encoded images; name another "
                 "with --image-column"
             )
     classes = [
-        _class_names(part, feature.get(label))
+        None if label is None else _class_names(part, feature.get(label))
         for part, feature in zip(parts, features, strict=True)
     ]
-    return Columns(image, label, split, classes)
+    return Columns(image, label, split, classes, target)
+
+
+def _label_beside(
+    target: str, label: str | None, names: Sequence[str], by_type: Sequence[str], path: Path
+) -> str | None:
+    """The label column of a table with targets: the one asked for, or that can be told, or none."""
+    if target not in names:
+        raise UserError(
+            f"{path} has no column {target!r}; name one of {', '.join(names)} with --target"
+        )
+    if label is not None:
+        return _choose("label", label, names, by_type, _LABEL_COLUMNS, path)
+    others = [name for name in names if name != target]
+    by_type = [name for name in dict.fromkeys(by_type) if name != target]
+    if len(by_type) == 1:
+        return by_type[0]
+    return next((name for name in _LABEL_COLUMNS if name in others), None)
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(test(kind) for test in is_list):
+        kind = kind.value_type
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def target_bytes(tables: Sequence[pa.Table], column: str) -> tuple[list[bytes], dict[int, str]]:
+    """The numbers of each row, as float32 bytes, and what is wrong with rows that have none."""
+    found, odd = list[bytes](), dict[int, str]()
+    for table in tables:
+        for value in table[column].to_pylist():
+            try:
+                found.append(b"" if value is None else encode_target(value))
+            except ValueError as error:
+                odd[len(found)] = f"{column}: {error}"
+                found.append(b"")
+    _, lacking = join_targets(found)
+    empty = {i: f"no {column}" for i, numbers in enumerate(found) if not numbers}
+    return found, dict(lacking) | empty | odd
 
 
 def _features(part: Part) -> dict[str, Any]:

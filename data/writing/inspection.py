@@ -14,6 +14,7 @@ from google_crc32c import value as crc32c
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.plot_style import plot_style
 from bigbatch.data.index import Index, is_shard, open_index, verify_index
+from bigbatch.data.targets import Targets
 from bigbatch.data.writing.assign import SPLITS
 from bigbatch.data.writing.recode import open_image, prepare
 from bigbatch.data.writing.skips import count_skips, read_skips
@@ -148,7 +149,16 @@ def _describe(index: Index, formats: Counter[str], sides: npt.NDArray[np.int64])
         "height": _distribution(sides[:, 1]),
         "short_side": _distribution(sides.min(axis=1)) if len(sides) else {},
         "resolutions": [{"width": w, "height": h, "images": n} for (w, h), n in common],
+        **({} if index.target is None else {"targets": _targets(index.target)}),
     }
+
+
+def _targets(target: Targets) -> list[dict[str, float]]:
+    """Of each number that samples stand for: least, largest, mean and standard deviation."""
+    columns = (target[:, k].astype(np.float64) for k in range(target.shape[1]))
+    rows = [(c.min(), c.mean(), c.std(), c.max()) for c in columns]
+    names = ("min", "mean", "std", "max")
+    return [dict(zip(names, map(float, row), strict=True)) for row in rows]
 
 
 def _distribution(values: npt.NDArray[Any]) -> dict[str, float]:

@@ -25,15 +25,19 @@ def open_source(
     label_column: str | None = None,
     workers: int = 1,
     kind: str | None = None,
+    target: str | None = None,
 ) -> Source:
     """`digits`, or a path: an image folder, Parquet, a saved dataset, or tars.
 
     `kind`, one of KINDS, says which of them to read where a folder holds several. Of tars,
-    `label_column` is the entry of KEY.json that holds the label. Raises UserError where it is
+    `label_column` is the entry of KEY.json that holds the label; `target` is the column, or the
+    entry, of the numbers to learn. Raises UserError where it is
     none of these, several, or cannot be read.
     """
     path = Path(name)
     if name == "digits" and not path.exists():
+        if target is not None:
+            raise UserError(f"--target {target}: digits have labels alone; leave it out")
         return digits()
     if not path.exists():
         raise UserError(
@@ -44,13 +48,18 @@ def open_source(
         tree = walk(path) if path.is_dir() else Tree(path)
         kind = _kind(path, tree, kind)
         if kind == "dataset":
-            return saved_dataset(path, image_column, label_column)
+            return saved_dataset(path, image_column, label_column, target)
         if kind == "parquet":
-            return _with_skips(parquet(path, image_column, label_column, tree), tree)
+            return _with_skips(parquet(path, image_column, label_column, tree, target), tree)
+        if target is not None and kind == "images":
+            raise UserError(
+                f"--target {target}: {path} is a folder of images, which has no numbers; give a "
+                "Parquet file with a column of images and one of numbers"
+            )
         if image_column or (label_column and kind == "images"):
             raise UserError(f"{path} has no columns; leave out --image-column and --label-column")
         if kind == "tars":
-            return tars(path, workers, label_column, tree)
+            return tars(path, workers, label_column, tree, target)
         return image_folder(path, tree)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}; give a source that can be read") from None

@@ -39,7 +39,7 @@ from bigbatch.data.writing.assign import (
 from bigbatch.data.writing.kinds import open_source
 from bigbatch.data.writing.recode import prepare
 from bigbatch.data.writing.sources import Source, printable
-from bigbatch.data.writing.write import Work, write_all
+from bigbatch.data.writing.write import Work, texts_of, write_all
 
 SAMPLES_PER_SHARD = 10_000
 _FORMAT = 2  # of what a source becomes; part of the plan, so that a new version starts anew
@@ -75,6 +75,7 @@ def shard(
     image_column: str | None = None,
     label_column: str | None = None,
     kind: str | None = None,
+    target: str | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> ShardReport:
@@ -84,8 +85,9 @@ def shard(
     `samples_per_shard` samples (default 10,000), or about `shard_size`, such as "256MB".
     Images whose short side is above `short_side` pixels are reduced to it, as JPEG of
     `quality` (see recode.prepare). `image_column` and `label_column` are for Parquet and
-    saved datasets, and `label_column` for tars with KEY.json. `kind` says which of several
-    kinds of source in one folder to read. `workers` is the number of processes.
+    saved datasets, and `label_column` for tars with KEY.json; so is `target`, which names the
+    numbers to learn. `kind` says which of several kinds of source in one folder to read. `workers`
+    is the number of processes.
 
     Unreadable images and files that are no images are left out and reported. Raises UserError
     for a source or an option that cannot be used, and where `dest` exists already. A call that
@@ -105,7 +107,7 @@ def shard(
     target_bytes = None if shard_size is None else parse_bytes(shard_size)
     dest = Path(dest) if Path(dest).name else Path(dest).resolve()  # "."
     _refuse_to_overwrite(dest)  # before a long listing
-    opened = open_source(source, image_column, label_column, workers, kind)
+    opened = open_source(source, image_column, label_column, workers, kind, target)
     splits = assign_splits(opened, fractions)
     opened.notes.extend(doubts(opened, splits, fractions))
     if target_bytes is not None:
@@ -149,7 +151,8 @@ def _samples_in(
             data, _ = prepare(source.read(i), short_side, quality)
         except OSError:
             continue
-        sizes.append(3 * BLOCK + -(-len(data) // BLOCK) * BLOCK)  # two headers and the label
+        members = [data, *texts_of(source, i).values()]
+        sizes.append(sum(BLOCK + -(-len(member) // BLOCK) * BLOCK for member in members))
     return max(1, round(target * len(sizes) / sum(sizes))) if sizes else SAMPLES_PER_SHARD
 
 
@@ -169,6 +172,8 @@ def write_shards(
     partial = _partial(dest)
     options = [_FORMAT, samples_per_shard, short_side, quality]
     listing = [source.classes, source.keys, source.labels.tolist(), splits.tolist()]
+    if source.targets is not None:
+        listing.append([numbers.hex() for numbers in source.targets])
     fingerprint = hashlib.sha256(json.dumps([options, listing]).encode()).hexdigest()
     try:
         with _claim(dest, fingerprint) as done:

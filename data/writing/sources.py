@@ -22,9 +22,10 @@ class Source:
     numbers the blocks (such as Parquet row groups) that are cheap to read as a whole;
     `window` of them fit into memory at a time, and a process that reads holds up to `held`
     bytes of them. read(i) returns the encoded image, or raises OSError.
-    `fractions` is how train, val and test are divided where nobody says otherwise;
-    `skipped` lists (what, why) of samples that were found unusable while listing, and of files
-    that are no part of it; `notes` are what else its user should know.
+    `targets`, where samples have any, are the float32 numbers of each; where they have no labels,
+    all are 0, of the class UNLABELLED. `fractions` is how train, val and test are divided where
+    nobody says otherwise; `skipped` lists (what, why) of samples that were found unusable while
+    listing, and of files that are no part of it; `notes` are what else its user should know.
     """
 
     keys: list[str]
@@ -38,6 +39,7 @@ class Source:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    targets: list[bytes] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ and numbers the labels.
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
+from bigbatch.data.classes import UNLABELLED
 from bigbatch.data.decode import LFS_POINTER
 from bigbatch.data.writing.columns import (
     Columns,
@@ -29,6 +31,7 @@ from bigbatch.data.writing.columns import (
     known_split,
     number_labels,
     own_splits,
+    target_bytes,
 )
 from bigbatch.data.writing.sources import Source, printable
 from bigbatch.data.writing.table_files import find_tables
@@ -43,7 +46,13 @@ _READING = 3.2
 _BATCH_BYTES = 1 << 20
 
 
-def parquet(path: Path, image: str | None, label: str | None, tree: Tree | None = None) -> Source:
+def parquet(
+    path: Path,
+    image: str | None,
+    label: str | None,
+    tree: Tree | None = None,
+    target: str | None = None,
+) -> Source:
     """A Parquet file, or a folder of them such as a Hugging Face repository.
 
     `image` and `label` name the columns; without them they are found by type and name. The
@@ -58,7 +67,7 @@ def parquet(path: Path, image: str | None, label: str | None, tree: Tree | None 
             parts.append(Part(found.name(name), file.schema_arrow, split))
             files.append(file.metadata)
             file.close()
-    columns = find_columns(parts, path, image, label)
+    columns = find_columns(parts, path, image, label, target)
     tables = []
     for name in found.paths:
         with _naming(name), pq.ParquetFile(name) as file:
@@ -83,7 +92,9 @@ def parquet(path: Path, image: str | None, label: str | None, tree: Tree | None 
     return source
 
 
-def saved_dataset(path: Path, image: str | None, label: str | None) -> Source:
+def saved_dataset(
+    path: Path, image: str | None, label: str | None, target: str | None = None
+) -> Source:
     """A folder that Hugging Face's `Dataset` or `DatasetDict` saved with `save_to_disk`."""
     names = [""]
     if (path / "dataset_dict.json").is_file():
@@ -103,7 +114,7 @@ def saved_dataset(path: Path, image: str | None, label: str | None) -> Source:
         Part(str(p.relative_to(path)), table.schema, split)
         for p, table, split in zip(paths, tables, splits, strict=True)
     ]
-    columns = find_columns(parts, path, image, label)
+    columns = find_columns(parts, path, image, label, target)
     small = [table.select(columns.small) for table in tables]
     starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
     reader = _Mapped([str(p) for p in paths], starts, columns.image)
@@ -180,8 +191,11 @@ def _source(
     held: int = 0,
 ) -> Source:
     """A Source from the small columns of each file."""
-    values = [table[columns.label] for table in tables]
-    each, classes = number_labels(parts, columns, values, path)
+    if columns.label is None:
+        each, classes = [np.zeros(len(table), np.int32) for table in tables], UNLABELLED
+    else:
+        values = [table[columns.label] for table in tables]
+        each, classes = number_labels(parts, columns, values, path)
     labels = np.concatenate(each)
     if columns.split:
         own = np.array(own_splits(tables, columns.split, path))
@@ -195,6 +209,22 @@ def _source(
         for part, own in zip(parts, each, strict=True)
         if (own < 0).any()
     ]
+    targets = None
+    if columns.target is not None:
+        numbers, odd = target_bytes(tables, columns.target)
+        starts = np.cumsum([0, *(len(own) for own in each)])
+        for part, start, stop in zip(parts, starts, starts[1:], strict=False):
+            rows = defaultdict[str, list[int]](list)
+            for i in (i for i in odd if start <= i < stop and labelled[i]):
+                rows[odd[i]].append(i - start)
+            skipped += [(f"{part.name}: {_rows(np.array(at))}", why) for why, at in rows.items()]
+        labelled[list(odd)] = False
+        targets = [numbers[i] for i in np.flatnonzero(labelled)]
+        if not targets:
+            raise UserError(
+                f"{path}: no row has a target in column {columns.target}; name another with "
+                "--target"
+            )
     return Source(
         keys=[f"{row:08d}" for row in np.flatnonzero(labelled)],
         labels=labels[labelled],
@@ -205,6 +235,7 @@ def _source(
         window=window,
         held=held,
         skipped=skipped,
+        targets=targets,
     )
 
 

@@ -27,8 +27,10 @@ from rich.text import Text
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.terminal import Terminal
+from bigbatch.data.classes import UNLABELLED
 from bigbatch.data.pool import CONTEXT, process_pool, uninterrupted
 from bigbatch.data.tar import write_end, write_member
+from bigbatch.data.targets import target_json
 from bigbatch.data.writing.assign import Shard
 from bigbatch.data.writing.recode import prepare
 from bigbatch.data.writing.sources import Source
@@ -56,7 +58,7 @@ class _Archive:
         self.left = len(shard.items)
         self.skipped: list[tuple[str, str]] = []
 
-    def add(self, key: str, label: int, image: tuple[bytes, str] | str) -> None:
+    def add(self, key: str, texts: dict[str, bytes], image: tuple[bytes, str] | str) -> None:
         """The next sample, or why it is left out."""
         self.left -= 1
         if isinstance(image, str):
@@ -64,7 +66,8 @@ class _Archive:
             return
         data, extension = image
         write_member(self.file, f"{key}.{extension}", data)
-        write_member(self.file, f"{key}.cls", str(label).encode())
+        for name, text in texts.items():
+            write_member(self.file, f"{key}.{name}", text)
 
     def finish(self) -> dict[str, Any]:
         """The record for the journal."""
@@ -96,12 +99,21 @@ def _write_shards(
                 if number not in opened:
                     opened[number] = _Archive(work, shards[number])
                 archive = opened[number]
-                archive.add(work.source.keys[i], int(work.source.labels[i]), image)
+                archive.add(work.source.keys[i], texts_of(work.source, i), image)
                 if not archive.left:
                     yield opened.pop(number).finish()
     finally:
         for archive in opened.values():
             archive.file.close()
+
+
+def texts_of(source: Source, i: int) -> dict[str, bytes]:
+    """Label and target of a sample, by the extension of their members."""
+    texts = {"cls": str(int(source.labels[i])).encode()}
+    if source.targets is None:
+        return texts
+    target = {"target.json": target_json(source.targets[i])}
+    return target if source.classes == UNLABELLED else texts | target
 
 
 # Each process checks images in two threads, while it reads the next ones and writes those before:

@@ -19,6 +19,7 @@ from bigbatch.launcher.cli import options
 @click.option("--quality", type=int, default=90, show_default=True, help="Of JPEGs reduced.")
 @click.option("--image-column", help="Of Parquet and saved data sets, where it is unclear.")
 @click.option("--label-column", help="The same for labels; of tars, the entry of KEY.json.")
+@click.option("--target", help="The column of numbers, or lists of them, to learn; likewise.")
 @click.option(
     "--kind",
     type=click.Choice(["images", "tars", "parquet", "dataset"]),
@@ -36,6 +37,7 @@ def shard(
     quality: int,
     image_column: str | None,
     label_column: str | None,
+    target: str | None,
     kind: str | None,
     workers: int,
     as_json: bool,
@@ -66,6 +68,7 @@ def shard(
             image_column=image_column,
             label_column=label_column,
             kind=kind,
+            target=target,
             workers=workers,
             progress=not as_json,
         )
@@ -104,6 +107,7 @@ def index(
     Reads every byte and checks each archive. The index is written beside the tars. Exit status 1
     where samples have problems; then nothing is written.
     """
+    from bigbatch.data.classes import UNLABELLED
     from bigbatch.data.index import BadShards, build_index
     from bigbatch.data.remote import remote_at
     from bigbatch.data.remote_index import build_remote_index
@@ -130,13 +134,17 @@ def index(
                 "problems": list(made.problems),
                 "passed_over": made.passed_over,
                 "empty_classes": empty,
+                **({} if made.target is None else {"targets": made.target.shape[1]}),
             }
         )
         return
+    targets = ""
+    if made.target is not None:
+        targets = f", with {options.plural(made.target.shape[1], 'target')} each"
     options.say(
         f"{made.place}  {options.plural(len(made), 'sample')} of "
         f"{options.plural(len(made.classes), 'class')} in "
-        f"{options.plural(len(made.shards), 'shard')}"
+        f"{options.plural(len(made.shards), 'shard')}{targets}"
     )
     for problem in made.problems:
         options.say(f"left out: {problem}", err=True)
@@ -145,7 +153,7 @@ def index(
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         options.say(f"warning: classes without a sample: {shown}", err=True)
-    if len(made.classes) - len(empty) == 1:
+    if len(made.classes) - len(empty) == 1 and made.classes != UNLABELLED:
         options.say("warning: all samples are of one class", err=True)
 
 

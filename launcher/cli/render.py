@@ -138,6 +138,25 @@ def rates_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _target_tables(splits: Mapping[str, Any]) -> list[Table]:
+    """Of each number that samples stand for, its range in each split."""
+    found = {name: split["targets"] for name, split in splits.items() if "targets" in split}
+    if not found:
+        return []
+    table = Table(title="targets: least / mean / largest", title_justify="left")
+    for title in ("target", *found):
+        table.add_column(title, justify="right")
+    most = max(map(len, found.values()))
+    for k in range(min(most, _SHOWN_CLASSES)):
+        rows = [each[k] if k < len(each) else None for each in found.values()]
+        spans = [row and [f"{row[name]:.4g}" for name in ("min", "mean", "max")] for row in rows]
+        cells = [" / ".join(span or ()) for span in spans]
+        table.add_row(str(k), *cells)
+    if most > _SHOWN_CLASSES:
+        table.caption = f"and {most - _SHOWN_CLASSES:,} more; --json shows all"
+    return [table]
+
+
 def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     """One table of the splits, one of their labels, and copies where there are any."""
     splits = Table(title=found["root"], title_justify="left")
@@ -177,7 +196,7 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     if any(split["empty_classes"] for split in found["splits"].values()):
         labels.caption = f"{labels.caption or ''}\nclasses without a sample: {', '.join(empty)}"
         labels.caption = labels.caption.strip()
-    tables = [splits, labels]
+    tables = [splits, labels, *_target_tables(found["splits"])]
     passed_over = {
         f"{what} in {name}": f"{count:,}"
         for name, split in found["splits"].items()

@@ -25,7 +25,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import differences, summary, tree_differences
 from bigbatch.configs.load import parse_recipe
 from bigbatch.configs.schema import Recipe
-from bigbatch.configs.space import MAXIMISED, Choice, Float, Int, Space
+from bigbatch.configs.space import COMPARED, MAXIMISED, Choice, Float, Int, Space
 from bigbatch.launcher.search.cma import ReplayedCMA
 
 Sampler = Literal["grid", "random", "tpe", "gp", "cmaes", "nsga2"]
@@ -75,10 +75,11 @@ def check(space: Space, sampler: Sampler, pruner: Pruner) -> None:
             f"--sampler {sampler} works for one objective, not {', '.join(space.objectives)}; "
             "use nsga2, tpe, gp or random"
         )
-    if pruner != "none" and (several or space.objectives[0] not in ("accuracy", "nll")):
+    if pruner != "none" and (several or space.objectives[0] not in COMPARED):
         raise UserError(
             f"--pruner {pruner} compares validation results while trials run: it needs one "
-            f"objective, accuracy or nll, not {', '.join(space.objectives)}; use --pruner none"
+            "objective, accuracy or nll or that of another loss, not "
+            f"{', '.join(space.objectives)}; use --pruner none"
         )
     for key, p in space.parameters.items():
         if sampler == "cmaes" and isinstance(p, Choice):

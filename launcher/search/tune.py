@@ -24,7 +24,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
-from bigbatch.configs.space import Space, override
+from bigbatch.configs.space import COMPARED, Space, override
 from bigbatch.configs.words import plural
 from bigbatch.data.measured import with_measured
 from bigbatch.launcher.child import Children, events, tail
@@ -193,11 +193,11 @@ def _begin_here(recipe: Recipe, run: RunDir, children: Children) -> Handle:
 def _look(search: Search, found: optuna.Study, one: _Active) -> None:
     """Report new evaluations; prune by them."""
     metric = search.space.objectives[0]
-    if len(search.space.objectives) > 1 or metric not in ("accuracy", "nll") or one.pruned:
+    if len(search.space.objectives) > 1 or metric not in COMPARED or one.pruned:
         return
     seen = read_evaluations(one.run.metrics, 1 << 62)
     for number in range(one.reported, len(seen)):
-        value = seen[number].scores[metric]
+        value = seen[number].scores.get(metric)
         one.reported = number + 1
         if value is None:
             continue
@@ -245,7 +245,7 @@ def _bad(search: Search) -> TrialState:
 def outcomes(run: RunDir, space: Space) -> list[float] | None:
     """The objectives of a finished run; None where it is not finished, or has none.
 
-    accuracy, nll and ece are those of the last evaluation of the validation split, seconds
+    Scores are those of the last evaluation of the validation split, seconds
     the time in training steps. The test split has no part in any choice.
     """
     if not run.summary.exists():

@@ -21,7 +21,7 @@ from bigbatch.trainers.compress.variants import make_variants
 from bigbatch.trainers.engine import Engine, open_engine
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import open_ensemble
-from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.ensemble.members import Member, require_labels
 from bigbatch.trainers.monitoring.output import leave
 from bigbatch.trainers.recovery.failures import report
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def _only_member(model: Path, choice: str) -> Member:
     ensemble = open_ensemble([model], choice)
     members = ensemble.members
+    require_labels(members, "`bigbatch compress`")
     if len(members) > 1:
         names = ", ".join(member.name.rpartition("/")[2] for member in members)
         raise UserError(

@@ -11,6 +11,7 @@ from bigbatch.trainers.distillation.kept import KeptOutputs, key_of, record_size
 from bigbatch.trainers.distillation.teacher import Teacher
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble
+from bigbatch.trainers.ensemble.members import require_labels
 from bigbatch.trainers.models.weights_file import unlike
 from bigbatch.trainers.planning.inputs import Inputs
 
@@ -61,6 +62,7 @@ def hint_of(distill: Distill) -> tuple[str, int] | None:
 
 def check_teacher(ensemble: Ensemble, recipe: Recipe, classes: tuple[str, ...]) -> None:
     """Raise UserError where a teacher knows other classes, or images, than its student."""
+    require_labels(ensemble.members, "distill")
     member = ensemble.members[0]  # all of them are alike in this
     if member.recipe.data.channels != recipe.data.channels:
         raise UserError(

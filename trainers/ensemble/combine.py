@@ -8,8 +8,9 @@ import numpy as np
 
 from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import to_json, write_atomically
-from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.files import finite, to_json, write_atomically
+from bigbatch.configs.judged import ACCURACY, NLL, Score, judged_by, judged_in
+from bigbatch.configs.rundir import ANSWERS, RunDir
 from bigbatch.data.index import Index
 from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
@@ -24,23 +25,23 @@ from bigbatch.trainers.evaluation.accuracy import confusion_pairs
 from bigbatch.trainers.evaluation.evaluate import (
     Again,
     Evaluator,
-    gather_outcomes,
+    Found,
     gather_statistics,
     labels_of,
 )
 from bigbatch.trainers.evaluation.metrics import Probabilities, softmax
 from bigbatch.trainers.evaluation.outcomes import (
     Outcomes,
-    join,
-    outcomes_of,
     outcomes_of_rows,
     row_chunks,
 )
 from bigbatch.trainers.evaluation.record import write_evaluation
 from bigbatch.trainers.evaluation.statistics import Statistics
-from bigbatch.trainers.models.weights_file import describe
+from bigbatch.trainers.evaluation.targets import drawn
 from bigbatch.trainers.recovery.stored import MODEL, list_snapshots
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
+
+_POINTS = 2000  # of a plot of predicted over true numbers
 
 
 def combine(
@@ -78,6 +79,7 @@ def combine(
     kept, losses = engine.from_main(
         _best_first(look(evaluator, splits[val], again, len(paths)), config.selection_margin)
     )
+    judge = judged_by(run.recipe())
     together = sorted(kept)
     names = [paths[i].name for i in together]
     ensemble = Folder(tuple(find_members(run, ",".join(names))), Combination())
@@ -97,6 +99,8 @@ def combine(
             engine,
             lambda: _scores(evaluator.outcomes(model, splits[val])),
             recompute,
+            judge,
+            _loss(judge),
         )
         for name, index in splits.items():
             scores = _scores(evaluator.outcomes(model, index))
@@ -107,7 +111,7 @@ def combine(
 
     run.ensemble.mkdir(exist_ok=True)
     if soup_scores:
-        info = describe(run.recipe(), splits[val].classes)
+        info = ensemble.members[0].info
         save_weights(model, run.ensemble / SOUP, info)
     content = {
         "kept": names,
@@ -132,19 +136,31 @@ def combine(
             best = None if name == val else f"{run.name}/{paths[kept[0]].name}"
             _write_evaluation(run, index, found.statistics, best)
         if name == last:
-            mean, classes = found.mean, index.classes
-            pairs = confusion_pairs(mean.label, mean.predicted, len(classes)).tolist()
-            table = {"split": last, "classes": list(classes), "pairs": pairs}
-            write_atomically(run.ensemble / "confusion.json", to_json(table))
+            _write_answers(run, last, index, found.mean, ensemble.members[0].classes)
     return result
+
+
+def _write_answers(
+    run: RunDir, split: str, index: Index, mean: Found, outputs: Sequence[str]
+) -> None:
+    """What the ensemble answered, for the report: confused classes, or numbers beside true ones."""
+    if isinstance(mean, Outcomes):
+        classes = index.classes
+        pairs = confusion_pairs(mean.label, mean.predicted, len(classes)).tolist()
+        table = {"split": split, "classes": list(classes), "pairs": pairs}
+        write_atomically(run.ensemble / "confusion.json", to_json(table))
+        return
+    answers = {"split": split, "outputs": list(outputs), "samples": len(mean)}
+    answers |= {"each": mean.by_target(), **drawn(mean, _POINTS)}
+    write_atomically(run.ensemble / ANSWERS, to_json(finite(answers)))
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What was seen of a split, of all samples."""
 
-    members: list[Outcomes]
-    mean: Outcomes | None  # of the kept members' mean probability
+    members: list[Found]
+    mean: Found | None  # of the kept members' mean probability, or mean number
     statistics: Statistics | None  # of the kept members; None where a logit is not finite
 
 
@@ -160,17 +176,20 @@ def look(
 
     `ensemble` is that of the `kept` members. No more than a batch's logits are held.
     """
-    each: list[list[Outcomes]] = [[] for _ in range(members)]
-    means: list[Outcomes] = []
-    statistics = None if ensemble is None else EnsembleStatistics(ensemble)
+    each: list[list[Found]] = [[] for _ in range(members)]
+    means: list[Found] = []
+    labelled = evaluator.scaling is None
+    statistics = EnsembleStatistics(ensemble) if ensemble is not None and labelled else None
     finite = True
     for samples, logits in batches:
-        labels = labels_of(index, samples)
         for own, member in zip(each, logits, strict=True):
-            own.append(outcomes_of(member, labels))
+            own.append(evaluator.judged(member, index, samples))
+        chosen = logits[list(kept)]
+        if ensemble is not None and not labelled:
+            means.append(evaluator.mean_judged(chosen, index, samples))
         if statistics is None:
             continue
-        chosen = logits[list(kept)]
+        labels = labels_of(index, samples)
         means += [
             outcomes_of_rows(_mean_probabilities(chosen[:, rows]), labels[rows])
             for rows in row_chunks(len(labels), chosen.shape[2])
@@ -179,10 +198,10 @@ def look(
         if finite:
             statistics.add(chosen, labels)
     engine, count, batch = evaluator.engine, len(index), evaluator.batch
-    found = [gather_outcomes(engine, join(own), count, batch) for own in each]
+    found = [evaluator.gather(own, count) for own in each]
     mean = whole = None
-    if statistics is not None:
-        mean = gather_outcomes(engine, join(means), count, batch)
+    if ensemble is not None:
+        mean = evaluator.gather(means, count)
     if statistics is not None and all(engine.gather_values(finite)):
         whole = gather_statistics(engine, statistics.statistics, count, batch)
     if engine.rank != 0:
@@ -191,13 +210,19 @@ def look(
 
 
 def _best_first(seen: Seen | None, margin: float) -> tuple[list[int], list[float]]:
-    """The members to keep, and their NLL, in the order in which a greedy soup tries them."""
+    """The members to keep, and their loss, in the order in which a greedy soup tries them."""
     if seen is None:
         return [], []
     scores = [own.scores() for own in seen.members]
-    accuracies = [score["accuracy"] for score in scores]
-    kept = sorted(within_margin(accuracies, margin), key=lambda i: (-accuracies[i], i))
-    return kept, [scores[i]["nll"] for i in kept]
+    judge = judged_in(scores[0]) or ACCURACY
+    near = within_margin([score[judge.key] for score in scores], margin, judge)
+    kept = sorted(near, key=lambda i: (-judge.merit(scores[i]), i))
+    return kept, [scores[i][_loss(judge).key] for i in kept]
+
+
+def _loss(judge: Score) -> Score:
+    """What a barrier between two models is measured in."""
+    return NLL if judge == ACCURACY else judge
 
 
 def _write_evaluation(run: RunDir, index: Index, found: Statistics, best: str | None) -> None:
@@ -216,5 +241,5 @@ def _mean_probabilities(logits: Logits) -> Probabilities:
     return total / len(logits)
 
 
-def _scores(found: Outcomes | None) -> dict[str, float] | None:
+def _scores(found: Found | None) -> dict[str, float] | None:
     return None if found is None else found.scores()

@@ -16,6 +16,7 @@ from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.targets import learns_targets
 from bigbatch.trainers.models.build import build_model, choose_memory_format
 from bigbatch.trainers.models.compressed import compression_of, load_compressed
 from bigbatch.trainers.models.weights_file import (
@@ -178,6 +179,19 @@ def check_members(members: Sequence[Member]) -> None:
             raise UserError(
                 f"member {member.name} has {how}; combine members that were trained on shards "
                 "with the same classes.txt"
+            )
+
+
+def require_labels(members: Sequence[Member], what: str) -> None:
+    """Raise UserError, which names the member, where one answers with numbers or shares.
+
+    `what` is done with a classifier's answers alone.
+    """
+    for member in members:
+        if learns_targets(member.recipe):
+            raise UserError(
+                f"member {member.name} learns targets (loss {member.recipe.loss.name}), and {what} "
+                "takes a classifier's answers; give runs that learn labels"
             )
 
 

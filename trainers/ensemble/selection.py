@@ -36,8 +36,8 @@ def within_margin(scores: list[float], margin: float, judge: Judge = ACCURACY) -
     Of an error, which has a unit, `margin` is a share of the best one's.
     """
     if not judge.more_is_better:
-        least = min(scores)
-        return [i for i, score in enumerate(scores) if score <= least * (1 + margin)]
+        most = min((s for s in scores if math.isfinite(s)), default=math.inf) * (1 + margin)
+        return [i for i, score in enumerate(scores) if score <= most] or [0]
     best = max(scores)
     return [i for i, score in enumerate(scores) if score >= best - margin]
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import height_width
+from bigbatch.configs.targets import learns_numbers
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding
 from bigbatch.data.index import Index
@@ -23,6 +25,15 @@ from bigbatch.trainers.evaluation.outcomes import (
     to_rows,
 )
 from bigbatch.trainers.evaluation.statistics import Statistics
+from bigbatch.trainers.evaluation.targets import (
+    Distributions,
+    Numbers,
+    TargetOutcomes,
+    distributions_of,
+    log_softmax,
+    numbers_of,
+)
+from bigbatch.trainers.planning.targets import target_scaling
 
 # Images that go through a network together on a CPU: the activations of more leave the caches,
 # which takes up to twice as long (benchmarks/predict.py). Also in inference/forward.py, so that a
@@ -32,6 +43,7 @@ _PART = 32
 FEW_IMAGES = 2000
 # Logits that a rank keeps to go through them once more; more are computed again.
 KEPT_BYTES = 2**28
+Found = Outcomes | TargetOutcomes  # of labels, or of what stands in their place
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,6 +55,8 @@ class Evaluator:
         self.augmenter = augmenter
         self.data = recipe.data
         self.batch = recipe.evaluate.batch
+        self.scaling = target_scaling(recipe)  # None: labels are learned
+        self._kind = Numbers if learns_numbers(recipe) else Distributions
 
     def decoding(self, workers: int) -> Decoding:
         """How images are decoded to be evaluated."""
@@ -56,16 +70,47 @@ class Evaluator:
             view=self.augmenter.eval_view,
         )
 
-    def outcomes(self, model: nn.Module, index: Index) -> Outcomes | None:
+    def outcomes(self, model: nn.Module, index: Index) -> Found | None:
         """What a model says of each sample, in index order, on rank 0; None on the other ranks.
 
         No rank holds more logits than those of a batch. Collective.
         """
         parts = [
-            outcomes_of(logits[0], labels_of(index, samples))
-            for samples, logits in self.batches(model, index)
+            self.judged(outputs[0], index, samples)
+            for samples, outputs in self.batches(model, index)
         ]
-        return gather_outcomes(self.engine, join(parts), len(index), self.batch)
+        return self.gather(parts, len(index))
+
+    def judged(self, outputs: npt.NDArray[np.floating], index: Index, samples: Positions) -> Found:
+        """Outputs [n, C] of a network beside what is true of these samples of `index`."""
+        if self.scaling is None:
+            return outcomes_of(outputs, labels_of(index, samples))
+        assert index.target is not None, "the start looks at the index"
+        if self._kind is Numbers:
+            return numbers_of(outputs, index.target[samples], self.scaling)
+        return distributions_of(log_softmax(outputs), index.target[samples])
+
+    def mean_judged(self, outputs: Logits, index: Index, samples: Positions) -> TargetOutcomes:
+        """The same of the mean of several networks' numbers or shares, from [M, n, K]."""
+        assert self.scaling is not None
+        assert index.target is not None
+        if self._kind is Numbers:
+            mean = outputs.astype(np.float64).mean(0)
+            return numbers_of(mean, index.target[samples], self.scaling)
+        with np.errstate(divide="ignore"):
+            log_p = np.log(np.exp(np.stack([log_softmax(each) for each in outputs])).mean(0))
+        return distributions_of(log_p, index.target[samples])
+
+    def gather(self, parts: Sequence[Found], count: int) -> Found | None:
+        """All samples of a split in their order on rank 0, of this rank's batches. Collective."""
+        if self.scaling is None:
+            labelled = [part for part in parts if isinstance(part, Outcomes)]
+            return gather_outcomes(self.engine, join(labelled), count, self.batch)
+        width = 2 if self._kind is Distributions else 2 * len(self.scaling[0])
+        rows = [part.rows() for part in parts if not isinstance(part, Outcomes)]
+        own = torch.from_numpy(np.concatenate([np.zeros((0, width)), *rows]))
+        ordered = gather_in_order(self.engine, own.to(self.engine.device), count, self.batch)
+        return None if ordered is None else self._kind.of_rows(ordered)
 
     def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
         """Logits [N, C] in index order, float32, on rank 0; None on the others. For few classes."""

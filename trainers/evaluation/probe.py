@@ -7,7 +7,7 @@ of it follows from weights and recipe: it is the same at any world size.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from bigbatch.data.index import Index, draw_samples
 from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.engine import Engine
-from bigbatch.trainers.evaluation.evaluate import Evaluator, in_parts
-from bigbatch.trainers.evaluation.outcomes import Outcomes, outcomes_of
+from bigbatch.trainers.evaluation.evaluate import Evaluator, Found, in_parts
+from bigbatch.trainers.evaluation.outcomes import Outcomes
 
 _BATCH = 64  # images that one rank takes at a time
 _WORST = 10  # classes that a record names
@@ -37,13 +37,14 @@ class Probe:
         self._val, self._train = splits["val"], splits.get("train")
         self._seen = draw_samples(self._train or self._val, images, seed, "probe")
 
-    def look(self, model: nn.Module, found: Outcomes | None) -> dict[str, Any]:
+    def look(self, model: nn.Module, found: Found | None) -> dict[str, Any]:
         """What to record of `model`; `found` is what it says of the validation split, on rank 0.
 
         Collective; empty on the other ranks. `train` and `val` hold accuracy, nll and samples, the
         latter with each class weighed by its share of the training samples, so that a difference
         is none of shares. `dead` is the share of units, by layer, that were 0 for all images;
-        where nothing before a layer learns in this step (transfer), nothing can have died.
+        where nothing before a layer learns in this step (transfer), nothing can have died. Of
+        targets, `errors` holds the scores of both splits instead.
         """
         with dead_units(model, self._engine.frozen) as alive:
             own = self._pass(model)
@@ -52,8 +53,12 @@ class Probe:
             return {}
         record: dict[str, Any] = {"images": len(self._seen)}
         counts = None if self._train is None else self._train.class_counts.astype(np.float64)
+        rows = sorted(row for part, _ in every for row in part)  # by place: any world's order
+        if not isinstance(found, Outcomes):
+            train = type(found).of_rows(np.array([row[1:] for row in rows])) if rows else found
+            errors = {"train": train.scores(), "val": found.scores()}
+            return record | {"dead": _shares([dead for _, dead in every]), "errors": errors}
         if counts is not None:
-            rows = sorted(row for part, _ in every for row in part)  # by place: any world's order
             shares = counts[counts > 0] / counts.sum()
             record |= {
                 "prior_nll": float(-(shares * np.log(shares)).sum()),
@@ -64,18 +69,13 @@ class Probe:
                     "samples": len(rows),
                 },
             }
-        layers: dict[str, npt.NDArray[np.bool_]] = {}
-        for _, dead in every:
-            for name, units in dead.items():
-                row = np.array(units, dtype=bool)
-                layers[name] = layers.get(name, np.zeros_like(row)) | row
-        record["dead"] = {name: float(1 - row.mean()) for name, row in layers.items()}
+        record["dead"] = _shares([dead for _, dead in every])
         return record | by_class(found, self._val, counts)
 
-    def _pass(self, model: nn.Module) -> list[tuple[int, bool, float]]:
-        """(place, right, -log p) of each of this rank's images."""
+    def _pass(self, model: nn.Module) -> list[tuple[Any, ...]]:
+        """(place, right, -log p) of each of this rank's images; of targets its row of outcomes."""
         engine, index = self._engine, self._seen
-        outcomes: list[tuple[int, bool, float]] = []
+        outcomes: list[tuple[Any, ...]] = []
         was_training = model.training
         model.eval()
         batches = eval_batches(
@@ -91,11 +91,25 @@ class Probe:
                 if not len(batch.samples):
                     continue
                 logits = in_parts(model, self._evaluator.augmenter.evaluate(batch)).float()
-                seen = outcomes_of(logits.cpu().numpy(), batch.labels.cpu().numpy())
-                right, nll = seen.correct.tolist(), seen.losses.tolist()
-                outcomes += zip(batch.samples.tolist(), right, nll, strict=True)
+                seen = self._evaluator.judged(logits.cpu().numpy(), index, batch.samples)
+                columns: list[list[Any]]
+                if isinstance(seen, Outcomes):
+                    columns = [seen.correct.tolist(), seen.losses.tolist()]
+                else:
+                    columns = seen.rows().T.tolist()
+                outcomes += zip(batch.samples.tolist(), *columns, strict=True)
         model.train(was_training)
         return outcomes
+
+
+def _shares(alive: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
+    """By layer, the share of units that were above 0 for no rank's images."""
+    layers: dict[str, npt.NDArray[np.bool_]] = {}
+    for units in alive:
+        for name, values in units.items():
+            row = np.array(values, dtype=bool)
+            layers[name] = layers.get(name, np.zeros_like(row)) | row
+    return {name: float(1 - row.mean()) for name, row in layers.items()}
 
 
 def by_class(

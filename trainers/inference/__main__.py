@@ -39,12 +39,12 @@ from bigbatch.trainers.ensemble.combination import Combination, Logits
 from bigbatch.trainers.ensemble.evaluations import about
 from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ensemble
 from bigbatch.trainers.ensemble.held_out import check_decides
-from bigbatch.trainers.ensemble.members import Member
+from bigbatch.trainers.ensemble.members import Member, require_labels
 from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
-from bigbatch.trainers.inference import pretrained
+from bigbatch.trainers.inference import pretrained, targets
 from bigbatch.trainers.inference.agreement import require_same, require_same_images
 from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
@@ -71,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         ensemble = open_ensemble(options.model, options.members)
         found = [f"{m.name} {recipe_hash(m.recipe)}" for m in ensemble.members]
         require_same(engine, "members", found, "wait until the run has ended, or name them")
+        if targets.answers_targets(ensemble) and options.command == "ensemble":
+            require_labels(ensemble.members, "`bigbatch ensemble`")
         status = _COMMANDS[options.command](options, engine, ensemble)
         sys.stdout.flush()
         return status
@@ -132,6 +134,8 @@ def _forward(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
 
 
 def _evaluate(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
+    if targets.answers_targets(ensemble):
+        return targets.evaluate(options, engine, ensemble, _forward(options, engine, ensemble))
     listing = _open_labelled(options.source, engine, ensemble)
     forward = _forward(options, engine, ensemble)
     started = time.perf_counter()
@@ -334,7 +338,7 @@ def _tell(options: argparse.Namespace, made: making.Made) -> None:
 
 def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
     workers = len(os.sched_getaffinity(0))
-    listing = open_listing(options.source, ensemble.classes, workers)
+    listing = open_listing(options.source, targets.classes_of(ensemble), workers)
     require_same_images(engine, options.source, listing)
     forward = _forward(options, engine, ensemble)
     result = predict(engine, ensemble, forward, listing, options.out, features=options.features)
@@ -352,6 +356,8 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
     )
     if result["accuracy"] is not None:
         print(f"accuracy {result['accuracy']:.2%} of {result['with_target']:,} with a target")
+    if result.get("mae") is not None:
+        print(f"MAE {result['mae']:.4g} of {result['with_target']:,} with a target")
     return 0
 
 

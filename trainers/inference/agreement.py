@@ -31,6 +31,7 @@ def require_same_images(engine: Engine, source: str, listing: Listing) -> None:
     """The same of the images of a source."""
     index = listing.index
     columns: list[np.ndarray] = [index.shard, index.offset, index.size, index.label, index.crc]
+    columns += [] if index.target is None else [index.target]
     sums = [hashlib.sha256(column.tobytes()).hexdigest() for column in columns]
     found = [*sums, *listing.keys, *(key for key, _ in listing.unreadable)]
     require_same(engine, f"images in {source}", found, "start again when nothing writes there")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.size import height_width
+from bigbatch.configs.targets import learns_numbers
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.geometry import View
@@ -68,8 +69,8 @@ class Forward:
     Members that look at images alike share their decoding, their copy to the device and their
     crops; mean, std and precision are each member's own. `tta` names the looks that are taken of
     an image (looks.py), and with `mc_dropout` as many passes are made of each look, in which
-    members drop at random (dropout.py); their probabilities are averaged. A batch's logits depend
-    on neither the rank that computes them nor the batches before.
+    members drop at random (dropout.py); their probabilities, or numbers, are averaged. A batch's
+    logits depend on neither the rank that computes them nor the batches before.
     """
 
     def __init__(
@@ -173,7 +174,10 @@ class Forward:
             arrays = [output.cpu().numpy() for output in found]
             for array in arrays:
                 self._check(array, self.members[place], batch)
-            logits[place] = arrays[0] if len(arrays) == 1 else _mean_log_probability(arrays)
+            together = _mean_log_probability
+            if learns_numbers(self.members[place].recipe):
+                together = _mean
+            logits[place] = arrays[0] if len(arrays) == 1 else together(arrays)
 
     def _forward(self, loaded: _Loaded, images: Tensor, batch: int, look: int) -> list[Tensor]:
         """Logits [n, C] of a look at a batch, of each pass."""
@@ -267,6 +271,11 @@ def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[
     total = np.logaddexp.reduce([log_softmax(array) for array in logits], axis=0)
     mean: npt.NDArray[np.float64] = total - np.log(len(logits))
     return mean
+
+
+def _mean(outputs: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+    """Numbers [n, K] of several looks, averaged."""
+    return np.mean(np.array(outputs, np.float64), axis=0)
 
 
 def _watch(loaded: _Loaded) -> list[Tensor]:

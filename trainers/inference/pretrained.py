@@ -21,6 +21,7 @@ from bigbatch.configs.files import to_json
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.notices import notice
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.targets import learns_targets
 from bigbatch.configs.words import plural
 from bigbatch.data.index import draw_samples
 from bigbatch.data.listing import open_listing
@@ -111,6 +112,11 @@ def transfer(options: argparse.Namespace, engine: Engine) -> int:
     recipe = load_recipe(options.recipe, options.set)
     if recipe.data.stream is not None:
         raise UserError("data.stream has no split to look at; index its tars, and set data.path")
+    if learns_targets(recipe):
+        raise UserError(
+            f"--transfer compares the labels of neighbours, and loss {recipe.loss.name} learns "
+            "targets; name a recipe that learns labels"
+        )
     index = open_split(recipe.data, recipe.data.train)
     ensemble = open_pretrained(recipe, index.classes, engine.rank != 0)
     started = time.perf_counter()

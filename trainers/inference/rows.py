@@ -94,6 +94,42 @@ class Table:
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
 
+class NumberTable:
+    """The same of numbers [K]: `prediction`, in the targets' unit, beside `target`."""
+
+    def __init__(
+        self, outputs: Sequence[str], metadata: dict[str, Any], *, features: bool = False
+    ) -> None:
+        numbers = pa.list_(pa.float32())
+        fields = [("key", pa.string()), ("target", numbers), ("prediction", numbers)]
+        fields.append(("reason", pa.string()))
+        if features:
+            fields.append(("features", numbers))
+        content = {"bigbatch": to_json({"outputs": list(outputs), **metadata})}
+        self.schema = pa.schema(fields, metadata=content)
+
+    def rows(
+        self,
+        keys: Sequence[str],
+        targets: Sequence[Any],
+        predicted: np.ndarray,
+        reasons: Sequence[str | None],
+        features: np.ndarray | None = None,
+    ) -> pa.Table:
+        """As of `Table`; `targets` are rows of numbers, or None where unknown."""
+        good = [reason is None for reason in reasons]
+        filled = {
+            "key": list(keys),
+            "target": list(targets),
+            "prediction": _spread(list(predicted.astype(np.float32)), good),
+            "reason": list(reasons),
+        }
+        if features is not None:
+            filled["features"] = _spread(list(features), good)
+        arrays = [pa.array(filled[field.name], field.type) for field in self.schema]
+        return pa.Table.from_arrays(arrays, schema=self.schema)
+
+
 def _spread(values: Sequence[Any], good: Sequence[bool]) -> list[Any]:
     left = iter(values)
     return [next(left) if there else None for there in good]

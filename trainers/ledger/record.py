@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from google_crc32c import value as crc32c
 from torch import Tensor
 
+from bigbatch.configs.targets import learns_targets
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.engine import read_back
 from bigbatch.trainers.job import Job
@@ -31,6 +33,7 @@ class LedgerWriter:
         self._every = job.recipe.log.ledger_every
         self._micro_batch = job.recipe.micro_batch
         self._index = job.inputs.splits.get("train")
+        self._targets = learns_targets(job.recipe)
         self._keys = 0
         self._of_step: dict[str, str] = {}  # of the step that `agree` has seen last
         self._step: int | None = None  # that step, until the state after it is told
@@ -57,6 +60,9 @@ class LedgerWriter:
         labels, checksums = batch.labels.cpu().numpy(), None
         if self._index is not None:
             checksums = np.asarray(self._index.crc[batch.samples])
+            if self._targets and batch.targets is not None:  # of others it is another sample
+                rows = batch.targets.cpu().numpy()
+                checksums = checksums ^ np.array([crc32c(row.tobytes()) for row in rows], np.uint32)
         self._keys += digest_samples(places, batch.samples, labels, checksums)
 
     def share(self, step: int, copies: Tensor | None) -> Tensor:

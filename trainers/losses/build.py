@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbatch.configs import losses as c
+from bigbatch.configs import targets as t
 from bigbatch.configs.distill import Distill, LogitRegression, SoftTargets
-from bigbatch.trainers.losses import classification, margin, priors
+from bigbatch.trainers.losses import classification, margin, priors, targets
 from bigbatch.trainers.losses.centres import CentreLoss
 from bigbatch.trainers.losses.confusion import ConfusionCosts
 from bigbatch.trainers.losses.distillation import logit_regression, soft_targets
@@ -172,7 +173,7 @@ def _terms(
 def _per_sample(
     config: c.Loss, model: nn.Module | None, classes: ClassCounts | None
 ) -> LossFunction:
-    """The loss [B] of logits and of weights of labels, both [B, C]."""
+    """The loss [B] of logits and of weights of labels, both [B, C]; of outputs and targets."""
     match config:
         case c.CrossEntropy():
             return classification.cross_entropy
@@ -217,6 +218,17 @@ def _per_sample(
         case c.Center():
             assert model is not None
             return CentreLoss(model, config.weight, config.centre_rate)
+        case t.L1():
+            return targets.l1
+        case t.L2():
+            return targets.l2
+        case t.SmoothL1():
+            return partial(targets.smooth_l1, beta=config.beta)
+        case t.Tukey():
+            scale = None if config.scale == "mad" else config.scale
+            return partial(targets.tukey, c=config.c, scale=scale)
+        case t.KL():
+            return targets.kl
         case c.LargeMargin():
             assert model is not None
             watched = WatchedClassifier(model, "loss large_margin")

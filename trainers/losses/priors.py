@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bigbatch.configs.class_weights import BalancedWeights, EffectiveNumber, GivenWeights
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.losses import BalancedWeights, EffectiveNumber, GivenWeights
 
 
 class ClassCounts(NamedTuple):

@@ -20,6 +20,7 @@ from bigbatch.trainers.models.sources import find_source
 from bigbatch.trainers.models.transfer import said_of_pretrained, start_from
 from bigbatch.trainers.models.weights_file import WeightsInfo, open_weights
 from bigbatch.trainers.planning.inputs import Inputs
+from bigbatch.trainers.planning.targets import target_scaling
 
 
 def build_model(
@@ -103,6 +104,7 @@ def build_augmenter(
         device=device,
         memory_format=choose_memory_format(recipe.model, device),
         views=recipe.views > 1,
+        scaling=target_scaling(recipe),
     )
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import height_width
+from bigbatch.configs.targets import learns_numbers
 from bigbatch.data.rng import key64
 from bigbatch.trainers.models.build import build_model
 
@@ -43,10 +44,11 @@ class LayerSignal:
     energy: float = 0.0
 
 
-def measure(model: nn.Module, images: Tensor, labels: Tensor) -> list[LayerSignal]:
-    """One forward and backward pass of the sum of cross-entropies, in training mode.
+def measure(model: nn.Module, images: Tensor, wanted: Tensor) -> list[LayerSignal]:
+    """One forward and backward pass of the sum of losses, in training mode.
 
-    Images [B, C, H, W], labels int64 [B]. Gradients are left in the model.
+    Images [B, C, H, W]; wanted are labels int64 [B], for cross-entropy, or numbers [B, K], for half
+    the squared errors. Gradients are left in the model.
     """
     found: list[LayerSignal] = []
 
@@ -70,7 +72,11 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> list[LayerSigna
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd | nn.Linear)
     ]
-    F.cross_entropy(model.train()(images), labels, reduction="sum").backward()
+    outputs = model.train()(images)
+    if wanted.is_floating_point():
+        (0.5 * (outputs - wanted).square().sum()).backward()
+    else:
+        F.cross_entropy(outputs, wanted, reduction="sum").backward()
     for handle in handles:
         handle.remove()
     return found
@@ -130,8 +136,11 @@ def look(recipe: Recipe, classes: int, parameters: int, activation_bytes: int) -
     generator = torch.Generator().manual_seed(key64(recipe.seed, "signal"))
     size = count, recipe.data.channels, *height_width(recipe.data.image_size)
     images = torch.randn(size, generator=generator)
-    labels = torch.randint(classes, (count,), generator=generator)
+    if learns_numbers(recipe):  # standardised ones
+        wanted = torch.randn((count, classes), generator=generator)
+    else:
+        wanted = torch.randint(classes, (count,), generator=generator)
     torch.manual_seed(key64(recipe.seed, "signal", "model"))  # dropout
-    layers = measure(model, images, labels)
+    layers = measure(model, images, wanted)
     state, text = judge(layers)
     return {"state": state, "text": text, "layers": [asdict(layer) for layer in layers]}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bigbatch.configs.decisions import recipe_of
 from bigbatch.configs.files import iter_lines, read_json
 from bigbatch.configs.json_text import parse_json
-from bigbatch.configs.rundir import RunDir, event_record
+from bigbatch.configs.rundir import ANSWERS, RunDir, event_record
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.journal import count, read_journal
 
@@ -60,6 +60,7 @@ class History:
     confusion: Mapping[str, Any] | None
     snapshots: list[int]  # steps
     bad_samples: Mapping[str, Any] | None = None  # counts; None where everything could be read
+    answers: Mapping[str, Any] | None = None  # targets.json of a run that learned numbers
     probes: Sequence[Record] = ()  # closer looks at some evaluations (evaluation/probe.py)
     gradients: Sequence[Record] = ()  # norms by weight: of the first step, and beside probes
 
@@ -134,6 +135,7 @@ def read_history(run: RunDir) -> History:
         bad_samples=count(journal) if journal else None,
         probes=found.get("probe", []),
         gradients=found.get("gradients", []),
+        answers=read_json(run.ensemble / ANSWERS),
     )
 
 

@@ -288,7 +288,8 @@ def _run_id(run: RunDir) -> str:
 def flat_row(record: dict[str, Any]) -> dict[str, float]:
     """A record of metrics.jsonl under wandb's names: train/loss, val/accuracy, ..."""
     group = record.get("split", "train")
-    if record["kind"] in ("ranks", "trust", "system", "gradients", "probe", "confusion"):
+    own = ("ranks", "trust", "system", "gradients", "probe", "confusion", "targets")
+    if record["kind"] in own:
         group = record["kind"]
     values = {k: v for k, v in record.items() if k not in ("kind", "step", "split", "epoch")}
     if group == "ranks":

@@ -26,6 +26,7 @@ from bigbatch.trainers.planning.plateau import Evaluations
 from bigbatch.trainers.planning.schedules import build_schedule
 from bigbatch.trainers.planning.sizes import image_sizes
 from bigbatch.trainers.planning.strength import class_strengths
+from bigbatch.trainers.planning.targets import moved, outputs_of
 
 Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
@@ -46,6 +47,7 @@ class Inputs:
     momentum: Schedule | None = None  # of the optimizer, after s finished steps
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is refused
     stop_at: int | None = None  # where this start of the run ends, if the run goes on beyond it
+    outputs: tuple[str, ...] = ()  # what the network gives, by name: the classes, or numbers
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -84,6 +86,9 @@ def open_inputs(
                 f"split {names[role]} of {data.path} has classes {list(index.classes)[:8]}, split "
                 f"{data.val} has {list(classes)[:8]}: write both with one `bigbatch shard`"
             )
+    outputs = outputs_of(recipe, splits)
+    if told := moved(recipe):
+        notes.append(told)
     if data.stream is None:
         order = open_order(recipe, splits["train"])
         epoch_samples = order.epoch_samples
@@ -117,6 +122,7 @@ def open_inputs(
         momentum,
         tuple(notes),
         stop_at,
+        outputs,
     )
 
 

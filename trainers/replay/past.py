@@ -14,6 +14,7 @@ from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.targets import learns_targets
 from bigbatch.trainers.planning.plateau import Evaluation, read_evaluations
 from bigbatch.trainers.recovery.rollback import Range, is_skipped
 from bigbatch.trainers.recovery.stored import (
@@ -101,6 +102,11 @@ def find_past(
         raise UserError(
             f"{run.name} trains on data.stream, whose samples are drawn anew at each start: no "
             "step of it can be had again; index the tars and set data.path"
+        )
+    if learns_targets(recipe):
+        raise UserError(
+            f"{run.name} learns targets (loss {recipe.loss.name}), and a replay shows what a "
+            "classifier answers; replay a run that learns labels"
         )
     events = _read_events(run, step, before_rollback)
     skipped = [_range(event) for event in events.rollbacks]

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.configs.judged import ACCURACY, judged_in
 from bigbatch.data.writing.sources import printable
 from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.monitoring.history import Record
+from bigbatch.trainers.report.errors import fit_of_error
 from bigbatch.trainers.report.facts import POOR, SIGMAS, Facts, compared, gap
 from bigbatch.trainers.report.findings import Finding, Turn, choose, times
 
@@ -27,6 +29,9 @@ def fit(facts: Facts) -> list[Finding]:
     apart = [*mismatch(facts)] or [*starved(facts)]
     if apart:
         return apart
+    judge = judged_in(facts.val)
+    if judge is not None and judge != ACCURACY and len(facts.val["step"]) >= 4:
+        return fit_of_error(facts, judge)
     if len(facts.val.get("step", ())) < 4 or not {"accuracy", "nll"} <= facts.val.keys():
         text = "Fewer than 4 evaluations are recorded."
         return [Finding("note", "No verdict on the fit", text, "unfinished")]

@@ -16,6 +16,7 @@ from bigbatch.configs.judged import ACCURACY, judged_in, shown
 from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.targets import learns_targets
 from bigbatch.configs.words import plural
 from bigbatch.trainers.advice.advise import measure_phases
 from bigbatch.trainers.monitoring.history import (
@@ -26,6 +27,7 @@ from bigbatch.trainers.monitoring.history import (
 )
 from bigbatch.trainers.monitoring.progress import duration
 from bigbatch.trainers.report import plots
+from bigbatch.trainers.report.answers import shown_answers
 from bigbatch.trainers.report.diagnosis import diagnose
 from bigbatch.trainers.report.evaluations import shown_evaluations
 from bigbatch.trainers.report.results import COMBINED, figure, judge_of, result_rows
@@ -63,6 +65,8 @@ def write_report(run: RunDir, history: History | None = None) -> Path:
         answers="ensemble" if "ensemble" in {name for name, *_ in rows} else "model",
         most_recalls=_MOST_RECALLS,
         confusion=_confusion(history),
+        numbers=shown_answers(history.answers),
+        classifier=not learns_targets(history.recipe),
         evaluations=shown_evaluations(run),
         augmented=png_uri(run.contact_sheet),
         timeline=_timeline(history),

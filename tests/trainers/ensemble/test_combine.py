@@ -159,7 +159,8 @@ def seen(samples: int, classes: int, batch: int = 20) -> Seen:
         gather_rows=lambda rows, _: [rows.numpy()],
         gather_values=lambda value: [value],
     )
-    evaluator: Any = SimpleNamespace(engine=engine, batch=batch)
+    evaluator: Any = Evaluator.__new__(Evaluator)
+    evaluator.engine, evaluator.batch, evaluator.scaling = engine, batch, None
     batches = (
         (np.arange(first, first + batch), logits_of(first, 2, batch, classes))
         for first in range(0, samples, batch)

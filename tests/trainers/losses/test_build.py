@@ -20,6 +20,7 @@ from bigbatch.configs.losses import Loss
 from bigbatch.trainers.losses.build import Course, build_loss, build_objective
 from bigbatch.trainers.losses.priors import ClassCounts, class_weights
 from bigbatch.trainers.planning.plan import make_plan
+from tests.trainers.losses.test_targets import CASES as TARGET_CASES
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Loss)
 CLASSES, SCALE = 5, 16.0
@@ -185,6 +186,7 @@ def test_every_name_in_the_schema_is_tested_here() -> None:
     names = [form["properties"]["name"] for form in forms]
     expected = {name for form in names for name in form.get("enum") or [form["const"]]}
     tested = {config["name"] for config, _ in CASES.values()} | {"large_margin", "center", "jsd"}
+    tested |= TARGET_CASES.keys()
     assert tested == expected - {"balanced", "effective_number", "given"}
 
 
