@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bigbatch.configs.batch import ByNoise
 from bigbatch.configs.data import Data
 from bigbatch.configs.distill import Distill
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.printable import printable
 from bigbatch.configs.rundir import ENSEMBLE
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import in_words
 from bigbatch.configs.stream import refuse_commands
+from bigbatch.configs.words import plural
 from bigbatch.data.geometry import Growth
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.lanes import LaneOrder
@@ -30,6 +34,7 @@ from bigbatch.trainers.planning.targets import moved, outputs_of
 
 Schedule = Callable[[int], float]  # multiplies the learning rate, after s finished steps
 
+_FEW_STEPS = 50
 _USUAL_TEST = str(Data.model_fields["test"].default)
 
 
@@ -102,6 +107,7 @@ def open_inputs(
         line = recipe.timeline(1)
         epoch_samples = line.first(line.steps(recipe.duration))
     plan, schedule = fit(recipe, epoch_samples, stop_at, evaluations)
+    notes += few_samples(data.val, splits["val"]) + few_steps(recipe, plan)
     if not isinstance(recipe.global_batch, int):
         notes.append(f"global_batch: {batches_in_words(plan)}")
     if isinstance(recipe.global_batch, ByNoise):
@@ -131,6 +137,29 @@ def replanned(inputs: Inputs, recipe: Recipe, evaluations: Evaluations) -> Input
     plan, schedule = fit(recipe, inputs.epoch_samples, inputs.stop_at, evaluations)
     momentum = momentum_schedule(recipe, plan)
     return replace(inputs, plan=plan, schedule=schedule, momentum=momentum)
+
+
+def few_samples(name: str, val: Index) -> list[str]:
+    """What to say of classes that no sample of the validation split is of."""
+    missing = np.flatnonzero(val.class_counts == 0)
+    if not len(missing) or not len(val):
+        return []
+    shown = ", ".join(printable(val.classes[c]) for c in missing[:3])
+    more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+    return [
+        f"split {name} has no sample of {shown}{more}: nothing is measured of "
+        f"{'these classes' if more or len(missing) > 1 else 'this class'}"
+    ]
+
+
+def few_steps(recipe: Recipe, plan: Plan) -> list[str]:
+    """What to say of a run of few steps, where the recipe counts in something else."""
+    if plan.total >= _FEW_STEPS or recipe.duration.unit == "steps":
+        return []
+    return [
+        f"duration {recipe.duration} is {plural(plan.total, 'step')} in all: a smaller "
+        f"global_batch than {recipe.first_batch:,}, or a longer duration, makes more"
+    ]
 
 
 def see_teacher(distill: Distill) -> None:

@@ -113,6 +113,25 @@ def test_the_users_errors_are_one_message_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_readme_s_lines_for_slurm_run_as_they_stand(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its submit asked for 32 ranks of a recipe that has work for four."""
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    recipe = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "mine.yaml").write_text(recipe)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/mine").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    lines = text.partition("## SLURM in three lines\n\n```sh\n")[2].partition("```")[0]
+    commands = [line.partition("#")[0].split()[1:] for line in lines.splitlines()]
+    assert [words[0] for words in commands] == ["check", "submit", "runs"]
+    unlike = {"check": ["--quick"], "submit": ["--dry-run"]}  # no torch here, and no SLURM
+    for words in commands:
+        status, said = status_of(*words, *unlike.get(words[0], []))
+        assert status == 0, said
+
+
 def test_the_program_prints_the_message_alone(tmp_path: Path) -> None:
     done = subprocess.run(
         [BIGBATCH, "train", "digits", "--nproc", "2"],

@@ -7,6 +7,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.data.writing.shard import shard
 from bigbatch.trainers.planning.inputs import momentum_schedule, open_inputs
 from bigbatch.trainers.planning.plan import make_plan
+from tests.helpers.micro_batches import image_bytes, write_shards
 
 
 def test_a_data_set_without_a_test_split(tmp_path: Path) -> None:
@@ -52,3 +53,19 @@ def test_momentum_follows_its_own_schedule() -> None:
         load_recipe(
             "digits", [*keys, "optimizer.momentum=0", f"optimizer.momentum_schedule={rise}"]
         )
+
+
+def test_classes_that_nothing_measures_and_a_run_of_few_steps_are_said(tmp_path: Path) -> None:
+    """`check` passed both without a word."""
+    write_shards(tmp_path / "train", [(image_bytes(n), n % 4) for n in range(9)])
+    write_shards(tmp_path / "val", [(image_bytes(9), 1), (image_bytes(10), 3)])
+    keys = [f"data.path={tmp_path}", "global_batch=4", "micro_batch=4", "schedule={name: cosine}"]
+    keys += ["data.sampling=uniform", "data.test=null"]
+    missing = "split val has no sample of 0, 2: nothing is measured of these classes"
+    few = (
+        "duration 3 epochs is 7 steps in all: a smaller global_batch than 4, or a longer "
+        "duration, makes more"
+    )
+    assert open_inputs(load_recipe("digits", [*keys, "duration=3 epochs"])).notes == (missing, few)
+    for enough in ("duration=7 steps", "duration=60 epochs"):
+        assert open_inputs(load_recipe("digits", [*keys, enough])).notes == (missing,)
