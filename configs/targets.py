@@ -146,6 +146,11 @@ def refusals(recipe: Any) -> Iterator[str]:
             f"loss {name} learns targets, which are read from an index, and data.stream has none; "
             "index the tars and set data.path"
         )
+    if recipe.log.samples:
+        yield (
+            f"log.samples keeps the margin and the probability of a label, and loss {name} learns "
+            "targets; set log.samples=false"
+        )
     if recipe.distill is not None:
         yield f"distill takes a classifier's answers, and loss {name} makes none; drop one of them"
     init, head = recipe.model.init, recipe.model.head

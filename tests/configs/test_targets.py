@@ -32,6 +32,7 @@ def test_each_has_its_score(name: str) -> None:
         ("{name: l1}", ["augment.cutmix=1"], "set it to 0 .augment.mixup mixes targets"),
         ("{name: l1}", ["model.head={name: cosine, scale: 8}"], "gives cosines of classes"),
         ("{name: kl}", ["model.init={head_prior: true}"], "starts from the shares of labels"),
+        ("{name: kl}", ["log.samples=true"], "set log.samples=false"),
         ("{name: l1}", ["distill={name: soft, teacher: runs/a}"], "takes a classifier's answers"),
         ("{name: tukey}", ["micro_batch=4"], "raise it to 8 or more, or give loss.scale a number"),
         ("{name: l1}", ["schedule={name: plateau}"], "set its metric to mae or rmse or r2"),
