@@ -29,6 +29,7 @@ from bigbatch.trainers import worker
 from bigbatch.trainers.compress import __main__ as compress
 from bigbatch.trainers.distillation.build import check_teacher
 from bigbatch.trainers.ensemble.folder import open_ensemble
+from bigbatch.trainers.export import __main__ as export
 from bigbatch.trainers.inference import __main__ as inference
 from bigbatch.trainers.planning.inputs import open_inputs
 from bigbatch.trainers.replay.past import find_past
@@ -236,8 +237,9 @@ def test_evaluate_says_what_the_run_said(
     summary = json.loads(trained.summary.read_text())["test"]
     told = {m["name"]: {k: m[k] for k in ("mae", "rmse", "r2")} for m in summary["members"]}
     for member in found["members"]:
-        if (name := member.pop("name").rpartition("/")[2]) in told:
-            assert member == pytest.approx(told[name], rel=1e-6)
+        scores = dict(member)
+        if (name := scores.pop("name").rpartition("/")[2]) in told:
+            assert scores == pytest.approx(told[name], rel=1e-6)
     assert found["samples"] == 24
     assert found["mae"] == pytest.approx(np.mean(found["by_target"]["mae"]))
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == found
@@ -270,6 +272,50 @@ def test_predict_writes_numbers_in_the_targets_unit(
     error = np.abs(np.array(rows["indexed"]["prediction"]) - index.target).mean()
     kept = json.loads(trained.summary.read_text())["test"]["ensemble"]
     assert error == pytest.approx(kept["mae"], rel=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_export_gives_what_predict_gives(
+    trained: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str
+) -> None:
+    """Pixels in, numbers in the targets' unit out."""
+    data = Path(trained.recipe().data.path)
+    table, file = tmp_path / "p.parquet", tmp_path / f"model{ending}"
+    arguments = (str(trained.path), "--members", "all")
+    infer(capsys, "predict", *arguments, "--source", str(data / "test"), "--out", str(table))
+    rows = pq.read_table(table).to_pydict()
+    assert export.main([*arguments, "--out", str(file)]) == 0
+    pictures = [np.asarray(Image.open(io.BytesIO(picture(int(key))[0]))) for key in rows["key"]]
+    pixels = np.array(pictures)[..., None]
+    if ending == ".onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        texts = session.get_modelmeta().custom_metadata_map
+        description = {key: json.loads(text) for key, text in texts.items()}
+        (found,) = session.run(["prediction"], {"pixels": pixels})
+    else:
+        extra = {"description.json": ""}
+        network = torch.export.load(str(file), extra_files=extra).module()
+        description = json.loads(extra["description.json"])
+        with torch.no_grad():
+            found = network(torch.tensor(pixels))[0].numpy()
+    assert description["outputs"] == ["target_0", "target_1"]
+    assert "classes" not in description
+    np.testing.assert_allclose(found, rows["prediction"], rtol=1e-5)
+    card = file.with_name(f"{file.name}.md").read_text()
+    assert "(prediction,) = " in card
+    assert "probabilit" not in card
+
+
+def test_export_refuses_what_it_cannot_say(
+    trained: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for more, says in (
+        (("--out", str(tmp_path / "a.safetensors")), "in standard deviations of the targets"),
+        (("--out", str(tmp_path / "a.pt2"), "--check"), "this model gives numbers"),
+    ):
+        assert export.main([str(trained.path), "--members", "cycle-01", *more]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_refused(

@@ -74,7 +74,7 @@ def combine(
     val, *others = splits
     weights = [load_weights(model, path / MODEL) for path in paths]
     # Of the validation split once to choose members, and once more to combine those.
-    share = len(splits[val]) * len(splits[val].classes) // engine.world
+    share = len(splits[val]) * evaluator.width(splits[val]) // engine.world
     again = Again(lambda: evaluator.batches(model, splits[val], weights), len(paths) * share)
     kept, losses = engine.from_main(
         _best_first(look(evaluator, splits[val], again, len(paths)), config.selection_margin)

@@ -81,6 +81,12 @@ class Evaluator:
         ]
         return self.gather(parts, len(index))
 
+    def width(self, index: Index) -> int:
+        """How many numbers a network gives for an image of `index`."""
+        if self.scaling is None or index.target is None:
+            return len(index.classes)
+        return index.target.shape[1]
+
     def judged(self, outputs: npt.NDArray[np.floating], index: Index, samples: Positions) -> Found:
         """Outputs [n, C] of a network beside what is true of these samples of `index`."""
         if self.scaling is None:

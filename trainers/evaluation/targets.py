@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bigbatch.configs.judged import KL, MAE, MODE, R2, RMSE
 
 Array = NDArray[np.float64]
+_MOST_DRAWN = 400_000  # numbers that are kept for plots
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,10 @@ def log_softmax(logits: NDArray[np.floating]) -> Array:
 
 
 def drawn(found: TargetOutcomes | None, most: int) -> dict[str, Any]:
-    """Points for a plot: predicted and true numbers of at most `most` samples, evenly spaced."""
+    """Points for a plot: predicted and true numbers of at most `most` samples, evenly spaced;
+    of fewer where each has many numbers."""
     if not isinstance(found, Numbers) or not len(found):
         return {}
+    most = max(10, min(most, _MOST_DRAWN // found.true.shape[1]))
     places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found)), dtype=np.int64))
     return {"true": found.true[places].tolist(), "predicted": found.predicted[places].tolist()}

@@ -31,8 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from bigbatch.configs.errors import UserError
+    from bigbatch.configs.targets import learns_numbers
     from bigbatch.trainers.ensemble.folder import open_ensemble
-    from bigbatch.trainers.ensemble.members import require_labels
     from bigbatch.trainers.export import write
     from bigbatch.trainers.export.check import check_file, check_possible
     from bigbatch.trainers.export.scores import known_scores
@@ -43,7 +44,11 @@ def run(options: argparse.Namespace) -> int:
         check_possible(options.out)
     ensemble = open_ensemble([options.model], options.members)
     members, combination = ensemble.members, ensemble.combination
-    require_labels(members, "`bigbatch export`")
+    if options.check and learns_numbers(members[0].recipe):
+        raise UserError(
+            "--check compares probabilities, and this model gives numbers; leave it out, and "
+            "compare with what `bigbatch predict` writes"
+        )
     written: list[Path] = []
     if options.check:  # before the export, which takes a while
         data = members[0].recipe.data

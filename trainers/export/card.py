@@ -38,6 +38,8 @@ class Score:
 
 def model_card(file: Path, description: Mapping[str, Any], scores: Sequence[Score]) -> str:
     """The card of a file, of which `description` (description.py) says what it is."""
+    if "outputs" in description:
+        return _card_of_numbers(file, description)
     return "\n\n".join(
         [
             _front_matter(file, description, scores),
@@ -51,6 +53,40 @@ def model_card(file: Path, description: Mapping[str, Any], scores: Sequence[Scor
             _limits(description, scores),
             "## Classes",
             _classes(description["classes"]),
+            "## Training",
+            _training(description),
+        ]
+    )
+
+
+def _card_of_numbers(file: Path, description: Mapping[str, Any]) -> str:
+    """The card of a file that gives numbers, not probabilities."""
+    front = {
+        "library_name": "onnx" if file.suffix == ".onnx" else "pytorch",
+        "tags": ["image-regression", "bigbatch"],
+    }
+    outputs = description["outputs"]
+    code = f"```python\n{_USAGE[file.suffix][1]}```"
+    code = code[: code.index("probabilities, label")].replace("classes = ", "outputs = ")
+    code = code.replace('"classes"', '"outputs"')
+    call = 'session.run(None, {"pixels": pixels})' if file.suffix == ".onnx" else "network(pixels)"
+    code += f"(prediction,) = {call}\nprint(dict(zip(outputs, prediction[0].tolist())))\n```"
+    return "\n\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+            f"# {file.stem}",
+            _summary(description),
+            "## Run it",
+            f"`pip install {_USAGE[file.suffix][0]}`",
+            _filled(code, file, description["channels"]),
+            "## Scores",
+            "`bigbatch evaluate` measures them.",
+            "## Limits",
+            "- Numbers are in the unit of the targets that were trained on.\n"
+            "- Only the centre square of an image is seen.\n"
+            "- Of images of other sources than the training data's nothing is known.",
+            "## Outputs",
+            _classes(outputs),
             "## Training",
             _training(description),
         ]
@@ -81,10 +117,12 @@ def _front_matter(file: Path, description: Mapping[str, Any], scores: Sequence[S
 def _summary(description: Mapping[str, Any]) -> str:
     members = description["members"]
     models = ", ".join(dict.fromkeys(m["model"] for m in members))
-    what = f"An image classifier of {len(description['classes']):,} classes: {models}"
+    numbers = description.get("outputs")
+    what = f"{len(numbers):,} numbers of an image" if numbers else "An image classifier of "
+    what += f": {models}" if numbers else f"{len(description['classes']):,} classes: {models}"
     if len(members) > 1:
-        how = description["combination"]["method"]
-        what += f", {len(members)} members combined by {_HOW[how]}"
+        how = "the mean of their numbers" if numbers else _HOW[description["combination"]["method"]]
+        what += f", {len(members)} members combined by {how}"
     rows = [
         f"{what}. Written by bigbatch {description['bigbatch_version']}.",
         "",
@@ -125,6 +163,11 @@ _HOW = {
 
 def _usage(file: Path, channels: int) -> str:
     needs, code = _USAGE[file.suffix]
+    return f"`pip install {needs}`\n\n```python\n{_filled(code, file, channels)}```"
+
+
+def _filled(code: str, file: Path, channels: int) -> str:
+    """Code with the names of this file, and the shape of its pixels."""
     names = {
         "FILE": file.name,
         "CONFIG": config_path(file).name,
@@ -134,7 +177,7 @@ def _usage(file: Path, channels: int) -> str:
     }
     for word, value in names.items():
         code = code.replace(word, value)
-    return f"`pip install {needs}`\n\n```python\n{code}```"
+    return code
 
 
 # By the ending of the file: what it needs, and how to run it on a picture.

@@ -10,6 +10,7 @@ from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
+from bigbatch.configs.targets import learns_numbers
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.planning.inputs import open_order, open_split
@@ -21,7 +22,8 @@ FORMAT = 1
 def describe(
     members: Sequence[Member], combination: Combination, data_hashes: Sequence[str | None]
 ) -> dict[str, Any]:
-    """Plain values. What all members share stands at the top as well as with each of them.
+    """Plain values; `outputs` in place of `classes` where these are numbers. What all members share
+    stands at the top as well as with each of them.
 
     `data_hashes` are those of the members' training data, None where it is not known.
     """
@@ -45,10 +47,11 @@ def describe(
         for key, value in entries[0].items()
         if key != "name" and all(entry[key] == value for entry in entries)
     }
+    numbers = learns_numbers(members[0].recipe)
     return {
         "format": FORMAT,
         "bigbatch_version": metadata.version("bigbatch"),
-        "classes": list(members[0].classes),
+        "outputs" if numbers else "classes": list(members[0].classes),
         "channels": members[0].recipe.data.channels,
         **shared,
         "members": entries,

@@ -7,6 +7,7 @@ from typing import Any
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import ENSEMBLE, RunDir
+from bigbatch.configs.targets import learns_targets
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.folder import read_record
 from bigbatch.trainers.ensemble.members import Member
@@ -21,8 +22,11 @@ def known_scores(model: Path, members: Sequence[Member], combination: Combinatio
     """The scores that the run or folder `model` holds of just these members, by split.
 
     Of a run, its summary knows each snapshot, the mean of those that were kept, and the soup; of
-    an ensemble's folder, its record. What `bigbatch evaluate` found counts before either.
+    an ensemble's folder, its record. What `bigbatch evaluate` found counts before either. None
+    where targets were learned: the scores are others.
     """
+    if learns_targets(members[0].recipe):
+        return []
     if (model / ENSEMBLE).is_file():
         found = _recorded(read_record(model))
     else:

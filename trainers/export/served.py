@@ -25,6 +25,7 @@ class ServedMember:
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     squash: bool = False
+    scaling: tuple[Sequence[float], Sequence[float]] | None = None  # of numbers: mean and std
 
     @property
     def crop(self) -> tuple[Size, float, bool]:
@@ -33,7 +34,8 @@ class ServedMember:
 
 class Served(nn.Module):
     """Pixels uint8 [N, H, W, C] -> probabilities float32 [N, classes], label int64 [N], and
-    rejected bool [N] where the combination has a threshold.
+    rejected bool [N] where the combination has a threshold. Of members that learned numbers:
+    prediction float32 [N, K], the mean of theirs in the targets' own unit.
 
     Each member sees the images as its evaluation does; what members see alike is computed once.
     The networks are taken as they are and put into eval mode. Raises ValueError where members
@@ -42,6 +44,8 @@ class Served(nn.Module):
 
     mean: Tensor  # [looks, 1, C, 1, 1]
     std: Tensor
+    target_mean: Tensor  # [M, 1, K] of members that give numbers
+    target_std: Tensor
 
     def __init__(self, members: Sequence[ServedMember], combination: Combination) -> None:
         super().__init__()
@@ -62,11 +66,19 @@ class Served(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, :, None, None])
         self.networks = nn.ModuleList(member.network for member in members)
         self.combine = Combine(combination, len(members))
+        self.gives_numbers = members[0].scaling is not None
+        if self.gives_numbers:
+            scalings = [member.scaling for member in members if member.scaling is not None]
+            for place, name in enumerate(("target_mean", "target_std")):
+                values = [list(scaling[place]) for scaling in scalings]
+                self.register_buffer(name, torch.tensor(values)[:, None])
         self.reject_below = combination.reject_below
         self.eval()
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        if self.gives_numbers:
+            return ("prediction",)
         names = ("probabilities", "label", "rejected")
         return names[:2] if self.reject_below is None else names
 
@@ -81,6 +93,8 @@ class Served(nn.Module):
             for i, mean, std in zip(self._crop_of, self.mean, self.std, strict=True)
         ]
         logits = [n(looks[i]).float() for i, n in zip(self._look_of, self.networks, strict=True)]
+        if self.gives_numbers:
+            return ((torch.stack(logits) * self.target_std + self.target_mean).mean(0),)
         probabilities = self.combine(torch.stack(logits))
         confidence, label = probabilities.max(1)
         if self.reject_below is None:

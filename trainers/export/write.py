@@ -8,6 +8,7 @@ import safetensors.torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json, write_atomically
+from bigbatch.configs.targets import learns_numbers
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.export.card import Score, model_card
@@ -16,6 +17,7 @@ from bigbatch.trainers.export.files import onnx_bytes, program_bytes, trace
 from bigbatch.trainers.export.served import Served, ServedMember
 from bigbatch.trainers.export.timm_weights import check_single, config_path, timm_config
 from bigbatch.trainers.models.weights_file import to_metadata
+from bigbatch.trainers.planning.targets import target_scaling
 from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
 
 ENDINGS = (".onnx", ".pt2", ".safetensors")
@@ -43,6 +45,11 @@ def export(
     """
     check_ending(path)
     card, weights = path.with_name(f"{path.name}.md"), path.suffix == ".safetensors"
+    if weights and learns_numbers(members[0].recipe):
+        raise UserError(
+            f"--out {path}: weights alone give numbers in standard deviations of the targets; "
+            "export .onnx or .pt2, which give them in the targets' own unit"
+        )
     written = [path, *([config_path(path)] if weights else []), card]
     if there := [p for p in written if p.exists()]:
         raise UserError(f"{there[0]} exists already; remove it, or choose another --out")
@@ -88,6 +95,7 @@ def served(members: Sequence[Member], combination: Combination) -> Served:
                 squash=member.recipe.evaluate.squash,
                 mean=tuple(member.recipe.augment.pixel_mean),
                 std=tuple(member.recipe.augment.pixel_std),
+                scaling=target_scaling(member.recipe) if learns_numbers(member.recipe) else None,
             )
             for member in members
         ],

@@ -18,7 +18,7 @@ def outputs_of(recipe: Recipe, splits: Mapping[str, Index]) -> tuple[str, ...]:
     """
     classes, name = splits["val"].classes, recipe.loss.name
     if not learns_targets(recipe):
-        if classes == UNLABELLED:
+        if classes == UNLABELLED and splits["val"].target is not None:
             raise UserError(
                 f"{splits['val'].place} has targets and no labels, and loss {name} learns labels; "
                 "set loss.name to l1, l2, smooth_l1 or tukey, or label the samples"
