@@ -62,7 +62,7 @@ def settings(digits: Path, *changes: str) -> list[str]:
             "data.image_size=8",
             "augment.affine=null",
             "log.diagnosis=false",
-            "log.ledger_every=null",
+            "log.ledger_every=5",
         ),
         *changes,
     ]
@@ -96,6 +96,11 @@ def assert_same(run: RunDir, other: RunDir) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert read_decisions(run) == read_decisions(other)
+    for one in (run, other):
+        state = json.loads((last(one) / "state.json").read_text())
+        assert state["batches"] == [list(decision) for decision in read_decisions(one)]
+    ledgers = [[x for x in read_jsonl(r.ledger) if x["kind"] == "step"] for r in (run, other)]
+    assert ledgers[0] == ledgers[1] != []
     keys = ("step", "global_batch", "samples", "loss", "lr", "grad_norm", "noise_scale", "epoch")
     found = [[{k: r[k] for k in keys} for r in records(x, "train")] for x in (run, other)]
     assert found[0] == found[1]

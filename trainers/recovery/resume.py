@@ -93,8 +93,8 @@ def resume(run: RunDir, engine: Engine, state: TrainState, every: int) -> list[s
 def agreed_decisions(run: RunDir, engine: Engine, state: TrainState) -> Decisions:
     """What the run has decided about its batch, by rank 0's reading of it. Collective.
 
-    Events are on the disk before a step follows from them, and every checkpoint holds those that
-    its steps followed from. Raises UserError where events.jsonl does not have these.
+    Events are on the disk before a step follows from them, and every checkpoint holds all that
+    were when it was written. Raises UserError where events.jsonl does not have these.
     """
     found = engine.on_main(lambda: read_decisions(run))
     decided = [(samples, batch) for samples, batch in found]
@@ -104,4 +104,5 @@ def agreed_decisions(run: RunDir, engine: Engine, state: TrainState) -> Decision
             f"{run.events} has no event {KIND} of global_batch {batch} at {samples:,} samples, "
             f"which step {state.step} follows from; put the file back as it was, or start a new run"
         )
+    state.decided[:] = decided
     return decided
