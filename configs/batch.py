@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
+from bigbatch.configs.batch_rules import Rules, without_base
 from bigbatch.configs.durations import Period
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.part import Count, Positive, StrictModel
@@ -19,70 +20,6 @@ from bigbatch.configs.stream import lengths
 from bigbatch.configs.timeline import Timeline
 
 _MOST_CHANGES = 100_000
-
-
-class _Changing(StrictModel):
-    """Fields of every kind of change."""
-
-    lr: Literal["none", "linear", "sqrt"] = Field(
-        "none",
-        description="what the learning rate does where a batch is k times the first one: none: "
-        "nothing, linear: times k (SGD; Goyal et al. 2017), sqrt: times the square root of k "
-        "(Adam, LAMB; Malladi et al. 2022)",
-    )
-
-    batch_norm: Literal["none", "power"] = Field(
-        "none",
-        description="what the momentum m of BatchNorm's running statistics does there: none: "
-        "nothing, power: 1 - (1 - m)^k, that of k steps (after Busbridge et al. 2023)",
-    )
-
-    betas: Literal["none", "power"] = Field(
-        "none",
-        description="what the betas of Adam, AdamW and LAMB do there: none: nothing, power: "
-        "beta^k, so that moments forget by samples; close to 1 - k (1 - beta) (Malladi et al. "
-        "2022)",
-    )
-
-    weight_decay: Literal["none", "timescale"] = Field(
-        "none",
-        description="what a weight decay apart from the gradient does there: none: nothing, "
-        "timescale: rate times decay go with the batch, so that weights forget by samples (Wang "
-        "and Aitchison 2024; Bergsma et al. 2025)",
-    )
-
-    def betas_power(self, batch: int) -> float:
-        """Which power of its betas an optimizer has at `batch` samples a step."""
-        return batch / self.first if self.betas == "power" else 1.0
-
-    def decay_factor(self, batch: int) -> float:
-        """The weight decay at `batch` samples a step, relative to that of the first step."""
-        if self.weight_decay == "none":
-            return 1.0
-        return batch / self.first / self.lr_factor(batch)
-
-    def batch_norm_power(self, batch: int) -> float:
-        """For how many steps of the first batch one of `batch` samples moves running statistics."""
-        return batch / self.first if self.batch_norm == "power" else 1.0
-
-    def lr_factor(self, batch: int) -> float:
-        """The learning rate at `batch` samples a step, relative to that of the first step."""
-        ratio = batch / self.first
-        return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr]
-
-    @property
-    def first(self) -> int:
-        """The samples of the run's first step."""
-        return self.sizes[0]
-
-    @property
-    def sizes(self) -> list[int]:
-        """The samples of a step, as they follow each other."""
-        raise NotImplementedError
-
-    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
-        """(samples, batch): from how many on a step takes how many."""
-        raise NotImplementedError
 
 
 class BatchPiece(StrictModel):
@@ -94,7 +31,7 @@ class BatchPiece(StrictModel):
     )
 
 
-class Stages(_Changing):
+class Stages(Rules):
     """One batch after another."""
 
     name: Literal["stages"]
@@ -132,7 +69,7 @@ class Stages(_Changing):
         return self
 
 
-class _Doubled(_Changing):
+class _Doubled(Rules):
     """`start`, and twice that, and so on up to `most`."""
 
     start: Count = Field(description="samples in the run's first step")
@@ -204,7 +141,7 @@ class ByNoise(_Doubled):
             now = batch
 
 
-class LinearGrowth(_Changing):
+class LinearGrowth(Rules):
     """From `start` to `end` by equal parts of the samples seen, in whole micro-batches."""
 
     name: Literal["linear"]
@@ -239,7 +176,7 @@ NUMBER, CHANGING = "~number", "~changing"  # tags of the branches, which no read
 
 
 def _branch(value: Any) -> str:
-    return CHANGING if isinstance(value, dict | _Changing) else NUMBER
+    return CHANGING if isinstance(value, dict | Rules) else NUMBER
 
 
 GlobalBatch = Annotated[
@@ -247,12 +184,12 @@ GlobalBatch = Annotated[
 ]
 
 
-def sizes(batch: "int | _Changing") -> list[int]:
+def sizes(batch: "int | Rules") -> list[int]:
     """The samples of a step, as they follow each other."""
     return [batch] if isinstance(batch, int) else batch.sizes
 
 
-def timeline(batch: "int | _Changing", epoch_samples: int) -> Timeline:
+def timeline(batch: "int | Rules", epoch_samples: int) -> Timeline:
     """Which samples each step takes, in epochs of so many. UserError where a piece has no step."""
     if isinstance(batch, int):
         return Timeline.constant(batch, epoch_samples)
@@ -307,7 +244,7 @@ def refusals(recipe: Any) -> Iterator[str]:
                     "seen, and so many steps are no fixed number of them; give it in epochs or "
                     "samples"
                 )
-    yield from _without_base(batch, recipe.optimizer)
+    yield from without_base(batch, recipe.optimizer)
     if isinstance(batch, ByNoise):
         yield from _needs_steps_ahead(batch, recipe)
     if recipe.optimizer.name == "lbfgs":
@@ -315,37 +252,6 @@ def refusals(recipe: Any) -> Iterator[str]:
             "optimizer lbfgs compares gradients of one step with those of the next, and another "
             "batch makes another function; set global_batch to a number"
         )
-
-
-def _without_base(batch: _Changing, optimizer: Any) -> Iterator[str]:
-    """Rules that have nothing in the optimizer to hold for."""
-    rest = getattr(optimizer, "rest", None)
-    names = optimizer.name if rest is None else f"{optimizer.name} with rest {rest.name}"
-    second = optimizer if rest is None else rest
-    if batch.betas != "none" and second.name not in ("adam", "adamw", "lamb"):
-        yield (
-            f"global_batch.betas: {batch.betas} is for the moments of adam, adamw and lamb (also "
-            f"as muon's rest), and the optimizer is {names}; set it to none"
-        )
-    if batch.weight_decay == "none":
-        return
-    decaying = [part for part in (optimizer, rest) if part is not None and _decays(part)]
-    if not decaying:
-        yield (
-            f"global_batch.weight_decay: {batch.weight_decay} has no optimizer.weight_decay to "
-            "start from; set one, or set it to none"
-        )
-    if odd := [part.name for part in decaying if part.name not in ("adamw", "lion", "muon")]:
-        yield (
-            f"global_batch.weight_decay: {batch.weight_decay} is for a decay apart from the "
-            f"gradient, of adamw, lion and muon; {odd[0]} decays in another way, so set it to none"
-        )
-
-
-def _decays(optimizer: Any) -> bool:
-    """Whether any weight decays."""
-    of_layers = getattr(optimizer, "weight_decay_of", {}).values()
-    return any([getattr(optimizer, "weight_decay", 0.0), *of_layers])
 
 
 def _needs_steps_ahead(batch: ByNoise, recipe: Any) -> Iterator[str]:

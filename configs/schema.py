@@ -151,6 +151,11 @@ class Recipe(StrictModel):
         """The largest number of samples of which the batch of every step is a multiple."""
         return math.gcd(*batch.sizes(self.global_batch))
 
+    def lr_gain(self, samples: int, noise: float, signal: float) -> float:
+        """What measured gradients multiply the learning rate by in a step of so many samples."""
+        changing = self.global_batch
+        return 1.0 if isinstance(changing, int) else changing.gain(samples, noise, signal)
+
     def batch_norm_power(self, samples: int) -> float:
         """For how many steps of the first batch one of so many moves running statistics."""
         changing = self.global_batch

@@ -51,7 +51,7 @@ def train(attempt: Attempt) -> Ending:
         started = time.perf_counter()
         clock.begin_step()
         images_of_step, micro_batches = plan.timeline.batch(step), plan.micro_batches(step)
-        lr_multiplier = job.inputs.schedule(step)
+        lr_multiplier = job.inputs.schedule(step) * recipe.lr_gain(images_of_step, *state.noise)
         set_lr(optimizer, lr_multiplier)
         if job.inputs.momentum is not None:
             set_momentum(optimizer, job.inputs.momentum(step))

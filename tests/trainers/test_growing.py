@@ -164,6 +164,42 @@ def test_a_run_that_is_stopped_decides_the_same(
     assert_same(run, whole)
 
 
+STAGES = "{name: stages, pieces: [{batch: 16, until: 160 samples}, {batch: 64}], lr: adascale}"
+SGD = "optimizer={name: sgd, lr: 0.05, momentum: 0.5}"
+
+
+def test_the_rate_follows_adascale_s_gain_also_where_it_is_resumed(
+    digits: Path, tmp_path: Path
+) -> None:
+    """Independent: equation 3 of the paper with averages of the records before each step."""
+    others = ("global_batch", "optimizer", "average")
+    kept = [key for key in settings(digits) if not key.startswith(others)]
+    recipe = load_recipe("digits", [*kept, f"global_batch={STAGES}", SGD], say=None)
+    runs = [create_run(tmp_path / name, recipe) for name in ("whole", "stopped")]
+    train(runs[0], "--stop-at", "16")
+    for step in (9, 13, 16):
+        train(runs[1], "--stop-at", str(step))
+    found = [records(run, "train") for run in runs]
+    assert [(r["lr"], r["loss"]) for r in found[0]] == [(r["lr"], r["loss"]) for r in found[1]]
+    noise = signal = before = 0.0
+    gains = []
+    for record in found[0]:
+        batch = record["global_batch"]
+        rate = before / 96 if before < 96 else None
+        if rate is None:  # of 10 steps of 16 and whole ones of 64
+            rate = 0.5 + 0.5 * math.cos(math.pi * (before - 96) / (10 * 16 + 13 * 64 - 96))
+        variance, mean = max(noise, 0.0) / 16, max(signal, 0.0)
+        below = variance / (batch / 16) + mean
+        gains.append((variance + mean) / below if below else 1.0)
+        assert record["lr"] == pytest.approx(0.05 * rate * gains[-1], rel=1e-9)
+        small, large = record["grad_sq_micro"], record["grad_norm"] ** 2
+        noise = 0.99 * noise + 0.01 * (small - large) / (1 / 8 - 1 / batch)
+        signal = 0.99 * signal + 0.01 * (batch * large - 8 * small) / (batch - 8)
+        before = record["samples"]
+    assert gains[:10] == [1.0] * 10
+    assert all(1.0 < gain < 4.0 for gain in gains[10:])
+
+
 def test_what_is_written_down_stands(whole: RunDir, digits: Path, tmp_path: Path) -> None:
     """A decision that the run was killed after: the next start follows it, whatever it measures."""
     run = new_run(tmp_path / "written", digits)

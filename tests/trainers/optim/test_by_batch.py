@@ -162,6 +162,7 @@ def test_muon_and_its_rest_decay_by_samples() -> None:
     [
         ("{name: sgd, lr: 1}", {"betas": "power"}, "betas: power .* optimizer is sgd; set it to n"),
         ("{name: lion, lr: 1}", {"betas": "power"}, "optimizer is lion"),
+        ("{name: adamw, lr: 1}", {"lr": "adascale"}, "adascale is a rule for sgd"),
         ("{name: muon, lr: 1, rest: {name: sgd, lr: 1}}", {"betas": "power"}, "with rest sgd"),
         ("{name: adamw, lr: 1}", {"weight_decay": "timescale"}, "has no optimizer.weight_decay"),
         (
