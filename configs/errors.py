@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class Changed(UserError):
+    """What is there is not what a run was made with: its recipe, its data, or a checkpoint."""
+
+
 def reason_of(error: BaseException) -> str:
     """The reason in an error, never empty, without its number or the file's name once more."""
     reason = error.strerror if isinstance(error, OSError) else str(error).strip()

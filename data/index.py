@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from google_crc32c import value as crc32c
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import Changed, UserError
 from bigbatch.data.classes import UNLABELLED, read_classes
 from bigbatch.data.energon import one_part_only
 from bigbatch.data.index_check import columns_of
@@ -189,13 +189,13 @@ def _check_shards(index: Index) -> None:
                 f"shard {root / file.name} cannot be read ({error}); {remedy}"
             ) from None
         if size != file.bytes:
-            raise UserError(
+            raise Changed(
                 f"shard {root / file.name} has {size:,} bytes; it had {file.bytes:,} when it was "
                 f"indexed; {remedy}"
             )
     for sample in {0, len(index) - 1}:
         if not check_sample(index, sample):
-            raise UserError(
+            raise Changed(
                 f"shard {root / shards[index.shard[sample]].name} at byte "
                 f"{index.offset[sample]:,} is not what was indexed: the index of another data set, "
                 f"or a changed shard; {remedy}"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import Changed, UserError
 from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
 from bigbatch.data.decode import Pixels
 from bigbatch.data.decode_batch import BYTE_RANGE, BatchDecoder, ByteRanges, Decoded, Key, Source
@@ -68,7 +68,7 @@ def train_batches(
             found += len(entries)
             append(decoding.journal, entries)
             if found > decoding.bad_samples:
-                raise UserError(
+                raise Changed(
                     f"{found} samples could not be read, the last one {_where(entries[-1])}; "
                     f"data.bad_samples allows {decoding.bad_samples}. Repair the shards under "
                     f"{index.place}, or raise the limit"
@@ -266,7 +266,7 @@ class _Mender:
                 entries.append(_entry(self.index, other, str(error)))
             else:
                 return other, image, frame, entries
-        raise UserError(
+        raise Changed(
             f"{_SUBSTITUTES} samples of one class in a row cannot be read, the last one "
             f"{_where(entries[-1])}; repair the shards under {self.index.place}"
         )

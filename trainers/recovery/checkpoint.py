@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import Changed, UserError
 from bigbatch.configs.files import sync, to_json, write_atomically
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.json_text import parse_json
@@ -181,7 +181,7 @@ def write(
 
 
 def check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise UserError where a checkpoint's steps are not those of this run; it names why.
+    """Raise Changed where a checkpoint's steps are not those of this run; it names why.
 
     Recipes are compared key by key, so a key that this version added, at its default, is no
     difference. Early checkpoints hold no recipe; theirs is the run's own recipe.yaml.
@@ -189,19 +189,19 @@ def check_fingerprint(path: Path, there: Mapping[str, Any], here: Mapping[str, A
     if "recipe" in there and "recipe" in here:
         then, now = (parse_recipe(f["recipe"], f"in {path / STATE}") for f in (there, here))
         if found := differences(then, now):
-            raise UserError(
+            raise Changed(
                 f"{path} was written with another recipe: {summary(found)} (recipe.yaml of the "
                 "run); put the old values back, or start a new run"
             )
     if there.get("order_hash") != here.get("order_hash"):
-        raise UserError(
+        raise Changed(
             f"{path} was trained on other data: its order_hash is {there.get('order_hash')}, that "
             f"of the training split here {here.get('order_hash')}; put the same shards and index "
             "back, or start a new run"
         )
     taught, teacher = (f.get("teacher_hash") for f in (there, here))
     if taught != teacher:
-        raise UserError(
+        raise Changed(
             f"{path} learned from another teacher: its teacher_hash is {taught}, that of "
             f"distill.teacher here {teacher}; put the same weights back, or start a new run"
         )

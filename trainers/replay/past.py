@@ -61,6 +61,12 @@ class Past:
         before = [event for event in self.attempts if event["step"] < step]
         return before[-1] if before else {}
 
+    def attempts_until(self, step: int) -> list[Record]:
+        """The start events of the attempts that made the replayed steps up to this one."""
+        first = self.attempt(self.start + 1)
+        later = [e for e in self.attempts if self.start < e["step"] < step]
+        return [event for event in (first, *later) if event]
+
 
 @dataclass
 class _Events:
@@ -150,6 +156,38 @@ def find_past(
         before_rollback,
         tuple(notes),
     )
+
+
+def whence(
+    runs: tuple[RunDir, RunDir], step: int, after: int | None
+) -> tuple[int, tuple[Past, Past]]:
+    """How step `step` of two runs that are the same after step `after` can be replayed on both.
+
+    Returns after how many finished steps to begin to compare, and each run's past, from its newest
+    checkpoint up to there. Raises UserError where a step of one of them is out of reach.
+    """
+    if runs[0].recipe().precision != runs[1].recipe().precision:
+        raise UserError("the runs have different precisions, which one process cannot both have")
+    branched = [origin["at"] for run in runs if (origin := run.forked_from) is not None]
+    same = max(after or 0, *branched, 0)
+    starts = [find_past(run, same + 1).start for run in runs]
+    first, second = (find_past(r, step, start=s) for r, s in zip(runs, starts, strict=True))
+    return same, (first, second)
+
+
+def beginnings(run: RunDir) -> list[int]:
+    """After how many steps a replay can begin: checkpoints that verify, and 0 but in a branch."""
+    skipped = [_range(event) for event in _read_events(run, 0, False).rollbacks]
+    found = set() if run.forked_from is not None else {0}
+    for path in list_checkpoints(run.checkpoints):
+        if not _is_of_try(path, skipped, []):
+            continue
+        try:
+            verify(path)
+        except CorruptCheckpoint:
+            continue
+        found.add(step_of(path))
+    return sorted(found)
 
 
 def _read_events(run: RunDir, step: int, before_rollback: bool) -> _Events:

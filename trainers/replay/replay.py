@@ -7,40 +7,35 @@ The steps are those of trainers/loop.py, as is all that they are made of; only w
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from bigbatch.configs.errors import UserError
+from bigbatch.configs.errors import Changed, UserError
 from bigbatch.configs.files import read_json
-from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.recovery import Corruption
 from bigbatch.configs.rundir import RunDir
+from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.corruption.check import CorruptionCheck
 from bigbatch.trainers.dynamics.record import SampleRecords
 from bigbatch.trainers.job import Job, build_job
-from bigbatch.trainers.ledger.lines import DIGESTS, read_ledger
+from bigbatch.trainers.ledger.lines import DIGESTS, digests_of
 from bigbatch.trainers.ledger.record import LedgerWriter
 from bigbatch.trainers.loop import train
+from bigbatch.trainers.losses.build import Objective
 from bigbatch.trainers.models.batch_stats import StepStatistics
 from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.optim import trust_ratios
 from bigbatch.trainers.recovery.checkpoint import check_fingerprint, load_checkpoint
 from bigbatch.trainers.recovery.rollback import Rollback, StepFailed
-from bigbatch.trainers.recovery.stored import (
-    MODEL,
-    STATE,
-    STATISTICS,
-    checkpoint_path,
-    list_checkpoints,
-)
+from bigbatch.trainers.recovery.stored import STATE, list_checkpoints
 from bigbatch.trainers.replay.past import Past, Record, find_past
+from bigbatch.trainers.replay.saved import unlike_saved
 from bigbatch.trainers.replay.stand_ins import (
     NoSaver,
     NoSignal,
@@ -54,6 +49,7 @@ _FEW_IMAGES = 4096  # that this process decodes before others for it would have 
 # Of a record, what follows from the step alone: averages start anew at each attempt, and
 # grad_sq_micro is divided before ranks add it up.
 COMPARED = ("loss", "grad_norm", "lr")
+KEYS = "keys in the ledger"  # what a difference of the samples' digests is called
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Replayed:
     lines: int  # of the ledger, their digests among these values
     differences: tuple[Difference, ...]  # of the replayed steps, the oldest first
     line: Record  # of the ledger
-    checkpoint: bool | None  # the weights after it are those saved then; None: none are there
+    checkpoint: bool | None  # the state after it is the one saved then; None: none is there
 
     @property
     def same(self) -> bool | None:
@@ -98,8 +94,18 @@ class Replayed:
         return True if self.compared or self.checkpoint else None
 
 
+class Watch(Protocol):
+    """What sees a step as it is made again: its micro-batches, and each call of the objective."""
+
+    def micro_batch(self, batch: MicroBatch) -> MicroBatch: ...
+
+    def objective(self, objective: Objective) -> Objective: ...
+
+
 class Replay:
     """A run opened at the state that a replay starts from; `open_replay` makes one."""
+
+    watch: Watch | None = None
 
     def __init__(self, past: Past, job: Job, engine: WatchedEngine, log: Notes) -> None:
         self.past, self.job, self.engine, self.log = past, job, engine, log
@@ -123,7 +129,11 @@ class Replay:
     def _train(self, stop: int) -> None:
         inputs = self.job.inputs
         job = replace(self.job, inputs=replace(inputs, plan=replace(inputs.plan, stop=stop)))
-        with closing(job.traced_batches(job.state.step, stop)) as batches:
+        watch = self.watch
+        if watch is not None:
+            job = replace(job, objective=watch.objective(job.objective))
+        with closing(job.traced_batches(job.state.step, stop)) as found:
+            batches = found if watch is None else map(watch.micro_batch, found)
             ledger = LedgerWriter(job, self.log)
             attempt = Replaying(
                 job,
@@ -142,7 +152,7 @@ class Replay:
             try:
                 train(attempt)
             except (Rollback, StepFailed) as error:
-                raise UserError(
+                raise Changed(
                     f"{error}. That is so here alone: {self.past.run.name} went on from there. "
                     f"Replay that step, or start nearer to step {self.past.step} with --from"
                 ) from None
@@ -156,6 +166,7 @@ class Replay:
         engine.keeps = False
         updated = not any(first <= past.step - 1 <= last for first, last in state.skipped_steps)
         record = self.log.trained[past.step]
+        unlike = unlike_saved(past, state)
         updated = updated and None not in (record["loss"], record["grad_norm"])
         return Replayed(
             past,
@@ -163,13 +174,13 @@ class Replay:
             updated,
             engine.gradient,
             engine.by_parameter[-1],
-            tuple(engine.by_parameter[:-1]),
+            tuple(engine.by_parameter)[:-1],
             before,
             self.copied(),
             trust_ratios(engine.optimizer, engine.module) if updated else {},
-            *self._compare(),
+            *self.compare(),
             self.log.lines[past.step],
-            self._saved(),
+            None if unlike is None else not unlike,
         )
 
     def copied(self) -> dict[str, Tensor]:
@@ -181,10 +192,14 @@ class Replay:
         """Parameters and buffers as they were."""
         self.engine.module.load_state_dict(tensors)
 
-    def _compare(self) -> tuple[int, int, tuple[Difference, ...]]:
+    def compare(self) -> tuple[int, int, tuple[Difference, ...]]:
+        """What of the replayed steps is on record: how many values, how many lines of the ledger,
+        and which of them came out other than recorded, those of the oldest step first."""
         compared, found = 0, []
         for step, record in sorted(self.past.records.items()):
-            here = self.log.trained[step]
+            here = self.log.trained.get(step)
+            if here is None:  # not yet
+                continue
             pairs = [(name, record[name], here[name]) for name in COMPARED if name in record]
             by_layer = self.log.details.get((step, "gradients"), {}).get("norms", {})
             recorded = self.past.gradients.get(step, {}).get("norms", {})
@@ -206,43 +221,19 @@ class Replay:
 
     def _ledger(self) -> dict[int, dict[str, str]]:
         """Digests on record of the steps that were replayed."""
-        path = self.past.run.ledger
-        if self.past.undone or not path.is_file():
+        if self.past.undone or not self.log.lines:
             return {}
-        steps = read_ledger(path).steps
-        return {s: steps[s].digests for s in self.log.lines if s in steps}
-
-    def _saved(self) -> bool | None:
-        past = self.past
-        path = checkpoint_path(past.run.checkpoints, past.step)
-        if not path.is_dir() or past.refused:
-            return None
-        try:
-            content = parse_json((path / STATE).read_bytes())
-            over = [r for r in content.get("over", []) if r[0] < past.step]
-            if over != [r for r in past.skipped if r[0] < past.step]:
-                return None  # of another try
-            saved = load_file(path / MODEL)
-            if content.get("precise_bn", False):
-                saved |= load_file(path / STATISTICS)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
-            return False if path.is_dir() else None  # damaged; or the run has removed it by now
-        here = self.copied()
-        return saved.keys() == here.keys() and all(
-            _same_bits(saved[name], tensor.cpu()) for name, tensor in here.items()
-        )
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
-    return torch.equal(*flat)
+        lines = digests_of(self.past.run.ledger, min(self.log.lines), max(self.log.lines))
+        return {step: digests for step, digests in lines.items() if step in self.log.lines}
 
 
 @contextmanager
-def open_replay(past: Past) -> Iterator[Replay]:
-    """A run at the state that `past` starts from. Raises UserError where its data has changed."""
+def open_replay(past: Past, on_step: Callable[[], object] = lambda: None) -> Iterator[Replay]:
+    """A run at the state that `past` starts from; `on_step` is called after each step.
+
+    Raises UserError where it cannot be, and Changed where its recipe, its data or the checkpoint
+    are not those that it was made with.
+    """
     threads = torch.get_num_threads()
     scratch = Path(tempfile.mkdtemp(prefix="bigbatch-replay-"))
     try:
@@ -260,7 +251,7 @@ def open_replay(past: Past) -> Iterator[Replay]:
         log = recipe.log.model_copy(update={"ledger_every": 1, "samples": False})
         here = recipe.model_copy(update={"data": data, "recovery": recovery, "log": log})
         job = replace(job, recipe=here)
-        notes = Notes(run, here, job.inputs.plan.total, job.inputs.epoch_samples)
+        notes = Notes(run, here, job.inputs.plan.total, job.inputs.epoch_samples, on_step)
         yield Replay(past, job, engine, notes)
     finally:
         torch.set_num_threads(threads)

@@ -1,5 +1,7 @@
 """What the loop works with in a replay, in place of what would write: nothing of a run changes."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +23,18 @@ from bigbatch.trainers.recovery.signals import StopFlag
 from bigbatch.trainers.recovery.watchdog import Watchdog
 from bigbatch.trainers.replay.past import Past, Record
 
+_KEPT = 1000  # steps, of which norms by parameter are kept
+
 
 class WatchedEngine(DdpEngine):
-    """One process that keeps, of each step's mean gradient, the norm by parameter, and with
+    """One process that keeps, of the last steps' mean gradients, the norms by parameter, and with
     `keeps` the gradient itself, by name, until the next step."""
 
     keeps = False
 
     def __init__(self, precision: str, reduction: str) -> None:
         super().__init__(precision, reduction)
-        self.by_parameter: list[dict[str, float]] = []
+        self.by_parameter: deque[dict[str, float]] = deque(maxlen=_KEPT)
         self.gradient: dict[str, Tensor] = {}
 
     def gradient_norm(self) -> Tensor:
@@ -46,7 +50,14 @@ class WatchedEngine(DdpEngine):
 class Notes(Log):
     """A log that keeps in memory what the loop says of its steps, and has no file."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, total_steps: int, epoch_samples: int) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        total_steps: int,
+        epoch_samples: int,
+        on_step: Callable[[], object],
+    ) -> None:
         super().__init__(
             run,
             recipe,
@@ -61,9 +72,11 @@ class Notes(Log):
         self.details: dict[tuple[int, str], Record] = {}
         self.events: list[Record] = []
         self.lines: dict[int, Record] = {}  # of the ledger, by step
+        self._on_step = on_step
 
     def train(self, step: int, **values: Any) -> None:
         self.trained[step] = finite(values)
+        self._on_step()
 
     def detail(self, step: int, kind: str, **values: Any) -> None:
         self.details[step, kind] = finite(values)

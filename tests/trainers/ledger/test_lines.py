@@ -12,6 +12,7 @@ from bigbatch.trainers.ledger.lines import (
     DIGESTS,
     FIRST,
     chained,
+    digests_of,
     last_chain,
     loss_bits,
     loss_of,
@@ -67,6 +68,43 @@ def test_a_change_breaks_the_chain_where_it_is(tmp_path: Path, how: str) -> None
     ledger = read_ledger(write(tmp_path / "ledger.jsonl", changed(lines_of(6), how)))
     assert ledger.broken is not None
     assert list(ledger.steps) == [1, 2]
+
+
+def test_some_steps_are_found_by_bisection(tmp_path: Path) -> None:
+    """In a file of many blocks, at every tenth step, among lines that are none of a step."""
+    lines, chain = [to_json({"kind": "start", "step": 0})], FIRST
+    for step in range(10, 30_010, 10):
+        line = chained(chain, step, dict.fromkeys(DIGESTS, f"{step:016x}"))
+        lines.append(to_json(line))
+        chain = line["chain"]
+        if step % 500 == 0:
+            lines += [to_json({"kind": "records", "step": step, "bytes": 1}), "", "torn {"]
+    path = write(tmp_path / "ledger.jsonl", lines)
+    for first, last in (
+        (1, 30),
+        (10, 10),
+        (14_995, 15_025),
+        (29_990, 40_000),
+        (11, 19),
+        (1, 10**9),
+    ):
+        found = digests_of(path, first, last)
+        assert list(found) == [s for s in range(10, 30_010, 10) if first <= s <= last]
+        assert all(set(d.values()) == {f"{step:016x}"} for step, d in found.items())
+    assert digests_of(tmp_path / "none.jsonl", 1, 9) == {}
+    path.write_bytes(bytes(range(256)) * 2000)
+    assert digests_of(path, 1, 9) == {}
+
+
+def test_few_lines_are_read_for_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "ledger.jsonl", lines_of(4000))
+    parsed: list[bytes] = []
+    monkeypatch.setattr(
+        "bigbatch.trainers.ledger.lines.parse_json",
+        lambda text: parsed.append(text) or json.loads(text),
+    )
+    assert list(digests_of(path, 3000, 3002)) == [3000, 3001, 3002]
+    assert len(parsed) < 400
 
 
 def test_who_computed_a_line_is_no_part_of_the_chain(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
+from bigbatch.trainers.recovery.rollback import read_rollbacks
 from tests.helpers import warm
 
 
@@ -23,7 +24,8 @@ def small(digits: Path, *changes: str) -> list[str]:
         *(f"data.path={digits}", "log.wandb=off", "data.workers=0", "data.threads=1"),
         *("data.image_size=16", "global_batch=16", "micro_batch=4", "duration=20 steps"),
         *("schedule={name: constant}", "checkpoint.every=3 steps", "checkpoint.keep=20"),
-        *("evaluate.every=6 steps", "evaluate.precise_bn_images=64", *changes),
+        *("evaluate.every=6 steps", "evaluate.precise_bn_images=64", "log.ledger_every=1"),
+        *changes,
     ]
 
 
@@ -45,6 +47,21 @@ def preempted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     done = warm.run(agent_command(run.path, 2, stop_at=4), capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert train_here(run, 7) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def rolled_back(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that went back from losses which leap, more than once."""
+    changes = small(
+        digits,
+        *("optimizer.lr=30", "recovery.max_rollbacks=50", "recovery.skip_steps=2"),
+        *("recovery.spike={factor: 1.02, deviations: 1, window: 5}", "evaluate.every=50 steps"),
+        *("log.diagnosis=false", "duration=60 steps"),
+    )
+    run = create_run(tmp_path_factory.mktemp("runs") / "back", load_recipe("digits", changes))
+    assert train_here(run, 12) == 0
+    assert read_rollbacks(run)
     return run
 
 
