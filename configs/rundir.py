@@ -22,7 +22,7 @@ ANSWERS = "targets.json"  # in a run's ensemble/: predicted numbers beside true 
 ENSEMBLE = "ensemble.json"  # of a folder that `bigbatch ensemble` wrote
 _FILES = (
     *("recipe.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "ledger.jsonl"),
-    *("summary.json", "report.html", "augmented.png", "job.sbatch", "samples.f16"),
+    *("summary.json", "report.html", "augmented.png", "job.sbatch", "samples.f16", "audit.json"),
 )
 _FOLDERS = (
     *("checkpoints", "snapshots", "ensemble", "evaluations", "heartbeats", "stacks", "logs"),
@@ -66,6 +66,11 @@ class RunDir:
     @property
     def samples(self) -> Path:
         return self.path / "samples.f16"
+
+    @property
+    def certificate(self) -> Path:
+        """What `bigbatch audit RUN --out RUN/audit.json` found; nothing else writes it."""
+        return self.path / "audit.json"
 
     @property
     def checkpoints(self) -> Path:

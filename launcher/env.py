@@ -60,6 +60,15 @@ def find_peers(env: Mapping[str, str]) -> Peers | None:
     return None
 
 
+def check_single(command: str, env: Mapping[str, str]) -> None:
+    """Raise UserError where several processes run a command that is one process."""
+    peers = find_peers(env)
+    if peers is not None and peers.size > 1:
+        raise UserError(
+            f"{command} is one process, and {peers.launcher} has started {peers.size}; call it once"
+        )
+
+
 def forget_launch(env: MutableMapping[str, str], peers: Peers | None) -> None:
     """Remove what another launch has left in `env`, before ranks are started from it.
 

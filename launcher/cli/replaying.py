@@ -54,17 +54,13 @@ def replay(
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.files import check_writable
-    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.env import check_single
     from bigbatch.launcher.ranks import run_ranks
     from bigbatch.launcher.runs.registry import find_run
     from bigbatch.trainers.planning.environment import check_environment
     from bigbatch.trainers.replay.past import find_past
 
-    peers = find_peers(os.environ)
-    if peers is not None and peers.size > 1:
-        raise UserError(
-            f"replay is one process, and {peers.launcher} has started {peers.size}; call it once"
-        )
+    check_single("replay", os.environ)
     check_environment(os.environ)
     found = find_run(run, runs_folder)
     if out is not None:
@@ -76,7 +72,7 @@ def replay(
             )
         check_writable(out)
     find_past(found, step, start=start, before_rollback=before_rollback)  # before torch loads
-    arguments = [str(found.path), "--step", str(step), *["--layers"] * layers]
+    arguments = ["step", str(found.path), "--step", str(step), *["--layers"] * layers]
     arguments += [] if micro is None else ["--micro", str(micro)]
     arguments += [] if sample is None else [f"--sample={sample}"]
     arguments += [] if start is None else ["--from", str(start)]

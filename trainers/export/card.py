@@ -36,10 +36,18 @@ class Score:
         return wilson(round(self.accuracy * self.images), self.images)
 
 
-def model_card(file: Path, description: Mapping[str, Any], scores: Sequence[Score]) -> str:
-    """The card of a file, of which `description` (description.py) says what it is."""
+def model_card(
+    file: Path,
+    description: Mapping[str, Any],
+    scores: Sequence[Score],
+    audits: Sequence[str] = (),
+) -> str:
+    """The card of a file, of which `description` (description.py) says what it is.
+
+    `audits` are paragraphs of certificates (`bigbatch audit`).
+    """
     if "outputs" in description:
-        return _card_of_numbers(file, description)
+        return _card_of_numbers(file, description, audits)
     return "\n\n".join(
         [
             _front_matter(file, description, scores),
@@ -55,11 +63,12 @@ def model_card(file: Path, description: Mapping[str, Any], scores: Sequence[Scor
             _classes(description["classes"]),
             "## Training",
             _training(description),
+            *(["## Audit", *audits] if audits else []),
         ]
     )
 
 
-def _card_of_numbers(file: Path, description: Mapping[str, Any]) -> str:
+def _card_of_numbers(file: Path, description: Mapping[str, Any], audits: Sequence[str]) -> str:
     """The card of a file that gives numbers, not probabilities."""
     front = {
         "library_name": "onnx" if file.suffix == ".onnx" else "pytorch",
@@ -89,6 +98,7 @@ def _card_of_numbers(file: Path, description: Mapping[str, Any]) -> str:
             _classes(outputs),
             "## Training",
             _training(description),
+            *(["## Audit", *audits] if audits else []),
         ]
     )
 

@@ -5,7 +5,7 @@ from importlib import metadata
 from typing import Any
 
 from bigbatch.configs.errors import UserError
-from bigbatch.configs.files import to_json
+from bigbatch.configs.files import iter_jsonl, read_json, to_json
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.notices import notice
@@ -87,10 +87,41 @@ def data_hash(member: Member) -> str | None:
     return None
 
 
+def audits(members: Sequence[Member]) -> list[str]:
+    """What the certificates say that lie in the members' runs, a paragraph each.
+
+    One of another ledger than the run's is left out, which is said.
+    """
+    found = []
+    for run in dict.fromkeys(map(_run_of, members)):
+        told = None if run is None else read_json(run.certificate)
+        if run is None or told is None:
+            continue
+        text, of = told.get("paragraph"), told.get("ledger")
+        if isinstance(text, str) and isinstance(of, dict) and _is_of(run, of):
+            found.append(" ".join(text.split()))
+        else:
+            notice(f"{run.certificate} is no certificate of this run's ledger: the card has none")
+    return found
+
+
+def _is_of(run: RunDir, of: Mapping[str, Any]) -> bool:
+    """Whether a run's ledger has a certificate's chain at its step."""
+    step = of.get("step")
+    lines = iter_jsonl(run.ledger, f'"step": {step},'.encode())
+    own = (line.get("chain") for line in lines if line.get("step") == step)
+    return of.get("chain") in {chain for chain in own if chain is not None}
+
+
+def _run_of(member: Member) -> RunDir | None:
+    path = next((p for p in member.weights.parents if (p / "recipe.yaml").is_file()), None)
+    return None if path is None else RunDir(path)
+
+
 def _trained_order(member: Member) -> str | None:
     """The hash of the order, and so of the index, by the newest checkpoint of a member's run."""
-    run = next((p for p in member.weights.parents if (p / "recipe.yaml").is_file()), None)
-    for folder in list_checkpoints(RunDir(run).checkpoints)[:1] if run else ():
+    run = _run_of(member)
+    for folder in list_checkpoints(run.checkpoints)[:1] if run else ():
         try:
             found = parse_json((folder / STATE).read_bytes())["fingerprint"]["order_hash"]
         except (OSError, ValueError, LookupError, TypeError):

@@ -12,7 +12,7 @@ from bigbatch.configs.targets import learns_numbers
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.export.card import Score, model_card
-from bigbatch.trainers.export.description import as_texts, data_hash, describe
+from bigbatch.trainers.export.description import as_texts, audits, data_hash, describe
 from bigbatch.trainers.export.files import onnx_bytes, program_bytes, trace
 from bigbatch.trainers.export.served import Served, ServedMember
 from bigbatch.trainers.export.timm_weights import check_single, config_path, timm_config
@@ -65,7 +65,7 @@ def export(
             contents = [onnx_bytes(network, program, as_texts(description))]
         else:
             contents = [program_bytes(program, to_json(description))]
-    contents.append(model_card(path, description, scores))
+    contents.append(model_card(path, description, scores, audits(members)))
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file itself last: where it stands, all of it does.
     for place, content in reversed(list(zip(written, contents, strict=True))):

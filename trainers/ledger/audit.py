@@ -17,7 +17,8 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import iter_jsonl, to_json
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
-from bigbatch.trainers.ledger.lines import Ledger, loss_bits, loss_of, read_ledger
+from bigbatch.configs.words import plural
+from bigbatch.trainers.ledger.lines import Ledger, loss_bits, loss_of
 from bigbatch.trainers.ledger.multipliers import MASK, digest_bytes, digest_value
 from bigbatch.trainers.models.weights_file import METADATA, WIDTHS, read_header
 from bigbatch.trainers.recovery.stored import (
@@ -31,9 +32,9 @@ from bigbatch.trainers.recovery.stored import (
     verify,
 )
 
-_NOT_SHOWN = (
-    "no step was computed again: that the digests follow from the recipe is not shown",
-    "averages, snapshots, evaluations and what was recorded after the last save are not covered",
+NOT_RECOMPUTED = "no step was computed again: that the digests follow from the recipe is not shown"
+_NOT_COVERED = (
+    "averages, snapshots, evaluations and what was recorded after the last save are not covered"
 )
 _GONE = "the run, which goes on, has removed it meanwhile"
 
@@ -49,7 +50,7 @@ class Audit:
     checkpoints: list[int] = field(default_factory=list)  # steps whose tensors were digested
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    not_shown: list[str] = field(default_factory=lambda: list(_NOT_SHOWN))
+    not_shown: list[str] = field(default_factory=lambda: [NOT_RECOMPUTED, _NOT_COVERED])
 
     @property
     def passed(self) -> bool:
@@ -59,10 +60,24 @@ class Audit:
         return {"passed": self.passed, **asdict(self)}
 
 
-def audit(run: RunDir) -> Audit:
-    """Check a run against its ledger. UserError where it is no run or has none."""
+def in_words(found: Audit) -> list[str]:
+    """What was checked and found, a line each, but for the verdict."""
+    steps = ", ".join(map(str, found.checkpoints)) or "none"
+    lines = [
+        f"ledger: {plural(found.steps, 'step')}, each of which follows from those before it",
+        f"metrics.jsonl: {plural(found.losses, 'loss')} bit for bit, "
+        f"{plural(found.saves, 'save')} by SHA-256",
+        f"checkpoints: weights, optimizer and statistics of steps {steps}",
+    ]
+    lines += [f"note: {line}" for line in found.notes]
+    lines += [f"not shown: {line}" for line in found.not_shown]
+    return lines + [f"CHANGED: {line}" for line in found.findings]
+
+
+def audit(run: RunDir, ledger: Ledger) -> Audit:
+    """Check a run against its ledger, which `read_ledger` has read. UserError where it is no run,
+    or the ledger holds no step."""
     every = run.recipe().log.ledger_every
-    ledger = read_ledger(run.ledger)
     if not ledger.steps and ledger.broken is None:
         raise UserError(
             f"{ledger.path} holds no step, so there is nothing to check against: the run has "

@@ -3,8 +3,9 @@
 Free of torch. Equal means equal bits; there is no tolerance.
 """
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from bigbatch.configs.identity import differences, tree_differences
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.words import plural
 from bigbatch.trainers.ledger.lines import DIGESTS, Ledger, Step, read_ledger
 from bigbatch.trainers.planning.inputs import open_inputs
 
 SAME, DIFFERS, NOT_COMPARABLE = 0, 1, 2  # exit statuses
 _PLACES = ("in A", "in B")
 _NAMED = 5  # samples
+NOT_AGAIN = "not made again, so not looked at below its digests"
 # What a digest that differs first in a step means: all before it in that step are the same.
 MEANINGS = {
     "keys": "other samples, in other places of the step, or other files under their names",
@@ -45,6 +48,7 @@ class Parting:
     after: int | None  # the step before it that both have, and is the same; None: there is none
     digests: tuple[str, ...]  # that differ, in the order in which a step makes them
     samples: tuple[str, ...] = ()  # what is known of samples that differ
+    replay: str | None = None  # the command that makes it again; None: of a stream none can
 
     @property
     def first(self) -> str:
@@ -100,8 +104,10 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
             for line in _different(starts, ("world",))
         ]
     if parting is not None and parting.first == "keys":
-        named = differing_samples(*recipes, parting.step - 1)
-        parting = Parting(parting.step, parting.after, parting.digests, tuple(named))
+        parting = replace(parting, samples=tuple(differing_samples(*recipes, parting.step - 1)))
+    if parting is not None and recipes[0].data.stream is None:
+        command = f"bigbatch replay {shlex.quote(str(a.path))} --step {parting.step}"
+        parting = replace(parting, replay=command)
     status, verdict = _verdict(
         common, parting, [*recipe, *data], environment, any(x.broken for x in ledgers)
     )
@@ -118,6 +124,36 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
         parting,
         notes,
     )
+
+
+def in_words(found: Comparison, runs: tuple[RunDir, RunDir]) -> list[str]:
+    """What was found, a line each, but for the verdict."""
+    lines = [f"A {runs[0].path}", f"B {runs[1].path}", ""]
+    for title, some in (
+        ("recipe", found.recipe),
+        ("data", found.data),
+        ("versions", found.versions),
+        ("environment", found.environment),
+    ):
+        lines += [f"{title}: {line}" for line in some or ["the same"]]
+    lines += [f"note: {note}" for note in found.notes]
+    where = f"{found.steps[0]} to {found.steps[1]}" if found.steps else "none"
+    lines.append(f"ledgers: steps in both: {where}; compared: {plural(found.compared, 'step')}")
+    lines += [
+        f"ledgers: {name} goes on for {plural(more, 'step')}"
+        for name, more in found.beyond.items()
+        if more
+    ]
+    if (parting := found.parting) is not None:
+        since = "" if parting.after is None else f"; step {parting.after} is the same in all"
+        lines += ["", f"step {parting.step} differs first in: {parting.first}{since}"]
+        lines.append(f"  {MEANINGS[parting.first]}")
+        lines += [f"  {sample}" for sample in parting.samples]
+        if parting.digests[1:]:
+            lines.append(f"  and then in: {', '.join(parting.digests[1:])}")
+        if parting.replay is not None:
+            lines.append(f"  {parting.replay} looks into it")
+    return lines
 
 
 def _part(ledgers: tuple[Ledger, Ledger], common: Sequence[int]) -> Parting | None:

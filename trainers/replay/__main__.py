@@ -1,8 +1,11 @@
-"""`bigbatch replay`: one process that makes a step of a run again, looks into it, and says.
+"""The process that makes steps of a run again: for `bigbatch replay`, `audit` and `diff`.
 
-    python -m bigbatch.trainers.replay RUN --step N [options]
+    python -m bigbatch.trainers.replay step RUN --step N [options]
+    python -m bigbatch.trainers.replay audit RUN --fraction Q --seed S [options]
+    python -m bigbatch.trainers.replay diff A B [options]
 
-Exit status: 0 the same as recorded, or not recorded; 1 it differs; 2 the user's error.
+Exit status: 0 the same as recorded, or not recorded; 1 it differs; 2 the user's error, or not
+comparable.
 """
 
 import argparse
@@ -17,16 +20,20 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.ledger.audit import in_words as check_in_words
+from bigbatch.trainers.ledger.compare import NOT_AGAIN, compare
+from bigbatch.trainers.ledger.compare import in_words as compare_in_words
 from bigbatch.trainers.monitoring.output import leave, reader_has_gone
 from bigbatch.trainers.recovery.failures import report
 from bigbatch.trainers.recovery.signals import Stopped, raise_stopped
-from bigbatch.trainers.replay.past import find_past
+from bigbatch.trainers.replay import certificate
+from bigbatch.trainers.replay.past import find_past, whence
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        status = _run(options)
+        status: int = options.run(options)
         sys.stdout.flush()
         return status
     except Stopped as stop:
@@ -39,21 +46,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bigbatch.trainers.replay")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--from", dest="start", type=int)
-    parser.add_argument("--micro", type=int)
-    parser.add_argument("--sample")
-    parser.add_argument("--layers", action="store_true")
-    parser.add_argument("--before-rollback", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
+    commands = parser.add_subparsers(required=True)
+    step = commands.add_parser("step")
+    step.set_defaults(run=_step)
+    step.add_argument("path", type=Path)
+    step.add_argument("--step", type=int, required=True)
+    step.add_argument("--from", dest="start", type=int)
+    step.add_argument("--micro", type=int)
+    step.add_argument("--sample")
+    step.add_argument("--layers", action="store_true")
+    step.add_argument("--before-rollback", action="store_true")
+    audit = commands.add_parser("audit")
+    audit.set_defaults(run=_audit)
+    audit.add_argument("path", type=Path)
+    audit.add_argument("--fraction", type=float, required=True)
+    audit.add_argument("--seed", type=int, required=True)
+    diff = commands.add_parser("diff")
+    diff.set_defaults(run=_diff)
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+    for command in (step, audit):
+        command.add_argument("--out", type=Path)
+    for command in (step, audit, diff):
+        command.add_argument("--json", action="store_true")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _step(options: argparse.Namespace) -> int:
     past = find_past(
-        RunDir(options.run),
+        RunDir(options.path),
         options.step,
         start=options.start,
         before_rollback=options.before_rollback,
@@ -92,6 +113,48 @@ def _run(options: argparse.Namespace) -> int:
         if options.out is not None:
             print(f"page {options.out / PAGE}")
     return 1 if result["same"] is False else 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from bigbatch.trainers.replay.recompute import audit_again
+    from bigbatch.trainers.replay.tables import say_lines
+
+    files, found = audit_again(RunDir(options.path), options.fraction, options.seed)
+    if options.out is not None:
+        certificate.write(options.out, found)
+    if options.json:
+        print(to_json(found, indent=1))
+    else:
+        lines = [*check_in_words(files), *certificate.in_words(found)]
+        say_lines([*lines, certificate.verdict(found)])
+    return certificate.STATUS[found["verdict"]]
+
+
+def _diff(options: argparse.Namespace) -> int:
+    runs = RunDir(options.a), RunDir(options.b)
+    found = compare(*runs)
+    assert found.parting is not None
+    same, pasts = whence(runs, found.parting.step, found.parting.after)
+    from bigbatch.trainers.replay.apart import in_words, look_below, verdict
+    from bigbatch.trainers.replay.progress import telling
+    from bigbatch.trainers.replay.tables import say_lines
+
+    total = sum(past.step - past.start for past in pasts)
+    below, why_not = None, None
+    try:
+        with telling(f"steps of {runs[0].name} and {runs[1].name}", total) as on_step:
+            below = look_below(same, pasts, on_step)
+    except UserError as error:  # such as data that are not here; what the ledgers say stands
+        why_not = str(error)
+    if options.json:
+        more = {"below": None if below is None else below.as_json(), "why_not_below": why_not}
+        paths = {"A": str(options.a), "B": str(options.b)}
+        print(to_json(paths | found.as_json() | more, indent=1))
+    else:
+        lines = compare_in_words(found, runs)
+        lines += [f"  {NOT_AGAIN}: {why_not}"] if below is None else ["", *in_words(below)]
+        say_lines([*lines, "", found.verdict if below is None else verdict(below, found)])
+    return found.status
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ from bigbatch.trainers.report.pages import cell
 _MOST = 8  # rows of a table; replay.json has all
 
 
+def say_lines(lines: Sequence[str]) -> None:
+    console = Terminal(soft_wrap=True, highlight=False)
+    for line in lines:
+        console.print(line)
+
+
 def say(result: Result, lines: Sequence[str]) -> None:
     """The findings in words, then the foremost layers and samples."""
     console = Terminal(soft_wrap=True, highlight=False)

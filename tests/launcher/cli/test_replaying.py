@@ -1,6 +1,7 @@
 """`bigbatch replay` before torch: what it refuses, and what it hands on."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run, event_record
 from bigbatch.launcher.cli.main import cli
+from bigbatch.trainers.ledger.lines import DIGESTS, FIRST, chained
 from bigbatch.trainers.replay.past import find_past
 
 
@@ -40,9 +42,65 @@ def test_all_options_are_handed_on(run: RunDir, monkeypatch: pytest.MonkeyPatch)
     module, arguments, peers, nproc = seen
     assert (module, peers, nproc) == ("bigbatch.trainers.replay", None, 1)
     assert arguments == [
-        *(str(run.path), "--step", "7", "--layers", "--micro", "1", "--sample=-k"),
+        *("step", str(run.path), "--step", "7", "--layers", "--micro", "1", "--sample=-k"),
         *("--from", "0", "--out", str(out), "--json"),
     ]
+
+
+def test_an_audit_hands_on_what_is_drawn(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --seed one that nobody could know before."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "bigbatch.launcher.ranks.run_ranks", lambda _, words, *rest: sys.exit(seen.append(words))
+    )
+    words = ["audit", run.name, "--runs", str(run.path.parent), "--fraction", "0.25"]
+    out = run.path / "audit.json"
+    for more in ((), (), ("--seed", "7", "--out", str(out), "--json")):
+        assert CliRunner().invoke(cli, [*words, *more]).exit_code == 0
+    known = ["audit", str(run.path), "--fraction", "0.25", "--seed"]
+    assert [one[:5] for one in seen] == [known] * 3
+    assert seen[0][5] != seen[1][5]
+    assert seen[2][5:] == ["7", "--out", str(out), "--json"]
+    out.touch()
+    for more, says in (
+        (("--out", str(out)), "exists already; choose another --out"),
+        (("--seed", "7"), "says which steps are computed again; give --fraction too"),
+    ):
+        found = CliRunner().invoke(cli, ["audit", str(run.path), *more])
+        assert says in str(found.exception)
+
+
+def test_a_step_that_differs_is_made_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it can be, and nobody asks for the ledgers alone."""
+    other = create_run(run.path.parent / "other", load_recipe("digits", ["optimizer.lr=4"]))
+    other.metrics.write_bytes(run.metrics.read_bytes())
+    for one, digit in ((run, "0"), (other, "1")):
+        same = chained(FIRST, 5, dict.fromkeys(DIGESTS, "0" * 16))
+        differs = chained(same["chain"], 10, dict.fromkeys(DIGESTS, digit * 16))
+        one.ledger.write_text(f"{json.dumps(same)}\n{json.dumps(differs)}\n")
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "bigbatch.launcher.ranks.run_ranks", lambda _, words, *rest: sys.exit(seen.append(words))
+    )
+    words = ["diff", str(run.path), str(other.path)]
+    assert CliRunner().invoke(cli, [*words, "--json"]).exit_code == 0
+    assert seen == [[*words, "--json"]]
+    shown = CliRunner().invoke(cli, [*words, "--ledgers"])
+    assert shown.exit_code == 1
+    assert "step 10 differs first in: keys; step 5 is the same in all" in shown.output
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0" if name == "LOCAL_RANK" else "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert "diff is one process" in str(CliRunner().invoke(cli, words).exception)
+    monkeypatch.delenv("RANK")
+    other.metrics.write_bytes(b"")
+    shown = CliRunner().invoke(cli, words)
+    assert shown.exit_code == 1
+    assert "not made again, so not looked at below its digests: " in shown.output
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

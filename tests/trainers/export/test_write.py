@@ -25,9 +25,10 @@ from bigbatch.trainers.ensemble.members import Member, find_members, save_snapsh
 from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.export.__main__ import main
 from bigbatch.trainers.export.card import Score, model_card
-from bigbatch.trainers.export.description import data_hash, describe
+from bigbatch.trainers.export.description import audits, data_hash, describe
 from bigbatch.trainers.export.scores import known_scores
 from bigbatch.trainers.export.write import export
+from bigbatch.trainers.ledger.lines import DIGESTS, FIRST, chained
 from bigbatch.trainers.models.weights_file import read_header, read_info
 from bigbatch.trainers.planning.inputs import open_order
 from bigbatch.trainers.recovery.tensor_files import save_weights
@@ -211,6 +212,28 @@ def test_a_card_without_scores_has_none(members: list[Member]) -> None:
     assert "Not measured" in card
     assert "not calibrated" in card
     assert "%" not in card.partition("## Scores")[2].partition("## Limits")[0]
+
+
+def test_the_card_has_what_an_audit_certified(
+    members: list[Member], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the run as it is: a certificate of another ledger is left out."""
+    run = create_run(tmp_path / "run", members[0].recipe)
+    line = chained(FIRST, 7, dict.fromkeys(DIGESTS, "0" * 16))
+    run.ledger.write_text(to_json(line) + "\n")
+    weights = run.path / "member.safetensors"
+    weights.write_bytes(members[0].weights.read_bytes())
+    member = replace(members[0], weights=weights)
+    assert audits([member, member]) == []
+    told = {"paragraph": "Audit of run:\n\npassed.", "ledger": {"step": 7, "chain": line["chain"]}}
+    run.certificate.write_text(to_json(told))
+    assert audits([member, member]) == ["Audit of run: passed."]
+    written = export(tmp_path / "out" / "one.safetensors", [member], Combination())
+    assert written[-1].read_text().endswith("## Audit\n\nAudit of run: passed.")
+    told["ledger"] = {"step": 7, "chain": "f" * 32}
+    run.certificate.write_text(to_json(told))
+    assert audits([member]) == []
+    assert "is no certificate of this run's ledger" in capsys.readouterr().err
 
 
 SCORES = {"accuracy": 0.9, "nll": 0.3, "brier": 0.1, "ece": 0.05}

@@ -73,14 +73,14 @@ def step_lines(run: RunDir) -> list[str]:
 
 
 def diff(a: RunDir, b: RunDir, *options: str) -> Result:
-    found = CliRunner().invoke(cli, ["diff", str(a.path), str(b.path), *options])
+    found = CliRunner().invoke(cli, ["diff", str(a.path), str(b.path), "--ledgers", *options])
     assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
     return found
 
 
 def audit(run: RunDir) -> tuple[int, list[str]]:
     found = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
-    return found.exit_code, json.loads(found.output)["findings"]
+    return found.exit_code, json.loads(found.output)["files"]["findings"]
 
 
 def test_every_step_has_one_line_of_few_bytes(whole: RunDir) -> None:
@@ -160,6 +160,12 @@ def test_a_rate_that_changes_is_named_as_the_update(whole: RunDir, tmp_path: Pat
     found = json.loads(diff(whole, run, "--json").output)
     assert found["parting"]["step"] == 3
     assert found["parting"]["digests"] == ["weights"]  # momentum buffers take no rate in
+    ledger = run.ledger.read_text()
+    run.ledger.write_text(ledger.replace('"isa": "', '"isa": "other '))
+    shown = diff(whole, run)
+    assert shown.exit_code == 2
+    assert "not comparable: step 3 differs, and so does what computed it" in shown.output
+    run.ledger.write_text(ledger)
     picture = tmp_path / "both.svg"
     assert diff(whole, run, "--plot", str(picture)).exit_code == 1
     assert "the update" in diff(whole, run).output
@@ -280,7 +286,7 @@ def test_a_difference_before_a_broken_chain_is_not_compared(whole: RunDir, tmp_p
     shown = diff(whole, run)
     assert shown.exit_code == 2
     assert "step 1 differs first in: loss" in shown.output
-    assert f"bigbatch replay {whole.path} --step 1 makes it again" in shown.output
+    assert f"bigbatch replay {whole.path} --step 1 looks into it" in shown.output
 
 
 @pytest.mark.parametrize("content", [b"", b'{"kind": "start", "step": 0}\n', bytes(range(256))])

@@ -102,7 +102,7 @@ def test_whoever_stops_reading_gets_no_traceback(
     def ends(*given: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(entry, "_run", ends)
+    monkeypatch.setattr(entry, "_step", ends)
     monkeypatch.setattr(os, "dup2", lambda *files: None)
-    assert entry.main([str(preempted.path), "--step", "1"]) == 1
+    assert entry.main(["step", str(preempted.path), "--step", "1"]) == 1
     assert capsys.readouterr().err == ""

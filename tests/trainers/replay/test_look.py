@@ -182,7 +182,9 @@ def test_the_command_writes_a_folder_and_prints_json(
 ) -> None:
     out = tmp_path / "why"
     with untouched(preempted):
-        status = main([str(preempted.path), "--step", "4", "--layers", "--out", str(out), "--json"])
+        status = main(
+            ["step", str(preempted.path), "--step", "4", "--layers", "--out", str(out), "--json"]
+        )
     assert status == 0
     result = json.loads(capsys.readouterr().out)
     assert result["same"] is True
@@ -221,11 +223,11 @@ def test_a_difference_ends_with_status_1_and_words(
         if record["kind"] == "train" and record["step"] == 4:
             record["grad_norm"] = 0.125
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert main([str(run.path), "--step", "4", "--micro", "1"]) == 1
+    assert main(["step", str(run.path), "--step", "4", "--micro", "1"]) == 1
     said = capsys.readouterr().out
     assert "differs: step 4, grad_norm recorded 0.125, recomputed " in said
     assert "step 4 of preempted, recomputed from the checkpoint after step 3" in said
-    assert main([str(run.path), "--step", "40"]) == 2
+    assert main(["step", str(run.path), "--step", "40"]) == 2
     assert "has no step 40" in capsys.readouterr().err
 
 
