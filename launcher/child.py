@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.transfer import Gradual
 from bigbatch.launcher.env import forget_launch, start_variables
+from bigbatch.launcher.launchers import python
 from bigbatch.launcher.start import agent_command
 from bigbatch.trainers.warm.parent import OF_A_RANK, OF_AN_END, Parent, Process, start_parent
 
@@ -54,6 +55,18 @@ class Children:
                 command, env=self._env, stdout=output, stderr=subprocess.STDOUT
             )
         return Child(run, process)
+
+    def run(self, module: str, arguments: Sequence[str], run: RunDir) -> int:
+        """Run another module, as one process, to its end; its exit status. It says what it says
+        where the run did."""
+        with (run.path / OUTPUT).open("ab") as output:
+            process = self.parent.popen(
+                [*python(module), *arguments],
+                env=self._env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return process.wait()
 
     def close(self) -> None:
         """Runs that have been started go on."""

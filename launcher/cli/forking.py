@@ -1,4 +1,4 @@
-"""The command that branches runs off a checkpoint of another one."""
+"""The commands that branch runs off a checkpoint of another one."""
 
 import os
 import sys
@@ -107,3 +107,90 @@ def fork(
     elif members is None and not no_train:
         start.is_finished(made[0], None)
     sys.exit(status)
+
+
+@click.command(short_help="What a change would have done from a step on: twins, compared.")
+@click.argument("run")
+@click.option("--step", type=click.IntRange(0), required=True, help="From here, or just before.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUE,VALUE",
+    help="What twins differ by; 0.5x is that times the recipe's own.",
+)
+@click.option("--steps", type=click.IntRange(1), required=True, help="That each twin makes.")
+@click.option("--nproc", type=click.IntRange(1), help="Processes of a twin; default: one per GPU.")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="New folder for the twins; default: none stay."
+)
+@options.runs_folder
+@options.as_json
+def whatif(
+    run: str,
+    step: int,
+    sets: tuple[str, ...],
+    steps: int,
+    nproc: int | None,
+    keep: Path | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Train twins of RUN from a checkpoint at or before a step, and say which one is better.
+
+    \b
+    bigbatch whatif digits --step 60 --set optimizer.lr=0.5x,2x --steps 200
+
+    All begin at one state and see the same samples, views and masks; one is unchanged. They are
+    evaluated on the validation split and compared image by image, with intervals. RUN is only read.
+    """
+    import tempfile
+    from contextlib import nullcontext
+
+    from bigbatch.configs.errors import UserError
+    from bigbatch.launcher import start
+    from bigbatch.launcher import whatif as twins
+    from bigbatch.launcher.child import RunFailed
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.trainers.planning.environment import check_environment
+
+    if find_peers(os.environ) is not None:
+        raise UserError("whatif starts its twins itself: call it outside of a launcher")
+    check_environment(os.environ)
+    found = find_run(run, runs_folder)
+    if keep is not None:
+        try:
+            keep.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--keep {keep}: {error.strerror}; choose a new folder") from None
+    nproc = start.ranks_here(found.recipe(), None, nproc, 1, os.environ) or 1
+
+    def say(text: str) -> None:
+        options.say(f"bigbatch: {text}", err=True)
+
+    said: dict[str, int] = {}
+
+    def progress(twin: twins.Twin, step: int) -> None:
+        if twin.name not in said:
+            said[twin.name] = step
+            say(f"{twin.name} ...")
+
+    place = tempfile.TemporaryDirectory(prefix="bigbatch-whatif-") if keep is None else None
+    with place or nullcontext(str(keep)) as folder:
+        try:
+            result = twins.whatif(
+                found, step, sets, steps, Path(folder), nproc=nproc, say=say, progress=progress
+            )
+        except RunFailed as error:
+            raise UserError(str(error)) from None
+    if as_json:
+        options.print_json(result)
+        return
+    for line in twins.in_words(result):
+        options.say(line)
+    options.say(
+        f"over {result['samples']:,} images of {result['split']}; intervals hold for all pairs "
+        "together with 95 %, and are of these images, not of other seeds"
+    )

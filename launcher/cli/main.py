@@ -44,6 +44,7 @@ SECTIONS = {
         training.train,
         training.resume,
         forking.fork,
+        forking.whatif,
         submission.submit,
         training.prove,
     ),

@@ -7,7 +7,7 @@ import numpy as np
 
 from bigbatch.trainers.monitoring.alerts import replay_command
 from bigbatch.trainers.report.facts import Facts
-from bigbatch.trainers.report.findings import Finding, choose, times
+from bigbatch.trainers.report.findings import Finding, choose, times, what_if
 
 _DEAD, _MEAN_DEAD = 0.9, 0.5  # of a layer's units, and of those of all layers on average
 _VANISHED = 1e-4  # of the largest gradient norm of a layer; its square is check's 1e-8
@@ -39,14 +39,16 @@ def non_finite(facts: Facts) -> Iterator[Finding]:
         events = (e for e in facts.events if e["kind"] == "non_finite")
         command = next(filter(None, (replay_command(facts.history.name, e) for e in events)), None)
         shows = "" if command is None else f" `{command}` shows where it began."
+        turn = choose(facts.recipe, [_lower_rate(facts)])
         yield Finding(
             "problem",
             "Non-finite loss, gradient or statistics",
             f"{steps} had a loss, gradient or running statistics that were not finite; the updates "
-            f"were not applied. Lower optimizer.lr, lengthen the warmup or set clip.{shows}",
+            "were not applied. Lower optimizer.lr, lengthen the warmup or set clip."
+            f"{shows}{what_if(facts.history, turn)}",
             "non_finite",
             {"steps": skipped, "replay": command},
-            choose(facts.recipe, [_lower_rate(facts)]),
+            turn,
         )
 
 
@@ -91,14 +93,16 @@ def diverged(facts: Facts) -> Iterator[Finding]:
     at = int(facts.step[int(np.nanargmax(path) if rose else np.nanargmin(path))])
     shows = f"; {_replay(facts, at)} shows what that step was made of" if rose else ""
     turned = f"rose to {highest:.3f}" if rose else f"fell to {lowest:.3f}"
+    turn = choose(facts.recipe, [_lower_rate(facts)])
     yield Finding(
         "problem",
         "Diverged",
         f"The training loss started at {start:.3f}, {turned} by step {at:,} and ended at "
-        f"{end:.3f}. Lower optimizer.lr or lengthen the warmup{shows}.",
+        f"{end:.3f}. Lower optimizer.lr or lengthen the warmup{shows}."
+        f"{what_if(facts.history, turn)}",
         "diverged",
         {"start": start, "lowest": lowest, "highest": highest, "step": at, "end": end},
-        choose(facts.recipe, [_lower_rate(facts)]),
+        turn,
     )
 
 

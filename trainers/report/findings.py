@@ -11,7 +11,9 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import finite, to_json
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.schema import Recipe
+from bigbatch.trainers.monitoring.history import History
 
+_TRIED = 200  # steps of a twin, at most
 _STYLES = {"problem": "yellow", "note": "cyan", "good": "green"}
 
 
@@ -60,6 +62,16 @@ def choose(recipe: Recipe, candidates: Iterable[tuple[str, Any]]) -> Turn | None
         if changed != recipe:
             return turn
     return None
+
+
+def what_if(history: History, turn: Turn | None) -> str:
+    """A sentence with the command that tries another learning rate beside the run's own, from its
+    start; "" where the turn is none of the rate, and of a branch, which has no start."""
+    if turn is None or turn.key != "optimizer.lr" or history.manifest.get("forked_from"):
+        return ""
+    steps = min(_TRIED, history.total_steps or _TRIED)
+    command = f"bigbatch whatif {history.name} --step 0 --set {turn} --steps {steps}"
+    return f" `{command}` trains both rates side by side and says which is better."
 
 
 def times(value: float, factor: float) -> float:

@@ -11,7 +11,7 @@ from bigbatch.trainers.evaluation.accuracy import wilson
 from bigbatch.trainers.monitoring.history import Record
 from bigbatch.trainers.report.errors import fit_of_error
 from bigbatch.trainers.report.facts import POOR, SIGMAS, Facts, compared, gap
-from bigbatch.trainers.report.findings import Finding, Turn, choose, times
+from bigbatch.trainers.report.findings import Finding, Turn, choose, times, what_if
 
 _GAP = 0.1  # of accuracies on training and validation images
 _LEARNED = 0.2  # above chance: with less there is nothing to compare
@@ -238,15 +238,17 @@ def too_slow(facts: Facts) -> Iterator[Finding]:
     if share < _LINEAR:
         return
     lr = facts.recipe.optimizer.lr
+    rates = [("optimizer.lr", times(lr, 10 if fell < 0.2 * facts.start else 3))]
+    turn = choose(facts.recipe, rates)
     yield Finding(
         "problem",
         "Too slow",
         f"The training loss fell from {facts.start:.3f} to {facts.end:.3f}, {share:.0%} of it in "
         "the second half of the sum of learning rates (half would be a straight line): it had not "
-        "come to rest when the run ended.",
+        f"come to rest when the run ended.{what_if(facts.history, turn)}",
         "too_slow",
         {"start": facts.start, "end": facts.end, "share": share, "left": facts.left},
-        choose(facts.recipe, [("optimizer.lr", times(lr, 10 if fell < 0.2 * facts.start else 3))]),
+        turn,
     )
 
 
@@ -264,21 +266,23 @@ def plateau(facts: Facts) -> Iterator[Finding]:
     if not flat or fitted or not (held or stuck):
         return
     lr = facts.recipe.optimizer.lr
-    turn: tuple[str, Any]
+    first: tuple[str, Any]
     if stuck:
         said = f"The training loss has stayed where it started, {facts.start:.3f}"
         factor = 10 if facts.end < 1.02 * facts.start else 0.1
-        turn = ("optimizer.lr", times(lr, factor))
+        first = ("optimizer.lr", times(lr, factor))
     else:
         said = (
             f"The training loss stood at {before:.3f} in the third quarter of the run and at "
             f"{after:.3f} in the fourth, with a learning rate of {rate[-1]:.3g} to the last"
         )
-        turn = ("schedule.name", "cosine")
+        first = ("schedule.name", "cosine")
+    turn = choose(facts.recipe, [first, ("optimizer.lr", times(lr, 0.1))])
     yield Finding(
         "problem",
         "Plateau",
-        f"{said}. A rate that falls lets it come to rest lower; `bigbatch find-lr` looks for one.",
+        f"{said}. A rate that falls lets it come to rest lower; `bigbatch find-lr` looks for one."
+        f"{what_if(facts.history, turn)}",
         "plateau",
         {
             "start": facts.start,
@@ -286,7 +290,7 @@ def plateau(facts: Facts) -> Iterator[Finding]:
             "fourth_quarter": after,
             "lr": float(rate[-1]) if len(rate) else None,
         },
-        choose(facts.recipe, [turn, ("optimizer.lr", times(lr, 0.1))]),
+        turn,
     )
 
 

@@ -162,6 +162,18 @@ def test_what_is_advised_can_be_done(recipe: Recipe) -> None:
     assert "hard class" not in turned
 
 
+def test_a_rate_that_is_suspected_is_tried_beside_the_runs_own(recipe: Recipe) -> None:
+    for case, value in (("rose", "0.01"), ("slow", "0.3")):
+        (found,) = learning(make(recipe, **CASES[case][1]))
+        command = f"`bigbatch whatif run --step 0 --set optimizer.lr={value} --steps 200`"
+        assert command in found.text
+        origin = {"forked_from": {"run": "runs/trunk", "at": 60}}  # has no step 0
+        (found,) = learning(make(recipe, **CASES[case][1], manifest=origin))
+        assert "whatif" not in found.text
+    (found,) = learning(make(recipe, **CASES["flat at a high rate"][1]))
+    assert "whatif" not in found.text
+
+
 def test_what_the_recipe_refuses_is_not_advised(recipe: Recipe) -> None:
     """Nor what it says already; then nothing is."""
     same = ("optimizer.lr", recipe.optimizer.lr)
