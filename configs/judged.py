@@ -31,12 +31,9 @@ class Score:
         return self.title[0].upper() + self.title[1:]
 
     def merit(self, scores: Mapping[str, float | None]) -> float:
-        """More is better, whatever the score; -inf where it has no finite value, or is not there.
-
-        A NaN stays one.
-        """
+        """More is better, whatever the score; -inf where it has no value, or is not there."""
         value = scores.get(self.key)
-        return -math.inf if value is None else self.sign * value
+        return -math.inf if value is None or math.isnan(value) else self.sign * value
 
     def text(self, value: float) -> str:
         """The value alone: in per cent, or with four decimals; of a unit with four digits."""

@@ -332,6 +332,23 @@ def test_what_cannot_be_compared_is_refused(
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick")
+def test_shares_are_evaluated_by_the_names_of_their_classes(
+    shards: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(tmp_path / "run", shards("shares"), "{name: kl}", "duration=4 steps")
+    train(run)
+    capsys.readouterr()
+    source = shards("shares") / "test"
+    found = infer(capsys, "evaluate", str(run.path), "--source", str(source))
+    (member,) = json.loads(run.summary.read_text())["test"]["members"]
+    assert (found["kl"], found["mode"]) == (pytest.approx(member["kl"], rel=1e-6), member["mode"])
+    other = Path(shutil.copytree(source, tmp_path / "other" / "test"))
+    build_index(other, classes=("right", "middle", "left"))
+    assert inference.main(["evaluate", str(run.path), "--source", str(other)]) == 2
+    assert "has the classes of the members in another order" in capsys.readouterr().err
+
+
 def recipe(data: Path, loss: str, *more: str):
     return load_recipe("digits", recipe_of(data, loss, *more), say=None)
 

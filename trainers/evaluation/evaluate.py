@@ -31,6 +31,7 @@ from bigbatch.trainers.evaluation.targets import (
     TargetOutcomes,
     distributions_of,
     log_softmax,
+    mean_distributions_of,
     numbers_of,
 )
 from bigbatch.trainers.planning.targets import target_scaling
@@ -103,9 +104,7 @@ class Evaluator:
         if self._kind is Numbers:
             mean = outputs.astype(np.float64).mean(0)
             return numbers_of(mean, index.target[samples], self.scaling)
-        with np.errstate(divide="ignore"):
-            log_p = np.log(np.exp(np.stack([log_softmax(each) for each in outputs])).mean(0))
-        return distributions_of(log_p, index.target[samples])
+        return mean_distributions_of(outputs, index.target[samples])
 
     def gather(self, parts: Sequence[Found], count: int) -> Found | None:
         """All samples of a split in their order on rank 0, of this rank's batches. Collective."""

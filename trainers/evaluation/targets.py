@@ -112,6 +112,15 @@ def distributions_of(log_p: Array, true: NDArray[np.floating]) -> Distributions:
     return Distributions(terms.sum(1), right.astype(np.float64))
 
 
+def mean_distributions_of(
+    outputs: NDArray[np.floating], true: NDArray[np.floating]
+) -> Distributions:
+    """Outcomes of the mean of several networks' shares, from logits [M, N, C]."""
+    log_p = np.stack([log_softmax(each) for each in outputs])
+    mean: Array = np.logaddexp.reduce(log_p, axis=0) - np.log(len(log_p))
+    return distributions_of(mean, true)
+
+
 def log_softmax(logits: NDArray[np.floating]) -> Array:
     """Row-wise, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)

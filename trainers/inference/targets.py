@@ -31,11 +31,13 @@ from bigbatch.trainers.evaluation.targets import (
     distributions_of,
     drawn,
     log_softmax,
+    mean_distributions_of,
     numbers_of,
 )
 from bigbatch.trainers.inference.agreement import require_same_images
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.progress import Progress
+from bigbatch.trainers.models.weights_file import unlike
 
 SCORES = "scores.json"  # beside targets.json, in the folder of an evaluation
 _POINTS = 2000  # of a plot of predicted over true numbers
@@ -99,6 +101,9 @@ def _with_targets(index: Index, ensemble: Ensemble, source: str) -> Index:
             f"{source} has no targets to compare with; give shards that have them, or index tars "
             "by `bigbatch index` (`bigbatch predict` needs none)"
         )
+    numbers = learns_numbers(ensemble.members[0].recipe)
+    if not numbers and (how := unlike(index.classes, ensemble.classes, "the members")):
+        raise UserError(f"{source} has {how}; give shards with the same classes.txt")
     if index.target.shape[1] != len(ensemble.classes):
         raise UserError(
             f"{source} has targets of {index.target.shape[1]:,} numbers, the members give "
@@ -148,9 +153,7 @@ def mean_of(
     """Outcomes of the mean of the members' numbers, or of their shares, from [M, n, K]."""
     if learns_numbers(members[0].recipe):
         return Numbers(predicted_numbers(members, outputs), true.astype(np.float64))
-    log_p = np.stack([log_softmax(each) for each in outputs])
-    mean = np.logaddexp.reduce(log_p, axis=0) - np.log(len(log_p))
-    return distributions_of(mean, true)
+    return mean_distributions_of(outputs, true)
 
 
 def predicted_numbers(

@@ -27,13 +27,14 @@ def shown_answers(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
         true, predicted = (np.array(content[key], np.float64) for key in ("true", "predicted"))
         if true.shape != predicted.shape or true.shape[1:] != (len(names),):
             return None
+        samples = int(content.get("samples", len(true)))
         explained = [float("-inf") if r2 is None else float(r2) for r2 in each[R2.key]]
     except (KeyError, TypeError, ValueError, IndexError):
         return None
     worst = np.sort(np.argsort(explained, kind="stable")[:_MOST_PLOTS]).tolist()
     return {
         "split": str(content.get("split", "test")),
-        "samples": int(content.get("samples", len(true))),
+        "samples": samples,
         "points": len(true),
         "targets": len(names),
         "plots": [scatter(names[k], true[:, k], predicted[:, k], f"target-{k}") for k in worst],

@@ -16,6 +16,9 @@ _GAIN = 0.03  # of the error, in the last fifth of the run
 
 def fit_of_error(facts: Facts, judge: Score) -> list[Finding]:
     """As `fit.fit`, of validation scores judged by `judge`, of which less is better."""
+    if not np.isfinite(facts.val[judge.key]).any():
+        text = f"Validation {judge.title} was never finite."
+        return [Finding("problem", "No verdict on the fit", text, "unfinished")]
     for rule in (_overfitting, _underfitting, _gap, _improving):
         if found := [*rule(facts, judge)]:
             return found

@@ -96,8 +96,8 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
     for split in ("test", "val"):
         figures = summary.get(split) or {}
         ensemble, members = figures.get("ensemble"), figures.get("members") or []
-        if ensemble and members:
-            judge = judged_in(ensemble) or ACCURACY
+        judge = judged_in(ensemble or {}) or ACCURACY
+        if ensemble and members and ensemble[judge.key] is not None:
             best = max(members, key=judge.merit)[judge.key]
             alone = str(members[0]["name"]) if len(members) == 1 else None
             remark = alone or f"ensemble; best member {judge.text(best)}"

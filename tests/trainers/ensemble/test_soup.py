@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from bigbatch.configs.judged import MAE
+from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import (
     Barrier,
     SoupStep,
@@ -81,6 +83,40 @@ def test_greedy_soup_says_why(tmp_path):
     expected = [0.7 - (0.3 + 0.4) / 2, 0.2 - (0.3 + 0.5) / 2, 0.15 - (2 * 0.2 + 0.6) / 3]
     assert [s.barrier for s in steps[1:]] == pytest.approx(expected)
     assert bits(model) == mean_of(models[0], models[2], models[3])
+
+
+def test_of_errors_the_lower_one_is_better(tmp_path):
+    """The same choices by an error as by the accuracy that it is one less."""
+    models = [network(seed) for seed in range(4)]
+    files, model = files_of(tmp_path, *models), network(9)
+    engine = SimpleNamespace(from_main=lambda value: value)
+    coming = iter([0.1, 0.2, 0.1, 0.05])
+    steps = greedy_soup(
+        files,
+        [0.1, 0.15, 0.2, 0.3],
+        model,
+        engine,
+        lambda: {"mae": next(coming)},
+        lambda: None,
+        MAE,
+        MAE,
+    )
+    assert [step.kept for step in steps] == [True, False, True, True]
+    expected = [0.2 - (0.1 + 0.15) / 2, 0.1 - (0.1 + 0.2) / 2, 0.05 - (2 * 0.1 + 0.3) / 3]
+    assert [s.barrier for s in steps[1:]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "margin", "kept"),
+    [
+        ([2.0, 2.02, 2.1, 1.99], 0.02, [0, 1, 3]),  # a share of the least
+        ([2.0, 2.03, float("nan")], 0.0, [0]),
+        ([float("nan"), float("inf")], 0.1, [1]),
+    ],
+)
+def test_members_near_the_least_error(scores, margin, kept):
+    assert within_margin(scores, margin, MAE) == kept
+    assert within_margin([0.9, 0.89, 0.8], 0.02) == [0, 1]
 
 
 def test_a_greedy_soup_of_one_is_that_model(tmp_path):
