@@ -59,8 +59,9 @@ FORWARD = {
 class Signals:
     """Passes signals on to the ranks, which save and exit; a second Ctrl-C kills them."""
 
-    def __init__(self, parent: Parent) -> None:
+    def __init__(self, parent: Parent, run: Path) -> None:
         self.sent: set[int] = set()
+        self._run = run
         self.interrupts = 0
         self._parent = parent  # a child as well, and no rank
         for number in FORWARD:
@@ -74,8 +75,11 @@ class Signals:
         forwarded = signal.SIGKILL if self.interrupts > 1 else FORWARD[signal.Signals(number)]
         self.sent.add(forwarded)
         ranks = [p for p in psutil.Process().children() if p.pid != self._parent.pid]
-        if not ranks:
-            sys.exit(SAVED)  # still waiting for the other machines: there is nothing to save
+        if not ranks:  # it waits for the other machines, or they have just ended: nothing to save
+            name = signal.Signals(number).name
+            go_on = f"go on with `bigbatch resume {self._run}`"
+            print(f"bigbatch: {name} while no rank ran; {go_on}", file=sys.stderr, flush=True)
+            sys.exit(SAVED)
         for process in ranks:
             try:
                 process.send_signal(forwarded)  # to the rank alone: it looks after its children
@@ -108,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     fork_ranks_from(parent)
     # The agent reports each exit of a rank at length. The ranks have said why themselves.
     logging.disable(logging.ERROR)
-    signals = Signals(parent)
+    signals = Signals(parent, options.run)
     fewest, most = options.nnodes
     agent: Agent | None = None
     rendezvous: RendezvousHandler | None = None
@@ -223,10 +227,12 @@ class Agent(LocalElasticAgent):
         if not names <= self._seen:
             self._seen |= names
             self._remaining_restarts = worker_group.spec.max_restarts
-        if self._signals.sent or {2, SAVED} & set(statuses.values()):
+        # The others are ended by torch's agent, with statuses of their own.
+        rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+        status = failure.exitcode
+        if self._signals.sent or 2 in statuses.values() or status == SAVED:
             self._remaining_restarts = 0
         if self._remaining_restarts > 0:
-            rank, status = next(iter(statuses.items()))
             print(
                 f"bigbatch: rank {rank} {how_it_ended(status)}; all ranks start again from "
                 f"{newest or 'the beginning'} (restarts left: {self._remaining_restarts - 1})",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from torch import nn
 
@@ -78,11 +79,11 @@ class Attempt:
             )
             if self.probe is not None and state.step in job.inputs.plan.probes.steps:
                 self.log.detail(state.step, "probe", **self.probe.look(model, found))
-            if snapshot and job.engine.rank == 0:
+            if snapshot:
                 number = sorted(job.inputs.plan.snapshots).index(state.step) + 1
-                save_snapshot(job.run.snapshots, number, state.step, model, scores, state.info)
-        if snapshot:
-            job.engine.barrier()
+                keep = partial(save_snapshot, job.run.snapshots, number, state.step)
+                # A full disk is then every rank's error, and none loses another one.
+                job.engine.on_main(lambda: str(keep(model, scores, state.info)))
         if isinstance(found, Numbers) and 1 < found.true.shape[1] <= _MOST_TARGETS:
             self.log.detail(state.step, "targets", **found.by_target())
         if job.course.costs is not None:

@@ -66,17 +66,11 @@ def attempt(
         seen = engine.on_main(lambda: read_confusion(run.metrics, state.step))
         job.course.costs.update(seen)
     stage("reading the first images")
-    with open_log(
-        run,
-        recipe,
-        rank=engine.rank,
-        total_steps=plan.total,
-        start_step=state.step,
-        epoch_samples=job.inputs.epoch_samples,
-    ) as log:
+    with _open_log(job) as log:
         monitor = announce(job, log, corrupt)
         try:
             with open_attempt(job, log, monitor, statistics, stop, heartbeat) as opened:
+                stop.begin()
                 ending = train(opened)
         except Rollback as error:
             engine.skip()  # otherwise a loss scaler takes the next gradients for unscaled ones
@@ -89,9 +83,8 @@ def attempt(
                 loss=error.loss,
                 grad_norm=error.norm,
             )
-            log.sync()
+            engine.on_main(log.sync)  # the others read what rank 0 has written
             log.close("stopped")
-            engine.barrier()  # the others read what rank 0 has written
             return Again.FROM_CHECKPOINT
         except StepFailed as error:
             if error.leaps:  # what is not finite has an event already
@@ -114,8 +107,30 @@ def attempt(
         if state.step < plan.total and not early:
             log.close("stopped")
             return 0
+        stop.rest()
         finish(job, log)
     return 0
+
+
+def _open_log(job: Job) -> Log:
+    """This rank's log. What the disk refuses rank 0 is every rank's error. Collective."""
+    opened: list[Log] = []
+
+    def open_it() -> None:
+        log = open_log(
+            job.run,
+            job.recipe,
+            rank=job.engine.rank,
+            total_steps=job.inputs.plan.total,
+            start_step=job.state.step,
+            epoch_samples=job.inputs.epoch_samples,
+        )
+        opened.append(log)
+
+    job.engine.on_main(open_it)
+    if not opened:
+        open_it()
+    return opened[0]
 
 
 def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:

@@ -35,27 +35,11 @@ def run(digits: Path, tmp_path: Path) -> RunDir:
     return create_run(tmp_path / "a", load_recipe("digits", changes))
 
 
-# Ranks that wait for one that was killed do not answer SIGTERM; for half a minute they are let.
-IMPATIENT = """
-from torch.distributed.elastic.multiprocessing import PContext
-from bigbatch.trainers import agent
-close = PContext.close
-PContext.close = lambda self, death_sig=None, timeout=30: close(self, death_sig, 1)
-agent.leave(agent.main())
-"""
-
-
 @contextmanager
-def agent(run: RunDir, stop_at: int | None = None, program: str = "") -> Iterator[Process]:
-    """The agent of two ranks, with what it and they say in output.txt; killed at the end.
-
-    `program` in its place, if given."""
+def agent(run: RunDir, stop_at: int | None = None) -> Iterator[Process]:
+    """The agent of two ranks, with what it and they say in output.txt; killed at the end."""
     with (run.path / "output.txt").open("w") as output:
         command = agent_command(run.path, 2, stop_at=stop_at)
-        if program:
-            (run.path / "agent.py").write_text(program)
-            arguments = command[command.index("bigbatch.trainers.agent") + 1 :]
-            command = warm.script(run.path / "agent.py", *arguments)
         process = warm.popen(command, stdout=output, stderr=output)
     family = [psutil.Process(process.pid)]
     try:
@@ -197,9 +181,13 @@ def test_a_hung_rank_is_named_and_the_run_goes_on(digits: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_an_error_that_repeats_ends_the_run(run: RunDir) -> None:
-    with agent(run, program=IMPATIENT) as process:
+    """The other rank waits for the one that was killed, in code that answers no signal."""
+    with agent(run) as process:
         for restart in range(4):  # the first start and three more
+            rank = rank_of_start(run, process, 1, restart)
             rank_of_start(run, process, 0, restart).kill()
+            # torch's agent kills what has not ended by itself after half a minute.
+            assert rank.wait(60) in (SAVED, None)
         assert process.wait(120) == 128 + signal.SIGKILL
     assert said(run).count("start again from the beginning") == 3
 
@@ -272,7 +260,9 @@ def test_a_signal_before_all_machines_are_there(run: RunDir) -> None:
         while not _catches(process.pid, signal.SIGUSR2):
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) == SAVED
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == SAVED
+    assert f"SIGTERM while no rank ran; go on with `bigbatch resume {run.path}`" in said
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,10 +276,42 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out of memory" in capsys.readouterr().err
 
 
+def failures(*ended: tuple[int, int]) -> RunResult:
+    """What torch's agent finds of ranks that ended one after another: rank and status."""
+    found = {
+        rank: SimpleNamespace(exitcode=status, timestamp=place)
+        for place, (rank, status) in enumerate(ended)
+    }
+    return RunResult(WorkerState.FAILED, failures=found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ended", "restarts"),
+    [
+        (((1, -9), (0, SAVED)), 3),  # ended by the agent itself, where it waited for the killed one
+        (((0, SAVED), (1, SAVED)), 0),
+        (((0, SAVED), (1, 1)), 0),  # a queue's signal to each of them
+        (((0, 1), (1, 2)), 0),  # the one that says why is not always the first
+    ],
+)
+def test_after_what_ranks_start_again(
+    ended: tuple[tuple[int, int], ...],
+    restarts: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, _: failures(*ended))
+    agent = Agent.__new__(Agent)
+    agent._run_path, agent._signals = tmp_path, SimpleNamespace(sent=set())  # type: ignore[assignment]
+    agent._seen, agent._remaining_restarts = set(), 3
+    agent._monitor_workers(SimpleNamespace(spec=SimpleNamespace(max_restarts=3)))  # type: ignore[arg-type]
+    assert agent._remaining_restarts == restarts
+
+
 def test_restarts_are_counted_from_the_last_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed = RunResult(WorkerState.FAILED, failures={0: SimpleNamespace(exitcode=1)})  # type: ignore[dict-item]
+    failed = failures((0, 1))
     monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: failed)
     group: Any = SimpleNamespace(spec=SimpleNamespace(max_restarts=3))
     agent = Agent.__new__(Agent)

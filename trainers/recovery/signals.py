@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,11 +15,28 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
+# How long what is no step may still take once a signal came.
+_PATIENCE_S = 3.0
+
+
 class StopFlag:
-    """True once a stop signal came. Nothing else happens in the handler."""
+    """True once a stop signal came, which the loop acts on. Nothing else happens in the handler.
+
+    Outside the loop, before `begin` and after `rest`, there is nothing to save, and a process may
+    wait for long: for a rank that was killed, for a slow disk, for the ensemble of a large split.
+    So another thread hears of signals, too, which code that holds the interpreter up does not
+    delay, and ends the process where the loop does not begin, or all is done, within seconds.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._looked_at = threading.Event()
+        self._when = "before the first step; nothing was lost"
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._former = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        self._thread.start()
         for number in CAUGHT:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._set)  # nohup stays nohup
@@ -28,13 +46,37 @@ class StopFlag:
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
+    def _watch(self, reader: int) -> None:
+        while heard := os.read(reader, 1):
+            if heard[0] in CAUGHT and not self._looked_at.wait(_PATIENCE_S):
+                if os.environ.get("RANK", "0") == "0":
+                    name = signal.Signals(heard[0]).name
+                    os.write(2, f"bigbatch: {name} {self._when}\n".encode())
+                os._exit(SAVED)
+        os.close(reader)
+
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def begin(self) -> None:
+        """From now on the loop looks at this flag in each step."""
+        self._looked_at.set()
+
+    def rest(self) -> None:
+        """The loop has ended, and left a checkpoint of its last step."""
+        self._when = "after the last step; `bigbatch resume` writes what is missing"
+        self._looked_at.clear()
+        if self.signal is not None:  # which came too late for the last step
+            os.write(self._writer, bytes([self.signal]))
 
     def close(self) -> None:
         """Ignore signals from now on: the process ends, with a status that says why."""
         for number in CAUGHT:
             signal.signal(number, signal.SIG_IGN)
+        self._looked_at.set()
+        signal.set_wakeup_fd(self._former, warn_on_full_buffer=False)
+        os.close(self._writer)
+        self._thread.join()
 
 
 def catch(handler: Callable[[int, FrameType | None], object], *numbers: int) -> dict[int, Any]:

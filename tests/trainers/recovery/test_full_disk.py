@@ -85,16 +85,24 @@ def test_wherever_the_end_of_a_run_meets_it(
 @pytest.mark.slow
 def test_the_kernel_s_own_refusal_with_two_ranks(run: RunDir) -> None:
     command = agent_command(run.path, 2)
+
+    def refused() -> None:
+        """All ranks learn why: the second one waited for the first, and said that it lost it."""
+        done = subprocess.run(
+            ["prlimit", "--fsize=600", *command],
+            capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "lost another rank" not in done.stderr
+        assert f"`bigbatch resume {run.path}`" in done.stderr
+        assert not run.summary.exists()
+
+    refused()
+    assert not list(run.snapshots.glob("*"))
     assert warm.run(command, timeout=200).returncode == 0
     for result in RESULTS:
         (run.path / result).unlink()
-    limit = ["prlimit", "--fsize=200"]
-    refused = subprocess.run(
-        [*limit, *command], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert refused.returncode == 2
-    assert "Traceback" not in refused.stderr
-    assert f"`bigbatch resume {run.path}`" in refused.stderr
-    assert not run.summary.exists()
+    refused()
     assert warm.run(command, timeout=200).returncode == 0
     assert all((run.path / result).exists() for result in RESULTS)

@@ -41,6 +41,19 @@ def test_before_there_is_anything_to_save_a_start_ends_at_once_and_says_so(
     assert f"{number.name} before training began" in done.stderr
 
 
+@pytest.mark.parametrize(("command", "status"), [("resume", SAVED), ("runs", -signal.SIGTERM)])
+def test_while_the_command_line_is_imported_a_start_answers_too(command: str, status: int) -> None:
+    """Which takes a second on a busy file system, in which one ended without a word."""
+    program = (
+        f"import os, signal, sys; sys.argv = ['bigbatch', '{command}', 'a']; "
+        "import bigbatch.launcher.cli; loaded = 'click' in sys.modules; "
+        "os.kill(os.getpid(), signal.SIGTERM) if not loaded else print('late')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert ("SIGTERM before training began; nothing was lost" in done.stderr) == (status > 0)
+
+
 def test_of_a_launcher_s_ranks_the_worker_answers() -> None:
     """In a program of its own: a signal that one thread holds goes to another one of a process."""
     program = """
@@ -58,3 +71,32 @@ print("answered")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
+
+
+def test_outside_the_loop_a_process_that_waits_ends_by_itself() -> None:
+    """A rank that waited for a killed one ignored SIGTERM until it was killed, as did the end of a
+    run: nobody looks at the flag there."""
+    program = """
+import os, signal, sys, time
+from bigbatch.trainers.recovery import signals
+signals._PATIENCE_S = 0.2
+flag = signals.StopFlag()
+if sys.argv[1] == "end":
+    flag.begin()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert flag
+    time.sleep(0.5)  # the loop saves, and is at its last step
+    flag.rest()
+else:
+    os.kill(os.getpid(), signal.SIGUSR2)
+for _ in range(10**9):
+    pass
+"""
+    for place, said in (
+        ("start", "SIGUSR2 before the first step; nothing was lost"),
+        ("end", "SIGTERM after the last step; `bigbatch resume` writes what is missing"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, place], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (SAVED, f"bigbatch: {said}\n")
