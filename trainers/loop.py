@@ -103,6 +103,7 @@ def train(attempt: Attempt) -> Ending:
             else:
                 statistics.add()
             loss_sum += loss.detach()
+            del images, targets  # of many classes 25 MB, which the next ones would come beside
         corruption.recompute()
         statistics.discard()  # until here the model's buffers were those of micro-batches
 

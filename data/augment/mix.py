@@ -108,7 +108,8 @@ def _mix(
         cut = np.ones(len(images), bool)
     other = torch.from_numpy(partner).to(images.device, non_blocking=True)
     own = torch.from_numpy(weight).to(images.device, non_blocking=True)
-    mixed_targets = own[:, None] * targets + (1 - own[:, None]) * targets[other]
+    mixed_targets = targets[other].mul_(1 - own[:, None])
+    mixed_targets += own[:, None] * targets  # of 100,000 classes each copy takes megabytes
     if images.device.type == "cpu":  # image by image: each stays in the cache
         mixed = (memory or Memory()).empty(*images.shape)
         for i, (place, j, share) in enumerate(zip(mixed, partner.tolist(), own, strict=True)):

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bigbatch.configs.augment import Augment
@@ -106,7 +105,9 @@ class Augmenter:
         [B, classes], or its numbers less their mean, over their std, [B, K]."""
         if self._scaling is None:
             labels = batch.labels.to(self.device, non_blocking=True)
-            return F.one_hot(labels, self.classes).float()
+            # F.one_hot makes them of int64 first, twice the memory.
+            targets = torch.zeros(len(labels), self.classes, device=self.device)
+            return targets.scatter_(1, labels[:, None].long(), 1.0)
         assert batch.targets is not None, "the start looks at the index"
         mean, std = self._scaling
         return ((batch.targets.to(self.device, torch.float64) - mean) / std).float()

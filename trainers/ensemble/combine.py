@@ -26,12 +26,15 @@ from bigbatch.trainers.evaluation.evaluate import (
     Again,
     Evaluator,
     Found,
+    gather_outcomes,
     gather_statistics,
     labels_of,
 )
 from bigbatch.trainers.evaluation.metrics import Probabilities, softmax
 from bigbatch.trainers.evaluation.outcomes import (
+    Collected,
     Outcomes,
+    outcomes_of,
     outcomes_of_rows,
     row_chunks,
 )
@@ -176,37 +179,58 @@ def look(
 
     `ensemble` is that of the `kept` members. No more than a batch's logits are held.
     """
-    each: list[list[Found]] = [[] for _ in range(members)]
-    means: list[Found] = []
-    labelled = evaluator.scaling is None
-    statistics = EnsembleStatistics(ensemble) if ensemble is not None and labelled else None
+    if evaluator.scaling is not None:
+        return _look_at_targets(
+            evaluator, index, batches, members, None if ensemble is None else kept
+        )
+    each = [Collected() for _ in range(members)]
+    means = Collected()
+    statistics = None if ensemble is None else EnsembleStatistics(ensemble)
     finite = True
     for samples, logits in batches:
+        labels = labels_of(index, samples)
         for own, member in zip(each, logits, strict=True):
-            own.append(evaluator.judged(member, index, samples))
-        chosen = logits[list(kept)]
-        if ensemble is not None and not labelled:
-            means.append(evaluator.mean_judged(chosen, index, samples))
+            own.add(outcomes_of(member, labels))
         if statistics is None:
             continue
-        labels = labels_of(index, samples)
-        means += [
-            outcomes_of_rows(_mean_probabilities(chosen[:, rows]), labels[rows])
-            for rows in row_chunks(len(labels), chosen.shape[2])
-        ]
-        finite = finite and bool(np.isfinite(chosen).all())
-        if finite:
-            statistics.add(chosen, labels)
-    engine, count, batch = evaluator.engine, len(index), evaluator.batch
-    found = [evaluator.gather(own, count) for own in each]
+        for rows in row_chunks(len(labels), logits.shape[2]):
+            chosen = np.stack([logits[member, rows] for member in kept])
+            means.add(outcomes_of_rows(_mean_probabilities(chosen), labels[rows]))
+            finite = finite and bool(np.isfinite(chosen).all())
+            if finite:
+                statistics.add(chosen, labels[rows])
+    engine, count, batch = evaluator.engine, len(index), evaluator.batch_of(index)
+    found = [gather_outcomes(engine, own.whole(), count, batch) for own in each]
     mean = whole = None
-    if ensemble is not None:
-        mean = evaluator.gather(means, count)
+    if statistics is not None:
+        mean = gather_outcomes(engine, means.whole(), count, batch)
     if statistics is not None and all(engine.gather_values(finite)):
         whole = gather_statistics(engine, statistics.statistics, count, batch)
     if engine.rank != 0:
         return None
     return Seen([own for own in found if own is not None], mean, whole)
+
+
+def _look_at_targets(
+    evaluator: Evaluator,
+    index: Index,
+    batches: Iterable[tuple[Positions, Logits]],
+    members: int,
+    kept: Sequence[int] | None,
+) -> Seen | None:
+    """The same of what learned numbers or shares of classes; their mean where some are `kept`."""
+    each: list[list[Found]] = [[] for _ in range(members)]
+    means: list[Found] = []
+    for samples, outputs in batches:
+        for own, member in zip(each, outputs, strict=True):
+            own.append(evaluator.judged(member, index, samples))
+        if kept is not None:
+            means.append(evaluator.mean_judged(outputs[list(kept)], index, samples))
+    found = [evaluator.gather(own, index) for own in each]
+    mean = None if kept is None else evaluator.gather(means, index)
+    if evaluator.engine.rank != 0:
+        return None
+    return Seen([own for own in found if own is not None], mean, None)
 
 
 def _best_first(seen: Seen | None, margin: float) -> tuple[list[int], list[float]]:

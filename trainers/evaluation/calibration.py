@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, Probabilities, width_bins
 from bigbatch.trainers.evaluation.outcomes import Array, row_chunks
-from bigbatch.trainers.evaluation.sums import ExactSum
+from bigbatch.trainers.evaluation.sums import ExactSum, SparseSum
 
 TEMPERATURES = (0.01, 100.0)  # between which one is fitted
 _PRECISION = 1e-10  # relative
@@ -57,13 +57,15 @@ class ClasswiseError:
     """Class-wise calibration error: ECE of each class's probability, averaged over all classes.
 
     Of p_c against "the label is c", in bins of equal width (Kull et al. 2019; the static
-    calibration error of Nixon et al. 2019). Sums [C, bins] are kept, no N x C.
+    calibration error of Nixon et al. 2019). Sums are kept, no N x C: of the first bin [C], and of
+    those of the others that occur, which are few where classes are many.
     """
 
     def __init__(self, classes: int, bins: int = ECE_BINS) -> None:
         self._classes, self._bins = classes, bins
         self._samples = np.zeros((), np.int64)
-        self._gaps = ExactSum(classes, bins)
+        self._first = ExactSum(classes)
+        self.above = SparseSum()
 
     def add(self, probabilities: Probabilities, labels: Labels) -> None:
         """Rows [n, C] and their labels [n]."""
@@ -75,18 +77,21 @@ class ClasswiseError:
             above = p[row, column]
             first = -p.sum(axis=0)
             np.add.at(first, column, above)
-            self._gaps.add(first, (slice(None), 0))
-            self._gaps.add_at((column, width_bins(above, self._bins)), -above)
-            of_label = p[np.arange(len(label)), label]
-            self._gaps.add_at((label, width_bins(of_label, self._bins)), np.ones(len(label)))
+            self._first.add(first)
+            self.above.add_at(column * self._bins + width_bins(above, self._bins), -above)
+            bins = width_bins(p[np.arange(len(label)), label], self._bins)
+            ones, low = np.ones(len(label)), bins == 0
+            self._first.add_at(label[low], ones[low])
+            self.above.add_at((label * self._bins + bins)[~low], ones[~low])
 
     def sums(self) -> list[NDArray[Any]]:
-        """What ranks may add up in place: each has seen other samples."""
-        return [self._samples, self._gaps.parts]
+        """What ranks may add up in place: each has seen other samples. So has `above`."""
+        return [self._samples, self._first.parts]
 
     @property
     def error(self) -> float:
-        return float(np.abs(self._gaps.total).sum() / (self._samples * self._classes))
+        total = np.abs(self._first.total).sum() + np.abs(self.above.total).sum()
+        return float(total / (self._samples * self._classes))
 
 
 def tempered(probabilities: Probabilities, temperature: float) -> Probabilities:

@@ -18,9 +18,9 @@ from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.metrics import Labels, Logits
 from bigbatch.trainers.evaluation.outcomes import (
+    Collected,
     Outcomes,
     from_rows,
-    join,
     outcomes_of,
     to_rows,
 )
@@ -42,6 +42,8 @@ from bigbatch.trainers.planning.targets import target_scaling
 _PART = 32
 # Below this many images a rank decodes them itself, faster than workers could start.
 FEW_IMAGES = 2000
+# Logits of a batch at most: 16 MB for each member.
+_LOGITS = 2**22
 # Logits that a rank keeps to go through them once more; more are computed again.
 KEPT_BYTES = 2**28
 Found = Outcomes | TargetOutcomes  # of labels, or of what stands in their place
@@ -76,11 +78,16 @@ class Evaluator:
 
         No rank holds more logits than those of a batch. Collective.
         """
+        if self.scaling is None:
+            found = Collected()
+            for samples, logits in self.batches(model, index):
+                found.add(outcomes_of(logits[0], labels_of(index, samples)))
+            return gather_outcomes(self.engine, found.whole(), len(index), self.batch_of(index))
         parts = [
             self.judged(outputs[0], index, samples)
             for samples, outputs in self.batches(model, index)
         ]
-        return self.gather(parts, len(index))
+        return self.gather(parts, index)
 
     def width(self, index: Index) -> int:
         """How many numbers a network gives for an image of `index`."""
@@ -106,15 +113,15 @@ class Evaluator:
             return numbers_of(mean, index.target[samples], self.scaling)
         return mean_distributions_of(outputs, index.target[samples])
 
-    def gather(self, parts: Sequence[Found], count: int) -> Found | None:
-        """All samples of a split in their order on rank 0, of this rank's batches. Collective."""
-        if self.scaling is None:
-            labelled = [part for part in parts if isinstance(part, Outcomes)]
-            return gather_outcomes(self.engine, join(labelled), count, self.batch)
+    def gather(self, parts: Sequence[Found], index: Index) -> TargetOutcomes | None:
+        """What is said of targets, of all samples of a split in their order, on rank 0; `parts` are
+        this rank's batches. Collective."""
+        assert self.scaling is not None
         width = 2 if self._kind is Distributions else 2 * len(self.scaling[0])
         rows = [part.rows() for part in parts if not isinstance(part, Outcomes)]
-        own = torch.from_numpy(np.concatenate([np.zeros((0, width)), *rows]))
-        ordered = gather_in_order(self.engine, own.to(self.engine.device), count, self.batch)
+        whole = np.concatenate([np.zeros((0, width)), *rows])
+        own = torch.from_numpy(whole).to(self.engine.device)
+        ordered = gather_in_order(self.engine, own, len(index), self.batch_of(index))
         return None if ordered is None else self._kind.of_rows(ordered)
 
     def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
@@ -122,7 +129,11 @@ class Evaluator:
         found = [torch.zeros(0, len(index.classes))]
         found += [torch.from_numpy(logits[0]) for _, logits in self.batches(model, index)]
         rows = torch.cat(found).to(self.engine.device)
-        return gather_in_order(self.engine, rows, len(index), self.batch)
+        return gather_in_order(self.engine, rows, len(index), self.batch_of(index))
+
+    def batch_of(self, index: Index) -> int:
+        """How many images of a split make a batch of `batches`."""
+        return fitting_batch(self.batch, self.width(index), self.engine.device)
 
     @torch.inference_mode()
     def batches(
@@ -138,22 +149,26 @@ class Evaluator:
         share = -(-len(index) // engine.world)
         decoding = self.decoding(self.data.workers if share > FEW_IMAGES else 0)
         batches = eval_batches(
-            index, decoding, batch=self.batch, rank=engine.rank, world=engine.world
+            index,
+            decoding,
+            batch=self.batch_of(index),
+            rank=engine.rank,
+            world=engine.world,
         )
         was_training = model.training
         model.eval()
         for batch in batches:
             images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
-            found = []
-            for tensors in weights:
+            found = np.empty((len(weights), len(images), self.width(index)), np.float32)
+            for logits, tensors in zip(found, weights, strict=True):
                 if tensors:
                     model.load_state_dict(tensors)
                     torch.clear_autocast_cache()  # the caller's may hold the former weights
                 # A model may write into what it is given, and the next one needs it.
                 own = images.clone() if len(weights) > 1 else images
                 with engine.autocast():
-                    found.append(in_parts(model, own).float().cpu().numpy())
-            yield batch.samples, np.stack(found)
+                    logits[...] = in_parts(model, own).float().cpu().numpy()
+            yield batch.samples, found
         model.train(was_training)
 
 
@@ -201,6 +216,11 @@ def gather_statistics(engine: Engine, own: Statistics, count: int, batch: int) -
     parts = {str(i): torch.from_numpy(each) for i, each in enumerate(sums)}
     for each, total in zip(sums, engine.sum_by_name(parts).values(), strict=True):
         each[...] = total.cpu().numpy()
+    for sparse in own.sparse_sums():
+        rows = torch.from_numpy(sparse.rows()).to(engine.device)
+        gathered = engine.gather_rows(rows, max(engine.gather_values(len(rows))))
+        if gathered is not None:
+            sparse.put(gathered)
     found = [gather_outcomes(engine, each, count, batch) for each in own.outcomes()]
     if engine.rank != 0:
         return None
@@ -219,7 +239,19 @@ def in_parts(model: nn.Module, images: Tensor) -> Tensor:
     if images.device.type != "cpu":
         outputs: Tensor = model(images)
         return outputs
-    return torch.cat([model(part) for part in images.split(_PART)])
+    parts = images.split(_PART)
+    return model(images) if len(parts) == 1 else torch.cat([model(part) for part in parts])
+
+
+def fitting_batch(batch: int, classes: int, device: torch.device) -> int:
+    """A batch; on a CPU a smaller one where its logits of so many classes would take over 16 MB.
+
+    It goes by classes alone, and holds whole parts of those that go through a network together: so
+    a member gives everywhere what it gave in its run.
+    """
+    if device.type != "cpu" or batch % _PART:
+        return batch
+    return min(batch, max(_PART, _LOGITS // classes // _PART * _PART))
 
 
 def gather_in_order(engine: Engine, rows: Tensor, count: int, batch: int) -> np.ndarray | None:

@@ -14,7 +14,8 @@ from bigbatch.trainers.evaluation.accuracy import balanced_accuracy
 from bigbatch.trainers.evaluation.metrics import ECE_BINS, Labels, softmax, width_bins
 
 Array = NDArray[np.float64]
-_NUMBERS = 2**20  # in a chunk of rows: 8 MB, which a few temporaries of its size may multiply
+_NUMBERS = 2**18  # in a chunk of rows: 2 MB, which a few temporaries of its size may multiply
+_BLOCK, _PIECES = 2**14, 2**10  # samples that are joined, and pieces that wait for it, at most
 _SUM_TOLERANCE = 1e-4  # what float32 may be off by over thousands of classes
 
 
@@ -124,6 +125,35 @@ def join(parts: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
+class Collected:
+    """Outcomes that come in pieces, of two samples where classes are many.
+
+    A piece takes ten times the memory of its numbers, so that they are joined to larger ones.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Outcomes] = []
+        self._pieces: list[Outcomes] = []
+        self._samples = 0
+
+    def add(self, piece: Outcomes) -> None:
+        self._pieces.append(piece)
+        self._samples += len(piece)
+        if self._samples >= _BLOCK or len(self._pieces) >= _PIECES:
+            self._blocks.append(join(self._pieces))
+            self._pieces, self._samples = [], 0
+
+    def whole(self) -> Outcomes:
+        """All of them so far, in the order in which they came."""
+        whole = join([*self._blocks, *self._pieces])
+        self._blocks, self._pieces, self._samples = [whole], [], 0
+        return whole
+
+    def put(self, whole: Outcomes) -> None:
+        """Take these in place of those that were added."""
+        self._blocks, self._pieces, self._samples = [whole], [], 0
+
+
 def to_rows(of: Outcomes) -> Array:
     """The columns side by side [N, 6], in which form ranks pass them on."""
     return np.stack([getattr(of, field.name) for field in fields(Outcomes)], axis=1)
@@ -137,7 +167,7 @@ def from_rows(rows: Array) -> Outcomes:
 
 
 def row_chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover all rows, of about a million numbers each where a row has `width`."""
+    """Slices that cover all rows, each of 2 MB of numbers where a row has `width` of them."""
     step = max(1, _NUMBERS // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

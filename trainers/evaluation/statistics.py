@@ -24,9 +24,10 @@ from bigbatch.trainers.evaluation.diversity import (
     q_statistic,
 )
 from bigbatch.trainers.evaluation.metrics import Labels, Probabilities
-from bigbatch.trainers.evaluation.outcomes import Outcomes, join, outcomes, row_chunks
+from bigbatch.trainers.evaluation.outcomes import Collected, Outcomes, outcomes, row_chunks
 from bigbatch.trainers.evaluation.paired import bootstrap, mcnemar
 from bigbatch.trainers.evaluation.selective import risk_coverage
+from bigbatch.trainers.evaluation.sums import SparseSum
 
 _COVERAGES = (0.5, 0.8, 0.9, 0.95)
 _MISTAKES = 20
@@ -94,6 +95,10 @@ class Statistics:
         found = [each for scored in self._models() for each in scored.sums()]
         found += self._by_number.sums()
         return found + [each for _, sizes in self._sets for each in sizes.sums()]
+
+    def sparse_sums(self) -> list[SparseSum]:
+        """The same of places of which each rank has others."""
+        return [scored.above for scored in self._models()]
 
     def outcomes(self) -> list[Outcomes]:
         """Of each model, in the order in which samples were added; the first are as served."""
@@ -230,22 +235,25 @@ class _Scored:
     """One model's outcomes, and its class-wise calibration, which needs all probabilities."""
 
     def __init__(self, classes: int) -> None:
-        self._parts: list[Outcomes] = []
+        self._found = Collected()
         self._classwise = ClasswiseError(classes)
 
     def add(self, probabilities: Probabilities, labels: Labels) -> None:
-        self._parts.append(outcomes(probabilities, labels))
+        self._found.add(outcomes(probabilities, labels))
         self._classwise.add(probabilities, labels)
 
     def outcomes(self) -> Outcomes:
-        self._parts = [join(self._parts)]
-        return self._parts[0]
+        return self._found.whole()
 
     def put(self, outcomes: Outcomes) -> None:
-        self._parts = [outcomes]
+        self._found.put(outcomes)
 
     def sums(self) -> list[NDArray[Any]]:
         return self._classwise.sums()
+
+    @property
+    def above(self) -> SparseSum:
+        return self._classwise.above
 
     def scores(self) -> Scores:
         whole = self.outcomes()

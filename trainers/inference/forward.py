@@ -25,6 +25,7 @@ from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.evaluation.evaluate import (
     FEW_IMAGES,
     autocast,
+    fitting_batch,
     gather_in_order,
     gather_statistics,
     in_parts,
@@ -88,7 +89,7 @@ class Forward:
         self.classes = len(members[0].classes)
         first = members[0].recipe
         self.data = first.data
-        self.batch = batch or first.evaluate.batch
+        self.batch = fitting_batch(batch or first.evaluate.batch, self.classes, engine.device)
         self.tta, self.mc_dropout = tta, mc_dropout
         groups: dict[View, list[int]] = {}
         for place, member in enumerate(members):
@@ -170,8 +171,8 @@ class Forward:
             for place in places:
                 mine = images.clone() if len(places) > 1 else images  # normalising overwrites
                 outputs[place] += self._forward(self._loaded[place], mine, batch.index, number)
-        for place, found in outputs.items():
-            arrays = [output.cpu().numpy() for output in found]
+        for place in places:
+            arrays = [output.cpu().numpy() for output in outputs.pop(place)]
             for array in arrays:
                 self._check(array, self.members[place], batch)
             together = _mean_log_probability

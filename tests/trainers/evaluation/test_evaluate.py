@@ -16,6 +16,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.data.augment import pipeline
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.index import Index
+from bigbatch.trainers.evaluation import evaluate
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from tests.helpers.micro_batches import write_shards
 
@@ -115,3 +116,25 @@ def test_several_sets_of_weights_give_what_each_gives_alone(photos: Index) -> No
             np.testing.assert_array_equal(one, other)
         assert not np.array_equal(together[0], together[2])
         models[0].load_state_dict(weights[0])
+
+
+def test_batches_shrink_where_classes_are_many(
+    photos: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 images of 100,000 classes are 100 MB of logits of each member."""
+    assert evaluate.fitting_batch(256, 1000, CPU) == 256
+    assert evaluate.fitting_batch(256, 50_000, CPU) == 64
+    assert evaluate.fitting_batch(256, 10**9, CPU) == 32
+    assert evaluate.fitting_batch(48, 10**9, CPU) == 48  # whose parts would be others
+    assert evaluate.fitting_batch(256, 10**9, torch.device("cuda")) == 256
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)) for _ in range(2)]
+    weights = [{n: t.clone() for n, t in model.state_dict().items()} for model in models]
+    sizes, found = [], []
+    for most in (2**22, 1):
+        monkeypatch.setattr(evaluate, "_LOGITS", most)
+        batches = list(evaluator(16, nullcontext, batch=64).batches(models[0], photos, weights))
+        sizes.append([logits.shape for _, logits in batches])
+        found.append(np.concatenate([logits for _, logits in batches], axis=1))
+    assert sizes == [[(2, 40, 4)], [(2, 32, 4), (2, 8, 4)]]
+    # Crops are cut from the canvas of a batch.
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)

@@ -1,5 +1,7 @@
 """Outcomes against the scores of whole probabilities, scikit-learn and counting by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,6 +46,29 @@ def test_pieces_join_to_the_whole(drawn):
     whole = outcomes(p, labels)
     for name in ("label", "predicted", "confidence", "chosen", "squares", "rank"):
         assert (getattr(parts, name) == getattr(whole, name)).all()
+
+
+def test_pieces_take_their_numbers_and_no_more():
+    """Those of two samples, as 100,000 classes make them, took ten times as much."""
+    label, numbers = np.arange(20_000), np.linspace(0, 1, 20_000)
+
+    def piece(first):
+        rows = slice(first, first + 2)
+        whole, float_ = label[rows], numbers[rows]
+        copies = (each.copy() for each in (whole, whole, float_, float_, float_, whole))
+        return module.Outcomes(*copies)
+
+    found = module.Collected()
+    tracemalloc.start()
+    for first in range(0, 20_000, 2):
+        found.add(piece(first))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < peak < 2.5 * 48 * 20_000
+    assert (found.whole().label == label).all()
+    assert (found.whole().squares == numbers).all()
+    found.add(piece(0))
+    assert len(found.whole()) == 20_002
 
 
 def test_a_constant_added_to_logits_changes_nothing():
