@@ -77,8 +77,8 @@ def give_way(before: Tree, layer: Mapping[str, Any], place: Place) -> None:
     the other one's is of another kind: the last one counts."""
     *above, key = place
     for part in above:
-        before, layer = before[part], layer[part]
-    if is_named(place) and before[key]["name"] != layer[key]["name"]:
+        before, layer = before.get(part, {}), layer[part]  # it may have given way already
+    if key in before and is_named(place) and before[key]["name"] != layer[key]["name"]:
         del before[key]
 
 

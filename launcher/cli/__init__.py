@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -11,7 +12,8 @@ from bigbatch.trainers.recovery.signals import SAVED, catch
 
 def _too_early(number: int, frame: FrameType | None) -> NoReturn:
     told = f"bigbatch: {signal.Signals(number).name} before training began; nothing was lost\n"
-    os.write(2, told.encode())
+    with suppress(OSError):  # a closed terminal
+        os.write(2, told.encode())
     os._exit(SAVED)
 
 

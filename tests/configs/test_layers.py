@@ -94,6 +94,10 @@ def test_of_two_kinds_that_the_command_writes_as_a_whole_the_last_counts() -> No
     both = ["optimizer={name: muon, lr: 0.02, rest: {name: lamb, lr: 0.01}}"]
     both += ["optimizer.rest={name: sgd, lr: 0.5, nesterov: true, momentum: 0.9}"]
     assert load_recipe("digits", both).optimizer.rest.name == "sgd"  # type: ignore[union-attr]
+    third = "optimizer={name: muon, lr: 0.03, rest: {name: sgd, lr: 0.5}}"
+    for between in ("optimizer={name: sgd, lr: 1}", "optimizer={name: adamw, lr: 1}"):
+        recipe = load_recipe("digits", [both[0], between, third])
+        assert recipe == load_recipe("digits", [third])
     single = [
         "optimizer={name: sgd, lr: 1, nesterov: true, momentum: 0.9}",
         "optimizer.weight_decay=0.1",

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -51,7 +52,8 @@ class StopFlag:
             if heard[0] in CAUGHT and not self._looked_at.wait(_PATIENCE_S):
                 if os.environ.get("RANK", "0") == "0":
                     name = signal.Signals(heard[0]).name
-                    os.write(2, f"bigbatch: {name} {self._when}\n".encode())
+                    with suppress(OSError):  # a closed terminal
+                        os.write(2, f"bigbatch: {name} {self._when}\n".encode())
                 os._exit(SAVED)
         os.close(reader)
 
