@@ -123,9 +123,9 @@ class ByNoise(_Doubled):
         return self._decided
 
     def following(self, decided: Iterable[tuple[int, int]]) -> "ByNoise":
-        """The same once these (samples, batch) are decided."""
-        found = self.model_copy()
-        found._decided = tuple(sorted(decided))
+        """The same once these (samples, batch) are decided; what it cannot decide is left out."""
+        found, sizes = self.model_copy(), self.sizes
+        found._decided = tuple(d for d in sorted(decided) if d[0] > 0 and d[1] in sizes)
         return found
 
     def fastest(self, epoch_samples: int) -> "ByNoise":

@@ -281,6 +281,20 @@ def test_what_needs_steps_ahead_is_refused(digits: Path, changes: list[str], say
         load_recipe("digits", settings(digits, *changes), say=None)
 
 
+def test_events_that_somebody_has_damaged_are_no_decisions(digits: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", digits)
+    events: list[dict[str, Any]] = [
+        {"kind": "batch", "samples": 64, "global_batch": 32},
+        {"kind": "batch", "samples": 64, "global_batch": 64},  # the first one stands
+        *({"kind": "batch", "samples": s, "global_batch": 32} for s in ("64", None, 1.5, -64)),
+        *({"kind": "batch", "samples": 128, "global_batch": b} for b in (0, -16, 48, "64")),
+        {"kind": "start", "samples": 192, "global_batch": 64, "note": "batch"},
+    ]
+    run.events.write_text("".join(json.dumps(e) + "\n" for e in events) + '{"kind": "batch", "sam')
+    line = recipe_of(run).timeline(1000)
+    assert (line.starts, line.batches) == ((0, 4), (16, 32))
+
+
 def test_a_period_shorter_than_a_step_is_refused(digits: Path) -> None:
     recipe = load_recipe("digits", settings(digits, "global_batch.every=60 samples"), say=None)
     with pytest.raises(UserError, match=r"less than a step of 64 \(most\) has"):
