@@ -109,6 +109,9 @@ def advise_schedule(found: RunAdvice, recipe: Recipe, gpus: int) -> ScheduleAdvi
         rule = found.rule
         lr = scale_lr(found.lr, stages[0].batch / found.batch, found.rule)
         optimizer = recipe.optimizer.model_dump(mode="json")
+        if optimizer.get("rest"):  # the rule is for both
+            rest = optimizer["rest"]["lr"] * lr / recipe.optimizer.lr
+            optimizer["rest"] |= {"lr": float(f"{rest:.4g}")}
         optimizer |= {"lr": float(f"{lr:.4g}"), "scale": None}
     written = _recipe(recipe, found.batch, stages, optimizer, rule)
     check_world(written, gpus)

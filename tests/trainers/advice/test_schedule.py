@@ -98,7 +98,10 @@ def test_few_steps_are_proposed_muon(digits: Path, tmp_path: Path) -> None:
     of_muon = make_run(tmp_path / "muon", digits, "duration=45 epochs", muon, steps=180)
     kept = proposed(of_muon, 4)
     assert kept.reason.startswith("that of the run")
-    assert kept.lr == pytest.approx(0.2 * math.sqrt(kept.stages[0].batch / 256), rel=1e-3)
+    root = math.sqrt(kept.stages[0].batch / 256)
+    assert kept.lr == pytest.approx(0.2 * root, rel=1e-3)
+    rest = kept.recipe.optimizer.rest  # type: ignore[union-attr]
+    assert rest.lr == pytest.approx(3e-4 * root, rel=1e-3)
 
 
 def test_where_one_batch_is_fastest_throughout_it_is_a_number(digits: Path, tmp_path: Path) -> None:
