@@ -139,6 +139,9 @@ def _diff(options: argparse.Namespace) -> int:
     from bigbatch.trainers.replay.progress import telling
     from bigbatch.trainers.replay.tables import say_lines
 
+    for past in pasts:
+        for note in past.notes:
+            notice(note)
     total = sum(past.step - past.start for past in pasts)
     below, why_not = None, None
     try:

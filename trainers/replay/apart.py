@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bigbatch.configs.words import plural
 from bigbatch.trainers.ledger.compare import Comparison
 from bigbatch.trainers.replay.environment import differences
 from bigbatch.trainers.replay.past import Past
@@ -103,8 +102,7 @@ def in_words(below: Below) -> list[str]:
     first = below.first
     if below.step is None or first is None:
         lines.append(
-            "the replays are the same in all: what differs on record does not follow from recipe "
-            "and data"
+            "the replays are the same in all: what differs on record did not come out again here"
         )
         return lines
     lines.append(f"step {below.step:,} differs first in {STAGES[first.stage]}: {_where(first)}")
@@ -140,4 +138,4 @@ def _where(apart: Apart) -> str:
     said = str(apart.where)
     if apart.values is not None:
         said += f": {apart.values[0]} in A, {apart.values[1]} in B"
-    return said + f" ({apart.differ:,} of {plural(apart.compared, 'value')} differ)"
+    return said + f" ({apart.differ:,} of {apart.compared:,} differ)"

@@ -71,6 +71,8 @@ def certificate(
         "draw": draw,
         "intervals": {
             "total": total,
+            "first": every[0].first if every else None,  # no step before it is in reach
+            "last": every[-1].last if every else None,
             "steps": sum(one.steps for one in every),
             "recomputed": list(recomputed),
             "recomputed_steps": sum(one["last"] - one["first"] for one in recomputed),
@@ -131,13 +133,18 @@ def paragraph(found: Certificate) -> str:
         f"records, and {plural(len(files['checkpoints']), 'checkpoint')} by their digests.",
     ]
     if files["findings"]:
-        parts.append(f"Of these files {len(files['findings'])} findings speak of a change.")
+        parts.append(f"{plural(len(files['findings']), 'change')} found in them.")
     if found["draw"] is None:
         parts.append("No step was computed again.")
     else:
-        parts.append(f"Computed again: {_drawn(found)}.")
+        where = found["environment"]
+        parts.append(
+            f"Computed again ({where['device']}, torch {where['torch']}): {_drawn(found)}."
+        )
         parts += _outcomes(own["recomputed"])
-        parts.append(f"Not computed again: the other intervals; {_NOT_COVERED}.")
+        left = own["total"] - len(own["recomputed"])
+        others = f"{plural(left, 'interval')}; " if left else ""
+        parts.append(f"Not computed again: {others}{_NOT_COVERED}.")
         parts.append(f"{_chances(found).capitalize()}.")
     return " ".join([*parts, _NOT_PROVEN])
 

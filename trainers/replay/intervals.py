@@ -32,9 +32,6 @@ class Interval:
     def steps(self) -> int:
         return self.last - self.first
 
-    def __str__(self) -> str:
-        return f"steps {self.first + 1:,} to {self.last:,}"
-
 
 def intervals(run: RunDir, lines: Mapping[int, Any]) -> list[Interval]:
     """All of them, in order; `lines` of the ledger that no checkpoint comes after are the last.

@@ -4,7 +4,7 @@ Step N is the one that makes N finished steps, as records of metrics.jsonl, chec
 count them; inside the loop it has the number N - 1. Nothing here writes. Free of torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,12 @@ def whence(
         raise UserError("the runs have different precisions, which one process cannot both have")
     branched = [origin["at"] for run in runs if (origin := run.forked_from) is not None]
     same = max(after or 0, *branched, 0)
-    starts = [find_past(run, same + 1).start for run in runs]
-    first, second = (find_past(r, step, start=s) for r, s in zip(runs, starts, strict=True))
-    return same, (first, second)
+    found = []
+    for run in runs:
+        begin = find_past(run, same + 1)
+        past = find_past(run, step, start=begin.start)
+        found.append(replace(past, notes=begin.notes))
+    return same, (found[0], found[1])
 
 
 def beginnings(run: RunDir) -> list[int]:

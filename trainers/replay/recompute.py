@@ -65,8 +65,7 @@ def _judged(
 ) -> Recomputed:
     values, count, differing = replay.compare()
     unlike = unlike_saved(past, replay.job.state)
-    unreadable = _unreadable(past, replay)
-    findings = [*unreadable, *_first(differing)]
+    findings = _first(differing)
     if unlike:
         named = ", ".join(unlike[:_NAMED]) + (", ..." if unlike[_NAMED:] else "")
         findings.append(
@@ -76,14 +75,20 @@ def _judged(
     reasons: dict[str, None] = {}
     if findings:
         reasons |= dict.fromkeys(differences(past, replay.engine.device))
-        starts = [s.start for n, s in lines.items() if interval.first < n <= interval.last]
+        own = range(interval.first + 1, interval.last + 1)
+        starts = [lines[step].start for step in own if step in lines]
         for i, start in enumerate(starts):
             if i == 0 or start is not starts[i - 1]:
                 reasons |= dict.fromkeys(ledger_differences(start, replay.engine.device))
     outcome = SAME
     if findings:  # which samples a step has is the same on any machine
+        unreadable = _unreadable(past, replay)
+        findings = [*unreadable, *findings]
         other_data = unreadable or any(found.name == KEYS for found in differing)
         outcome = NOT_COMPARABLE if reasons and not other_data else DIFFERS
+    elif not values and unlike is None:
+        outcome = NOT_COMPARABLE
+        reasons["nothing of it is on record to compare with"] = None
     return Recomputed(
         interval.first,
         interval.last,

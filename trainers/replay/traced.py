@@ -93,6 +93,7 @@ class Tracer:
         self._keys = self._index.keys()
         # Passes of a micro-batch that belong to its gradient; L-BFGS makes more, which do not.
         self._most = 2 if replay.job.recipe.regularise.sharpness is not None else 1
+        self._compiled = replay.job.recipe.model.compile
         self._trace = Trace(0)
         self._at = ""
         self._names: list[str] = []  # of the samples of a micro-batch
@@ -102,7 +103,9 @@ class Tracer:
         """The next step of the replay."""
         replay, engine = self._replay, self._engine
         trace = self._trace = Trace(replay.job.state.step + 1)
-        trace.stages["state"] = [seen for found in self._state().values() for seen in found]
+        for stage, some in self._state().items():
+            title = "optimizer's " if stage == "optimizer" else ""
+            trace.stages["state"] += [Seen(f"{title}{name}", value) for name, value in some]
         replay.watch, engine.keeps = self, True
         try:
             with self._hooks():
@@ -156,7 +159,9 @@ class Tracer:
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, module in self._engine.module.named_modules():
+            # A hook would make another code of a compiled network than the run had.
+            modules = () if self._compiled else self._engine.module.named_modules()
+            for name, module in modules:
                 hook = partial(self._output, name or "the network")
                 stack.callback(module.register_forward_hook(hook).remove)
             for name, parameter in self._engine.own_weights().items():
@@ -187,7 +192,7 @@ class Tracer:
         values |= {name: to_json(value) for name, value in scalars.items()}
         return {
             "update": [one for name, one in seen if name in weights],
-            "optimizer": [Seen(f"optimizer's {name}", value) for name, value in values.items()],
+            "optimizer": [Seen(name, value) for name, value in values.items()],
             "buffers": [one for name, one in seen if name not in weights],
         }
 
@@ -196,7 +201,7 @@ def digest(tensor: Tensor) -> str:
     """32 hex digits over a tensor's bits, dtype and shape, whatever its memory format."""
     values = tensor.detach().cpu().contiguous()
     found = hashlib.blake2b(f"{values.dtype} {tuple(values.shape)} ".encode(), digest_size=16)
-    found.update(values.reshape(-1).view(torch.uint8).numpy())
+    found.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -22,8 +22,8 @@ from bigbatch.trainers import loop
 from bigbatch.trainers.planning.inputs import open_inputs
 from bigbatch.trainers.recovery.stored import list_checkpoints, measure, verify
 from bigbatch.trainers.replay.__main__ import main
-from bigbatch.trainers.replay.intervals import draw, identity, intervals
-from bigbatch.trainers.replay.recompute import audit_again
+from bigbatch.trainers.replay.intervals import Interval, draw, identity, intervals
+from bigbatch.trainers.replay.recompute import audit_again, recompute
 from tests.trainers.replay.conftest import copied, train_here, untouched
 
 SLOW = pytest.mark.slow
@@ -149,6 +149,7 @@ def test_a_step_with_another_rate_fails_though_all_files_agree(cheated: RunDir) 
     assert not any("loss" in line or "gradient" in line for line in where[:2])
 
 
+@SLOW
 def test_it_is_found_where_its_interval_is_drawn(cheated: RunDir) -> None:
     """As `detection` says: the draw alone decides."""
     every = intervals(cheated, {})
@@ -272,6 +273,21 @@ def test_another_machine_is_not_comparable_and_no_tolerance_makes_it_so(
     (wrong,) = [x for x in found["intervals"]["recomputed"] if x["outcome"] != "same"]
     assert wrong["reasons"][0].startswith('isa = "other ')
     assert "Not comparable: steps 5 to 6." in found["paragraph"]
+
+
+def test_what_nothing_is_on_record_of_does_not_pass(preempted: RunDir, tmp_path: Path) -> None:
+    """Of the last steps neither records nor a checkpoint are left, and one line of the ledger."""
+    run = copied(preempted, tmp_path)
+    for step in (3, 4, 6, 7):
+        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+    lines = [line for line in run.metrics.read_text().splitlines() if '"step": 7' in line]
+    run.metrics.write_text("".join(f"{line}\n" for line in lines if '"train"' in line))
+    found = recompute(run, Interval(0, 1), {}, lambda: None)
+    assert (found.outcome, found.values) == ("same", 6)  # of the ledger
+    run.ledger.unlink()
+    found = recompute(run, Interval(0, 1), {}, lambda: None)
+    assert (found.outcome, found.values) == ("not comparable", 0)
+    assert found.reasons == ("nothing of it is on record to compare with",)
 
 
 def test_what_cannot_be_audited_is_said(preempted: RunDir, tmp_path: Path) -> None:
