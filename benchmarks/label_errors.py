@@ -143,8 +143,6 @@ def studied(folder: Path, planted: set[str], until: int | None) -> dict[str, Any
         "step": until,
         "areas": areas(table, wrong),
         "right_of_first": round(float(wrong[first].mean()), 4),  # as many as were planted
-        "margin_below_0": int((table["margin"] < 0).sum()),
-        "planted_below_0": int((table["margin"][wrong] < 0).sum()),
     }
 
 
@@ -184,7 +182,8 @@ def main() -> None:
             print(json.dumps(row), file=sys.stderr)
         again = None
         if options.retrain:
-            bigbatch(folder, "samples", "errors", "--weights", "weights.parquet")
+            chosen = ("--weights", "weights.parquet", "--drop", str(SHARE))
+            bigbatch(folder, "samples", "errors", *chosen)
             again = train(
                 folder,
                 "weighted",

@@ -35,8 +35,8 @@ _WAYS = ("errors", "forgotten", "ambiguous")  # of trainers/dynamics/study.py
 )
 @click.option(
     "--drop",
-    type=click.FloatRange(0, 1, max_open=True),
-    help="With --weigh errors: this share of samples; default: those with a mean margin below 0.",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="With --weigh errors: the share of samples that gets 0.",
 )
 @options.runs_folder
 @options.as_json
@@ -68,6 +68,11 @@ def samples(
         raise UserError("--weigh and --drop say which --weights are written; name their file")
     if drop is not None and weigh != "errors":
         raise UserError(f"--drop is of --weigh errors, not of {weigh}; leave it out")
+    if weights is not None and weigh == "errors" and drop is None:
+        raise UserError(
+            "--weights of --weigh errors: say by --drop which share of samples gets 0; no figure "
+            "of a run tells errors from hard samples, so look at the pictures of --out first"
+        )
     if weights is not None and weights.suffix not in (".parquet", ".csv"):
         raise UserError(f"--weights {weights}: the name must end in .parquet or .csv")
     found = find_run(run, runs_folder)
@@ -84,7 +89,7 @@ def samples(
         from bigbatch.trainers.dynamics.files import write_weights
         from bigbatch.trainers.dynamics.study import weights as weigh_samples
 
-        values = weigh_samples(looked.found, weigh, drop)
+        values = weigh_samples(looked.found, weigh, drop or 0.0)
         write_weights(weights, looked, values)
         result["weights"] = {"file": str(weights), "zero": int((values == 0).sum())}
     if out is not None:

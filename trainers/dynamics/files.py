@@ -64,7 +64,7 @@ def write_weights(path: Path, looked: Looked, weights: npt.NDArray[np.float64]) 
     if not weights.any():
         raise UserError(
             "all of these weights are 0, and a run would draw nothing; choose another --weigh, or "
-            "a --drop below 1"
+            "a smaller --drop"
         )
     table = pa.table({"key": looked.keys, "weight": weights})
     try:

@@ -114,22 +114,18 @@ def study(
     )
 
 
-def weights(found: Dynamics, way: str, drop: float | None = None) -> Floats:
+def weights(found: Dynamics, way: str, drop: float = 0.0) -> Floats:
     """A weight for each sample [N], for the sampling policy `weights`.
 
-    errors: 0 for the most probable label errors, 1 for all others: the first `drop` of the ranking,
-    a share of all samples, or without it those whose mean margin is below 0. forgotten: 1 + how
-    often it was forgotten, of one never learned that of the most often forgotten. ambiguous: its
-    variability. A sample that was not seen has the mean weight of those that were.
+    errors: 0 for the first of the ranking, of which there are `drop` times N, 1 for all others.
+    forgotten: 1 + how often it was forgotten, of one never learned that of the most often
+    forgotten. ambiguous: its variability. A sample that was not seen has the mean weight of those
+    that were; for errors 1.
     """
     seen = found.seen
     if way == "errors":
         result = np.ones(len(seen))
-        ranking = found.ranking()
-        if drop is None:
-            result[seen & (found.margin < 0)] = 0
-        else:
-            result[ranking[: round(drop * len(seen))]] = 0
+        result[found.ranking()[: round(drop * len(seen))]] = 0
         return result
     if way == "forgotten":
         most = found.forgotten.max(initial=0)

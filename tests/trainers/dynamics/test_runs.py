@@ -250,7 +250,8 @@ def test_the_command_says_and_writes_what_was_found(whole: RunDir, tmp_path: Pat
     [
         (["--until", "9"], "up to step 8"),
         (["--drop", "0.5"], "name their file"),
-        (["--weights", "w.txt"], "must end in"),
+        (["--weights", "w.txt", "--drop", "0.1"], "must end in"),
+        (["--weights", "w.csv"], "say by --drop"),
         (["--weights", "w.csv", "--weigh", "ambiguous", "--drop", "0.5"], "--drop is of"),
     ],
 )

@@ -130,7 +130,7 @@ def test_weights_of_each_way() -> None:
     found = study(rows, lambda positions: drawn[positions], 4)
     assert found.unforgettable.tolist() == [False, False, True, False]
     assert found.never_learned.tolist() == [True, False, False, False]
-    assert weights(found, "errors").tolist() == [0, 1, 1, 1]
+    assert weights(found, "errors", 0.25).tolist() == [0, 1, 1, 1]
     assert weights(found, "errors", 0.5).tolist() == [0, 0, 1, 1]
     assert weights(found, "errors", 0.0).tolist() == [1, 1, 1, 1]
     assert weights(found, "forgotten").tolist() == [2, 2, 1, pytest.approx(5 / 3)]
