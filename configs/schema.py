@@ -96,6 +96,11 @@ class Recipe(StrictModel):
         description="overlapped: gradients cross ranks during the backward pass; exact: summed "
         "in float64 after it, so that weights do not depend on the world size, bit for bit",
     )
+    determinism: Literal["none", "full"] = Field(
+        "none",
+        description="full: only algorithms that give the same bits each time on the same machine, "
+        "and one order of DDP's sums from the first step on; slower on a GPU",
+    )
     clip: Clip | None = Field(None, description="gradient clipping: norm, value or adaptive")
     data: Data = Field(description="where samples come from, and in what order")
     model: Model = Field(description="the network and what it starts from")

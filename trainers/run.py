@@ -156,6 +156,7 @@ def announce(job: Job, log: Log, corrupt: list[str]) -> Monitor:
         environment=recorded_variables(os.environ),
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         flops_per_image=monitor.flops,
         peak_flops=monitor.peak,
     )

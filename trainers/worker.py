@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run = RunDir(options.run)
         recipe = run.recipe()
-        engine = open_engine(recipe.backend, recipe.precision, recipe.reduction)
+        engine = open_engine(
+            recipe.backend, recipe.precision, recipe.reduction, determinism=recipe.determinism
+        )
         heartbeat = acquire_run_lock(run, engine)
         # Models, optimizers and augmentation take seconds to import. What is wrong with this
         # machine, the run or the other ranks has been said before.

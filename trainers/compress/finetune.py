@@ -49,7 +49,7 @@ def finetune(
     `lr_factor` of the recipe's and falls to 0 as half a cosine; Han et al. 2015
     (arXiv:1506.02626, section 3.4) advise a tenth. Raises UserError where it diverges.
     """
-    engine = open_engine("ddp", recipe.precision, recipe.reduction)
+    engine = open_engine("ddp", recipe.precision, recipe.reduction, determinism=recipe.determinism)
     network.to(memory_format=choose_memory_format(recipe.model, engine.device)).train()
     start = inputs.plan.total
     line = inputs.plan.timeline.upto(start)  # on from there with the batch that the run ended on

@@ -23,6 +23,7 @@ from bigbatch.configs.clipping import Clip
 from bigbatch.configs.errors import UserError
 from bigbatch.trainers.engine.collectives import Collectives
 from bigbatch.trainers.engine.compiled import as_written, compile_network, forget_compiled
+from bigbatch.trainers.engine.determinism import choose_algorithms
 from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.planning.environment import asks_for_cpu, check_environment
@@ -48,9 +49,15 @@ class Engine(Collectives, ABC):
     micro_batches: int  # of this step, over all ranks
 
     def __init__(
-        self, precision: str, timeout_s: float, handlers: Sequence[KwargsHandler] = ()
+        self,
+        precision: str,
+        timeout_s: float,
+        handlers: Sequence[KwargsHandler] = (),
+        *,
+        deterministic: bool = False,
     ) -> None:
         check_environment(os.environ)
+        choose_algorithms(deterministic=deterministic)
         cpu = asks_for_cpu(os.environ) or not torch.cuda.is_available()
         if precision == "fp16" and cpu:
             raise UserError("precision = fp16 needs a GPU; on CPU use fp32 or bf16")

@@ -26,13 +26,26 @@ class DdpEngine(Engine):
     same, bit for bit, at any world size. Twice the traffic, and none of it hidden.
     """
 
-    def __init__(self, precision: str, reduction: str, timeout_s: float = 600) -> None:
+    def __init__(
+        self,
+        precision: str,
+        reduction: str,
+        timeout_s: float = 600,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         # Running statistics are ours to average (batch_stats.py): DDP must not broadcast rank 0's.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        super().__init__(precision, timeout_s, [ddp])
+        # DDP puts gradients into other buckets after its first step, and so adds them up in
+        # another order (findings/torch-ddp-first-step.sh), but where it looks for unused ones.
+        ddp = DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=deterministic,
+        )
+        super().__init__(precision, timeout_s, [ddp], deterministic=deterministic)
         self.exact = reduction == "exact"
         # The fastest kernels, found by trying; a run and its resumption may choose differently.
-        torch.backends.cudnn.benchmark = not self.exact
+        torch.backends.cudnn.benchmark = not (self.exact or deterministic)
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int

@@ -23,9 +23,11 @@ class ShardedEngine(Engine):
 
     pieces: Pieces
 
-    def __init__(self, precision: str, timeout_s: float = 600) -> None:
-        super().__init__(precision, timeout_s)
-        torch.backends.cudnn.benchmark = True
+    def __init__(
+        self, precision: str, timeout_s: float = 600, *, deterministic: bool = False
+    ) -> None:
+        super().__init__(precision, timeout_s, deterministic=deterministic)
+        torch.backends.cudnn.benchmark = not deterministic
         if self.accelerator.scaler is not None:
             # Agrees among ranks on whether any piece of the gradient overflowed.
             self.accelerator.scaler = ShardedGradScaler(device=self.device.type)

@@ -27,8 +27,10 @@ _BUCKET = 1 << 25  # elements that travel together: 128 MiB
 class ZeroEngine(ShardedEngine):
     """Stage 1 shards the optimizer state; stage 2 also the gradients."""
 
-    def __init__(self, precision: str, stage: int, timeout_s: float = 600) -> None:
-        super().__init__(precision, timeout_s)
+    def __init__(
+        self, precision: str, stage: int, timeout_s: float = 600, *, deterministic: bool = False
+    ) -> None:
+        super().__init__(precision, timeout_s, deterministic=deterministic)
         found = get_accelerator().device_name()
         if found != self.device.type:
             raise UserError(

@@ -26,6 +26,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
         "variables": recorded_variables(os.environ),
     }
+    if torch.are_deterministic_algorithms_enabled():  # otherwise the id is that of older versions
+        found["deterministic"] = True
     name = hashlib.sha256(to_json(found).encode()).hexdigest()[:16]
     return {"environment": name, **found}
 

@@ -10,6 +10,7 @@ from bigbatch.configs.files import iter_jsonl
 from bigbatch.configs.redact import message, redact
 from bigbatch.configs.rundir import RunDir, check_layout, event_record
 from bigbatch.trainers.engine import Engine, is_lost_peer
+from bigbatch.trainers.engine.determinism import without_form
 from bigbatch.trainers.monitoring.jsonl import JsonLines
 from bigbatch.trainers.recovery import oom
 
@@ -55,6 +56,7 @@ def report(error: Exception, engine: Engine | None, run: Path | None = None) -> 
 
     `run` is the one that is trained, which may be resumed; None where nothing is.
     """
+    error = without_form(error) or error
     known = _explain(error, engine, run)
     if run is not None and (known is None or known[1] is not None):
         _note_failed_start(RunDir(run), str(error) if known is None else str(known[1]))

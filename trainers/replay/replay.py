@@ -240,7 +240,8 @@ def open_replay(past: Past, on_step: Callable[[], object] = lambda: None) -> Ite
         run = RunDir(scratch / past.run.name)
         run.path.mkdir()
         recipe = past.recipe
-        engine = WatchedEngine(recipe.precision, recipe.reduction)
+        full = recipe.determinism == "full"
+        engine = WatchedEngine(recipe.precision, recipe.reduction, deterministic=full)
         job = build_job(run, recipe, engine, None)
         _fill(job, past)
         first = job.inputs.plan.timeline.first

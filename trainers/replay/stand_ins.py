@@ -32,8 +32,8 @@ class WatchedEngine(DdpEngine):
 
     keeps = False
 
-    def __init__(self, precision: str, reduction: str) -> None:
-        super().__init__(precision, reduction)
+    def __init__(self, precision: str, reduction: str, *, deterministic: bool) -> None:
+        super().__init__(precision, reduction, deterministic=deterministic)
         self.by_parameter: deque[dict[str, float]] = deque(maxlen=_KEPT)
         self.gradient: dict[str, Tensor] = {}
 
