@@ -29,10 +29,10 @@ COMMON = [
 ]
 # Recipe, network, pixels, images of a micro-batch, micro-batches of a step, pairs of steps
 CASES = [
-    ("digits", "test_resnet", 32, 64, 1, 40),
-    ("digits", "test_resnet", 32, 64, 4, 20),
-    ("imagenet-resnet50", "resnet18", 64, 32, 1, 10),
-    ("imagenet-resnet50", "resnet50", 224, 4, 1, 6),
+    ("digits", "test_resnet", 32, 64, 1, 24),
+    ("digits", "test_resnet", 32, 64, 4, 8),
+    ("imagenet-resnet50", "resnet18", 64, 32, 1, 8),
+    ("imagenet-resnet50", "resnet50", 224, 4, 1, 4),
 ]
 
 

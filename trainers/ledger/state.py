@@ -3,7 +3,7 @@
 Or, to compare ranks, each its own copy of what all hold.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -80,7 +80,11 @@ class StateDigests:
         tensors: dict[str, Tensor] = {}
         if self._engine.pieces is None:
             tensors = own_state(self._engine.optimizer, self._names)[0]
-        kinds = {"weights": self._copied, "optimizer": tensors, "buffers": self._buffers}
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "weights": self._copied,
+            "optimizer": tensors,
+            "buffers": self._buffers,
+        }
         return {k: [Part.whole(n, t) for n, t in some.items()] for k, some in kinds.items()}
 
     def _copied_values(self) -> list[tuple[str, str]]:
