@@ -5,7 +5,7 @@ from pathlib import Path
 from bigbatch.configs.errors import UserError
 
 # The one class of samples that have targets and no label.
-UNLABELLED = ("unlabelled",)
+UNLABELLED: tuple[str, ...] = ("unlabelled",)
 
 
 def read_classes(root: Path) -> tuple[str, ...] | None:

@@ -255,7 +255,7 @@ def write_index(
     build_index says which.
     """
     keys = pa.array([key for scan in scans for key in scan.keys], pa.string())
-    columns = {
+    columns: dict[str, npt.NDArray[Any]] = {
         "shard": np.repeat(np.arange(len(scans)), [len(s.keys) for s in scans]),
         "offset": _concatenate([s.offsets for s in scans]),
         "size": _concatenate([s.sizes for s in scans]),
@@ -361,9 +361,15 @@ def members_passed_over(scans: Sequence[Scan]) -> dict[str, int]:
     return {f"members {what}": count for what, count in sorted(found.items())}
 
 
-def scan_shards(paths: Sequence[Path], workers: int, **keys: Any) -> list[Scan]:
+def scan_shards(
+    paths: Sequence[Path],
+    workers: int,
+    label_key: str | None = None,
+    unlabelled: bool = False,
+    target_key: str | None = None,
+) -> list[Scan]:
     """`scan_shard` of archives, in several processes where `workers` > 1; in the order given."""
-    scan = partial(scan_shard, **keys)
+    scan = partial(scan_shard, label_key=label_key, unlabelled=unlabelled, target_key=target_key)
     if workers <= 1 or len(paths) == 1:
         return [scan(path) for path in paths]
     return map_all(scan, paths, workers)

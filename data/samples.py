@@ -30,6 +30,9 @@ _MAX_LABEL_BYTES = 1 << 20
 _MAX_LINKS = 40  # from one link to the next, as in Linux
 
 
+_Bytes = bytes  # a scan has a field of that name
+
+
 @dataclass
 class Scan:
     """The samples of one archive, column by column, and what is wrong with it.
@@ -44,7 +47,7 @@ class Scan:
     sizes: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     crcs: list[int] = field(default_factory=list)
-    targets: list[bytes] = field(default_factory=list)  # float32 numbers, b"" where there are none
+    targets: list[_Bytes] = field(default_factory=list)  # float32 numbers, b"" where there are none
     problems: list[tuple[str, str]] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
 

@@ -50,7 +50,7 @@ def write_pictures(root: Path, kind: str, splits: Sequence[tuple[str, int]] = SP
 
 RECIPE = (
     "seed=1",
-    "duration=12 epochs",
+    "duration=8 epochs",
     "global_batch=64",
     "micro_batch=16",
     "data.sampling=uniform",

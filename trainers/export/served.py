@@ -70,8 +70,8 @@ class Served(nn.Module):
         if self.gives_numbers:
             scalings = [member.scaling for member in members if member.scaling is not None]
             for place, name in enumerate(("target_mean", "target_std")):
-                values = [list(scaling[place]) for scaling in scalings]
-                self.register_buffer(name, torch.tensor(values)[:, None])
+                numbers = torch.tensor([list(scaling[place]) for scaling in scalings])
+                self.register_buffer(name, numbers[:, None])
         self.reject_below = combination.reject_below
         self.eval()
 

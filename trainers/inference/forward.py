@@ -175,10 +175,12 @@ class Forward:
             arrays = [output.cpu().numpy() for output in outputs.pop(place)]
             for array in arrays:
                 self._check(array, self.members[place], batch)
-            together = _mean_log_probability
-            if learns_numbers(self.members[place].recipe):
-                together = _mean
-            logits[place] = arrays[0] if len(arrays) == 1 else together(arrays)
+            if len(arrays) == 1:
+                logits[place] = arrays[0]
+            elif learns_numbers(self.members[place].recipe):
+                logits[place] = np.mean(np.array(arrays, np.float64), axis=0)
+            else:
+                logits[place] = _mean_log_probability(arrays)
 
     def _forward(self, loaded: _Loaded, images: Tensor, batch: int, look: int) -> list[Tensor]:
         """Logits [n, C] of a look at a batch, of each pass."""
@@ -272,11 +274,6 @@ def _mean_log_probability(logits: list[npt.NDArray[np.float32]]) -> npt.NDArray[
     total = np.logaddexp.reduce([log_softmax(array) for array in logits], axis=0)
     mean: npt.NDArray[np.float64] = total - np.log(len(logits))
     return mean
-
-
-def _mean(outputs: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
-    """Numbers [n, K] of several looks, averaged."""
-    return np.mean(np.array(outputs, np.float64), axis=0)
 
 
 def _watch(loaded: _Loaded) -> list[Tensor]:

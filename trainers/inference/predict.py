@@ -117,8 +117,8 @@ def _rows(
     samples = sorted(reasons)
     known: Sequence[Any] = listing.index.label[samples].tolist()
     if isinstance(table, NumberTable):
-        known = _targets(listing, np.array(samples, np.int64), answers.shape[1])
-        known = [None] * len(samples) if known is None else list(known)
+        true = _targets(listing, np.array(samples, np.int64), answers.shape[1])
+        known = [None] * len(samples) if true is None else list(true)
     return table.rows(
         [listing.keys[sample] for sample in samples],
         known,

@@ -103,10 +103,10 @@ def _tiles(history: History) -> list[tuple[str, str, str]]:
             remark = alone or f"ensemble; best member {judge.text(best)}"
             tiles.append((f"{split} {judge.title}", judge.text(ensemble[judge.key]), remark))
     val = history.evals.get("val", {})
-    if not summary and (judge := judged_in(val)):
-        values = val[judge.key]
-        best = np.nanmax(values) if judge.more_is_better else np.nanmin(values)
-        tiles.append((f"val {judge.title}", judge.text(values[-1]), f"best {judge.text(best)}"))
+    if not summary and (by := judged_in(val)):
+        values = val[by.key]
+        best = np.nanmax(values) if by.more_is_better else np.nanmin(values)
+        tiles.append((f"val {by.title}", by.text(values[-1]), f"best {by.text(best)}"))
     total = history.total_steps
     remark = f"of {total:,}" if total else ""
     tiles.append(("steps", f"{history.last_step:,}", remark))

@@ -36,7 +36,7 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def judge_of(rows: Sequence[Row]) -> Score:
+def judge_of(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], bool]]) -> Score:
     """The score that models of these rows are judged by."""
     entries = [entry for _, figures, _ in rows for entry in figures.values()]
     return next(filter(None, map(judged_in, entries)), ACCURACY)
