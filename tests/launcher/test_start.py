@@ -1,6 +1,7 @@
 """Argument lists, where runs go, and how several ranks agree on one run."""
 
 import errno
+import socket
 import sys
 import threading
 import time
@@ -128,6 +129,21 @@ def test_the_argument_list_of_each_launcher(name: str) -> None:
 def test_launches_that_cannot_be(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         Launch(**options)
+
+
+def test_deepspeed_meets_at_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own choice is 29500: where another run had it, it ended after a minute in a traceback."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(start.os, "execvpe", lambda name, command, env: started.append(command))
+    start.begin(Path("runs/a"), None, Launch(launcher="deepspeed", nproc=2))
+    (command,) = started
+    host, port = (command[command.index(key) + 1] for key in ("--master_addr", "--master_port"))
+    assert port != "29500"
+    with socket.socket() as other:
+        other.bind((host, int(port)))
+    chosen = Launch(launcher="deepspeed", nproc=2, endpoint="127.0.0.1:29400")
+    start.begin(Path("runs/a"), None, chosen)
+    assert started[1][started[1].index("--master_port") + 1] == "29400"
 
 
 def test_the_line_that_says_how_a_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
