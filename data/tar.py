@@ -61,6 +61,8 @@ def members(file: BinaryIO, file_size: int) -> Iterator[Member]:
         file.seek(position)
         block = file.read(BLOCK)
         if len(block) < BLOCK or block == _ZEROS:
+            if position == 0:
+                _refuse_other(block)  # a pointer of Git LFS is shorter than a header
             break
         kind, size = _check(block, position)
         if long_name is None and long_link is None and long_size is None:
@@ -114,11 +116,17 @@ def _check(block: bytes, position: int) -> tuple[bytes, int]:
     # The checksum counts its own field as eight spaces.
     actual = _sum(block[:256]) + _sum(block[256:]) - sum(block[148:156]) + 8 * 32
     if actual != expected or size < 0:
-        known = [what for start, what in _NO_ARCHIVES.items() if block.startswith(start)]
-        if known and position == 0:
-            raise TarError(position, f"the file is {known[0]}")
+        if position == 0:
+            _refuse_other(block)
         raise TarError(position, "invalid header; what follows it cannot be trusted")
     return block[156:157], size
+
+
+def _refuse_other(block: bytes) -> None:
+    """Raise TarError where what a file begins with says that it is no archive."""
+    for start, what in _NO_ARCHIVES.items():
+        if block.startswith(start):
+            raise TarError(0, f"the file is {what}")
 
 
 def _sum(half: bytes) -> int:

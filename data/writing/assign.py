@@ -113,6 +113,14 @@ def doubts(
         found.append("the source has no test split: runs will report scores of val alone")
     wanted = fractions or _usual_fractions(source)
     for split, fraction in zip(SPLITS, wanted, strict=False):
+        there = np.bincount(source.labels[splits == split], minlength=len(counts)) > 0
+        lacking = int(((counts > 0) & ~there).sum())
+        if split != "train" and there.any() and lacking:
+            found.append(
+                f"{lacking:,} of {plural(len(counts), 'class')} have no sample in {split}: nothing "
+                "is measured of them there; larger shares, such as --split 0.5,0.25,0.25, give "
+                "more of them some"
+            )
         if fraction > 0 and not (splits == split).any():
             found.append(
                 f"no sample is left for {split}: {plural(len(splits), 'sample')} in "

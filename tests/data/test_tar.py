@@ -175,12 +175,13 @@ def test_endings(data: bytes, message: str) -> None:
         (gzip.compress(THREE), "the file is gzip-compressed; decompress it"),
         (bz2.compress(THREE) * 9, "the file is bzip2-compressed; decompress it"),
         (lzma.compress(THREE) * 9, "the file is xz-compressed; decompress it"),
-        (b"version https://git-lfs.github.com/spec/v1\n" * 20, "a Git LFS pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     ],
 )
-def test_what_is_called_tar_and_is_none(data: bytes, message: str) -> None:
+@pytest.mark.parametrize("size", [0, BLOCK], ids=["as it is", "as long as a header"])
+def test_what_is_called_tar_and_is_none(data: bytes, message: str, size: int) -> None:
     with pytest.raises(TarError, match=f"at byte 0: .*{message}"):
-        read_all(data.ljust(BLOCK, b"\0"))
+        read_all(data.ljust(size, b"\0"))
 
 
 def test_a_volume_name_is_no_member() -> None:

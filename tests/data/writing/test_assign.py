@@ -81,7 +81,8 @@ def test_small_classes_share_their_remainders() -> None:
     splits = assign_splits(source(labels), None)
     assert [int((splits == name).sum()) for name in ("train", "val", "test")] == [576, 72, 72]
     assert set(np.array(labels)[splits == "train"].tolist()) == set(range(240))
-    assert doubts(source(labels), splits, None) == []
+    lacking = [said.partition(" have")[0] for said in doubts(source(labels), splits, None)]
+    assert lacking == ["168 of 240 classes"] * 2  # in val, and in test
     single = assign_splits(source(list(range(50))), None)
     assert set(single.tolist()) == {"train"}  # no class is without training samples
     said = doubts(source(list(range(50))), single, None)
@@ -114,6 +115,18 @@ def test_doubts() -> None:
     ]
     gaps = source([0, 1, 4] * 20)
     assert doubts(gaps, assign_splits(gaps, None), None) == ["2 of 5 classes have no sample: 2, 3"]
+
+
+def test_classes_that_a_split_lacks_are_said() -> None:
+    """180 images of 60 classes gave 18 to val, and a run measured nothing of the other 42."""
+    small = source([c for c in range(60) for _ in range(3)])
+    said = doubts(small, assign_splits(small, None), None)
+    assert [line.partition(":")[0] for line in said] == [
+        "42 of 60 classes have no sample in val",
+        "42 of 60 classes have no sample in test",
+    ]
+    assert "--split 0.5,0.25,0.25" in said[0]
+    assert doubts(small, assign_splits(small, (1.0,)), (1.0,)) == []
 
 
 def test_own_splits_are_kept_and_a_missing_val_is_taken_from_train() -> None:
