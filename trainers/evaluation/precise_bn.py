@@ -69,12 +69,20 @@ class PreciseBatchNorm:
         """Within the block `model` has statistics of its weights; after it its own, bit for bit.
 
         From no more images than `step` steps have trained on, so that it costs a share of these.
-        Gives copies of the new statistics by name. Collective.
+        Gives copies of the new statistics by name. Collective. Raises UserError on every rank where
+        one is not finite: scores, snapshot and checkpoint would be of NaN.
         """
         own = running_statistics(model)
         kept = {name: value.clone() for name, value in own.items()}
         try:
             self.recompute(model, self.timeline.first(step))
+            if bad := [name for name, value in own.items() if not value.isfinite().all()]:
+                raise UserError(
+                    f"after step {step} {bad[0]} is not finite when it is made of training images "
+                    f"({len(bad)} of {len(own)} running statistics are not): values grow too large "
+                    "in the network. Lower optimizer.lr or lengthen schedule.warmup, and start a new "
+                    "run"
+                )
             yield {name: value.clone() for name, value in own.items()}
         finally:
             for name, value in own.items():

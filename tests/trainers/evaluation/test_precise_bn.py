@@ -22,7 +22,7 @@ from bigbatch.trainers.engine import open_engine
 from bigbatch.trainers.ensemble.members import find_members
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import score, softmax
-from bigbatch.trainers.evaluation.precise_bn import check_precise
+from bigbatch.trainers.evaluation.precise_bn import PreciseBatchNorm, check_precise
 from bigbatch.trainers.job import precise_statistics, training_batches
 from bigbatch.trainers.models.batch_stats import averaged_layers, running_statistics
 from bigbatch.trainers.models.build import build_augmenter
@@ -218,3 +218,21 @@ def test_without_running_statistics_it_is_refused_where_it_is_asked_for(digits: 
     changing = ["schedule={name: constant}", f"global_batch={{name: stages, {pieces}}}"]
     with pytest.raises(UserError, match="test_vit keeps none; set it to none"):
         check_precise(load_recipe("digits", [*settings[:2], *changing], say=None), model)
+
+
+def test_statistics_that_are_not_finite_are_said_and_do_not_stay() -> None:
+    """An evaluation recorded scores of NaN, and its snapshot and checkpoint kept the statistics."""
+    recipe = load_recipe("digits", ["global_batch=4", "micro_batch=4"])
+    engine: Any = SimpleNamespace(
+        rank=0, world=1, device=torch.device("cpu"), sum=lambda sums: sums
+    )
+    large = torch.linspace(-1e30, 1e30, 16).view(4, 1, 2, 2)  # their variance is no float32
+    augmenter: Any = SimpleNamespace(train=lambda batch: (large, None))
+    batches: Any = lambda recipe, plan: iter([None])  # noqa: E731
+    precise = PreciseBatchNorm(engine, recipe, augmenter, recipe.timeline(4), batches)
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    before = {name: value.clone() for name, value in running_statistics(model).items()}
+    refused = pytest.raises(UserError, match=r"after step 3 0\.running_var is not finite")
+    with refused, precise.applied(model, 3):
+        raise AssertionError("evaluated")
+    assert_same(dict(running_statistics(model)), before)
