@@ -2,11 +2,15 @@
 
     python benchmarks/chaos.py [--slurm] [--quick] [--faults 100] [--seed 0] [--json FILE]
 
-Each run trains 60 short steps with a checkpoint every 4 and meets five faults at random steps
-(--seed). Whatever ends is started again with the same command, as a queue would. A run passes
-if it ends with the weights, the optimizer state and the records of a run that met no fault,
-bit for bit, with each step once, and if no restart began before the newest checkpoint that was
-whole at the fault. A run that makes no step for ten minutes counts as hung.
+Each run trains 60 short steps to its end, ensemble and report, on images of which some cannot be
+read, with a checkpoint every 4, and meets five faults at random steps (--seed): those of
+benchmarks/chaos_faults.py and chaos_edges.py. Whatever ends is started again with the same command,
+`bigbatch resume`, as a queue would. Each fault has its own expectation, such as that a signal ends
+with status 75 and a message, or that `bigbatch rm` is refused. A run passes if it ends with the
+weights, the optimizer state and the records of a run that met no fault, bit for bit, with each step
+once, if no restart began before the newest checkpoint that was whole at the fault, and if nothing
+of it ended with a traceback or without a word. A run that makes no step for ten minutes counts as
+hung.
 
 With --slurm, on a SLURM of four nodes that it starts on this machine (as root, after
 tests/install_slurm.sh), the runs have two ranks on each of two nodes, and the faults are those
@@ -16,6 +20,7 @@ of benchmarks/chaos_slurm.py; what the queue does not requeue is resubmitted.
 import argparse
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -26,15 +31,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import chaos_edges
 import chaos_faults
 import chaos_slurm
-from chaos_faults import RANKS, STEPS, NewRun, Run, until
+from chaos_faults import RANKS, STEPS, NewRun, Run, Wrong, until
 from machine import benchmark_parser, machine, write_figures
 from rich.console import Console
 from rich.table import Table
 
 FAULTS_IN_A_RUN = 5
-FAULTS = chaos_faults.FAULTS | chaos_slurm.FAULTS
+LOCAL = chaos_faults.FAULTS | chaos_edges.FAULTS
+FAULTS = LOCAL | chaos_slurm.FAULTS
+LOCAL_KINDS = [*chaos_faults.KINDS, *chaos_edges.KINDS]
+QUICK = (
+    *("kill rank 1", "kill in a checkpoint", "disk full, bad samples", "linked checkpoint", "rm"),
+    *("signal at a start", "flipped bit", "closed terminal", "NaN in buffers", "cancel"),
+    "flipped bit of a weight",
+)
 
 
 @dataclass
@@ -49,10 +62,13 @@ class Outcome:
     lost_steps: int  # that a checkpoint held, whole, and that were computed again
 
 
+Problem = dict[str, Any]  # kind (hang, silent, deleted, other), run, fault, text
+
+
 def main() -> None:
     parser = benchmark_parser(
         __doc__,
-        quick="one fault of each of a few kinds",
+        quick="ten faults, of ten kinds",
         json_help="add the figures to those in this file",
     )
     parser.add_argument("--slurm", action="store_true", help="faults of a real SLURM, four ranks")
@@ -64,14 +80,16 @@ def main() -> None:
     if options.slurm and (reason := chaos_slurm.missing()):
         print(f"skipped: SLURM {reason}")
         return
-    kinds = chaos_slurm if options.slurm else chaos_faults
+    # Under nohup it would be ignored, and by all that is started here, too.
+    signal.signal(signal.SIGHUP, lambda *_: None)
     deadline = time.monotonic() + 60 * options.minutes
-    names = plan(kinds.KINDS, options.seed, options.faults)
+    kinds = chaos_slurm.KINDS if options.slurm else LOCAL_KINDS
+    names = plan(kinds, options.seed, options.faults)
     if options.quick:
-        names = list(kinds.QUICK)
+        names = list(chaos_slurm.QUICK if options.slurm else QUICK)
     groups = [names[i : i + FAULTS_IN_A_RUN] for i in range(0, len(names), FAULTS_IN_A_RUN)]
     outcomes: list[Outcome] = []
-    wrong: list[str] = []
+    wrong: list[Problem] = []
     runs = chaos_slurm.slurm_runs if options.slurm else chaos_faults.local_runs
     with (
         tempfile.TemporaryDirectory(prefix="bigbatch-chaos-") as folder,
@@ -117,10 +135,16 @@ def disturbed(
     seed: int,
     reference: dict[str, Any],
     deadline: float,
-) -> tuple[list[Outcome], list[str]]:
+) -> tuple[list[Outcome], list[Problem]]:
     """One run with its faults; returns their outcomes, and what was wrong at the end."""
     rng = random.Random(f"{seed}-{number}")
     outcomes: list[Outcome] = []
+    wrong: list[Problem] = []
+
+    def problem(kind: str, fault: str, text: str) -> None:
+        wrong.append({"kind": kind, "run": number, "fault": fault, "text": text})
+        print(wrong[-1], flush=True)
+
     if time.monotonic() > deadline:
         return [], []
     share = STEPS // (len(faults) + 1)
@@ -130,18 +154,34 @@ def disturbed(
             if time.monotonic() > deadline:
                 break
             aim = 5 + index * share + rng.randrange(share)
-            if not reach(run, aim):
-                return outcomes, [f"run {number} hung before {name}: {tail(run)}"]
-            if run.step() >= STEPS:
-                break  # a fault before let it come so far; there is nothing left to disturb
-            outcomes.append(meet(run, name, rng, number))
-            print(asdict(outcomes[-1]), flush=True)
+            try:
+                if not reach(run, aim):
+                    problem("hang", f"before {name}", tail(run))
+                    return outcomes, wrong
+                if run.step() >= STEPS:
+                    break  # a fault before let it come so far; there is nothing left to disturb
+                outcomes.append(meet(run, name, rng, number))
+                print(asdict(outcomes[-1]), flush=True)
+            except Wrong as error:
+                problem(error.kind, name, str(error))
+                if not run.run.recipe_file.exists():
+                    return outcomes, wrong
+                continue
             if outcomes[-1].recover_s is None:
-                return outcomes, [f"run {number} hung after {name}: {tail(run)}"]
-        if not reach(run, STEPS) or not until(lambda: ended_well(run)):
-            return outcomes, [f"run {number} hung at its end: {tail(run)}"]
-        found = run.state()
-        return outcomes, [f"run {number}: {k} differ" for k in found if found[k] != reference[k]]
+                problem("hang", name, tail(run))
+                return outcomes, wrong
+        try:
+            if not reach(run, STEPS) or not until(lambda: ended_well(run)):
+                problem("hang", "its end", tail(run))
+                return outcomes, wrong
+            for which in (run, *run.finished()):
+                found = which.state()
+                for key in found:
+                    if found[key] != reference[key]:
+                        problem("other", "its end", f"{key} of {which.run.path} differ")
+        except Wrong as error:
+            problem(error.kind, "its end", str(error))
+    return outcomes, wrong
 
 
 def meet(run: Run, name: str, rng: random.Random, number: int) -> Outcome:
@@ -166,7 +206,7 @@ def reach(run: Run, step: int) -> bool:
         if run.step() >= step and (status is None or status == 0):
             return True
         if status is not None:
-            run.start()
+            again(run)
         return False
 
     return until(there)
@@ -174,15 +214,23 @@ def reach(run: Run, step: int) -> bool:
 
 def ended_well(run: Run) -> bool:
     if run.ended() not in (None, 0):
-        run.start()
+        again(run)
     return run.ended() == 0
+
+
+def again(run: Run) -> None:
+    """Start a run that has ended once more, if it said why it ended."""
+    found = run.unexplained()
+    run.start()
+    if found is not None:
+        raise Wrong("silent", found)
 
 
 def tail(run: Run) -> str:
     return "\n".join(run.output().splitlines()[-20:])
 
 
-def report(outcomes: list[Outcome], wrong: list[str]) -> None:
+def report(outcomes: list[Outcome], wrong: list[Problem]) -> None:
     table = Table("fault", "times", "recovered", "lost steps", "median s", "slowest s")
     for row in rows(outcomes):
         table.add_row(*map(str, row.values()))
@@ -190,7 +238,12 @@ def report(outcomes: list[Outcome], wrong: list[str]) -> None:
     console.print(table)
     for problem in wrong:
         console.print(problem, markup=False)
-    console.print(f"{len(wrong)} runs wrong at the end")
+    console.print(", ".join(f"{count} {kind}" for kind, count in counts(wrong).items()))
+
+
+def counts(wrong: list[Problem]) -> dict[str, int]:
+    kinds = {"hangs": "hang", "silent": "silent", "deleted": "deleted", "wrong": "other"}
+    return {name: sum(p["kind"] == kind for p in wrong) for name, kind in kinds.items()}
 
 
 def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
@@ -212,7 +265,9 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return found
 
 
-def part(outcomes: list[Outcome], wrong: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def part(
+    outcomes: list[Outcome], wrong: list[Problem], options: argparse.Namespace
+) -> dict[str, Any]:
     """One measurement: on what it was made, and what became of each fault."""
     recipe = ["digits", *chaos_faults.LOCAL_RECIPE]
     own = chaos_slurm.machine() if options.slurm else {"ranks": RANKS, "recipe": recipe}
@@ -229,11 +284,12 @@ def add_part(path: Path, new: dict[str, Any]) -> None:
     """The table of all measurements in the file and this one, and each of them."""
     parts = [*(json.loads(path.read_text())["parts"] if path.exists() else []), new]
     outcomes = [Outcome(**fault) for each in parts for fault in each["faults"]]
+    wrong = [problem for each in parts for problem in each["wrong"]]
     write_figures(
         path,
-        hangs=sum(o.recover_s is None for o in outcomes),
+        faults=len(outcomes),
         lost_steps=sum(o.lost_steps for o in outcomes),
-        wrong=[problem for each in parts for problem in each["wrong"]],
+        **counts(wrong),
         table=rows(outcomes),
         parts=parts,
     )

@@ -13,24 +13,28 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
-from bigbatch.configs.files import read_jsonl
+from bigbatch.configs.files import iter_jsonl, read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.data.index import open_index
 from bigbatch.data.writing.shard import shard
 from bigbatch.launcher.child import kill_tree
-from bigbatch.launcher.start import agent_command
+from bigbatch.trainers.recovery.heartbeat import read_heartbeat
 from bigbatch.trainers.recovery.signals import SAVED
 from bigbatch.trainers.recovery.stored import CorruptCheckpoint, list_checkpoints, step_of, verify
 
 STEPS = 60
 RANKS = 2
+BAD = 12  # images that cannot be read, of 1,437: one or two in each step
 RECIPE = ["evaluate.every=20 steps", "checkpoint.every=4 steps"]
 LOCAL_RECIPE = [
-    *(*RECIPE, "recovery.stall_s=10", "log.wandb=off"),
-    "recovery.corruption.digest_every=1",
+    *(*RECIPE, f"duration={STEPS} steps", "recovery.stall_s=10", "log.wandb=off"),
+    *("data.bad_samples=1000", "recovery.corruption.digest_every=1"),
 ]
+CLI = (sys.executable, "-m", "bigbatch.launcher.cli")
 # The rest of a record are times, and averages over the steps since the last start.
 RECORDED = ("kind", "step", "split", "epoch", "loss", "lr", "grad_norm", "accuracy", "nll", "ece")
 # Moments of checkpointing: what is about to happen, part and end of its path, delay in s.
@@ -47,6 +51,14 @@ PHASES = {
     "removal of an old one": "shutil.rmtree /step- ",
     "within that removal": "shutil.rmtree /step- 0.0003",
 }
+
+
+class Wrong(Exception):
+    """What a fault met that it must not; `kind` is hang, silent, deleted or other."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
 
 
 class Run:
@@ -70,9 +82,18 @@ class Run:
     def output(self) -> str:
         raise NotImplementedError
 
+    def finished(self) -> list["Run"]:
+        """Copies of it that came to their end: they must be what it becomes."""
+        return []
+
+    def unexplained(self) -> str | None:
+        """How it ended where it did so without a word, or with a traceback."""
+        return None
+
     def step(self) -> int:
         """The newest recorded step."""
-        return max((r["step"] for r in read_jsonl(self.run.metrics)), default=0)
+        newest = iter_jsonl(self.run.metrics, newest_first=True)
+        return next((r["step"] for r in newest if "step" in r), 0)
 
     def durable(self) -> int:
         """The newest step that a whole checkpoint holds, with all its records."""
@@ -101,23 +122,26 @@ class Run:
 
 
 class LocalRun(Run):
-    """A run of the agent, with two ranks."""
+    """A run with two ranks, started as a person goes on with it."""
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, control: Path) -> None:
         super().__init__(run)
-        self.control = run.path.parent / f"{run.name}-control"
+        self.control = control
         self.control.mkdir()
         shutil.copy(Path(__file__).with_name("chaos_site.py"), self.control / "sitecustomize.py")
         self.process: subprocess.Popen[bytes] | None = None
+        self.copies: list[Run] = []
+        self._before = 0  # bytes that former starts said
 
     def start(self) -> None:
+        self._before = len(self.output())
         with (self.control / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
                 self.command(), env=self.environment(), stdout=output, stderr=output
             )
 
     def command(self) -> list[str]:
-        return agent_command(self.run.path, RANKS, stop_at=STEPS)
+        return [*CLI, "resume", str(self.run.path), "--nproc", str(RANKS)]
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, (str(self.control), os.environ.get("PYTHONPATH"))))
@@ -135,7 +159,28 @@ class LocalRun(Run):
         self.process.wait()
 
     def output(self) -> str:
-        return (self.control / "output.txt").read_text()
+        path = self.control / "output.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def said(self) -> str:
+        """Since its last start."""
+        return self.output()[self._before :]
+
+    def finished(self) -> list[Run]:
+        return self.copies
+
+    def unexplained(self) -> str | None:
+        status, said = self.ended(), self.said()
+        if "Traceback" in said:
+            return f"a traceback, status {status}: {said[said.index('Traceback') :][-3000:]}"
+        if status in (None, 0, -signal.SIGKILL) or "bigbatch: " in said:
+            return None if status in (None, 0, 2, SAVED, -signal.SIGKILL) else f"status {status}"
+        return f"status {status} without a word"
+
+    def doing(self) -> tuple[int, str]:
+        """Steps and phase by rank 0's heartbeat, which a full disk does not hold up."""
+        record = read_heartbeat(self.run.heartbeats, 0)
+        return int(record.get("step", 0)), str(record.get("doing", ""))
 
     def rank(self, number: int) -> psutil.Process | None:
         """A rank's process; None between two starts."""
@@ -186,7 +231,13 @@ def kill_in_checkpoint(run: LocalRun, rng: random.Random) -> str:
 def disk_full(run: LocalRun, rng: random.Random) -> str:
     """Fill the file system to its last byte for a while; or, where it is not a small one of
     ours, limit the size of rank 0's files."""
-    rank = run.rank(0)
+    with full_disk(run) as how:
+        time.sleep(rng.uniform(1, 4))
+    return how
+
+
+@contextmanager
+def full_disk(run: LocalRun) -> Iterator[str]:
     if os.path.ismount(run.run.path.parent):
         filler = run.run.path.parent / "filler"
         with filler.open("wb", buffering=0) as file:
@@ -194,15 +245,19 @@ def disk_full(run: LocalRun, rng: random.Random) -> str:
                 with suppress(OSError):
                     while file.write(b"\0" * size) == size:
                         pass
-        time.sleep(rng.uniform(1, 4))
-        filler.unlink()
-        return "tmpfs filled to the last byte"
-    if rank is not None:
-        with suppress(psutil.Error):
+        try:
+            yield "tmpfs filled to the last byte"
+        finally:
+            filler.unlink()
+        return
+    rank = run.rank(0)
+    with suppress(psutil.Error):
+        if rank is not None:
             rank.rlimit(psutil.RLIMIT_FSIZE, (64, -1))
-            time.sleep(rng.uniform(1, 4))
+    yield "RLIMIT_FSIZE of 64 bytes"
+    with suppress(psutil.Error):
+        if rank is not None:
             rank.rlimit(psutil.RLIMIT_FSIZE, (-1, -1))
-    return "RLIMIT_FSIZE of 64 bytes"
 
 
 def flipped_bit(run: LocalRun, rng: random.Random) -> str:
@@ -253,14 +308,22 @@ def hung_rank(run: LocalRun, rng: random.Random) -> str:
     return f"SIGSTOP of rank {number}"
 
 
+def ends(run: LocalRun, why: str, limit_s: float = 120.0) -> None:
+    """Wait for the end that a signal asked for: saved, or nothing to save, and said."""
+    if not until(lambda: run.ended() is not None, limit_s):
+        run.stop()
+        raise Wrong("hang", f"{why}: goes on for {limit_s:.0f} s")
+    if found := run.unexplained():
+        raise Wrong("silent", f"{why}: {found}")
+    if run.ended() not in (SAVED, 0) or (run.ended() == 0 and run.step() < STEPS):
+        raise Wrong("other", f"{why}: status {run.ended()}, not 75")
+
+
 def time_limit(run: LocalRun, rng: random.Random) -> str:
     assert run.process is not None
     run.process.send_signal(signal.SIGUSR2)
-    until(lambda: run.ended() is not None, 60)
-    if run.ended() is None:
-        run.stop()
-        return "SIGUSR2, then SIGKILL"
-    return f"SIGUSR2; status {run.ended()}" + ("" if run.ended() == SAVED else ", not 75")
+    ends(run, "SIGUSR2")
+    return "SIGUSR2; saved"
 
 
 def double(run: LocalRun, rng: random.Random) -> str:
@@ -281,7 +344,7 @@ def double(run: LocalRun, rng: random.Random) -> str:
         said = second.communicate(timeout=240)[1]
     refused = second.returncode == 2 and "is in use by process" in said
     if not refused and run.ended() is None:
-        raise AssertionError(f"a second start ended with {second.returncode}: {said}")
+        raise Wrong("other", f"a second start ended with {second.returncode}: {said}")
     return "refused" if refused else "the first had ended"
 
 
@@ -307,27 +370,20 @@ FAULTS: dict[str, Fault] = {
 }
 # All kinds equally often, deaths in a checkpoint three times that.
 KINDS = [*FAULTS, "kill in a checkpoint", "kill in a checkpoint"]
-QUICK = (
-    "kill rank 1",
-    "kill agent",
-    "kill in a checkpoint",
-    "disk full",
-    "flipped bit",
-    "double",
-    "flipped bit of a weight",
-)
 
 
 @contextmanager
 def local_runs(folder: Path) -> Iterator[NewRun]:
     """Runs on this machine, each on a small disk of its own."""
     shard("digits", folder / "digits", progress=False)
+    spoil(folder / "digits/train")
     recipe = load_recipe("digits", [f"data.path={folder / 'digits'}", *LOCAL_RECIPE])
 
     @contextmanager
     def new_run(name: str) -> Iterator[Run]:
         with small_disk(folder / name):
-            run = LocalRun(create_run(folder / name / "run", recipe))
+            made = create_run(folder / name / "run", recipe)
+            run = LocalRun(made, folder / f"{name}-control")  # no terminal is a full disk
             try:
                 yield run
             finally:
@@ -336,13 +392,25 @@ def local_runs(folder: Path) -> Iterator[NewRun]:
     yield new_run
 
 
+def spoil(split: Path) -> None:
+    """Change a byte of some training images, which their index then finds damaged."""
+    index = open_index(split)
+    for sample in np.linspace(0, len(index), BAD + 2).astype(int)[1:-1]:
+        path = split / index.shards[index.shard[sample]].name
+        with path.open("r+b") as file:
+            file.seek(int(index.offset[sample]) + int(index.size[sample]) // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 0xFF]))
+
+
 def until(done: Callable[[], bool], limit_s: float = 600.0) -> bool:
     """Wait for something; False where it did not come."""
     deadline = time.monotonic() + limit_s
     while not done():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.05)
     return True
 
 

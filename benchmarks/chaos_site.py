@@ -1,8 +1,9 @@
 """What benchmarks/chaos.py puts into every process of a run, as its sitecustomize module.
 
-Three faults need a place inside: death at an exact moment of checkpointing, by an audit hook
-that sees each file operation, a clock that jumps, and a bit of a rank's weights that flips, by a
-thread that finds the memory while the steps go on. Nothing of bigbatch is touched.
+Four faults need a place inside: death at an exact moment of checkpointing, by an audit hook
+that sees each file operation; a clock that jumps; a bit of a rank's weights that flips, by a thread
+that finds the memory while the steps go on; and images so bright before a BatchNorm that its
+variance is no float32 number. Nothing of bigbatch is touched.
 """
 
 import os
@@ -14,10 +15,42 @@ import time
 from typing import Any
 
 FOLDER = os.environ["BIGBATCH_CHAOS"]
-KILL, CLOCK, FLIP = FOLDER + "/kill", FOLDER + "/clock", FOLDER + "/flip"
+KILL, CLOCK = FOLDER + "/kill", FOLDER + "/clock"
+FLIP, NAN = FOLDER + "/flip", FOLDER + "/nan"
 
 
 def audit(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "import" and arguments[0] == "bigbatch.trainers.loop":
+        watch_norms()
+    else:
+        die(event, arguments)
+
+
+def watch_norms() -> None:
+    """In a step of training, where the file `nan` says so, once: inputs of one BatchNorm times
+    1e25. Torch's own hook for all modules; forks of this process have it, too."""
+    from torch import nn
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    looked_at = 0.0
+
+    def hook(module: nn.Module, inputs: tuple[object, ...]) -> object:
+        nonlocal looked_at
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.training:
+            return None
+        if os.environ.get("RANK") != "0" or time.monotonic() < looked_at + 0.05:
+            return None
+        looked_at = time.monotonic()
+        try:
+            os.unlink(NAN)
+        except OSError:
+            return None
+        return tuple(value * 1e25 for value in inputs)  # type: ignore[operator]
+
+    register_module_forward_pre_hook(hook)
+
+
+def die(event: str, arguments: tuple[object, ...]) -> None:
     """Die where the file `kill` says: EVENT, part of the path, end of the path, delay in s."""
     if event not in ("open", "os.mkdir", "os.rename", "shutil.rmtree"):
         return

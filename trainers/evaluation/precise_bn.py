@@ -80,8 +80,7 @@ class PreciseBatchNorm:
                 raise UserError(
                     f"after step {step} {bad[0]} is not finite when it is made of training images "
                     f"({len(bad)} of {len(own)} running statistics are not): values grow too large "
-                    "in the network. Lower optimizer.lr or lengthen schedule.warmup, and start a new "
-                    "run"
+                    "in the network. Lower optimizer.lr or lengthen schedule.warmup, and start anew"
                 )
             yield {name: value.clone() for name, value in own.items()}
         finally:
