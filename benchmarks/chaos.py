@@ -1,6 +1,7 @@
 """Random faults while the digits recipe trains on two ranks; what was lost, and for how long.
 
-    python benchmarks/chaos.py [--slurm] [--quick] [--faults 100] [--seed 0] [--json FILE]
+    python benchmarks/chaos.py [--slurm] [--quick] [--faults 200] [--only FAULT,...]
+        [--seed 0] [--json FILE]
 
 Each run trains 60 short steps to its end, ensemble and report, on images of which some cannot be
 read, with a checkpoint every 4, and meets five faults at random steps (--seed): those of
@@ -72,7 +73,8 @@ def main() -> None:
         json_help="add the figures to those in this file",
     )
     parser.add_argument("--slurm", action="store_true", help="faults of a real SLURM, four ranks")
-    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--only", metavar="FAULT,...", help="these kinds of faults alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=600, help="no new fault after these")
@@ -84,6 +86,10 @@ def main() -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     deadline = time.monotonic() + 60 * options.minutes
     kinds = chaos_slurm.KINDS if options.slurm else LOCAL_KINDS
+    if options.only:
+        kinds = options.only.split(",")
+        if unknown := set(kinds) - set(FAULTS):
+            sys.exit(f"no fault is called {', '.join(unknown)}; there are {', '.join(FAULTS)}")
     names = plan(kinds, options.seed, options.faults)
     if options.quick:
         names = list(chaos_slurm.QUICK if options.slurm else QUICK)
