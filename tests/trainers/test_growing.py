@@ -137,7 +137,7 @@ def test_the_batch_doubles_where_the_recorded_gradients_ask_for_it(whole: RunDir
         assert record["lr"] == pytest.approx(0.05 * rate * (batch / 16) ** 0.5, rel=1e-9)
         passed = position // EVERY > before // EVERY
         if passed and batch < 64 and position < SAMPLES:
-            if signal > 0 and TARGET * noise / signal >= 2 * batch:
+            if noise > 0 and TARGET * noise >= 2 * batch * max(signal, 0):
                 batch *= 2
             decided.append((position, batch))
     assert position - record["global_batch"] < SAMPLES <= position
@@ -314,14 +314,14 @@ def test_a_step_behind_a_change_can_be_had_again(whole: RunDir) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # eight starts one after another
 @pytest.mark.usefixtures("forked")
 def test_weights_are_the_same_on_one_rank_and_on_three_killed_five_times_or_not(
     digits: Path, tmp_path: Path
 ) -> None:
     """A rank that waits in the first steps; kills before, around and behind the decisions."""
-    changes = ["model.name=test_resnet", "model.options={}", "data.image_size=16", "log.trace=true"]
-    changes.append("global_batch.target=20")
-    steps, runs = 30, {}
+    changes = ("model.name=test_resnet", "model.options={}", "data.image_size=16", "log.trace=true")
+    steps, runs = 11, {}
     with Children(1, threads=1) as children:
         for ranks in (1, 3):
             runs[ranks] = new_run(tmp_path / f"ranks-{ranks}", digits, *changes)
@@ -330,7 +330,7 @@ def test_weights_are_the_same_on_one_rank_and_on_three_killed_five_times_or_not(
         found = decisions(runs[1])
         grown = [min(e["step"] for e in found if e["global_batch"] == b) for b in (32, 64)]
         assert 0 < grown[0] < grown[1] < steps
-        aims = (4, grown[0], grown[0] + 2, grown[1], grown[1] + 1)
+        aims = (2, grown[0], grown[0] + 1, grown[1], grown[1] + 1)
         for number, aim in enumerate(aims):
             run_and_kill(killed, (3, 1, 2)[number % 3], steps, aim, children)
         run_to_end(killed, 3, steps, children)

@@ -56,5 +56,9 @@ def noise_scale(noise: float, signal: float) -> float:
 
 
 def asks_for(batch: int, target: float, noise: float, signal: float) -> bool:
-    """Whether `target` times the noise scale reaches `batch`; not where no signal stands out."""
-    return signal > 0 and target * noise >= batch * signal
+    """Whether `target` times the noise scale reaches `batch`.
+
+    Where there is noise and no signal stands out of it, the noise scale is beyond what can be
+    measured, as it is in `advise`: any batch is asked for. Before the first step none is.
+    """
+    return noise > 0 and target * noise >= batch * max(signal, 0.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigbatch.trainers.advice.noise_scale import NoiseScale, noise_scale
+from bigbatch.trainers.advice.noise_scale import NoiseScale, asks_for, noise_scale
 from bigbatch.trainers.engine.ddp import DdpEngine
 from tests.helpers.ranks import run_ranks
 
@@ -147,6 +147,20 @@ def test_averages_go_on_where_the_batch_changes_and_where_a_run_is_resumed():
             noise = NoiseScale(8, 8, kept)
     assert noise_scale(*kept) == record["noise_scale"]
     assert math.isnan(noise_scale(0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("noise", "signal", "asks"),
+    [
+        (640.0, 10.0, True),
+        (639.0, 10.0, False),
+        (5.0, -1.0, True),
+        (-5.0, -1.0, False),
+        (0, 0, False),
+    ],
+)
+def test_a_batch_is_asked_for_by_the_noise_scale(noise: float, signal: float, asks: bool) -> None:
+    assert asks_for(32, 0.5, noise, signal) == asks
 
 
 def test_steps_of_one_micro_batch_have_nothing_to_compare():
