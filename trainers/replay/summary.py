@@ -168,7 +168,7 @@ def _same(result: Result) -> list[str]:
         also = f"; {plural(result['ledger_lines'], 'line')} of the ledger"
         also = also if result["ledger_lines"] else ""
         if result["weights_as_saved"]:
-            also += "; the weights after it are those saved then"
+            also += "; weights and optimizer state after it are those saved then"
         return [f"same as recorded, bit for bit: {values}{also}"]
     lines = [
         f"differs: step {found['step']}, {found['name']} recorded {found['recorded']}, "
@@ -178,7 +178,7 @@ def _same(result: Result) -> list[str]:
     if more := result["differences"][5:]:
         lines.append(f"differs: {plural(len(more), 'more value')}")
     if result["weights_as_saved"] is False:
-        lines.append("differs: the weights after it are not those of the checkpoint")
+        lines.append("differs: weights or optimizer state after it are not those of the checkpoint")
     lines += [f"environment: {line}" for line in result["environment"]]
     return lines
 
