@@ -398,6 +398,7 @@ def test_what_was_measured_is_the_runs_own(shards: Callable[[str], Path]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four starts one after another
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("kind", "loss"), [("numbers", "{name: tukey}"), ("shares", "{name: kl}")])
 def test_the_proof_holds(
@@ -411,6 +412,7 @@ def test_the_proof_holds(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("forked", "no_plots")
 def test_numbers_are_learned_and_scored_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
     """R2 above 0.9 on images that nobody trained on; on two ranks the same run, to the last bit."""

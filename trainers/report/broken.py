@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.configs.targets import learns_targets
 from bigbatch.trainers.monitoring.alerts import replay_command
 from bigbatch.trainers.report.facts import Facts
 from bigbatch.trainers.report.findings import Finding, choose, times, what_if
@@ -84,6 +85,8 @@ def exploding(facts: Facts) -> Iterator[Finding]:
 def diverged(facts: Facts) -> Iterator[Finding]:
     if len(facts.step) < _FEWEST or not np.isfinite(facts.start):
         return
+    if getattr(facts.recipe.loss, "scale", None) == "mad":  # in units of errors, which fall
+        return
     path, start, end = facts.path, facts.start, facts.end
     lowest, highest = float(np.nanmin(path)), float(np.nanmax(path))
     came_back = lowest < 0.7 * start and end > 0.95 * start
@@ -92,6 +95,7 @@ def diverged(facts: Facts) -> Iterator[Finding]:
         return
     at = int(facts.step[int(np.nanargmax(path) if rose else np.nanargmin(path))])
     shows = f"; {_replay(facts, at)} shows what that step was made of" if rose else ""
+    shows = "" if learns_targets(facts.recipe) else shows  # a replay is of a classifier
     turned = f"rose to {highest:.3f}" if rose else f"fell to {lowest:.3f}"
     turn = choose(facts.recipe, [_lower_rate(facts)])
     yield Finding(

@@ -17,14 +17,16 @@ Curve = Callable[[float], float | None]
 STEPS = 200
 
 
-def judged(path: Path, loss: str, probe: dict[str, Any] | None, **scores: Curve) -> list[str]:
-    """The rules of what is found where validation scores go so; training's loss falls."""
+def judged(
+    path: Path, loss: str, probe: dict[str, Any] | None, slope: float = -0.8, **scores: Curve
+) -> list[str]:
+    """The rules of what is found where validation scores go so; training's loss falls, or not."""
     changes = ["data.sampling=uniform", "schedule={name: cosine}", f"loss={{name: {loss}}}"]
     run = create_run(path / "run", load_recipe("digits", changes, say=None))
     with run.metrics.open("w") as file:
         for step in range(1, STEPS + 1):
             t = step / STEPS
-            train = {"kind": "train", "step": step, "loss": 1.0 - 0.8 * t, "lr": 1.0 - t}
+            train = {"kind": "train", "step": step, "loss": 1.0 + slope * t, "lr": 1.0 - t}
             print(json.dumps(train), file=file)
             if step % 10 == 0:
                 found = {name: curve(t) for name, curve in scores.items()}
@@ -60,6 +62,12 @@ def test_each_rule_has_its_curve(
 def test_shares_are_judged_by_their_divergence(tmp_path: Path) -> None:
     found = judged(tmp_path, "kl", None, kl=lambda t: 0.1 + abs(t - 0.5), mode=lambda t: 0.9)
     assert found == ["overfitting"]
+
+
+@pytest.mark.parametrize(("loss", "rule"), [("tukey", "converged"), ("l2", "diverged")])
+def test_a_loss_in_units_of_its_errors_may_rise(tmp_path: Path, loss: str, rule: str) -> None:
+    mae: Curve = lambda t: 2 + 0.3 * 0.001**t  # noqa: E731
+    assert judged(tmp_path, loss, None, 4.0, mae=mae, rmse=mae, r2=lambda t: 0.9) == [rule]
 
 
 GOOD = {
