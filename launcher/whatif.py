@@ -18,6 +18,7 @@ from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.words import plural
 from bigbatch.launcher.child import Children, RunFailed, events, steps_done, tail
 from bigbatch.launcher.fork import make_branches, plan_branch
 from bigbatch.trainers.evaluation.outcomes import Outcomes, outcomes
@@ -178,7 +179,8 @@ def train_twins(
         if status == SAVED:
             raise RunFailed(f"{twin.name} was stopped by a signal")
         if status != 0:
-            if not (events(twin.run, "non_finite") or events(twin.run, "spike")):
+            spoilt = events(twin.run, "non_finite") or events(twin.run, "spike")
+            if status != 2 or not spoilt:
                 raise RunFailed(f"{twin.name} ended with status {status}:\n{tail(twin.run)}")
             wrong[twin.name] = tail(twin.run, 1).removeprefix("bigbatch: ")
     return wrong
@@ -215,7 +217,7 @@ def compare(
         if found[name][0] != keys:
             raise RunFailed(f"{name} was evaluated on other images than {names[0]}")
     of = {name: each for name, (_, each) in found.items()}
-    twins = [
+    twins: list[dict[str, Any]] = [
         {"name": n, "loss": float(e.losses.mean()), "accuracy": float(e.correct.mean())}
         for n, e in of.items()
     ]
@@ -309,5 +311,8 @@ def whatif(
         wrong = train_twins(twins, children, progress)
         found = {twin.name: evaluated(twin, children) for twin in twins if twin.name not in wrong}
     result = compare(found, wrong)
+    for twin in twins:  # steps that it went back from, and left out of the rest
+        if back := len(events(twin.run, "rollback")):
+            say(f"{twin.name}: {plural(back, 'rollback')}, whose steps made no update")
     about = {"run": str(parent.path), "from": start.step, "steps": steps}
     return about | {"split": parent.recipe().data.val} | result

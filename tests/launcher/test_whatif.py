@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,20 @@ from click.testing import CliRunner
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
-from bigbatch.launcher.child import RunFailed
+from bigbatch.launcher.child import OUTPUT, RunFailed
 from bigbatch.launcher.cli.main import cli
-from bigbatch.launcher.whatif import changes, compare, find_start, in_words, make_twins
+from bigbatch.launcher.whatif import (
+    Twin,
+    changes,
+    compare,
+    find_start,
+    in_words,
+    make_twins,
+    train_twins,
+)
 from bigbatch.trainers import worker
 from bigbatch.trainers.evaluation.outcomes import Outcomes, outcomes
+from bigbatch.trainers.recovery.signals import SAVED
 
 SMALL = (
     "model=test_resnet",
@@ -107,6 +117,36 @@ def test_one_that_goes_wrong_is_beaten_and_other_images_are_refused() -> None:
     other = [f"x{key}" for key in found["optimizer.lr=0.1"][0]]
     with pytest.raises(RunFailed, match="other images"):
         compare({**found, "b": (other, found["optimizer.lr=0.1"][1])}, {})
+
+
+class Ended:
+    """In place of the processes of twins: each ends at once with a status."""
+
+    def __init__(self, status: int, event: str) -> None:
+        self.status, self.event = status, event
+
+    def start(self, run: RunDir, stop: int) -> "Ended":
+        run.events.write_text(json.dumps({"kind": self.event}) + "\n")
+        (run.path / OUTPUT).write_text("one\nbigbatch: step 3: loss nan\n")
+        return self
+
+    def wait(self, watch: object) -> int:
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("status", "event", "why"),
+    [(1, "non_finite", "status 1"), (2, "start", "status 2"), (SAVED, "start", "by a signal")],
+)
+def test_what_ends_otherwise_is_no_result(
+    tmp_path: Path, status: int, event: str, why: str
+) -> None:
+    twin = Twin("unchanged", RunDir(tmp_path), 4)
+    gone: Any = Ended(2, "non_finite")
+    assert train_twins([twin], gone, lambda twin, step: None) == {"unchanged": "step 3: loss nan"}
+    ended: Any = Ended(status, event)
+    with pytest.raises(RunFailed, match=why):
+        train_twins([twin], ended, lambda twin, step: None)
 
 
 @pytest.fixture(scope="module")
