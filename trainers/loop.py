@@ -197,8 +197,6 @@ def train(attempt: Attempt) -> Ending:
         #    means that all the rest of that step is on disk.
         cycle_end = state.step in plan.snapshots and early_stop is None
         score, done = None, False
-        if cycle_end:
-            corruption.compare(state.step)  # a snapshot is kept
         if plan.evaluates(state.step) or cycle_end:
             watchdog.beat(state.step, "evaluating")
             log.phase("evaluating")
@@ -206,13 +204,18 @@ def train(attempt: Attempt) -> Ending:
             log.evaluation(state.step, "val", **scores)
             score = scores[judge.key]
             done = stops(early_stop, state.evaluations, judge)
+        if cycle_end:
+            corruption.compare(state.step)  # a snapshot was kept; a resume makes it again
         leaving = agreed["stops"][0] > 0
         last = leaving or done or state.step == plan.stop
         if plan.saves(state.step) or last:
             watchdog.beat(state.step, "saving")
             log.phase("saving")
-            ledger.save(corruption.compare(state.step))
-            saver.save(state, score=score, last=last)
+
+            def check(step: int = state.step) -> None:
+                ledger.save(corruption.compare(step))
+
+            saver.save(state, check=check, score=score, last=last)
         saver.report()
         if leaving:
             log.event("signal", step=state.step, signal=attempt.stop.signal)

@@ -165,7 +165,7 @@ class CorruptionCheck:
         texts = []
         for number, (owner, checker) in enumerate(pairs):
             own, checked = told[owner]["found"]["own"], told[checker]["found"]["checked"]
-            once_more = [tuple(one["again"][number][0]) for one in told]
+            once_more = [tuple(one["again"][number]) for one in told]
             wrong = judge(owner, checker, tuple(own), tuple(checked), once_more)
             guilty |= set(wrong)
             differ = _differing(swapped.names, [own, checked])
@@ -207,9 +207,8 @@ class CorruptionCheck:
             "corruption", step=self._step, error=text, ranks=ranks, hosts=hosts, **fields
         )
         raise Corrupted(
-            f"{text}. Since then no weight was updated and nothing saved. Take the machine or "
-            f"device out, or test it, then `bigbatch resume {self._job.run.path}` "
-            "(docs/corruption.md)"
+            f"{text}. After that no update was made and nothing saved. Take the machine or device "
+            f"out, or test it, then `bigbatch resume {self._job.run.path}` (docs/corruption.md)"
         )
 
 

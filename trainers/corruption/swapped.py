@@ -111,10 +111,9 @@ class Swapped:
         """The number of a rank's micro-batch that is compared."""
         return self._first + owner
 
-    def again(self, owner: int) -> tuple[list[int], int]:
-        """A rank's micro-batch once more: digests by tensor, and a checksum of its pixels."""
-        gradient, pixels = self._compute(owner)
-        return self.listed(gradient), pixels
+    def again(self, owner: int) -> list[int]:
+        """A rank's micro-batch once more: digests by tensor."""
+        return self.listed(self._compute(owner)[0])
 
     def found(self) -> dict[str, list[int]]:
         """What this rank found: digests by tensor of its own and of the next rank's gradient."""

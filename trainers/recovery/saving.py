@@ -8,6 +8,7 @@ process, at a signal or at the end, has to succeed.
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -36,16 +37,26 @@ class Saver:
         self._write: _Write | None = None
         self._told: set[str] = set()
 
-    def save(self, state: TrainState, *, score: float | None = None, last: bool = False) -> None:
+    def save(
+        self,
+        state: TrainState,
+        *,
+        check: Callable[[], None] | None = None,
+        score: float | None = None,
+        last: bool = False,
+    ) -> None:
         """Copy the state and start writing it. Collective, in the same step on every rank.
 
-        `score` is this step's on the validation split, by `retention.judge`, where it was
-        evaluated. With `last` the checkpoint is on the disk at the return; raises UserError where
-        it cannot be.
+        `check` is called once it is copied: where it raises, nothing is written, and what it then
+        finds right was right when it was copied. `score` is this step's on the validation split,
+        by `retention.judge`, where it was evaluated. With `last` the checkpoint is on the disk at the return; raises
+        UserError where it cannot be.
         """
         started = time.perf_counter()
         self._finish()
         captured = self._capture(state)
+        if check is not None:
+            check()
         if captured is not None:
             captured.content[self._retention.judge.key] = score
             self._write = _Write(self._folder, captured, self._retention, self._log)

@@ -93,8 +93,16 @@ class NoSaver(Saver):
     def __init__(self) -> None:
         pass
 
-    def save(self, state: TrainState, *, score: float | None = None, last: bool = False) -> None:
-        pass
+    def save(
+        self,
+        state: TrainState,
+        *,
+        check: Callable[[], None] | None = None,
+        score: float | None = None,
+        last: bool = False,
+    ) -> None:
+        if check is not None:
+            check()
 
     def report(self) -> None:
         pass

@@ -1,5 +1,6 @@
 """Silent data corruption in real runs of several ranks: named, before it gets anywhere."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,9 @@ def test_a_bit_of_a_weight_of_one_of_three_ranks_is_named_in_that_step(
 def test_whatever_ranks_have_copies_of_is_compared(
     digits: Path, tmp_path: Path, fault: str, step: int, tensor: str
 ) -> None:
-    _, event = corrupted(digits, tmp_path / "a", 3, fault, 2, 3, DIGESTS)
+    run, event = corrupted(digits, tmp_path / "a", 3, fault, 2, 3, DIGESTS)
     assert (event["step"], event["ranks"], event["tensors"]) == (step, [2], [tensor])
+    assert saved(run) == [2]  # not even that of step 4, whose update was made
 
 
 @pytest.mark.slow
@@ -171,6 +173,24 @@ def test_checks_change_no_bit(digits: Path, tmp_path: Path, how: str) -> None:
         ledger = [line for line in read_jsonl(run.ledger) if line["kind"] == "step"]
         found.append((weights(run, STEPS), losses, ledger))
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # five starts one after another
+def test_no_false_alarm_on_one_to_four_ranks_after_kills(digits: Path, tmp_path: Path) -> None:
+    """benchmarks/corruption.py does this for 10,000 steps."""
+    more = ("global_batch=32", EXACT)
+    run = make(digits, tmp_path / "checked", 1, *more, SWAPPED)
+    for world, stop in ((3, 3), (1, 5), (4, 7), (2, 8)):
+        run_ranks(world, SCRIPT, *NO_FAULT, run.path, "--stop-at", str(stop))
+        if stop < 8:  # as after SIGKILL: the last steps are made again, by others
+            shutil.rmtree(run.checkpoints / f"step-{stop:08d}")
+    starts = [e for e in read_jsonl(run.events) if e["kind"] == "start"]
+    assert [(e["world_size"], e["step"]) for e in starts] == [(3, 0), (1, 2), (4, 4), (2, 6)]
+    assert not [e for e in read_jsonl(run.events) if e["kind"] == "corruption"]
+    plain = make(digits, tmp_path / "plain", 1, *more, NO_CHECKS)
+    run_ranks(1, SCRIPT, *NO_FAULT, plain.path, "--stop-at", "8")
+    assert weights(run, 8) == weights(plain, 8)
 
 
 @pytest.mark.slow

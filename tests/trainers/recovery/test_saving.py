@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from bigbatch.configs.errors import UserError
@@ -194,3 +195,24 @@ def test_of_a_checkpoint_that_lies_elsewhere_the_link_goes(tmp_path, state):
     assert names(folder) == ["step-00000002"]
     assert (elsewhere / "manifest.json").exists()
     assert {kind for kind, _ in log.events} == {"checkpoint"}
+
+
+def test_what_a_check_finds_wrong_is_not_written_and_what_it_finds_right_was_so(tmp_path, state):
+    with Saver(tmp_path, Alone(), Told(), Retention()) as saver:
+
+        def changes():
+            with torch.no_grad():
+                state.model.weight.add_(1)
+
+        before = state.model.weight.detach().clone()
+        saver.save(state, check=changes)  # after the copy: that has nothing of it
+
+        def wrong():
+            raise UserError("a rank holds other bits")
+
+        state.step = 2
+        with pytest.raises(UserError, match="other bits"):
+            saver.save(state, check=wrong)
+    assert names(tmp_path) == ["step-00000001"]
+    saved = load_file(tmp_path / "step-00000001" / "model.safetensors")
+    assert torch.equal(saved["weight"], before)
