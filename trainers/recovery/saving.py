@@ -48,9 +48,9 @@ class Saver:
         """Copy the state and start writing it. Collective, in the same step on every rank.
 
         `check` is called once it is copied: where it raises, nothing is written, and what it then
-        finds right was right when it was copied. `score` is this step's on the validation split,
-        by `retention.judge`, where it was evaluated. With `last` the checkpoint is on the disk at the return; raises
-        UserError where it cannot be.
+        finds right was right when it was copied. `score` is this step's on the validation split, by
+        `retention.judge`, where it was evaluated. With `last` the checkpoint is on the disk at the
+        return; raises UserError where it cannot be.
         """
         started = time.perf_counter()
         self._finish()
