@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bigbatch.configs.errors import UserError, reason_of
-from bigbatch.configs.load import dump_recipe
 from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.cli import options
 
@@ -158,6 +157,7 @@ def advise(
 def _schedule(
     found: "RunAdvice", run: RunDir, gpus: int, write: Path | None, as_json: bool
 ) -> None:
+    from bigbatch.configs.load import dump_recipe
     from bigbatch.launcher.cli import advice_words as words
     from bigbatch.launcher.cli.render import show
     from bigbatch.trainers.advice.schedule import advise_schedule

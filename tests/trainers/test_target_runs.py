@@ -183,7 +183,9 @@ def test_shares_of_classes(shards: Callable[[str], Path], tmp_path: Path) -> Non
 def trained_once(shards: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run with two snapshots, of a linear model."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    run = make(path, shards("numbers"), "{name: l2}", "schedule={name: cycles, cycles: 2}")
+    run = make(
+        path, shards("numbers"), "{name: l2}", "schedule={name: cycles, cycles: 2, warmup: 0 steps}"
+    )
     with pytest.MonkeyPatch.context() as patch:
         _use_net(patch)
         train(run)

@@ -69,7 +69,7 @@ def test_skips_are_in_skipped_txt_and_in_inspect(tmp_path: Path) -> None:
     (tmp_path / "in" / "cow").mkdir()
     (tmp_path / "in" / "cow" / "1.jpg").write_text("no image")
     report = shard(str(tmp_path / "in"), tmp_path / "out", progress=False)
-    assert report.notes == ["classes of which no image could be read: cow"]
+    assert report.notes[-1] == "classes of which no image could be read: cow"
     lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert len(lines) == len(report.skipped) == 11
     found = inspect(tmp_path / "out")

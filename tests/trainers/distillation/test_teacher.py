@@ -309,7 +309,8 @@ def test_each_key_of_a_recipe_counts_in_a_view_or_is_known_not_to() -> None:
     """A new key counts until somebody has seen that it changes no view: none is stale for it."""
     whole = {key for key, keys in _NO_VIEW.items() if keys is True}
     assert whole <= Recipe.model_fields.keys()
-    counted = {"seed", "global_batch", "micro_batch", "precision", "data", "augment", "evaluate"}
+    counted = {"seed", "global_batch", "micro_batch", "precision", "determinism"}
+    counted |= {"data", "augment", "evaluate"}
     assert Recipe.model_fields.keys() - whole == counted
     inner = {"data": {"stream", "sampling", "repeats", "lanes", "window", "channels"},
              "augment": {"crop", "affine", "flip", "jitter", "mixup", "cutmix", "mix_switch",

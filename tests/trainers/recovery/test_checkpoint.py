@@ -444,9 +444,9 @@ def test_tensors_that_cannot_be_are_damage(two_checkpoints, name, content):
     assert problem.startswith(f"{newer / name} is damaged: ")
 
 
-def test_deep_json_of_an_accuracy_is_none(two_checkpoints):
+def test_deep_json_of_a_score_is_none(two_checkpoints):
     (two_checkpoints[0] / stored.STATE).write_bytes(b"[" * 100_000)
-    assert stored._accuracy(two_checkpoints[0]) is None
+    assert stored._score(two_checkpoints[0], "accuracy") is None
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:2], lambda t: t.half()])

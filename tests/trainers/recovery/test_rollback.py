@@ -157,8 +157,8 @@ def test_a_run_that_goes_back_does_so_alike_however_it_is_interrupted(digits, tm
 
 
 def test_a_rollback_leaves_a_loss_scaler_ready_for_the_next_try(digits, tmp_path, monkeypatch):
-    def as_fp16(*arguments):  # on a CPU, where the recipe may not ask for it
-        engine = open_engine(*arguments)
+    def as_fp16(*arguments, **options):  # on a CPU, where the recipe may not ask for it
+        engine = open_engine(*arguments, **options)
         accelerator = engine.accelerator
         accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
         monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
