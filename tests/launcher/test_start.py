@@ -307,7 +307,8 @@ def test_a_run_that_exists_may_change_its_backend_and_nothing_that_it_computes(t
     assert run.recipe() == changed
     said = (
         r"optimizer\.lr=3: that changes what is computed \(optimizer\.lr = 2\.0 there, 3\.0 here\)"
-        r".* you may change name, backend, log, checkpoint, recovery\.corruption, recovery\.stall_s, data\.cache,.*"
+        r".* you may change name, backend, log, checkpoint, recovery\.corruption, "
+        r"recovery\.stall_s, data\.cache,.*"
         r"bigbatch fork"
     )
     with pytest.raises(UserError, match=said):
