@@ -105,7 +105,7 @@ class WandbView:
         mend(folder)
         kept = _last_step(folder)
         wandb_run = self._start()
-        self.path = Path(wandb_run.settings.sync_dir)
+        self.path = folder / Path(wandb_run.settings.sync_dir).name
         wandb_run.define_metric("train/step")
         wandb_run.define_metric("*", step_metric="train/step")
         sent = wandb_run.starting_step - 1 if self._mode == "online" else kept
@@ -165,7 +165,9 @@ class WandbView:
             id=_run_id(self._run),
             resume="allow",
             mode=self._mode,
-            dir=str(self._run.path),
+            # Its service may be one that another process has started, in another folder: of a path
+            # that is relative it would make one there, and lose what it is told.
+            dir=str(self._run.path.absolute()),
             config=redact(config),
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
         )

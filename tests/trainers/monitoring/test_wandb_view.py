@@ -96,6 +96,16 @@ def segments(run: RunDir) -> list[Path]:
     return sorted((run.path / "wandb").glob("*run-*/*.wandb"))
 
 
+def test_a_service_that_another_folder_has_started_loses_nothing(tmp_path: Path) -> None:
+    """As where a program that uses wandb starts `bigbatch train` in a folder of its own."""
+    run = create_run(tmp_path / "here" / "digits", load_recipe("digits"))
+    (tmp_path / "there").mkdir()
+    start = "import os, wandb\nos.chdir('there')\nwandb.setup()\nos.chdir('../here')\n"
+    command = [sys.executable, "-c", start + ATTEMPT, "digits", "0", "20", "finished"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    assert [step for file in segments(run) for step in history_steps(file)] == [*range(1, 21)]
+
+
 def test_offline_each_step_once_over_kill_and_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
