@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bigbatch.configs.errors import UserError, reason_of
-from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher.cli import options
 
-if TYPE_CHECKING:  # it imports numpy
+if TYPE_CHECKING:  # they import numpy and pydantic
+    from bigbatch.configs.rundir import RunDir
     from bigbatch.trainers.advice.advise import RunAdvice
 
 _UNITS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
@@ -155,7 +155,7 @@ def advise(
 
 
 def _schedule(
-    found: "RunAdvice", run: RunDir, gpus: int, write: Path | None, as_json: bool
+    found: "RunAdvice", run: "RunDir", gpus: int, write: Path | None, as_json: bool
 ) -> None:
     from bigbatch.configs.load import dump_recipe
     from bigbatch.launcher.cli import advice_words as words
