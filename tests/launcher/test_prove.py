@@ -148,6 +148,7 @@ def test_a_change_beyond_the_proven_steps_is_said(digits: Path) -> None:
     assert not_reached(DIGITS, 2) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_no_proof(tmp_path: Path) -> None:
     recipe = load_recipe("digits", [f"data.path={tmp_path}/nowhere"])
     with pytest.raises(RunFailed, match=r"ended with status 2:\n(.*\n)*.*nowhere"):
@@ -189,6 +190,7 @@ CHANGING = (
 )
 
 
+@pytest.mark.slow
 def test_the_proof_holds_for_a_batch_that_changes(digits: Path, tmp_path: Path) -> None:
     """Two steps have one micro-batch for two ranks; a kill is before, at or after the second."""
     keys = [*SMALL, f"global_batch={STAGES}", *CHANGING, f"data.path={digits}", "reduction=exact"]

@@ -113,6 +113,7 @@ def test_the_users_errors_are_one_message_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_readme_s_lines_for_slurm_run_as_they_stand(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def test_every_step_has_one_line_of_few_bytes(whole: RunDir) -> None:
     assert audit(whole) == (0, [])
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_lines(whole: RunDir, tmp_path: Path) -> None:
     run = create_run(tmp_path / "two", whole.recipe())
     done = warm.run(agent_command(run.path, 2, stop_at=4), capture_output=True, timeout=280)

@@ -14,6 +14,7 @@ from bigbatch.trainers.optim import LARS, layerwise
 pytest.importorskip("triton", reason="this torch came without Triton")
 
 
+@pytest.mark.slow
 def test_kernels_step_as_the_path_on_a_cpu_does() -> None:
     tests = Path(__file__).parents[2] / "helpers" / "interpreted_kernels.py"
     done = subprocess.run(

@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
@@ -27,6 +29,7 @@ def start_from_nothing(run: RunDir, world: int) -> None:
     assert [rank.wait(280) for rank in ranks] == [0] * world
 
 
+@pytest.mark.slow
 def test_two_ranks_forked_and_not(digits: Path, tmp_path: Path) -> None:
     changes = ["data.image_size=16", "global_batch=128", "micro_batch=32", "duration=20 steps"]
     changes += ["reduction=overlapped", "schedule={name: constant}", "log.wandb=off"]
