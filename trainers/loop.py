@@ -47,6 +47,7 @@ def train(attempt: Attempt) -> Ending:
 
     for step in range(state.step, plan.stop):
         if plan.decides(step) and attempt.grows(step):
+            ledger.complete()  # the next step, which would, is another attempt's
             return Ending.GROWN
         started = time.perf_counter()
         clock.begin_step()

@@ -20,6 +20,7 @@ from bigbatch.launcher.child import Children
 from bigbatch.launcher.fork import find_checkpoint, make_branches, plan_branch
 from bigbatch.launcher.prove import not_reached, read_trace, run_and_kill, run_to_end
 from bigbatch.trainers import worker
+from bigbatch.trainers.dynamics.look import look
 from bigbatch.trainers.planning.inputs import open_inputs
 from bigbatch.trainers.recovery.stored import AVERAGE, MODEL, OPTIMIZER
 from bigbatch.trainers.replay.replay import replay_step
@@ -62,7 +63,8 @@ def settings(digits: Path, *changes: str) -> list[str]:
             "data.image_size=8",
             "augment.affine=null",
             "log.diagnosis=false",
-            "log.ledger_every=5",
+            "log.ledger_every=1",
+            "log.samples=true",
         ),
         *changes,
     ]
@@ -150,6 +152,16 @@ def test_the_batch_doubles_where_the_recorded_gradients_ask_for_it(whole: RunDir
     starts = [e for e in read_jsonl(whole.events) if e["kind"] == "start"]
     assert starts[-1]["total_steps"] == len(steps) < starts[0]["total_steps"] == SAMPLES // 16
     assert json.loads(whole.summary.read_text())["samples"] == position
+
+
+def test_the_ledger_has_the_step_before_a_change_and_samples_count_real_steps(
+    whole: RunDir,
+) -> None:
+    steps = [r["step"] for r in records(whole, "train")]
+    assert [x["step"] for x in read_jsonl(whole.ledger) if x["kind"] == "step"] == steps
+    assert look(whole).steps == len(steps)
+    grown = next(e["step"] for e in decisions(whole) if e["global_batch"] == 64)
+    assert look(whole, until=grown + 2).found.positions == recipe_samples(whole, grown + 2)
 
 
 def test_a_run_that_is_stopped_decides_the_same(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.configs.decisions import recipe_of
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import read_json
 from bigbatch.configs.rundir import RunDir
@@ -88,7 +89,7 @@ def look(run: RunDir, until: int | None = None) -> Looked:
 
     Raises UserError where it has recorded none, or trains on other data by now.
     """
-    recipe = run.recipe()
+    recipe = recipe_of(run)
     if not run.samples.is_file():
         raise UserError(
             f"{run.path} has no record of its samples: log.samples was false. Train a new run with "

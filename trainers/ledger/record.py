@@ -2,7 +2,8 @@
 
 The state after a step is digested and told in the next step's all-reduce, before it changes, so
 that no collective is added; a save, at which a ledger has to be complete, makes an all-reduce of
-its own. So the file is a step behind while a run goes on, never at a checkpoint.
+its own, and so does a batch that grows, which ends an attempt. So the file is a step behind while a
+run goes on, never at a checkpoint.
 """
 
 import hashlib
@@ -98,11 +99,18 @@ class LedgerWriter:
         """
         if self._every is None:
             return
+        self.complete(copies)
+        if self._engine.rank == 0 and (line := self._records.line(self._job.state.step)):
+            self._log.ledger(line)
+
+    def complete(self, copies: Tensor | None = None) -> None:
+        """Tell the state after the last step, where no step of this attempt follows. Collective.
+
+        `copies` as in `share`.
+        """
         if self._step is not None:
             total = self._engine.sum(to_limbs(self.state.state(copies)).flatten())
             self._write(from_limbs(read_back({"sums": total})["sums"]))
-        if self._engine.rank == 0 and (line := self._records.line(self._job.state.step)):
-            self._log.ledger(line)
 
     def _write(self, values: Sequence[int]) -> None:
         assert self._step is not None
