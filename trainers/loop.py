@@ -56,8 +56,6 @@ def train(attempt: Attempt) -> Ending:
         set_lr(optimizer, lr_multiplier)
         if job.inputs.momentum is not None:
             set_momentum(optimizer, job.inputs.momentum(step))
-        batch_before = plan.timeline.batch(max(0, step - 1))
-        set_by_batch(optimizer, recipe.global_batch, images_of_step, batch_before)
         if job.freezing is not None and (begun := job.freezing.begin(step)):
             log.event("unfreeze", step=step, stages=begun)
 
@@ -161,6 +159,9 @@ def train(attempt: Attempt) -> Ending:
             skipped_steps=state.skipped_steps,
             may_overflow=engine.scaler is not None and skipped <= _MAX_SKIPPED,
         )
+        # Behind the digests: counts that it changes belong to the state after this step.
+        batch_before = plan.timeline.batch(max(0, step - 1))
+        set_by_batch(optimizer, recipe.global_batch, images_of_step, batch_before)
         if updated:
             statistics.finish(on_device, micro_batches, recipe.batch_norm_power(images_of_step))
             with clock("optimizer"):

@@ -212,6 +212,24 @@ def test_the_rate_follows_adascale_s_gain_also_where_it_is_resumed(
     assert all(1.0 < gain < 4.0 for gain in gains[10:])
 
 
+def test_the_ledger_of_a_step_before_a_change_does_not_ask_who_saved_there(
+    digits: Path, tmp_path: Path
+) -> None:
+    """`betas: power` changes the optimizer's counts with the batch: of the step that it begins."""
+    stages = "global_batch={name: stages, pieces: [{batch: 16, until: 64 samples}, {batch: 32}]}"
+    others = [key for key in settings(digits) if not key.startswith(f"global_batch={GROWING}")]
+    short = ["duration=192 samples", "schedule={name: constant}", "checkpoint.every=9 epochs"]
+    recipe = load_recipe("digits", [stages, *others, *short], say=None)
+    run, stopped = (create_run(tmp_path / name, recipe) for name in ("run", "stopped"))
+    train(run, "--stop-at", "6")
+    for step in (4, 6):
+        train(stopped, "--stop-at", str(step))
+    lines = [[x for x in read_jsonl(r.ledger) if x["kind"] == "step"] for r in (run, stopped)]
+    assert [x["step"] for x in lines[0]] == [1, 2, 3, 4, 5, 6]
+    assert lines[0] == lines[1]
+    assert replay_step(run, 4).same is True
+
+
 def test_what_is_written_down_stands(whole: RunDir, digits: Path, tmp_path: Path) -> None:
     """A decision that the run was killed after: the next start follows it, whatever it measures."""
     run = new_run(tmp_path / "written", digits)
