@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from bigbatch.configs.batch import ByNoise
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.json_text import parse_json
 from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.configs.schema import Recipe
+from bigbatch.configs.targets import learns_targets
 from bigbatch.configs.words import plural
 from bigbatch.launcher.child import Children, RunFailed, events, steps_done, tail
 from bigbatch.launcher.fork import make_branches, plan_branch
@@ -130,6 +132,7 @@ def make_twins(
     Where global_batch changes, as many images. Raises UserError where the recipe ends before.
     """
     recipe = parent.recipe()
+    _check(recipe, parent.name)
     line = open_inputs(recipe).plan
     if start.step + steps > line.total:
         raise UserError(
@@ -143,6 +146,7 @@ def make_twins(
     twins = []
     for number, override in enumerate((None, *overrides)):
         changed = change_recipe(recipe, [*quiet, *([] if override is None else [override])], None)
+        _check(changed, override or parent.name)
         plan = open_inputs(changed).plan
         stop = plan.timeline.reaching(samples)
         if stop > plan.total:
@@ -160,6 +164,21 @@ def make_twins(
             (run,) = make_branches(parent, start.checkpoint, [branch])
         twins.append(Twin(override or UNCHANGED, run, stop))
     return twins
+
+
+def _check(recipe: Recipe, name: str) -> None:
+    """Raise UserError where twins of such a recipe cannot be compared image by image."""
+    if learns_targets(recipe):
+        raise UserError(
+            f"{name}: loss {recipe.loss.name} learns targets, and whatif compares a classifier's "
+            "answers; branch off runs with `bigbatch fork` and compare their scores"
+        )
+    if isinstance(recipe.global_batch, ByNoise):
+        raise UserError(
+            f"{name}: global_batch noise_scale is decided on by each twin, and so they would not "
+            "see as many images; ask with a batch that is known ahead: `bigbatch fork` with "
+            "global_batch set, and whatif of that run"
+        )
 
 
 def train_twins(

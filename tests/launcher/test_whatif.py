@@ -179,6 +179,31 @@ def test_twins_begin_at_or_before_the_step(slow_run: RunDir, tmp_path: Path) -> 
         find_start(twins[1].run, 3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            (
+                "duration=2560 samples",
+                "global_batch={name: noise_scale, start: 32, most: 64, every: 320 samples}",
+                "checkpoint.every=1 epochs",
+            ),
+            "global_batch noise_scale is decided on by each twin",
+        ),
+        (("loss=l2", "augment.cutmix=0"), "loss l2 learns targets"),
+    ],
+)
+def test_twins_that_cannot_be_compared_are_refused(
+    digits: Path, tmp_path: Path, changes: tuple[str, ...], why: str
+) -> None:
+    """Before one is trained; of a run, and of a change of one."""
+    settings = [f"data.path={digits}", *SMALL]
+    recipe = load_recipe("digits", [*settings, *changes], say=None)
+    run = create_run(tmp_path / "run", recipe)
+    with pytest.raises(UserError, match=f"run: {why}"):
+        make_twins(run, find_start(run, 0), ["optimizer.lr=0.1"], 4, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("step", [10, 0])
