@@ -20,7 +20,8 @@ def set_by_batch(
     multiplied by: n samples take the same part of a weight away in steps of any batch (Wang and
     Aitchison 2024, arXiv:2405.13698; Bergsma et al. 2025, arXiv:2505.13738).
 
-    To be called once in each step, before its update and also where it makes none. Optimizer state holds t, as the step before has left it.
+    To be called once in each step, before its update and also where it makes none. Optimizer state
+    holds t, as the step before has left it.
     """
     if isinstance(rules, int):
         return
