@@ -79,9 +79,10 @@ def samples(
     for path in (out, weights):
         if path is not None and path.resolve().is_relative_to(found.path.resolve()):
             raise UserError(f"{path} is in the run, which is only read; choose another place")
+    for path, option in ((out, "--out"), (weights, "--weights")):
+        if path is not None and path.exists():
+            raise UserError(f"{path} exists already; choose another {option}, or remove it")
     if out is not None:
-        if out.exists():
-            raise UserError(f"{out} exists already; choose another --out, or remove it")
         check_writable(out)
     looked = look(found, until)
     result = looked.summary(top)

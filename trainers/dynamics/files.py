@@ -91,7 +91,7 @@ def errors_picture(looked: Looked) -> bytes:
             image = _NO_IMAGE
         images.append(image[..., 0] if image.shape[2] == 1 else image)
     lines = [
-        (f"{row['key']}: {row['class']}", f"margin {row['margin']:.2f}, right {row['right']:.0%}")
+        (f"{row['key']}: {row['class']}", f"margin {row['margin']:.1f}, {row['right']:.0%} right")
         for row in looked.rows(chosen)
     ]
     content = io.BytesIO()

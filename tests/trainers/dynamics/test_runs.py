@@ -265,6 +265,11 @@ def test_wrong_options_are_one_message(
     assert "only read" in str(inside.exception)
     there = command(whole, "--out", str(tmp_path))
     assert "exists already" in str(there.exception)
+    kept = tmp_path / "data.parquet"
+    kept.write_bytes(b"somebody's data")
+    there = command(whole, "--weights", str(kept), "--weigh", "forgotten")
+    assert "choose another --weights" in str(there.exception)
+    assert kept.read_bytes() == b"somebody's data"
 
 
 def test_other_data_is_refused(whole: RunDir, digits: Path, tmp_path: Path) -> None:
