@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bigbatch.trainers.engine.determinism import choose_algorithms
 from bigbatch.trainers.ledger.compare import Comparison
 from bigbatch.trainers.replay.environment import differences
 from bigbatch.trainers.replay.past import Past
@@ -58,6 +59,8 @@ def look_below(
     Raises UserError where a step cannot be made here.
     """
     last = pasts[0].step
+    # What one of them asks of cuBLAS counts only before anything is computed on a GPU.
+    choose_algorithms(deterministic=any(p.recipe.determinism == "full" for p in pasts))
     with open_replay(pasts[0], on_step) as replay:
         replay.advance(same)
         tracer = Tracer(replay)

@@ -2,20 +2,24 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe, load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.index import build_index
 from bigbatch.launcher.batches import batches
 from bigbatch.launcher.fork import find_checkpoint, make_branches, plan_branch
 from bigbatch.trainers import loop
+from bigbatch.trainers.engine.determinism import choose_algorithms
 from bigbatch.trainers.replay.__main__ import main
 from bigbatch.trainers.replay.apart import look_below
 from bigbatch.trainers.replay.past import find_past, whence
@@ -220,3 +224,29 @@ def test_an_unchanged_branch_equals_its_parent_in_every_step(
     found = look_below(same, pasts)
     assert (found.step, found.first) == (None, None)
     assert all(side.again is True for side in found.sides)
+
+
+def test_what_one_run_asks_of_cublas_is_set_before_the_other_one_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run of determinism none first, then one of full: cuBLAS reads its variable once."""
+    seen: list[str | None] = []
+
+    def opened(*_: Any) -> Any:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        raise UserError("opened")
+
+    # Absent, and absent again once this test is over.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("bigbatch.trainers.replay.apart.open_replay", opened)
+    pasts = tuple(
+        SimpleNamespace(step=1, recipe=SimpleNamespace(determinism=d)) for d in ("none", "full")
+    )
+    try:
+        with pytest.raises(UserError, match="opened"):
+            look_below(0, pasts)  # type: ignore[arg-type]
+    finally:
+        choose_algorithms(deterministic=False)
+    assert seen == [":4096:8"]
