@@ -200,7 +200,8 @@ def check_layout(run: RunDir) -> None:
     """
     for names, right, word in ((_FILES, Path.is_file, "file"), (_FOLDERS, Path.is_dir, "folder")):
         for path in (run.path / name for name in names):
-            if not right(path) and os.path.lexists(path):
+            # In this order: a run that goes on may make it in between.
+            if os.path.lexists(path) and not right(path):
                 kind = "a file" if path.is_file() else "a folder" if path.is_dir() else "a pipe"
                 what = kind if path.exists() else "a link to nothing"
                 raise UserError(f"{path} is {what}, where a run has a {word}; move it away")

@@ -108,6 +108,24 @@ def test_links_to_sound_ones_may_stand_there(run: RunDir) -> None:
     check_layout(run)
 
 
+def test_a_file_that_the_run_makes_meanwhile_is_sound(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two looks at it."""
+    is_file = Path.is_file
+
+    def then_made(path: Path, **options: bool) -> bool:
+        found = is_file(path, **options)
+        if path == run.summary:
+            path.touch()
+        return found
+
+    run.summary.unlink(missing_ok=True)
+    monkeypatch.setattr(Path, "is_file", then_made)
+    monkeypatch.setattr("bigbatch.configs.rundir._FILES", (run.summary.name,))
+    check_layout(run)
+
+
 def test_a_checkpoint_of_pipes_does_not_verify(tmp_path: Path) -> None:
     (tmp_path / "step-00000004").mkdir()
     os.mkfifo(tmp_path / "step-00000004/manifest.json")
