@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,6 +13,31 @@ from bigbatch.configs.schema import Recipe
 
 # Pydantic's words for a value where a part with keys belongs.
 _NO_PART = ("model_attributes_type", "model_type", "dict_type")
+# Its name for a branch of a union that no key tells apart, such as a number or a word.
+_BRANCH = re.compile(r"(constrained-)?(int|float|str|bool)|literal\[.*\]")
+
+
+def explain_all(errors: Iterable[Any], tree: Mapping[str, Any]) -> list[str]:
+    """A line for each refused value; where several kinds may stand, it says what each asks for."""
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for error in errors:
+        loc = error["loc"]
+        tells = isinstance(loc[-1], str) and _BRANCH.fullmatch(loc[-1]) if loc else None
+        found.setdefault(loc[:-1] if tells and not _stands(loc, tree) else loc, []).append(error)
+    lines = []
+    for loc, (first, *others) in found.items():
+        more = [error["msg"].removeprefix("Input should be ") for error in others]
+        lines.append(", or ".join([explain({**first, "loc": loc}, tree), *more]))
+    return lines
+
+
+def _stands(loc: Sequence[Any], tree: Any) -> bool:
+    """Whether the last part of a location is a key that a recipe has written."""
+    for part in loc:
+        if not (isinstance(tree, Mapping) and part in tree):
+            return False
+        tree = tree[part]
+    return True
 
 
 def explain(error: Any, tree: Mapping[str, Any]) -> str:

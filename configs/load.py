@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from bigbatch.configs.errors import UserError, reason_of
-from bigbatch.configs.explain import explain, shortened
+from bigbatch.configs.explain import explain_all, shortened
 from bigbatch.configs.layers import Place, Tree, canonical, give_way, lay, named_parts
 from bigbatch.configs.notices import notice
 from bigbatch.configs.redact import redact, refuse_secrets
@@ -69,7 +69,7 @@ def parse_recipe(tree: Mapping[str, Any], source: str) -> Recipe:
         tree, _ = with_new_names(tree)
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [explain(e, tree) for e in error.errors()]
+        lines = explain_all(error.errors(), tree)
         raise UserError(f"recipe {source}:\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 

@@ -125,6 +125,13 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         notes.append(f"optimizer {recipe.optimizer.name} starts without state{why}")
         kept.remove(OPTIMIZER)
         content["optimizer"] = {}
+    elif step and _betas_power(before, there.batch(step_of(checkpoint) - 1)) != _betas_power(
+        recipe, here.batch(step - 1)
+    ):
+        notes.append(
+            "global_batch.betas: the optimizer's moments were kept by other betas than the branch "
+            "corrects them by; for a while its updates are too short or too long"
+        )
     if content.get("averaged", 0):
         if same_batches and same_learning and before.average == recipe.average:
             kept.append(AVERAGE)
@@ -163,6 +170,11 @@ def _decided(before: Recipe, recipe: Recipe, samples: int) -> Decisions:
     decided = [(at, batch) for at, batch in theirs.decided if at <= samples]
     fits = theirs.start == ours.start and all(batch in ours.sizes for _, batch in decided)
     return decided if fits else []
+
+
+def _betas_power(recipe: Recipe, batch: int) -> float:
+    rules = recipe.global_batch
+    return 1.0 if isinstance(rules, int) else rules.betas_power(batch)
 
 
 def _optimizers(recipe: Recipe) -> tuple[str, str | None]:

@@ -200,6 +200,7 @@ def _choose(
     raise UserError(
         f"{path} has no {what} column{f' {given!r}' if given else ' that can be told by itself'}; "
         f"name one of {', '.join(names)} with --{what}-column"
+        + (", or numbers to learn with --target" if what == "label" else "")
     )
 
 

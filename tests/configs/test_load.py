@@ -81,6 +81,10 @@ def test_plain_values_are_read_as_yaml_1_2_reads_them(tmp_path, text, value):
         ("duration=9 weeks", ["9 weeks", "one unit"]),
         ("augment.crop={scale: [0, 1]}", ["augment.crop.scale", "greater than 0"]),
         ("optimizer={name: adam, lr: 1, betas: [0.9, 1]}", ["optimizer.betas.1", "less than 1"]),
+        (
+            "recovery.corruption.digest_every=often",
+            ["recovery.corruption.digest_every = 'often': Input should be a", ", or 'ledger'"],
+        ),
         ("data.sampling=fair", ["data.sampling = 'fair': there are uniform, balanced"]),
         ("optimizer=adamm", ["optimizer = 'adamm': did you mean adam? there are sgd, lars"]),
         ("augment.ops=[{name: augmax}]", ["augment.ops.0 = 'augmax': did you mean augmix?"]),

@@ -146,6 +146,19 @@ def test_a_number_goes_on_in_pieces_at_the_same_sample(parent: RunDir, tmp_path:
         plan_branch(run, checkpoint, tmp_path / "d", larger)
 
 
+def test_betas_that_a_branch_does_not_go_on_with_are_said(parent: RunDir, tmp_path: Path) -> None:
+    pieces = "pieces: [{batch: 64, until: 192 samples}, {batch: 32}]"
+    changes = (f"global_batch={{name: stages, betas: power, {pieces}}}", "duration=20 steps")
+    changes = (*changes, "optimizer={name: adamw, lr: 0.001}", "schedule={name: constant}")
+    checkpoint, plan = planned(parent, tmp_path / "b", 3, *changes, "schedule.warmup=0 steps")
+    (run,) = make_branches(parent, checkpoint, [plan])
+    assert worker.main([str(run.path), "--stop-at", "5"]) == 0
+    for others, says in ((["global_batch=32"], True), ([], False)):
+        recipe = change_recipe(run.recipe(), others)
+        notes = plan_branch(run, find_checkpoint(run, 5), tmp_path / "d", recipe).notes
+        assert any("kept by other betas" in note for note in notes) == says
+
+
 def test_confusions_that_are_not_taken_over_are_said(parent: RunDir, tmp_path: Path) -> None:
     _, plan = planned(parent, tmp_path / "b", 3, "loss.name=confusion_cost")
     assert plan.notes == ("costs of loss confusion_cost are all 1 until the first evaluation",)

@@ -220,7 +220,7 @@ def test_commands_for_classifiers_refuse(
         compress._only_member(trained.path, "cycle-01")
     with pytest.raises(UserError, match="distill takes a classifier's answers"):
         check_teacher(open_ensemble([trained.path]), load_recipe("digits"), ("0", "1"))
-    with pytest.raises(UserError, match="a replay shows what a classifier answers"):
+    with pytest.raises(UserError, match="only steps of classifiers are made again"):
         find_past(trained, 3)
 
 

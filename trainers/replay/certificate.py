@@ -117,7 +117,7 @@ def in_words(found: Certificate) -> list[str]:
         lines += [f"  {title}: {line}" for line in one["findings"]]
         lines += [f"  reason: {line}" for line in one["reasons"]]
     if found["draw"] is not None:
-        lines.append(f"drawn: {_drawn(found)}; {_chances(found)}")
+        lines.append(f"drawn: {_drawn(found)}" + (f"; {_chances(found)}" if _made(found) else ""))
     return lines
 
 
@@ -145,7 +145,8 @@ def paragraph(found: Certificate) -> str:
         left = own["total"] - len(own["recomputed"])
         others = f"{plural(left, 'interval')}; " if left else ""
         parts.append(f"Not computed again: {others}{_NOT_COVERED}.")
-        parts.append(f"{_chances(found).capitalize()}.")
+        if _made(found):
+            parts.append(f"{_chances(found).capitalize()}.")
     return " ".join([*parts, _NOT_PROVEN])
 
 
@@ -156,6 +157,11 @@ def _drawn(found: Certificate) -> str:
         f"{own['recomputed_steps']:,} of {plural(own['steps'], 'step')}, at random by seed "
         f"{found['draw']['seed']}"
     )
+
+
+def _made(found: Certificate) -> bool:
+    """Whether anything was computed again that is on record."""
+    return any(one["values"] for one in found["intervals"]["recomputed"])
 
 
 def _chances(found: Certificate) -> str:

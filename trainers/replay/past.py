@@ -111,8 +111,9 @@ def find_past(
         )
     if learns_targets(recipe):
         raise UserError(
-            f"{run.name} learns targets (loss {recipe.loss.name}), and a replay shows what a "
-            "classifier answers; replay a run that learns labels"
+            f"{run.name} learns targets (loss {recipe.loss.name}), and only steps of classifiers "
+            "are made again, by replay, diff and audit --fraction; `bigbatch audit` and `bigbatch "
+            "diff --ledgers` go by what is on record"
         )
     events = _read_events(run, step, before_rollback)
     skipped = [_range(event) for event in events.rollbacks]
