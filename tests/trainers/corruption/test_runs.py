@@ -117,7 +117,7 @@ def test_of_two_ranks_that_differ_a_replay_says_which_is_right(
     assert (event["step"], event["ranks"], event["known"]) == (3, [0, 1], False)
     assert event["replay"] == "bigbatch replay a --step 3"
     assert f"bigbatch replay {run.path} --step 3" in capfd.readouterr().err
-    assert replay([str(run.path), "--step", "3"]) == 0
+    assert replay(["step", str(run.path), "--step", "3"]) == 0
     right = f"rank {1 - rank} held this state, bit for bit, and rank {rank} did not"
     assert right in capfd.readouterr().out
 
