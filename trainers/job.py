@@ -85,10 +85,8 @@ class Job:
         return images, torch.cat([targets, self.teacher.outputs(batch)], 1)
 
     def following(self, decided: Decisions) -> "Job":
-        """The same under the plan of what a run has decided about its batch; itself elsewhere."""
+        """The same under the plan of what a run has decided about its batch."""
         recipe, state = following(self.recipe, decided), self.state
-        if recipe is self.recipe:
-            return self
         inputs = replanned(self.inputs, recipe, state.evaluations)
         if state.average is not None and (averaging := inputs.plan.average) is not None:
             state.average.follow(averaging.steps, averaging.updates)

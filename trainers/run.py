@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 
+from bigbatch.configs.batch import ByNoise
 from bigbatch.configs.judged import judged_by
 from bigbatch.configs.notices import notice
 from bigbatch.trainers.attempt import Ending, open_attempt
@@ -60,7 +61,8 @@ def attempt(
     corrupt: list[str] = []
     if start is Again.FROM_CHECKPOINT:
         corrupt = resume(run, engine, state, job.recipe.log.every)
-    job = job.following(agreed_decisions(run, engine, state))
+    if isinstance(job.recipe.global_batch, ByNoise):
+        job = job.following(agreed_decisions(run, engine, state))
     recipe, plan = job.recipe, job.inputs.plan
     if job.course.costs is not None:
         seen = engine.on_main(lambda: read_confusion(run.metrics, state.step))
