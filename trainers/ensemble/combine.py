@@ -40,11 +40,9 @@ from bigbatch.trainers.evaluation.outcomes import (
 )
 from bigbatch.trainers.evaluation.record import write_evaluation
 from bigbatch.trainers.evaluation.statistics import Statistics
-from bigbatch.trainers.evaluation.targets import drawn
+from bigbatch.trainers.evaluation.targets import answers
 from bigbatch.trainers.recovery.stored import MODEL, list_snapshots
 from bigbatch.trainers.recovery.tensor_files import load_weights, save_weights
-
-_POINTS = 2000  # of a plot of predicted over true numbers
 
 
 def combine(
@@ -153,9 +151,7 @@ def _write_answers(
         table = {"split": split, "classes": list(classes), "pairs": pairs}
         write_atomically(run.ensemble / "confusion.json", to_json(table))
         return
-    answers = {"split": split, "outputs": list(outputs), "samples": len(mean)}
-    answers |= {"each": mean.by_target(), **drawn(mean, _POINTS)}
-    write_atomically(run.ensemble / ANSWERS, to_json(finite(answers)))
+    write_atomically(run.ensemble / ANSWERS, to_json(finite(answers(split, outputs, mean))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ class Evaluator:
         self.data = recipe.data
         self.batch = recipe.evaluate.batch
         self.scaling = target_scaling(recipe)  # None: labels are learned
-        self._kind = Numbers if learns_numbers(recipe) else Distributions
+        self._kind = kind_of(recipe)
 
     def decoding(self, workers: int) -> Decoding:
         """How images are decoded to be evaluated."""
@@ -116,13 +116,8 @@ class Evaluator:
     def gather(self, parts: Sequence[Found], index: Index) -> TargetOutcomes | None:
         """What is said of targets, of all samples of a split in their order, on rank 0; `parts` are
         this rank's batches. Collective."""
-        assert self.scaling is not None
-        width = 2 if self._kind is Distributions else 2 * len(self.scaling[0])
-        rows = [part.rows() for part in parts if not isinstance(part, Outcomes)]
-        whole = np.concatenate([np.zeros((0, width)), *rows])
-        own = torch.from_numpy(whole).to(self.engine.device)
-        ordered = gather_in_order(self.engine, own, len(index), self.batch_of(index))
-        return None if ordered is None else self._kind.of_rows(ordered)
+        own = [part for part in parts if not isinstance(part, Outcomes)]
+        return gather_targets(self.engine, self._kind, own, index, self.batch_of(index))
 
     def logits(self, model: nn.Module, index: Index) -> np.ndarray | None:
         """Logits [N, C] in index order, float32, on rank 0; None on the others. For few classes."""
@@ -206,6 +201,26 @@ def gather_outcomes(engine: Engine, own: Outcomes, count: int, batch: int) -> Ou
     rows = torch.from_numpy(to_rows(own)).to(engine.device)
     ordered = gather_in_order(engine, rows, count, batch)
     return None if ordered is None else from_rows(ordered)
+
+
+def kind_of(recipe: Recipe) -> type[TargetOutcomes]:
+    """What is kept of a recipe that learns targets."""
+    return Numbers if learns_numbers(recipe) else Distributions
+
+
+def gather_targets(
+    engine: Engine,
+    kind: type[TargetOutcomes],
+    own: Sequence[TargetOutcomes],
+    index: Index,
+    batch: int,
+) -> TargetOutcomes | None:
+    """Of all samples of a split in their order on rank 0, of `gather_in_order`'s batches."""
+    assert index.target is not None, "the start looks at the index"
+    nothing = np.zeros((0, 2 * index.target.shape[1] if kind is Numbers else 2))
+    rows = torch.from_numpy(np.concatenate([nothing, *(part.rows() for part in own)]))
+    ordered = gather_in_order(engine, rows.to(engine.device), len(index), batch)
+    return None if ordered is None else kind.of_rows(ordered)
 
 
 def gather_statistics(engine: Engine, own: Statistics, count: int, batch: int) -> Statistics | None:

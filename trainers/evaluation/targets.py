@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bigbatch.configs.judged import KL, MAE, MODE, R2, RMSE
 
 Array = NDArray[np.float64]
+_POINTS = 2000  # of a plot of predicted over true numbers
 _MOST_DRAWN = 400_000  # numbers that are kept for plots
 
 
@@ -127,7 +128,13 @@ def log_softmax(logits: NDArray[np.floating]) -> Array:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def drawn(found: TargetOutcomes | None, most: int) -> dict[str, Any]:
+def answers(split: str, outputs: Sequence[str], found: TargetOutcomes) -> dict[str, Any]:
+    """The content of a targets.json, which the report shows."""
+    said = {"split": split, "outputs": list(outputs), "samples": len(found)}
+    return said | {"each": found.by_target(), **drawn(found, _POINTS)}
+
+
+def drawn(found: TargetOutcomes, most: int) -> dict[str, Any]:
     """Points for a plot: predicted and true numbers of at most `most` samples, evenly spaced;
     of fewer where each has many numbers."""
     if not isinstance(found, Numbers) or not len(found):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import finite, to_json, write_atomically
@@ -23,13 +22,12 @@ from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.ensemble.evaluations import about
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.members import Member
-from bigbatch.trainers.evaluation.evaluate import gather_in_order
+from bigbatch.trainers.evaluation.evaluate import gather_targets, kind_of
 from bigbatch.trainers.evaluation.targets import (
-    Distributions,
     Numbers,
     TargetOutcomes,
+    answers,
     distributions_of,
-    drawn,
     log_softmax,
     mean_distributions_of,
     numbers_of,
@@ -40,7 +38,6 @@ from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.weights_file import unlike
 
 SCORES = "scores.json"  # beside targets.json, in the folder of an evaluation
-_POINTS = 2000  # of a plot of predicted over true numbers
 _MOST_ROWS = 50  # targets in the table
 
 
@@ -125,16 +122,9 @@ def outcomes(
                 own.append(_judged(member, rows, true))
             parts[-1].append(mean_of(members, outputs.logits, true))
             progress.advance(len(outputs.samples))
-    kind = Numbers if learns_numbers(members[0].recipe) else Distributions
-    width = 2 * index.target.shape[1] if kind is Numbers else 2
-    found: list[TargetOutcomes] = []
-    for own in parts:
-        rows = np.concatenate([np.zeros((0, width)), *(part.rows() for part in own)])
-        on_device = torch.from_numpy(rows).to(engine.device)
-        ordered = gather_in_order(engine, on_device, len(index), forward.batch)
-        if ordered is not None:
-            found.append(kind.of_rows(ordered))
-    return found or None
+    kind = kind_of(members[0].recipe)
+    found = [gather_targets(engine, kind, own, index, forward.batch) for own in parts]
+    return [each for each in found if each is not None] or None
 
 
 def _judged(
@@ -169,12 +159,11 @@ def predicted_numbers(
 
 def save(folder: Path, result: dict[str, Any], mean: TargetOutcomes) -> None:
     """Write the scores, and numbers beside true ones; UserError where the disk refuses."""
-    answers = {"split": folder.name, "outputs": result["outputs"], "samples": len(mean)}
-    answers |= {"each": mean.by_target(), **drawn(mean, _POINTS)}
+    content = to_json(finite(answers(folder.name, result["outputs"], mean)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SCORES, to_json(result, indent=1) + "\n")
-        write_atomically(folder / ANSWERS, to_json(finite(answers)))
+        write_atomically(folder / ANSWERS, content)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}; choose another --out") from None
 
