@@ -21,6 +21,7 @@ from bigbatch.trainers.replay.intervals import Interval, detection
 
 FORMAT = 1
 PASSED, FAILED, NOT_COMPARABLE = "passed", "failed", "not comparable"
+SAME, DIFFERS = "same", "differs"  # what came of an interval, or NOT_COMPARABLE
 STATUS = {PASSED: 0, FAILED: 1, NOT_COMPARABLE: 2}  # exit statuses
 _TAMPERED = (1, 2, 5, 10)  # intervals, for which a chance is told
 _NOT_PROVEN = (
@@ -53,7 +54,7 @@ def certificate(
     if recomputed:
         files.not_shown = [line for line in files.not_shown if line != NOT_RECOMPUTED]
     outcomes = [one["outcome"] for one in recomputed]
-    differs = not files.passed or "differs" in outcomes
+    differs = not files.passed or DIFFERS in outcomes
     verdict = FAILED if differs else NOT_COMPARABLE if NOT_COMPARABLE in outcomes else PASSED
     total, drawn = len(every), len(recomputed)
     step = max(ledger.steps, default=0)
@@ -109,11 +110,11 @@ def in_words(found: Certificate) -> list[str]:
         where = f"steps {one['first'] + 1:,} to {one['last']:,}"
         what = f"{plural(one['values'], 'value')}, {plural(one['lines'], 'line')} of the ledger"
         what += ", the checkpoint at the end" if one["checkpoint"] else ""
-        if one["outcome"] == "same":
+        if one["outcome"] == SAME:
             lines.append(f"recomputed {where}: the same, bit for bit: {what}")
             continue
         lines.append(f"recomputed {where}: {one['outcome']}")
-        title = "CHANGED" if one["outcome"] == "differs" else "differs"
+        title = "CHANGED" if one["outcome"] == DIFFERS else "differs"
         lines += [f"  {title}: {line}" for line in one["findings"]]
         lines += [f"  reason: {line}" for line in one["reasons"]]
     if found["draw"] is not None:
@@ -174,7 +175,7 @@ def _chances(found: Certificate) -> str:
 
 def _outcomes(recomputed: Sequence[dict[str, Any]]) -> list[str]:
     said = []
-    same = [one for one in recomputed if one["outcome"] == "same"]
+    same = [one for one in recomputed if one["outcome"] == SAME]
     if same:
         values, lines = (sum(one[name] for one in same) for name in ("values", "lines"))
         states = sum(one["checkpoint"] for one in same)
@@ -184,7 +185,7 @@ def _outcomes(recomputed: Sequence[dict[str, Any]]) -> list[str]:
             "ledger), and weights, optimizer state and running statistics of "
             f"{plural(states, 'checkpoint')}."
         )
-    for outcome, title in (("differs", "Different"), (NOT_COMPARABLE, "Not comparable")):
+    for outcome, title in ((DIFFERS, "Different"), (NOT_COMPARABLE, "Not comparable")):
         own = [one for one in recomputed if one["outcome"] == outcome]
         if own:
             where = ", ".join(f"{one['first'] + 1:,} to {one['last']:,}" for one in own)

@@ -12,7 +12,13 @@ from bigbatch.data.journal import read_journal
 from bigbatch.trainers.ledger.audit import Audit, audit
 from bigbatch.trainers.ledger.lines import Step, read_ledger
 from bigbatch.trainers.planning.inputs import open_inputs
-from bigbatch.trainers.replay.certificate import Certificate, certificate
+from bigbatch.trainers.replay.certificate import (
+    DIFFERS,
+    NOT_COMPARABLE,
+    SAME,
+    Certificate,
+    certificate,
+)
 from bigbatch.trainers.replay.environment import differences, here, ledger_differences
 from bigbatch.trainers.replay.intervals import Interval, draw, identity, intervals
 from bigbatch.trainers.replay.past import Past, find_past
@@ -20,7 +26,6 @@ from bigbatch.trainers.replay.progress import telling
 from bigbatch.trainers.replay.replay import KEYS, Difference, Replay, open_replay
 from bigbatch.trainers.replay.saved import unlike_saved
 
-SAME, DIFFERS, NOT_COMPARABLE = "same", "differs", "not comparable"
 _NAMED = 5
 
 
