@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +15,6 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe, load_recipe
-from bigbatch.configs.recovery import Recovery
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.index import open_index
 from bigbatch.data.order import read_weights
@@ -28,11 +26,11 @@ from bigbatch.trainers import worker
 from bigbatch.trainers.dynamics.files import ERRORS, MAP, PAGE, RESULT, TABLE
 from bigbatch.trainers.dynamics.look import look
 from bigbatch.trainers.dynamics.rows import read_rows
-from bigbatch.trainers.recovery.rollback import Rollback, check_step
 from bigbatch.trainers.replay.look import look as look_into
 from bigbatch.trainers.replay.past import find_past
 from bigbatch.trainers.replay.replay import open_replay
 from tests.helpers import warm
+from tests.helpers.runs import go_back_once
 
 STEPS, BATCH = 8, 16
 SMALL = (
@@ -151,15 +149,7 @@ def test_two_ranks_write_the_same_bytes(whole: RunDir, tmp_path: Path) -> None:
 def test_a_stepped_over_step_is_marked_and_recorded_once(
     whole: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = [3]
-
-    def check(recovery: Recovery, step: int, *values: float, **more: Any) -> bool:
-        if step in wrong:
-            wrong.remove(step)
-            raise Rollback("of a test", [step, step], *values[:2])
-        return check_step(recovery, step, *values, **more)
-
-    monkeypatch.setattr("bigbatch.trainers.loop.check_step", check)
+    go_back_once(monkeypatch, 3)
     run = create_run(tmp_path / "back", whole.recipe())
     assert worker.main([str(run.path), "--stop-at", "5"]) == 0
     rows, before = read_rows(run.samples), read_rows(whole.samples)

@@ -1,22 +1,17 @@
 """Ledgers of real runs: by ranks, over kills, and what diff and audit find of what was changed."""
 
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe, load_recipe
-from bigbatch.configs.recovery import Recovery
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.index import build_index
 from bigbatch.launcher.batches import batches
@@ -26,9 +21,10 @@ from bigbatch.launcher.start import agent_command
 from bigbatch.trainers import worker
 from bigbatch.trainers.ledger.compare import compare
 from bigbatch.trainers.ledger.lines import FIRST, chained, read_ledger
-from bigbatch.trainers.recovery.rollback import Rollback, check_step
 from bigbatch.trainers.recovery.stored import measure, verify
 from tests.helpers import warm
+from tests.helpers.archives import alter
+from tests.helpers.runs import go_back_once
 
 STEPS = 6
 SMALL = (
@@ -123,15 +119,7 @@ def test_a_killed_run_goes_on_with_its_chain(whole: RunDir, tmp_path: Path) -> N
 def test_a_rollback_goes_on_with_the_chain(
     whole: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = [3]
-
-    def check(recovery: Recovery, step: int, *values: float, **more: Any) -> bool:
-        if step in wrong:
-            wrong.remove(step)
-            raise Rollback("of a test", [step, step], *values[:2])
-        return check_step(recovery, step, *values, **more)
-
-    monkeypatch.setattr("bigbatch.trainers.loop.check_step", check)
+    go_back_once(monkeypatch, 3)
     run = create_run(tmp_path / "back", whole.recipe())
     assert worker.main([str(run.path), "--stop-at", "5"]) == 0
     ledger, other = read_ledger(run.ledger), read_ledger(whole.ledger)
@@ -171,21 +159,6 @@ def test_a_rate_that_changes_is_named_as_the_update(whole: RunDir, tmp_path: Pat
     assert diff(whole, run, "--plot", str(picture)).exit_code == 1
     assert "the update" in diff(whole, run).output
     assert picture.stat().st_size > 1000
-
-
-def alter(shard: Path, key: str) -> None:
-    """One pixel of one picture, in a shard that is written anew."""
-    with tarfile.open(shard) as old:
-        members = [(m, old.extractfile(m).read()) for m in old.getmembers()]  # type: ignore[union-attr]
-    with tarfile.open(shard, "w") as new:
-        for member, content in members:
-            if member.name == f"{key}.png":
-                picture = Image.open(io.BytesIO(content))
-                picture.putpixel((0, 0), 255 - int(picture.getpixel((0, 0))))  # type: ignore[arg-type]
-                picture.save(buffer := io.BytesIO(), "PNG")
-                content = buffer.getvalue()
-                member.size = len(content)
-            new.addfile(member, io.BytesIO(content))
 
 
 def test_a_sample_with_another_pixel_is_named(whole: RunDir, digits: Path, tmp_path: Path) -> None:

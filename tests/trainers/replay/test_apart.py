@@ -1,16 +1,13 @@
 """That what two runs differ in first is named: the step, and what in it."""
 
-import io
 import json
 import os
 import shutil
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import change_recipe, load_recipe
@@ -25,6 +22,7 @@ from bigbatch.trainers.replay.apart import look_below
 from bigbatch.trainers.replay.past import find_past, whence
 from bigbatch.trainers.replay.replay import open_replay
 from bigbatch.trainers.replay.traced import STAGES, Trace, Tracer, compare_traces
+from tests.helpers.archives import alter
 from tests.trainers.replay.conftest import copied, small, train_here, untouched
 from tests.trainers.replay.test_audit import flip
 
@@ -106,21 +104,6 @@ def test_what_no_recipe_explains_did_not_come_out_again(
     assert "the replays are the same in all: what differs on record did not come out again" in said
 
 
-def alter(shard: Path, key: str) -> None:
-    """One pixel of one picture, in a shard that is written anew."""
-    with tarfile.open(shard) as old:
-        members = [(m, old.extractfile(m).read()) for m in old.getmembers()]  # type: ignore[union-attr]
-    with tarfile.open(shard, "w") as new:
-        for member, content in members:
-            if member.name == f"{key}.png":
-                picture = Image.open(io.BytesIO(content))
-                picture.putpixel((3, 3), 255 - int(picture.getpixel((3, 3))))  # type: ignore[arg-type]
-                picture.save(buffer := io.BytesIO(), "PNG")
-                content = buffer.getvalue()
-                member.size = len(content)
-            new.addfile(member, io.BytesIO(content))
-
-
 def test_one_altered_pixel_names_its_sample(
     preempted: RunDir, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +112,7 @@ def test_one_altered_pixel_names_its_sample(
         [k for b in batches(preempted.recipe(), range(s, s + 1)) for k in b.keys] for s in (0, 1)
     ]
     place, key = next((i, k) for i, k in enumerate(steps[1]) if k not in steps[0])
-    alter(tmp_path / "shards/train/000000.tar", key)
+    alter(tmp_path / "shards/train/000000.tar", key, (3, 3))
     build_index(tmp_path / "shards/train")
     recipe = change_recipe(preempted.recipe(), [f"data.path={tmp_path / 'shards'}"])
     run = create_run(tmp_path / "altered", recipe)

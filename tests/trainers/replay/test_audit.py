@@ -1,10 +1,8 @@
 """That an honest run passes an audit which computes it again, and that what was changed is found,
 and where."""
 
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from bigbatch.trainers.recovery.stored import list_checkpoints, measure, verify
 from bigbatch.trainers.replay.__main__ import main
 from bigbatch.trainers.replay.intervals import Interval, draw, identity, intervals
 from bigbatch.trainers.replay.recompute import audit_again, recompute
+from tests.helpers.archives import rewrite
 from tests.trainers.replay.conftest import copied, train_here, untouched
 
 SLOW = pytest.mark.slow
@@ -214,24 +213,14 @@ def test_a_shard_with_other_images_fails_where_they_are_seen(
         audit_again(run, 0.25, 0)
 
 
-def relabel(shard: Path, key: str) -> None:
-    """One label of a shard that is written anew."""
-    with tarfile.open(shard) as old:
-        members = [(m, old.extractfile(m).read()) for m in old.getmembers()]  # type: ignore[union-attr]
-    with tarfile.open(shard, "w") as new:
-        for member, content in members:
-            if member.name == f"{key}.cls":
-                content = str((int(content) + 1) % 10).encode()
-            new.addfile(member, io.BytesIO(content))
-
-
 @SLOW
 def test_a_changed_label_fails(elsewhere: tuple[RunDir, Path]) -> None:
     run, train = elsewhere
     index = open_index(train)
     sample = next(s for s in samples_of(run, 6) if s not in samples_of(run, 5))
     key = index.keys()[sample]
-    relabel(train / index.shards[int(index.shard[sample])].name, key)
+    shard = train / index.shards[int(index.shard[sample])].name
+    rewrite(shard, f"{key}.cls", lambda label: str((int(label) + 1) % 10).encode())
     build_index(train)
     found = audited(run)
     assert found["verdict"] == "failed"
