@@ -16,13 +16,12 @@ size 1). Beside it, by the same measure, how far the average is from the newest 
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, machine, stopwatch, write_figures
 from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -59,21 +58,12 @@ def cost(rounds: int) -> dict[str, Any]:
         "torch": lambda: torchs.update_parameters(engine.module),
         "timm": lambda: timms.update(engine.module),
     }
-    on_gpu = engine.device.type == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-
-    def timed(call: Callable[[], object]) -> float:
-        started = clock()
-        call()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return clock() - started
-
+    timed = stopwatch(on_gpu=engine.device.type == "cuda")
     times: dict[str, list[float]] = {name: [] for name in ("step", *updates)}
     for number in range(-2, rounds):
         names = list(updates)
         for name in ("step", *names[number % 3 :], *names[: number % 3]):
-            seconds = timed(step if name == "step" else updates[name])
+            seconds, _ = timed(step if name == "step" else updates[name])
             if number >= 0:
                 times[name].append(seconds)
     middle = {name: statistics.median(values) for name, values in times.items()}

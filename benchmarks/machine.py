@@ -6,9 +6,12 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def benchmark_parser(
@@ -47,6 +50,23 @@ def machine(*packages: str, **more: Any) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         found["threads"] = torch.get_num_threads()
     return {**found, **more}
+
+
+def stopwatch(*, on_gpu: bool) -> Callable[[Callable[[], T]], tuple[float, T]]:
+    """What times a call: seconds of the processor, or of the clock until a GPU is done, and what
+    the call gives."""
+    clock = time.perf_counter if on_gpu else time.process_time
+
+    def timed(call: Callable[[], T]) -> tuple[float, T]:
+        started = clock()
+        result = call()
+        if on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+        return clock() - started, result
+
+    return timed
 
 
 def _version(package: str) -> str | None:

@@ -21,8 +21,6 @@ images and many classes pay the largest share.
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, machine, stopwatch, write_figures
 from torch import nn
 
 from bigbatch.configs.losses import CrossEntropy
@@ -63,7 +61,7 @@ class Step:
         model = timm.create_model(name, num_classes=classes, in_chans=channels)
         engine.prepare(model, build_optimizer(model, LARS(name="lars", lr=0.01)), 1)
         device = engine.device
-        self.clock = time.perf_counter if device.type == "cuda" else time.process_time
+        self.timed = stopwatch(on_gpu=device.type == "cuda")
         self.images = torch.randn(images, channels, size, size, device=device)
         self.labels = torch.randint(classes, (images,), device=device)
         self.targets = nn.functional.one_hot(self.labels, classes).float()
@@ -82,13 +80,6 @@ class Step:
         nothing = torch.zeros(0, dtype=torch.uint8), torch.zeros((0, 2), dtype=torch.int32)
         samples = np.arange(images)
         self.batch = MicroBatch(0, 0, samples, self.labels, *nothing, channels)
-
-    def timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        started = self.clock()
-        result = call()
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self.clock() - started, result
 
     def __call__(self, recorded: bool) -> dict[str, float]:
         engine, records, course = self.engine, self.records, self.course
