@@ -25,8 +25,6 @@ of a step without, check_ms beyond that, and the share of a check every 100 step
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,9 +33,10 @@ import ledger_swapped
 import numpy as np
 import timm
 import torch
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, machine, stopwatch, write_figures
 from torch import nn
 
+from bigbatch.configs.losses import CrossEntropy
 from bigbatch.configs.optimizers import LAMB, LARS
 from bigbatch.data.batch import MicroBatch
 from bigbatch.trainers.engine.ddp import DdpEngine
@@ -78,12 +77,12 @@ class Step:
         model = timm.create_model(name, num_classes=100, in_chans=channels)
         engine.prepare(model, build_optimizer(model, OPTIMIZERS[optimizer]), 1)
         device = engine.device
-        self.clock = time.perf_counter if device.type == "cuda" else time.process_time
+        self.timed = stopwatch(on_gpu=device.type == "cuda")
         self.images = torch.randn(images, channels, size, size, device=device)
         self.labels = torch.randint(100, (images,), device=device)
         log = SimpleNamespace(ledger_every=1)
         job: Any = SimpleNamespace(
-            recipe=SimpleNamespace(log=log, micro_batch=images, backend="ddp"),
+            recipe=SimpleNamespace(log=log, micro_batch=images, backend="ddp", loss=CrossEntropy()),
             engine=engine,
             inputs=SimpleNamespace(splits={}, plan=SimpleNamespace(total=10**9)),
             run=SimpleNamespace(ledger=folder / "ledger.jsonl", metrics=folder / "metrics.jsonl"),
@@ -92,13 +91,6 @@ class Step:
         lines: Any = Lines(folder / "ledger.jsonl")
         self.ledger = LedgerWriter(job, lines)
         self.number = 0
-
-    def timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        started = self.clock()
-        result = call()
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self.clock() - started, result
 
     def __call__(self, measured: bool) -> dict[str, float]:
         engine, ledger, images = self.engine, self.ledger, len(self.images)
