@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Processes that share the files of tests, each file whole: fixtures of a module are made once.
+# One that dies ends the suite: its file, dealt out anew, would take the next one along.
 WORKERS ?= 2
-SHARED := -n $(WORKERS) --dist loadfile
+SHARED := -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 .PHONY: setup train test test-slow test-slurm check bench clean
 
