@@ -18,8 +18,9 @@ import torch
 
 from bigbatch.configs.errors import Changed, UserError
 from bigbatch.data.batch import BatchPlan, Decoding, MicroBatch
+from bigbatch.data.begun import AHEAD, Begun, byte_ranges
 from bigbatch.data.decode import Pixels
-from bigbatch.data.decode_batch import BYTE_RANGE, BatchDecoder, ByteRanges, Decoded, Key, Source
+from bigbatch.data.decode_batch import BatchDecoder, ByteRanges, Decoded, Key, Source
 from bigbatch.data.geometry import Frames
 from bigbatch.data.index import Index
 from bigbatch.data.journal import append
@@ -30,7 +31,6 @@ from bigbatch.data.workers import WorkerPool
 
 _POSITIONS = 4096  # that are turned into samples at once
 _SUBSTITUTES = 20
-_AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
 
 
 def train_batches(
@@ -86,11 +86,13 @@ def eval_batches(
     rank: int,
     world: int,
     leave_out_bad: bool = False,
+    begun: Begun | None = None,
 ) -> Iterator[MicroBatch]:
     """Batches rank, rank + world, ... of all samples in index order; the last may be short.
 
     An unreadable sample raises UserError: an evaluation over other images is another one. With
-    `leave_out_bad` its batch comes without it, and says so in `bad`.
+    `leave_out_bad` its batch comes without it, and says so in `bad`. Where what has `begun` fits,
+    it goes on with that.
     """
     source = _source(index, decoding)
 
@@ -102,7 +104,7 @@ def eval_batches(
                 yield _Work(0, number, samples, samples)
 
     def batches() -> Iterator[MicroBatch]:
-        for todo, decoded in _decode(index, source, work(), decoding.workers):
+        for todo, decoded in _decode(index, source, work(), decoding.workers, begun):
             bad = [_entry(index, int(todo.samples[i]), r) for i, r in sorted(decoded.bad.items())]
             if bad and not leave_out_bad:
                 raise UserError(
@@ -182,13 +184,6 @@ def _source(index: Index, decoding: Decoding) -> Source:
     )
 
 
-def _byte_ranges(index: Index, samples: Positions) -> ByteRanges:
-    byte_ranges = np.empty(len(samples), BYTE_RANGE)
-    for name in BYTE_RANGE.names or ():
-        byte_ranges[name] = getattr(index, name)[samples]
-    return byte_ranges
-
-
 class _Decoder(Protocol):
     def submit(self, byte_ranges: ByteRanges, key: Key) -> None: ...
     def receive(self) -> Decoded: ...
@@ -214,16 +209,24 @@ class _InProcess:
 
 
 def _decode(
-    index: Index, source: Source, works: Iterator[_Work], workers: int
+    index: Index,
+    source: Source,
+    works: Iterator[_Work],
+    workers: int,
+    begun: Begun | None = None,
 ) -> Iterator[tuple[_Work, Decoded]]:
     """Each work with its decoded samples, in order; the next ones are decoded meanwhile."""
-    pool: _Decoder = WorkerPool(source, workers) if workers else _InProcess(source)
+    pool: _Decoder
+    if begun is not None and begun.claim(source):
+        pool = begun
+    else:
+        pool = WorkerPool(source, workers) if workers else _InProcess(source)
     coming: deque[_Work] = deque()
     try:
         for work in works:
             coming.append(work)
-            pool.submit(_byte_ranges(index, work.samples), work.key)
-            if len(coming) > _AHEAD * workers:
+            pool.submit(byte_ranges(index, work.samples), work.key)
+            if len(coming) > AHEAD * workers:
                 yield coming.popleft(), pool.receive()
         while coming:
             yield coming.popleft(), pool.receive()
@@ -259,7 +262,7 @@ class _Mender:
         entries = [_entry(self.index, sample, reason)]
         for attempt in range(_SUBSTITUTES):
             other = self.order.substitute(sample, position, attempt)
-            byte_range = _byte_ranges(self.index, np.array([other])).tolist()[0]
+            byte_range = byte_ranges(self.index, np.array([other])).tolist()[0]
             try:
                 image, frame = self.decoder.one(byte_range, place, len(work.samples), work.key)
             except BadSample as error:

@@ -21,6 +21,9 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # while it imports, as the worker does
     if "timm" not in sys.modules:  # a fork has it, and maybe wandb
+        from bigbatch.trainers.inference import ahead
+
+        ahead.begin(sys.argv[1:])
         sys.modules["wandb"] = None  # type: ignore[assignment]  # timm would import it, 0.4 s
         import timm  # noqa: F401
 
@@ -42,9 +45,9 @@ from bigbatch.trainers.ensemble.held_out import check_decides
 from bigbatch.trainers.ensemble.members import Member, require_labels
 from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
+from bigbatch.trainers.inference import ahead, pretrained, targets
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
-from bigbatch.trainers.inference import pretrained, targets
 from bigbatch.trainers.inference.agreement import require_same, require_same_images
 from bigbatch.trainers.inference.cost import cost_of
 from bigbatch.trainers.inference.forward import Forward
@@ -130,6 +133,7 @@ def _forward(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
         mc_dropout=options.mc_dropout,
         batch=options.batch,
         features=features,
+        begun=ahead.begun,
     )
 
 

@@ -13,6 +13,7 @@ from bigbatch.configs.size import height_width
 from bigbatch.configs.targets import learns_numbers
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import Decoding, MicroBatch
+from bigbatch.data.begun import Begun
 from bigbatch.data.geometry import View
 from bigbatch.data.index import Index
 from bigbatch.data.loader import eval_batches
@@ -71,7 +72,8 @@ class Forward:
     crops; mean, std and precision are each member's own. `tta` names the looks that are taken of
     an image (looks.py), and with `mc_dropout` as many passes are made of each look, in which
     members drop at random (dropout.py); their probabilities, or numbers, are averaged. A batch's
-    logits depend on neither the rank that computes them nor the batches before.
+    logits depend on neither the rank that computes them nor the batches before. `begun` decodes
+    the first batches of an index already (ahead.py).
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class Forward:
         mc_dropout: int = 0,
         batch: int | None = None,
         features: bool = False,
+        begun: Begun | None = None,
     ) -> None:
         self.engine = engine
         self.members = members
+        self._begun = begun
         self.classes = len(members[0].classes)
         first = members[0].recipe
         self.data = first.data
@@ -118,7 +122,7 @@ class Forward:
 
     def outputs(self, index: Index, *, leave_out_bad: bool = False) -> Iterator[Outputs]:
         """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""
-        few = -(-len(index) // self.engine.world) <= FEW_IMAGES
+        few = self._begun is None and -(-len(index) // self.engine.world) <= FEW_IMAGES
         streams = []
         for view in self._groups:
             decoding = Decoding(
@@ -137,6 +141,7 @@ class Forward:
                     rank=self.engine.rank,
                     world=self.engine.world,
                     leave_out_bad=leave_out_bad,
+                    begun=self._begun,
                 )
             )
         for batches in zip(*streams, strict=True):
