@@ -43,6 +43,8 @@ def signals() -> Iterator[None]:
     yield
     _restore_signals()
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # A StopFlag that was left open would end this process at the next signal that a test sends it.
+    assert signal.set_wakeup_fd(-1) == -1, "a StopFlag was left open"
 
 
 def _restore_signals() -> None:

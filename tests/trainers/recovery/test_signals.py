@@ -26,6 +26,7 @@ def test_nohup_stays_nohup() -> None:
     flag = StopFlag()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not flag
+    flag.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
