@@ -122,7 +122,9 @@ def _copy(readers: dict[int, int], stop: int, log: int, title: str) -> None:
     """Until all writers are gone, or a byte on `stop`: what is there then is still copied."""
     pending = dict.fromkeys(readers, b"")
     _write(log, _stamp() + f"--- {title}\n".encode())
-    with selectors.DefaultSelector() as selector:
+    # Not epoll, which knows of what a pseudo-terminal was given only once the kernel has come round
+    # to it: after a byte on `stop`, last words were lost where the machine was busy.
+    with selectors.PollSelector() as selector:
         for reader in (*readers, stop):
             os.set_blocking(reader, False)
             selector.register(reader, selectors.EVENT_READ)
