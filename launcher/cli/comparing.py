@@ -15,24 +15,29 @@ from bigbatch.launcher.cli import options
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--ledgers", is_flag=True, help="Compare what is on record; make no step again.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw both runs' losses into a file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw both runs' curves into a file.")
 @options.as_json
 @options.runs_folder
 def diff(
     a: str, b: str, ledgers: bool, plot: Path | None, as_json: bool, runs_folder: Path
 ) -> None:
-    """Compare recipes, data and ledgers of the runs A and B.
+    """Compare recipes, data, ledgers and evaluations of the runs A and B.
 
     Where a step differs it is made again on both, in one process, from the last checkpoints at
     which they are the same: so that the step is named where ledgers have one line for several, and
     in it the first sample, pixel, layer, gradient or update that differs. Both are only read.
 
-    Equal means equal bits. Exit status: 0 the same as far as both go, 1 they differ, 2 they
-    cannot be compared: no ledger, no step in common, or a difference that their environments
-    (device, versions, threads), or ranks without reduction: exact, may have made.
+    Splits that both were evaluated on are compared sample by sample, by key: differences of
+    accuracy and nll with intervals of a paired bootstrap, and McNemar's test.
+
+    Equal means equal bits. Exit status, of bits alone, whatever evaluations say: 0 the same as far
+    as both go, 1 they differ, 2 they cannot be compared: no ledger, no step in common, or a
+    difference that their environments (device, versions, threads), or ranks without reduction:
+    exact, may have made.
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.launcher.runs.registry import find_run
+    from bigbatch.trainers.evaluation import pairs
     from bigbatch.trainers.ledger.compare import DIFFERS, NOT_AGAIN, compare, in_words
     from bigbatch.trainers.replay.past import whence
 
@@ -40,10 +45,10 @@ def diff(
     runs = find_run(a, runs_folder), find_run(b, runs_folder)
     found = compare(*runs)
     if plot is not None:
-        from bigbatch.trainers.ledger.plot import draw_losses
+        from bigbatch.trainers.ledger.plot import draw_curves
 
         at = found.parting.step if found.parting else None
-        options.write_picture(plot, lambda: draw_losses(runs, at, plot))
+        options.write_picture(plot, lambda: draw_curves(runs, at, plot))
     why_not = None
     if found.parting is not None and found.status == DIFFERS and not ledgers:
         try:
@@ -52,15 +57,16 @@ def diff(
             why_not = str(error)
         else:
             _compute(["diff", *(str(run.path) for run in runs), *["--json"] * as_json])
+    evaluations = pairs.pair_evaluations(*runs)
     if as_json:
         paths = {"A": str(runs[0].path), "B": str(runs[1].path)}
-        more = {"below": None, "why_not_below": why_not}
+        more = {"below": None, "why_not_below": why_not, "evaluations": evaluations}
         options.print_json(paths | found.as_json() | more)
         sys.exit(found.status)
     options.say("\n".join(in_words(found, runs)))
     if why_not is not None:
         options.say(f"  {NOT_AGAIN}: {why_not}")
-    options.say(f"\n{found.verdict}")
+    options.say("\n".join(["", *pairs.in_words(evaluations), "", found.verdict]))
     sys.exit(found.status)
 
 

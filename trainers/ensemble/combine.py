@@ -10,6 +10,7 @@ from bigbatch.configs.ensemble import Ensemble
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import finite, to_json, write_atomically
 from bigbatch.configs.judged import ACCURACY, NLL, Score, judged_by, judged_in
+from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import ANSWERS, RunDir
 from bigbatch.data.index import Index
 from bigbatch.data.order import Positions
@@ -22,6 +23,7 @@ from bigbatch.trainers.ensemble.members import MEMBERS, find_members
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, SoupStep, greedy_soup
 from bigbatch.trainers.evaluation.accuracy import confusion_pairs
+from bigbatch.trainers.evaluation.by_sample import OUTCOMES, write_outcomes
 from bigbatch.trainers.evaluation.evaluate import (
     Again,
     Evaluator,
@@ -250,7 +252,15 @@ def _write_evaluation(run: RunDir, index: Index, found: Statistics, best: str | 
     notes = ["members were chosen on this split"] if best is None else []
     content = about(open_ensemble([run.path]), [run.path], index, notes)
     content |= found.summary(best)
-    write_evaluation(run.evaluations / index.place.rstrip("/").rpartition("/")[2], content)
+    folder = run.evaluations / index.place.rstrip("/").rpartition("/")[2]
+    try:
+        keys = index.keys()
+    except UserError as error:  # training needs none: all else of it stands
+        notice(f"no {OUTCOMES} in {folder}: {error}")
+    else:
+        classes, own = index.classes, found.outcomes()[0]
+        content["outcomes_sha256"] = write_outcomes(folder, keys, classes, own)
+    write_evaluation(folder, content)
 
 
 def _mean_probabilities(logits: Logits) -> Probabilities:

@@ -40,7 +40,7 @@ class Outcomes:
     @property
     def losses(self) -> Array:
         """Negative log-likelihood of each sample, in nats; of probability 0, about 708."""
-        return -np.log(np.maximum(self.chosen, np.finfo(np.float64).tiny))
+        return losses_of(self.chosen)
 
     def top(self, k: int) -> NDArray[np.bool_]:
         """Whether the label is among the k most probable classes.
@@ -67,6 +67,11 @@ class Outcomes:
             "brier": float((self.squares - 2 * self.chosen + 1).mean()),
             "ece": float(np.abs(gap).sum() / len(self)),
         }
+
+
+def losses_of(chosen: Array) -> Array:
+    """Negative log-likelihoods of labels whose probabilities are these."""
+    return -np.log(np.maximum(chosen, np.finfo(np.float64).tiny))
 
 
 def outcomes(probabilities: NDArray[np.floating], labels: Labels) -> Outcomes:

@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bigbatch.configs.files import to_json, write_atomically
+from bigbatch.trainers.evaluation.by_sample import OUTCOMES
 
 EVALUATION = "evaluation.json"
 WORST = "worst.png"  # the mistakes that were made with most confidence
+SCORES = "scores.json"  # in place of evaluation.json, of models that learn numbers or shares
 _ROUNDED = 1e-4  # by what sums of float32 probabilities may be above 1, and scores of such below 0
 
 Share = Annotated[float, Field(ge=0, le=1 + _ROUNDED)]
@@ -144,6 +146,9 @@ class Evaluation(Scored):
     samples: Annotated[int, Field(ge=1, le=2**53)]
     source: str
     notes: list[str]
+    data_hash: str = ""  # of the index; of images without one: empty
+    outcomes_sha256: str | None = None  # of outcomes.parquet; None: of a version that wrote none
+    combination: str = "mean"
     tta: str = "none"
     mc_dropout: Count = 0
     member_names: Annotated[list[str], Field(min_length=1)]
@@ -162,10 +167,11 @@ class Evaluation(Scored):
 
 
 def write_evaluation(folder: Path, content: dict[str, Any]) -> None:
-    """Write evaluation.json into `folder`; a picture of mistakes that are not its own goes."""
+    """Write evaluation.json into `folder`; a picture and outcomes that are not its own go."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not content.get("mistakes_drawn"):
-        (folder / WORST).unlink(missing_ok=True)
+    for path, own in ((WORST, "mistakes_drawn"), (OUTCOMES, "outcomes_sha256")):
+        if not content.get(own):
+            (folder / path).unlink(missing_ok=True)
     write_atomically(folder / EVALUATION, to_json(content, indent=1) + "\n")
 
 

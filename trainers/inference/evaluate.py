@@ -8,6 +8,7 @@ from bigbatch.configs.rundir import RunDir
 from bigbatch.data.listing import Listing, open_listing
 from bigbatch.data.staging import is_url
 from bigbatch.trainers.ensemble.folder import Ensemble
+from bigbatch.trainers.evaluation.by_sample import write_outcomes
 from bigbatch.trainers.evaluation.outcomes import Outcomes
 from bigbatch.trainers.evaluation.record import WORST, write_evaluation
 from bigbatch.trainers.inference.worst import draw_worst
@@ -44,9 +45,10 @@ def save_evaluation(
     result: dict[str, Any],
     found: Outcomes,
 ) -> None:
-    """Write the figures, and the picture of the worst mistakes in `found`, into `folder`."""
+    """Write the figures, `found` by sample, and the picture of its worst mistakes to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WORST).unlink(missing_ok=True)  # of another evaluation
+    result["outcomes_sha256"] = write_outcomes(folder, listing.keys, ensemble.classes, found)
     drawn = draw_worst(ensemble, listing, found, folder / WORST)
     result["mistakes_drawn"] = drawn
     write_evaluation(folder, result)

@@ -23,6 +23,7 @@ from bigbatch.trainers.ensemble.evaluations import about
 from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.evaluation.evaluate import gather_targets, kind_of
+from bigbatch.trainers.evaluation.record import SCORES
 from bigbatch.trainers.evaluation.targets import (
     Numbers,
     TargetOutcomes,
@@ -37,7 +38,6 @@ from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.progress import Progress
 from bigbatch.trainers.models.weights_file import unlike
 
-SCORES = "scores.json"  # beside targets.json, in the folder of an evaluation
 _MOST_ROWS = 50  # targets in the table
 
 

@@ -79,11 +79,15 @@ class Comparison:
 
 
 def compare(a: RunDir, b: RunDir) -> Comparison:
-    """Compare two runs. UserError where one of them is no run or has no ledger."""
+    """Compare two runs. UserError where one of them is no run."""
     recipes = recipe_of(a), recipe_of(b)
-    ledgers = read_ledger(a.ledger), read_ledger(b.ledger)
     recipe = differences(*recipes, _PLACES)
     versions = tree_differences(_versions(a), _versions(b), _PLACES)
+    try:
+        ledgers = read_ledger(a.ledger), read_ledger(b.ledger)
+    except UserError as error:
+        why = f"not comparable: {error}"
+        return Comparison(NOT_COMPARABLE, why, recipe, [], versions, [], [], 0, {"A": 0, "B": 0})
     common = sorted(ledgers[0].steps.keys() & ledgers[1].steps.keys())
     notes = [
         f"the chain of {ledger.path} does not hold: {ledger.broken}; what follows is not compared"
@@ -129,11 +133,12 @@ def compare(a: RunDir, b: RunDir) -> Comparison:
 def in_words(found: Comparison, runs: tuple[RunDir, RunDir]) -> list[str]:
     """What was found, a line each, but for the verdict."""
     lines = [f"A {runs[0].path}", f"B {runs[1].path}", ""]
+    unknown = [] if found.steps else ["not known without a step in both ledgers"]
     for title, some in (
         ("recipe", found.recipe),
-        ("data", found.data),
+        ("data", found.data or unknown),
         ("versions", found.versions),
-        ("environment", found.environment),
+        ("environment", found.environment or unknown),
     ):
         lines += [f"{title}: {line}" for line in some or ["the same"]]
     lines += [f"note: {note}" for note in found.notes]

@@ -12,6 +12,7 @@ import argparse
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     gc.disable()  # while it imports, as the worker does
@@ -20,6 +21,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.evaluation import pairs
 from bigbatch.trainers.ledger.audit import in_words as check_in_words
 from bigbatch.trainers.ledger.compare import NOT_AGAIN, compare
 from bigbatch.trainers.ledger.compare import in_words as compare_in_words
@@ -149,14 +151,20 @@ def _diff(options: argparse.Namespace) -> int:
             below = look_below(same, pasts, on_step)
     except UserError as error:  # such as data that are not here; what the ledgers say stands
         why_not = str(error)
+    evaluations = pairs.pair_evaluations(*runs)
     if options.json:
-        more = {"below": None if below is None else below.as_json(), "why_not_below": why_not}
+        more: dict[str, Any] = {
+            "below": None if below is None else below.as_json(),
+            "why_not_below": why_not,
+        }
+        more["evaluations"] = evaluations
         paths = {"A": str(options.a), "B": str(options.b)}
         print(to_json(paths | found.as_json() | more, indent=1))
     else:
         lines = compare_in_words(found, runs)
         lines += [f"  {NOT_AGAIN}: {why_not}"] if below is None else ["", *in_words(below)]
-        say_lines([*lines, "", found.verdict if below is None else verdict(below, found)])
+        lines += ["", *pairs.in_words(evaluations), ""]
+        say_lines([*lines, found.verdict if below is None else verdict(below, found)])
     return found.status
 
 

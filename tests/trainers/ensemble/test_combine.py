@@ -1,6 +1,7 @@
 """What a run's end says of its members, and that `evaluate` says the same of them afterwards."""
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from bigbatch.trainers.ensemble.combine import Seen, _mean_probabilities, combin
 from bigbatch.trainers.ensemble.evaluations import EnsembleStatistics
 from bigbatch.trainers.ensemble.members import find_members
 from bigbatch.trainers.evaluation import evaluate
+from bigbatch.trainers.evaluation.by_sample import OUTCOMES, read_outcomes
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from bigbatch.trainers.evaluation.metrics import softmax
 from bigbatch.trainers.evaluation.record import EVALUATION, read_evaluation
@@ -73,11 +75,28 @@ def test_the_end_of_a_run_writes_what_evaluate_writes(
         against = written["members"].pop("against_best")
         where = "these samples" if split == "val" else "other samples"
         assert (against["best"], against["chosen_on"]) == (f"a/{best}", where)
+        own = read_outcomes(run.evaluations / split, written["outcomes_sha256"])
+        assert own.keys.to_pylist() == open_index(digits / split).keys()
+        assert (own.correct.mean(), own.losses.mean()) == (written["accuracy"], written["nll"])
     arguments = ["evaluate", str(run.path), "--source", str(digits / "test"), "--json"]
-    assert inference.main(arguments) == 0
+    assert inference.main([*arguments, "--out", str(tmp_path / "again")]) == 0
     again = json.loads(capsys.readouterr().out)
     del again["members"]["against_best"]
     assert {k for k in written | again if written.get(k) != again.get(k)} <= OF_THE_COMMAND
+
+
+def test_an_index_without_its_keys_costs_the_outcomes_alone(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training never reads them, and its end is no time to fail."""
+    shutil.copytree(digits, tmp_path / "shards")
+    (tmp_path / "shards/test/index/keys.parquet").write_bytes(b"no Parquet")
+    run = untrained_run(tmp_path / "a", digits, tuple("0123456789"), snapshots=3)
+    combined(run, tmp_path / "shards")
+    assert "no outcomes.parquet in " in capsys.readouterr().err
+    assert read_evaluation(run.evaluations / "test")["outcomes_sha256"] is None
+    assert read_evaluation(run.evaluations / "val")["outcomes_sha256"] is not None
+    assert not (run.evaluations / "test" / OUTCOMES).exists()
 
 
 def test_members_share_the_decoding_of_a_split(

@@ -77,10 +77,12 @@ def test_a_rate_that_changes_is_named_as_the_update_of_its_step(
     assert all(own[name]["compared"] for name in STAGES)
     assert own["settings"]["where"] == "lr of group 0"
     assert own["settings"]["values"] == ["2.0", "4.0"]
+    assert found["evaluations"] == []
     assert main(["diff", str(sparse.path), str(run.path)]) == 1
     said = capsys.readouterr().out
     assert "step 37 differs first in the update: " in said
     assert "lr of group 0: 2.0 in A, 4.0 in B" in said
+    assert "\n\nevaluations: none of either run\n\n" in said
     assert said.splitlines()[-1] == "step 37 is the first that differs: the update"
 
 
