@@ -1,10 +1,15 @@
 """The command that says what each sample came to over a run's training."""
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from bigbatch.launcher.cli import options
+
+if TYPE_CHECKING:
+    from bigbatch.configs.rundir import RunDir
 
 _WAYS = ("errors", "forgotten", "ambiguous")  # of trainers/dynamics/study.py
 
@@ -38,6 +43,13 @@ _WAYS = ("errors", "forgotten", "ambiguous")  # of trainers/dynamics/study.py
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="With --weigh errors: the share of samples that gets 0.",
 )
+@click.option(
+    "--clean",
+    is_flag=True,
+    help="By the checkpoints and snapshots that RUN kept, on each sample as evaluations see it.",
+)
+@click.option("--batch", type=click.IntRange(1), help="With --clean: images of a batch.")
+@click.option("--nproc", type=click.IntRange(1), help="With --clean: processes here.")
 @options.runs_folder
 @options.as_json
 def samples(
@@ -48,6 +60,9 @@ def samples(
     weights: Path | None,
     weigh: str,
     drop: float | None,
+    clean: bool,
+    batch: int | None,
+    nproc: int | None,
     runs_folder: Path,
     as_json: bool,
 ) -> None:
@@ -56,14 +71,20 @@ def samples(
     \b
     bigbatch samples digits --out digits-samples
     bigbatch samples digits --weights clean.parquet --drop 0.05
+    bigbatch samples digits --clean
 
-    By mean margin over all visits, the lowest first. RUN is only read.
+    By mean margin over all visits, the lowest first. --clean needs no record: the weights that RUN
+    kept look at each training sample once more, without mixing or random crops, which tells errors
+    apart where mixup was on. RUN is only read.
     """
     from bigbatch.configs.errors import UserError
     from bigbatch.configs.files import check_writable
     from bigbatch.launcher.runs.registry import find_run
-    from bigbatch.trainers.dynamics.look import in_words, look
+    from bigbatch.trainers.dynamics.look import look
+    from bigbatch.trainers.dynamics.tell import Wanted, tell
 
+    if not clean and (batch or nproc):
+        raise UserError("--batch and --nproc are of --clean; what was recorded is only read")
     if weights is None and (drop is not None or weigh != "errors"):
         raise UserError("--weigh and --drop say which --weights are written; name their file")
     if drop is not None and weigh != "errors":
@@ -84,38 +105,39 @@ def samples(
             raise UserError(f"{path} exists already; choose another {option}, or remove it")
     if out is not None:
         check_writable(out)
-    looked = look(found, until)
-    result = looked.summary(top)
-    if weights is not None:
-        from bigbatch.trainers.dynamics.files import write_weights
-        from bigbatch.trainers.dynamics.study import weights as weigh_samples
+    if clean:
+        _look_clean(found, until, top, out, weights, weigh, drop, as_json, batch, nproc)
+    tell(look(found, until), Wanted(top, out, weights, weigh, drop, as_json))
 
-        values = weigh_samples(looked.found, weigh, drop or 0.0)
-        write_weights(weights, looked, values)
-        result["weights"] = {"file": str(weights), "zero": int((values == 0).sum())}
-    if out is not None:
-        from bigbatch.trainers.dynamics.files import PAGE, write_folder
 
-        try:
-            write_folder(out, looked, result)
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error}") from None
-        result["out"] = str(out)
-    if as_json:
-        options.print_json(result)
-        return
-    for line in in_words(result):
-        options.say(line)
-    if result["label_errors"]:
-        options.say("\nprobable label errors, the lowest mean margins first:")
-        width = max(3, *(len(row["key"]) for row in result["label_errors"]))
-        options.say(f"{'key':{width}}  margin  p(true)  right  forgotten  class")
-        for row in result["label_errors"]:
-            options.say(
-                f"{row['key']:{width}}  {row['margin']:6.2f}  {row['confidence']:7.3f}  "
-                f"{row['right']:5.0%}  {row['forgotten']:9}  {row['class']}"
-            )
-    if weights is not None:
-        options.say(f"weights {weights}, {result['weights']['zero']:,} of them 0")
-    if out is not None:
-        options.say(f"page {out / PAGE}")
+def _look_clean(
+    run: "RunDir",
+    until: int | None,
+    top: int,
+    out: Path | None,
+    weights: Path | None,
+    weigh: str,
+    drop: float | None,
+    as_json: bool,
+    batch: int | None,
+    nproc: int | None,
+) -> NoReturn:
+    """Become the ranks that look."""
+    from bigbatch.configs.decisions import recipe_of
+    from bigbatch.launcher.env import find_peers
+    from bigbatch.launcher.ranks import run_ranks
+    from bigbatch.launcher.start import one_voice
+    from bigbatch.trainers.dynamics.clean import kept_weights
+    from bigbatch.trainers.planning.environment import check_environment
+
+    data = recipe_of(run).data
+    arguments = ["samples", str(run.path), "--source", f"{data.path.rstrip('/')}/{data.train}"]
+    arguments += ["--members", ",".join(kept_weights(run, until).values()), "--top", str(top)]
+    given = {"batch": batch, "out": out, "weights": weights, "drop": drop}
+    for name, value in given.items():
+        arguments += [] if value is None else [f"--{name}", str(value)]
+    arguments += ["--weigh", weigh, *["--json"] * as_json]
+    check_environment(os.environ)
+    peers = find_peers(os.environ)
+    with one_voice(peers):
+        run_ranks("bigbatch.trainers.inference", arguments, peers, nproc)

@@ -43,6 +43,7 @@ class Looked:
     steps: int
     found: Dynamics
     notes: tuple[str, ...]  # what a user should know of these figures
+    clean: tuple[int, ...] = ()  # of clean views: the steps whose weights looked at all of them
 
     def rows(self, samples: np.ndarray) -> list[dict[str, Any]]:
         """Key, class and figures of some samples, as plain values."""
@@ -61,6 +62,7 @@ class Looked:
         return {
             "run": str(self.run.path),
             "steps": self.steps,
+            "clean": list(self.clean),
             "samples": len(index),
             "seen": int(found.seen.sum()),
             "visits": int(found.visits.sum()),
@@ -98,7 +100,7 @@ def look(run: RunDir, until: int | None = None) -> Looked:
         )
     index = open_split(recipe.data, recipe.data.train)
     order = open_order(recipe, index)
-    _check_order(run, order.hash)
+    check_order(run, order.hash)
     line = recipe.timeline(order.epoch_samples)
     rows = read_rows(run.samples)
     steps = line.reaching(len(rows))
@@ -115,7 +117,7 @@ def look(run: RunDir, until: int | None = None) -> Looked:
     return Looked(run, recipe, index, index.keys(), steps, found, tuple(_notes(recipe, found)))
 
 
-def _check_order(run: RunDir, here: str) -> None:
+def check_order(run: RunDir, here: str) -> None:
     """Raise UserError where positions lead to other samples than they did in the run."""
     for path in list_checkpoints(run.checkpoints):
         content = read_json(path / STATE)
@@ -137,8 +139,8 @@ def _notes(recipe: Recipe, found: Dynamics) -> Iterator[str]:
         off = " ".join(f"{key}=0" for key in mixed)
         yield (
             f"{' and '.join(mixed)} mixed each image with another one: loss, margin and p(true) "
-            "are of mixtures, and a low margin may be the partner's. Rankings are weaker so; train "
-            f"with {off} to have them of single images"
+            "are of mixtures, and a low margin may be the partner's. Rankings are weaker so; "
+            f"--clean looks at single images by weights that were kept, or train with {off}"
         )
     if recipe.distill is not None:
         yield "loss is the part of the labels alone, without the teacher's"
@@ -169,9 +171,12 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         return f"{summary[name]:,} ({summary[name] / seen:.1%})"
 
     samples = plural(summary["samples"], "sample")
+    visits = f"{plural(summary['visits'], 'visit')} of {seen:,} of {samples}"
+    by_step = ", ".join(f"{step:,}" for step in summary["clean"])
     lines = [
-        f"{plural(summary['visits'], 'visit')} of {seen:,} of {samples}, "
-        f"{summary['visits'] / seen:.1f} each, up to step {summary['steps']:,}",
+        f"clean views of {seen:,} of {samples}, by the weights after step {by_step}"
+        if summary["clean"]
+        else f"{visits}, {summary['visits'] / seen:.1f} each, up to step {summary['steps']:,}",
         f"unforgettable, learned and never wrong again: {of_seen('unforgettable')}; forgotten at "
         f"least once: {of_seen('forgotten')}; never learned: {of_seen('never_learned')}",
         f"on the average another class had the larger logit: {of_seen('margin_below_0')}",

@@ -1,6 +1,6 @@
-"""One rank of `bigbatch evaluate`, `predict` or `ensemble`: parse, load, run, say.
+"""One rank of `bigbatch evaluate`, `predict`, `ensemble` or `samples`: parse, load, run, say.
 
-    python -m bigbatch.trainers.inference evaluate|predict|ensemble MODEL... [options]
+    python -m bigbatch.trainers.inference evaluate|predict|ensemble|samples MODEL... [options]
     python -m bigbatch.trainers.inference features|transfer RECIPE [options]
 
 Started once per rank, with torchrun's environment variables where there are several.
@@ -45,7 +45,7 @@ from bigbatch.trainers.ensemble.held_out import check_decides
 from bigbatch.trainers.ensemble.members import Member, require_labels
 from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
-from bigbatch.trainers.inference import ahead, pretrained, targets
+from bigbatch.trainers.inference import ahead, clean, pretrained, targets
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.agreement import require_same, require_same_images
@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         ensemble = open_ensemble(options.model, options.members)
         found = [f"{m.name} {recipe_hash(m.recipe)}" for m in ensemble.members]
         require_same(engine, "members", found, "wait until the run has ended, or name them")
-        if targets.answers_targets(ensemble) and options.command == "ensemble":
-            require_labels(ensemble.members, "`bigbatch ensemble`")
+        if targets.answers_targets(ensemble) and options.command in ("ensemble", "samples"):
+            require_labels(ensemble.members, f"`bigbatch {options.command}`")
         status = _COMMANDS[options.command](options, engine, ensemble)
         sys.stdout.flush()
         return status
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path)
         command.add_argument("--mc-dropout", type=int, default=0)
     pretrained.add_commands(commands)
+    clean.add_options(commands.choices["samples"])
     commands.choices["predict"].add_argument("--features", action="store_true")
     combine = commands.choices["ensemble"]
     combine.add_argument("--report")
@@ -365,7 +366,17 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
     return 0
 
 
-_COMMANDS = {"evaluate": _evaluate, "predict": _predict, "ensemble": _ensemble}
+def _samples(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
+    listing = _open_labelled(options.source, engine, ensemble)
+    return clean.samples(options, _forward(options, engine, ensemble), listing.index)
+
+
+_COMMANDS = {
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "ensemble": _ensemble,
+    "samples": _samples,
+}
 
 
 if __name__ == "__main__":
