@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bigbatch.configs.files import sync
+from bigbatch.configs.files import see_that_it_ends, sync
 from bigbatch.trainers.evaluation.outcomes import Array, Outcomes, losses_of
 from bigbatch.trainers.evaluation.paired import bootstrap, mcnemar
 
@@ -101,6 +101,7 @@ def read_outcomes(folder: Path, sha256: str) -> BySample:
     Raises OSError, and ValueError, in a line, where they are others.
     """
     path = folder / OUTCOMES
+    see_that_it_ends(path)
     if _sha256(path) != sha256:
         raise ValueError(f"{OUTCOMES} is not what evaluation.json was written with")
     try:

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from bigbatch.configs.errors import reason_of
 from bigbatch.configs.rundir import RunDir
 from bigbatch.trainers.evaluation.by_sample import BySample, compare_by_sample, read_outcomes
 from bigbatch.trainers.evaluation.record import EVALUATION, SCORES, read_evaluation
@@ -57,9 +58,10 @@ def _read(side: str, run: RunDir, name: str) -> tuple[dict[str, Any], BySample]:
             raise ValueError("no outcomes by sample were kept with it")
         return about, read_outcomes(folder, about["outcomes_sha256"])
     except (OSError, ValueError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        where = f"{error.filename or folder}: " if isinstance(error, OSError) else ""
         remedy = _remedy(run, name, about.get("source"))
-        raise ValueError(f"of {side}: {reason}; {remedy} writes them") from None
+        said = f"of {side}: {where}{reason_of(error)}; {remedy} writes them"
+        raise ValueError(said) from None
 
 
 def _remedy(run: RunDir, name: str, source: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """Evaluations that two runs have in common, and what `bigbatch diff` says of them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ def test_what_is_missing_is_a_line_with_the_command(runs: tuple[RunDir, RunDir])
         f"of B: {b.evaluations / 'val' / OUTCOMES}: No such file or directory; "
         f"`bigbatch evaluate {b.path} --split val` writes them"
     )
+    os.mkfifo(b.evaluations / "val" / OUTCOMES)  # whose reader would wait for ever
+    assert f"of B: {b.evaluations / 'val' / OUTCOMES}: no file; `bigbatch" in problem(runs)
     about = json.loads((b.evaluations / "val" / EVALUATION).read_text())
     del about["outcomes_sha256"]  # of an older version
     write_evaluation(b.evaluations / "val", about | {"source": "elsewhere/photos/"})
