@@ -1,19 +1,23 @@
 """Planted label errors, found again by what a run records of its samples.
 
-    python benchmarks/label_errors.py --cifar10 PARQUET [--quick] [--epochs N] [--nproc N]
-                                      [--retrain] [--folder DIR] [--json FILE]
+    python benchmarks/label_errors.py --cifar10 PARQUET|--digits [--quick] [--epochs N] [--nproc N]
+                                      [--mixup ALPHA] [--retrain] [--folder DIR] [--json FILE]
 
-PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg. Of the
-50,000 training images 10 % get another label, drawn evenly from the nine others; which ones, and
-which labels, follows from a seed. A small network is trained on them once, with
-`log.samples=true`, and `bigbatch samples` ranks them. Of each score the area under the ROC curve is
-that of planted errors against all other samples: the share of such pairs that it puts right, ties
-counted half. (CIFAR-10 has some errors of its own, which count as mistakes here.) With `--retrain`
-the weights that `--weights` writes are then trained with, from the same seed and for as many steps;
-runs are scored on the 10,000 test images, whose labels stay as they are. Shards and runs that are
-in DIR already are taken as they are.
+PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg; with
+`--digits` scikit-learn's 1,797 digits are in its place, a fifth of them to test. Of the training
+images 10 % get another label, drawn evenly from the nine others; which ones, and which labels,
+follows from a seed. A small network is trained on them once, with `log.samples=true`, and
+`bigbatch samples` ranks them: `by_epoch` by what was recorded up to an epoch's end, `clean` with
+`--clean`, by the weights after each epoch up to there. With `--mixup` records are of mixtures.
+
+Of each score the area under the ROC curve is that of planted errors against all other samples: the
+share of such pairs that it puts right, ties counted half. (CIFAR-10 has some errors of its own,
+which count as mistakes here.) With `--retrain` the weights that `--weights` writes are then trained
+with, from the same seed and for as many steps; runs are scored on the test images, whose labels
+stay as they are. Shards and runs that are in DIR already are taken as they are.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -50,9 +54,9 @@ optimizer:
   momentum: 0.6
   rest: {{name: lamb, lr: 0.02, weight_decay: 0.02, betas: [0.8, 0.95]}}
 schedule: {{name: cosine, warmup: 0.5 epochs}}
-augment: {{flip: 0.5}}
+augment: {{flip: 0.5, mixup: {mixup}}}
 evaluate: {{every: 1 epochs}}
-checkpoint: {{every: 1 epochs}}
+checkpoint: {{every: 1 epochs, keep_every: 1 epochs}}
 log: {{wandb: "off", every: 10, samples: true}}
 """
 # Column of the table, and whether errors have high values of it.
@@ -89,6 +93,22 @@ def plant(source: Path, dest: Path, images: int | None) -> npt.NDArray[np.int64]
     names = pq.read_schema(source).metadata
     pq.write_table(table.replace_schema_metadata(names), dest, row_group_size=2000)
     return wrong
+
+
+def write_digits(path: Path) -> None:
+    """Scikit-learn's digits, at 32 pixels, as the Parquet of CIFAR-10 would have them."""
+    import sklearn.datasets
+    from PIL import Image
+
+    data = sklearn.datasets.load_digits()
+    files = []
+    for image in np.kron(data.images * 15.9, np.ones((4, 4))).astype(np.uint8):
+        content = io.BytesIO()
+        Image.fromarray(image).convert("RGB").save(content, "JPEG", quality=95)
+        files.append(content.getvalue())
+    split = np.where(uniforms((len(files),), 0, "split") < 0.8, "train", "test")
+    table = {"split": pa.array(split), "label": pa.array(data.target, pa.int64()), "jpeg": files}
+    pq.write_table(pa.table(table), path)
 
 
 def roc_area(scores: npt.NDArray[np.float64], planted: npt.NDArray[np.bool_]) -> float:
@@ -129,10 +149,10 @@ def train(folder: Path, name: str, nproc: int, *changes: str) -> float:
     return float(json.loads(summary.read_text())["val"]["ensemble"]["accuracy"])
 
 
-def studied(folder: Path, planted: set[str], until: int | None) -> dict[str, Any]:
-    """Areas under the ROC curve, of all visits or of those up to a step."""
-    out = f"samples-{until or 'all'}"
-    more = () if until is None else ("--until", str(until))
+def studied(folder: Path, planted: set[str], until: int | None, *how: str) -> dict[str, Any]:
+    """Areas under the ROC curve, of all visits or of those up to a step; `how` is an option."""
+    out = f"samples-{until or 'all'}{''.join(how)}"
+    more = how if until is None else (*how, "--until", str(until))
     if not (folder / out).exists():
         bigbatch(folder, "samples", "errors", "--out", out, "--json", *more)
     columns = pq.read_table(folder / out / "samples.parquet").to_pydict()
@@ -149,27 +169,31 @@ def studied(folder: Path, planted: set[str], until: int | None) -> dict[str, Any
 def main() -> None:
     parser = benchmark_parser(__doc__, quick="2,000 images, two epochs")
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as Parquet")
+    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--size", type=int, default=16, help="pixels of a side")
     parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--mixup", type=float, default=0, help="augment.mixup of the run")
     parser.add_argument("--retrain", action="store_true", help="train on what was found, too")
     parser.add_argument("--folder", type=Path, help="keep shards, runs and pages here")
     options = parser.parse_args()
-    if options.cifar10 is None:
-        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+    if options.cifar10 is None and not options.digits:
+        print("skipped: give CIFAR-10 as Parquet by --cifar10, or --digits")
         return
-    if not options.cifar10.is_file():
+    if options.cifar10 is not None and not options.cifar10.is_file():
         parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
     epochs = 2 if options.quick else options.epochs
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        source = options.cifar10.resolve()
+        source = folder / "digits.parquet" if options.digits else options.cifar10.resolve()
+        if options.digits:
+            write_digits(source)
         wrong = plant(source, folder / "planted.parquet", 2000 if options.quick else None)
         if not (folder / "shards").exists():
             bigbatch(folder, "shard", "planted.parquet", "shards", "--json")
-        recipe = RECIPE.format(epochs=epochs, size=options.size)
+        recipe = RECIPE.format(epochs=epochs, size=options.size, mixup=options.mixup)
         (folder / "recipe.yaml").write_text(recipe)
         keys = pq.read_table(folder / "shards/train/index/keys.parquet")["key"].to_pylist()
         planted = {key for key in keys if int(key) in set(wrong.tolist())}
@@ -178,7 +202,8 @@ def main() -> None:
         records = [json.loads(x) for x in (folder / "runs/errors/metrics.jsonl").open()]
         ends = [r["step"] for r in records if r["kind"] == "eval" and r["split"] == "val"]
         found = [studied(folder, planted, step) for step in (*ends[:-1], None)]
-        for row in found:
+        clean = [studied(folder, planted, step, "--clean") for step in (*ends[:-1], None)]
+        for row in (*found, *clean):
             print(json.dumps(row), file=sys.stderr)
         again = None
         if options.retrain:
@@ -199,6 +224,7 @@ def main() -> None:
             "images": len(keys),
             "planted": len(wrong),
             "by_epoch": found,
+            "clean": clean,
             "accuracy": accuracy,
             "accuracy_retrained": again,
         }
