@@ -45,7 +45,7 @@ from bigbatch.trainers.ensemble.held_out import check_decides
 from bigbatch.trainers.ensemble.members import Member, require_labels
 from bigbatch.trainers.evaluation.record import EVALUATION, WORST
 from bigbatch.trainers.evaluation.words import in_words
-from bigbatch.trainers.inference import ahead, clean, pretrained, targets
+from bigbatch.trainers.inference import ahead, pretrained, targets
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference import evaluate as evaluation
 from bigbatch.trainers.inference.agreement import require_same, require_same_images
@@ -104,7 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path)
         command.add_argument("--mc-dropout", type=int, default=0)
     pretrained.add_commands(commands)
-    clean.add_options(commands.choices["samples"])
+    samples = commands.choices["samples"]
+    samples.add_argument("--top", type=int, required=True)
+    samples.add_argument("--weights", type=Path)
+    samples.add_argument("--weigh", default="errors")
+    samples.add_argument("--drop", type=float)
     commands.choices["predict"].add_argument("--features", action="store_true")
     combine = commands.choices["ensemble"]
     combine.add_argument("--report")
@@ -367,6 +371,8 @@ def _predict(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) ->
 
 
 def _samples(options: argparse.Namespace, engine: Engine, ensemble: Ensemble) -> int:
+    from bigbatch.trainers.inference import clean  # what no other command needs
+
     listing = _open_labelled(options.source, engine, ensemble)
     return clean.samples(options, _forward(options, engine, ensemble), listing.index)
 

@@ -1,7 +1,6 @@
 """`bigbatch samples --clean`: training samples on clean views, by weights that their run kept."""
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,13 +15,6 @@ from bigbatch.trainers.dynamics.tell import Wanted, tell
 from bigbatch.trainers.evaluation.evaluate import gather_in_order, labels_of
 from bigbatch.trainers.inference.forward import Forward
 from bigbatch.trainers.inference.progress import Progress
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--top", type=int, required=True)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--weigh", default="errors")
-    parser.add_argument("--drop", type=float)
 
 
 def samples(options: argparse.Namespace, forward: Forward, index: Index) -> int:
