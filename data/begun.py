@@ -14,6 +14,7 @@ from bigbatch.data.order import Positions
 from bigbatch.data.workers import WorkerPool
 
 AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
+_MEMORY = 512 * 2**20  # bytes that images may take before anybody asks for them
 
 
 class Begun:
@@ -30,7 +31,10 @@ class Begun:
         self._pool = WorkerPool(source, workers)
         self._given: deque[tuple[ByteRanges, Key]] = deque()
         self._claimed = self._received = False
-        for number in range(rank, -(-len(index) // batch), world)[: AHEAD * workers + 1]:
+        # An image is decoded at about twice the size that is asked for (decode.py).
+        taken = 4 * source.image_size**2 * source.channels * batch
+        count = max(AHEAD * workers + 1, _MEMORY // taken)
+        for number in range(rank, -(-len(index) // batch), world)[:count]:
             samples = np.arange(number * batch, min((number + 1) * batch, len(index)))
             self._given.append((byte_ranges(index, samples), (0, number)))
             self._pool.submit(*self._given[-1])

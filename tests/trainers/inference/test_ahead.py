@@ -44,6 +44,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> type[Pool]:
     monkeypatch.setattr(ahead, "begun", None)
     monkeypatch.setattr(ahead, "_FROM", 20)
     monkeypatch.setattr(begun_module, "WorkerPool", Pool)
+    monkeypatch.setattr(begun_module, "_MEMORY", 0)  # what one worker has in hand at least
     Pool.submitted = Pool.received = 0
     return Pool
 
