@@ -141,6 +141,11 @@ def check_name(name: str) -> None:
         )
 
 
+def member_paths(path: Path, count: int) -> list[Path]:
+    """PATH-0, PATH-1, ...: runs that belong together."""
+    return [path.with_name(f"{path.name}-{k}") for k in range(count)]
+
+
 class RunExists(UserError):
     """The run directory is there already."""
 

@@ -16,6 +16,7 @@ from bigbatch.configs import (
     model,
     monitoring,
     optimizers,
+    phases,
     recovery,
     regularise,
     stream,
@@ -37,6 +38,7 @@ from bigbatch.configs.model import Model
 from bigbatch.configs.monitoring import Log
 from bigbatch.configs.optimizers import Optimizer
 from bigbatch.configs.part import Count, StrictModel
+from bigbatch.configs.phases import Swap
 from bigbatch.configs.recovery import Checkpoint, Recovery
 from bigbatch.configs.regularise import Regularise
 from bigbatch.configs.schedules import Cosine, Schedule
@@ -63,6 +65,7 @@ _RULES = tuple(
         distill,
         transfer,
         monitoring,
+        phases,
     )
 )
 
@@ -121,6 +124,11 @@ class Recipe(StrictModel):
         None,
         description="also keep an average of the weights, a model of its own at the run's end: "
         "ema or swa",
+    )
+    phases: Swap | None = Field(
+        None,
+        description="what follows this training, which is then a trunk: swap, workers whose "
+        "weights are averaged",
     )
     augment: Augment = Field(Augment(), description="what happens to images before the network")
     evaluate: Evaluate = Field(Evaluate(), description="when and how the run is scored")

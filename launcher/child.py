@@ -140,6 +140,7 @@ def bare_recipe(recipe: Recipe, steps: int) -> dict[str, Any]:
     tree["log"] |= {"every": 1, "wandb": "off", "trace": False}
     tree["optimizer"].pop("momentum_schedule", None)  # of the whole run, as the schedule is
     tree["loss"].pop("class_weights_from", None)  # they count in all steps: the end may lie before
+    tree["phases"] = None  # what is measured is the trunk
     tree["data"]["progressive"] = None  # so that what is measured is of the whole size
     if tree["average"] is not None:  # of the same size, and none that starts after the end
         tree["average"] = {"name": "ema", "half_life": "1 steps"}

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bigbatch.trainers.models.weights_file import describe, read_header, read_in
 from bigbatch.trainers.monitoring.log import cut_records, cut_rows
 from bigbatch.trainers.planning.early_stop import best_evaluation, stops
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
+from bigbatch.trainers.planning.plan import Plan
 from bigbatch.trainers.planning.plateau import read_evaluations
 from bigbatch.trainers.recovery.stored import (
     AVERAGE,
@@ -93,12 +94,7 @@ def plan_branch(parent: RunDir, checkpoint: Path, path: Path, recipe: Recipe) ->
         recipe = following(recipe, decided)
         inputs = open_inputs(recipe)
     here = inputs.plan.timeline
-    step = _same_sample(step_of(checkpoint), there, here)
-    if step >= inputs.plan.total:
-        raise UserError(
-            f"{path.name} would have no step left: its {inputs.plan.total} steps are over after "
-            f"{step}; set a longer duration"
-        )
+    step = branch_step(step_of(checkpoint), there, inputs.plan, path.name)
     _check_network(checkpoint, before, recipe, inputs.outputs)
     same_batch = step > 0 and there.upto(step).stretches == here.upto(step).stretches
     # By what the recipes say: the parent may have decided more than the branch has seen.
@@ -210,15 +206,23 @@ def _timeline(before: Recipe, inputs: Inputs) -> Timeline:
     return open_inputs(before).plan.timeline  # pieces may be in epochs of its own data
 
 
-def _same_sample(step: int, there: Timeline, here: Timeline) -> int:
-    """Steps of the branch that have seen as many samples."""
-    samples = there.first(step)
+def branch_step(step: int, there: Timeline, plan: Plan, name: str) -> int:
+    """Steps of a branch that have seen as many samples as `step` ones of its parent.
+
+    UserError where these are no whole number of steps, or the branch called `name` is over then.
+    """
+    here, samples = plan.timeline, there.first(step)
     found = here.reaching(samples)
     if here.first(found) != samples:
         raise UserError(
             f"step {step} of global_batch {there.batch(max(0, step - 1))} is {samples:,} samples, "
             f"no whole number of steps of global_batch {here.batch(max(0, found - 1))}; take a "
             "batch that divides it, or branch off another step"
+        )
+    if found >= plan.total:
+        raise UserError(
+            f"{name} would have no step left: its {plan.total} steps are over after {found}; set a "
+            "longer duration"
         )
     return found
 
@@ -258,34 +262,36 @@ def make_branches(parent: RunDir, checkpoint: Path, branches: Sequence[Branch]) 
 
     Raises UserError, before any is made, where another run has its place.
     """
-    for branch in branches:
-        _check_place(parent, checkpoint, branch)
+    check_places(parent, step_of(checkpoint), {b.path: b.recipe for b in branches})
     return [_make(parent, checkpoint, branch) for branch in branches]
 
 
-def _origin(parent: RunDir, checkpoint: Path) -> dict[str, Any]:
+def _origin(parent: RunDir, step: int) -> dict[str, Any]:
     recipe = parent.recipe()
     return {
         "run": str(parent.path.absolute()),
         "recipe_hash": recipe_hash(recipe),
-        "step": step_of(checkpoint),
+        "step": step,
     }
 
 
-def _check_place(parent: RunDir, checkpoint: Path, branch: Branch) -> None:
-    if not branch.path.exists():
-        return
-    there = RunDir(branch.path)
-    why = "is no run"
-    if there.recipe_file.is_file():
-        origin = there.forked_from or {}
-        if any(origin.get(k) != v for k, v in _origin(parent, checkpoint).items()):
-            why = "is another run, or branched off elsewhere"
-        elif found := differences(there.recipe(), branch.recipe):
-            why = f"has another recipe: {summary(found)}"
-        else:
-            return
-    raise UserError(f"{branch.path} exists and {why}; choose another name with --run")
+def check_places(parent: RunDir, step: int, recipes: Mapping[Path, Recipe]) -> None:
+    """Raise UserError where a place is taken by anything but that branch of `step`."""
+    for path, recipe in recipes.items():
+        check_name(path.name)
+        if not path.exists():
+            continue
+        there = RunDir(path)
+        why = "is no run"
+        if there.recipe_file.is_file():
+            origin = there.forked_from or {}
+            if any(origin.get(k) != v for k, v in _origin(parent, step).items()):
+                why = "is another run, or branched off elsewhere"
+            elif found := differences(there.recipe(), recipe):
+                why = f"has another recipe: {summary(found)}"
+            else:
+                continue
+        raise UserError(f"{path} exists and {why}; choose another name with --run")
 
 
 def _make(parent: RunDir, checkpoint: Path, branch: Branch) -> RunDir:
@@ -336,7 +342,7 @@ def _fill(run: RunDir, parent: RunDir, checkpoint: Path, branch: Branch) -> None
         shutil.copytree(branch.best, run.checkpoints / branch.best.name)
     files = {path.name: measure(path) for path in sorted(target.iterdir())}
     write_atomically(target / MANIFEST, to_json({"step": branch.step, "files": files}, indent=1))
-    origin = _origin(parent, checkpoint) | {"at": branch.step, "snapshots": snapshots}
+    origin = _origin(parent, step_of(checkpoint)) | {"at": branch.step, "snapshots": snapshots}
     manifest = json.loads(run.manifest.read_text(encoding="utf-8")) | {"forked_from": origin}
     write_atomically(run.manifest, to_json(manifest, indent=2) + "\n")
     event = event_record("fork", branch.step) | {"run": origin["run"], "from_step": origin["step"]}

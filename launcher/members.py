@@ -10,7 +10,7 @@ from pathlib import Path
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.identity import differences, summary
 from bigbatch.configs.load import change_recipe
-from bigbatch.configs.rundir import RunDir, create_run
+from bigbatch.configs.rundir import RunDir, create_run, member_paths
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Child, Children, steps_done, tail
 from bigbatch.trainers.recovery.signals import SAVED, catch
@@ -22,11 +22,6 @@ _SAY_S = 10.0
 def member_recipes(recipe: Recipe, count: int) -> list[Recipe]:
     """The recipe with the seeds seed, seed + 1, ...: other weights at the start, another order."""
     return [change_recipe(recipe, [f"seed={recipe.seed + k}"]) for k in range(count)]
-
-
-def member_paths(path: Path, count: int) -> list[Path]:
-    """PATH-0, PATH-1, ..."""
-    return [path.with_name(f"{path.name}-{k}") for k in range(count)]
 
 
 def say(text: str) -> None:
@@ -56,9 +51,22 @@ def member_runs(path: Path, recipes: list[Recipe]) -> list[RunDir]:
 def train_members(
     runs: list[RunDir], nproc: int, at_once: int, say: Callable[[str], None] = say
 ) -> int:
+    """Train the runs that are not finished, and say how to combine them; the exit status."""
+    status = train_runs(runs, nproc, at_once, "the same command", say)
+    if status == 0:
+        names = " ".join(str(run.path) for run in runs)
+        out = runs[0].name.rpartition("-")[0]
+        say(f"combine them: bigbatch ensemble {names} --out ensembles/{out}")
+    return status
+
+
+def train_runs(
+    runs: list[RunDir], nproc: int, at_once: int, again: str, say: Callable[[str], None] = say
+) -> int:
     """Train the runs that are not finished, `at_once` at a time; returns the exit status.
 
-    A signal reaches those that run, which save and end; the others are not started.
+    `again` is what goes on with them. A signal reaches those that run, which save and end; the
+    others are not started.
     """
     waiting = [run for run in runs if not run.summary.exists()]
     for run in runs:
@@ -89,7 +97,8 @@ def train_members(
                 status = child.poll()
                 stopped |= status == SAVED
                 if status == 0:
-                    say(f"{child.run.path} is finished")
+                    end = "is finished" if child.run.summary.exists() else "has made its steps"
+                    say(f"{child.run.path} {end}")
                 elif status != SAVED:
                     failed.append(child.run)
                     say(f"{child.run.path} ended with status {status}:\n{tail(child.run)}")
@@ -105,14 +114,9 @@ def train_members(
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
-        say("stopped and saved; the same command goes on")
+        say(f"stopped and saved; {again} goes on")
         return SAVED
-    if failed:
-        return 1
-    names = " ".join(str(run.path) for run in runs)
-    out = runs[0].name.rpartition("-")[0]
-    say(f"combine them: bigbatch ensemble {names} --out ensembles/{out}")
-    return 0
+    return 1 if failed else 0
 
 
 def run_members(recipe: Recipe, path: Path, count: int, nproc: int, at_once: int) -> int:

@@ -145,6 +145,7 @@ def proof_recipe(recipe: Recipe) -> Recipe:
     tree = recipe.model_dump(mode="json")
     tree["log"] |= {"trace": True, "wandb": "off", "every": 1}
     tree["checkpoint"] |= {"every": f"{_SAVE_EVERY} steps"}
+    tree["phases"] = None  # each of them is a run, of steps as these
     return parse_recipe(tree, "of the proof")
 
 

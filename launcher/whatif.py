@@ -42,7 +42,7 @@ _TIMES = re.compile(r"([0-9.]+(?:[eE][-+]?[0-9]+)?)x")
 _QUIET = (
     *(f"log.{key}=false" for key in ("tensorboard", "diagnosis", "trace", "samples")),
     *("log.wandb=off", "log.prometheus=null", "log.ledger_every=null"),
-    "checkpoint.keep_every=null",
+    *("checkpoint.keep_every=null", "phases=null"),
 )
 _PREDICT = "bigbatch.trainers.inference"
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from bigbatch.configs.errors import reason_of
@@ -17,12 +18,13 @@ from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers.ensemble.averaged import score_average
 from bigbatch.trainers.ensemble.combine import combine
-from bigbatch.trainers.ensemble.members import save_snapshot
+from bigbatch.trainers.ensemble.members import find_members, keep_alone, save_snapshot
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.centres import remove_centres
 from bigbatch.trainers.monitoring.history import as_finished, read_history, timed_steps
 from bigbatch.trainers.monitoring.log import Log
 from bigbatch.trainers.planning.early_stop import best_evaluation
+from bigbatch.trainers.planning.swap import worker_runs
 from bigbatch.trainers.recovery.stored import MODEL, checkpoint_path
 from bigbatch.trainers.recovery.tensor_files import load_weights
 from bigbatch.trainers.report.diagnosis import diagnose
@@ -55,12 +57,13 @@ def finish(job: Job, log: Log) -> None:
         len(_expected_snapshots(job)),
         recompute=recompute,
     )
+    swapped, workers = finish_phases(job, log, splits)
     if scores is None:  # not rank 0
         log.close("finished")
         return
-    for role, found in averaged.items():
-        scores[role] |= found
-    end(job.run, summarise(job, scores), log)
+    for role in splits:
+        scores[role] |= averaged.get(role, {}) | swapped.get(role, {})
+    end(job.run, summarise(job, scores) | workers, log)
 
 
 def end(run: RunDir, summary: dict[str, Any], log: Log) -> None:
@@ -135,6 +138,32 @@ def finish_average(
         info=job.state.info,
     )
     return {role: {config.name: scores} for role, scores in found.items()}
+
+
+def finish_phases(
+    job: Job, log: Log, splits: dict[str, Index]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The average of the workers of a run with phases, as `bigbatch ensemble WORKER... --soup
+    uniform` makes it, which is then what the run keeps. Collective.
+
+    Gives its scores by split, as {"val": {"swap": ...}}, and what summary.json says of the workers;
+    nothing of a run without phases.
+    """
+    config = job.recipe.phases
+    if config is None:
+        return {}, {}
+    from bigbatch.trainers.inference.soup import make_soup, scores_alone
+
+    log.phase("averaging workers")
+    members = [m for run in worker_runs(job.run, job.recipe) for m in find_members(run)]
+    say = partial(print, flush=True) if job.engine.rank == 0 else lambda line: None
+    folder, file = job.run.ensemble, f"{config.name}.safetensors"
+    soup, record = make_soup(
+        job.engine, members, "uniform", splits["val"], folder, name=file, say=say
+    )
+    scores = scores_alone(job.engine, soup, splits)
+    job.engine.on_main(lambda: keep_alone(job.run, config.name))
+    return {role: {config.name: found} for role, found in scores.items()}, {"phases": record}
 
 
 def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:

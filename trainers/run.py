@@ -22,6 +22,7 @@ from bigbatch.trainers.monitoring.monitor import Monitor
 from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.planning.early_stop import stops
 from bigbatch.trainers.planning.environment import recorded_variables, said_variables
+from bigbatch.trainers.planning.swap import unfinished
 from bigbatch.trainers.recovery.heartbeat import Heartbeat
 from bigbatch.trainers.recovery.resume import agreed_decisions, resume
 from bigbatch.trainers.recovery.rollback import Rollback, StepFailed
@@ -108,6 +109,12 @@ def attempt(
         early = stops(recipe.regularise.early_stop, state.evaluations, judged_by(recipe))
         if state.step < plan.total and not early:
             log.close("stopped")
+            return 0
+        if engine.from_main(bool(unfinished(run, recipe))):
+            log.close("stopped")
+            if engine.rank == 0:
+                go_on = f"its workers go on by `bigbatch resume {run.path}`"
+                print(f"bigbatch: the trunk is trained; {go_on}", file=sys.stderr, flush=True)
             return 0
         stop.rest()
         finish(job, log)

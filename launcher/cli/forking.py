@@ -64,7 +64,7 @@ def fork(
             "fork makes runs, and starts them itself: call it outside of a launcher, with "
             "--no-train, and start them there by `bigbatch resume`"
         )
-    options.check_at_once(members, at_once)
+    options.check_at_once(members is not None, at_once)
     name, at, number = parent.rpartition("@")
     if at:
         if not number.isascii() or not number.isdigit():
@@ -74,7 +74,13 @@ def fork(
         parent, step = name, int(number)
     trunk = find_run(parent, runs_folder)
     checkpoint = branching.find_checkpoint(trunk, step)
-    recipe = with_measured(change_recipe(trunk.recipe(), overrides, notice))
+    # A branch is a run by itself, also where its parent is a trunk with workers of its own.
+    recipe = with_measured(change_recipe(trunk.recipe(), ("phases=null", *overrides), notice))
+    if recipe.phases is not None:
+        raise UserError(
+            "phases follow a run that `bigbatch train` starts, not a branch; leave them out, and "
+            "branch off the branch's end once it is trained"
+        )
     nproc = start.ranks_here(recipe, None, nproc, 1, os.environ)
     path = run_dir or runs_folder / (run or f"{trunk.name}-fork")
     if members is None:

@@ -43,12 +43,12 @@ def runs_folder(function: F) -> F:
     )(function)
 
 
-def check_at_once(members: int | None, at_once: int | None) -> None:
-    """Raise UserError where --at-once stands without the --members that it is for."""
-    if members is None and at_once is not None:
+def check_at_once(several: bool, at_once: int | None) -> None:
+    """Raise UserError where --at-once stands without the runs that it is for."""
+    if not several and at_once is not None:
         raise UserError(
-            f"--at-once {at_once} is how many of several --members train side by side; say how "
-            "many there are, or leave it out"
+            f"--at-once {at_once} is how many of several --members, or workers of a recipe's "
+            "phases, train side by side; say how many there are, or leave it out"
         )
 
 

@@ -109,11 +109,14 @@ def check(
     from bigbatch.configs.load import load_recipe
     from bigbatch.launcher import preflight
     from bigbatch.launcher.env import start_variables
+    from bigbatch.launcher.phases import plan_workers
     from bigbatch.launcher.slurm.submit import try_job
 
     loaded = load_recipe(recipe, overrides)
     world = None if nproc is None and nodes == 1 else (nproc or 1) * nodes
     found = preflight.check(loaded, world)
+    workers = plan_workers(loaded)
+    found["phases"] = None if workers is None else workers.in_words()
     found["environment"] = start_variables(nproc or 1, nodes, None, os.environ)
     findings = []
     if not quick:
@@ -169,6 +172,8 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
         rows["learning rate"] += "; lowered on plateaus, which only the run can find"
     if found["average"]:
         rows["average"] = found["average"]
+    if found["phases"]:
+        rows["phases"] = found["phases"]
     if found["notes"]:
         rows["note"] = "; ".join(found["notes"])
     if found["weights"]:

@@ -87,6 +87,13 @@ def submit(
     from bigbatch.trainers.planning.plan import check_world
 
     loaded = load_recipe(recipe, overrides)
+    if loaded.phases is not None:
+        raise UserError(
+            "phases: a job of `submit` is one run, and here that would be the trunk alone; train "
+            "all of it inside an allocation of one machine, `salloc` or a job script of yours with "
+            "`bigbatch train`, or submit the trunk with phases=null and branch its workers off by "
+            "`bigbatch fork`"
+        )
     site = read_site(site_file())
     job = submission.make_job(
         loaded,

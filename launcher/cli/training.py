@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from bigbatch.launcher.cli import options
 from bigbatch.launcher.launchers import LAUNCHERS
+
+if TYPE_CHECKING:
+    from bigbatch.configs.rundir import RunDir
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,7 +47,7 @@ def _starts(function: F) -> F:
         click.option(
             "--at-once",
             type=click.IntRange(1),
-            help="With --members: how many of them side by side; default: 1.",
+            help="With --members, or workers of phases: so many side by side; default: 1.",
         ),
         click.option(
             "--members",
@@ -71,7 +74,8 @@ def train(recipe: str, overrides: tuple[str, ...], **where: Any) -> None:
 
     Started once, it starts its processes itself. Started by torchrun, accelerate launch,
     deepspeed or srun, each process takes part as the rank it was given. With --members K the
-    recipe is trained with K seeds, as runs that `bigbatch ensemble` combines.
+    recipe is trained with K seeds, as runs that `bigbatch ensemble` combines. Where the recipe has
+    phases, RUN is the trunk: its workers RUN-worker-0, ... and their average follow by themselves.
     """
     _start(recipe, overrides, **where)
 
@@ -121,6 +125,7 @@ def _start(
     from bigbatch.launcher.env import cpus_per_task, find_peers
     from bigbatch.launcher.launchers import Launch
     from bigbatch.launcher.members import member_paths, run_members
+    from bigbatch.launcher.phases import check_new, check_starts_here, train_phases
     from bigbatch.launcher.runs import registry
 
     peers = find_peers(os.environ)
@@ -138,7 +143,9 @@ def _start(
         if several and run is None and run_dir is None:
             raise UserError(f"--nnodes {nnodes} needs --run NAME, the same on each machine")
         count = start.ranks_here(loaded, peers, nproc, launch.most_nodes, os.environ)
-        options.check_at_once(members, at_once)
+        options.check_at_once(members is not None or loaded.phases is not None, at_once)
+        if loaded.phases is not None:
+            check_starts_here(members, peers, several or launcher != "torchrun")
         if members is not None:
             if peers is not None or several or launcher != "torchrun":
                 raise UserError(
@@ -156,6 +163,10 @@ def _start(
         path = start.run_path(loaded, run, run_dir, peers, runs_folder)
         if not RunDir(path).summary.exists():  # a finished run needs its shards no more
             start.check_start(loaded, peers)
+        if loaded.phases is not None:
+            check_new(path, loaded)
+            made = registry.new_run(path, loaded, made_up=run is None and run_dir is None)
+            _end_with(made, train_phases(made, count or 1, at_once or 1), as_json)
         if peers is None and not several:
             path = registry.new_run(path, loaded, made_up=run is None and run_dir is None).path
         else:
@@ -170,6 +181,19 @@ def _start(
         start.begin(path, peers, None if count is None else replace(launch, nproc=count))
 
 
+def _end_with(run: "RunDir", status: int, as_json: bool) -> NoReturn:
+    from bigbatch.configs.terminal import Terminal
+    from bigbatch.launcher.cli import result
+    from bigbatch.trainers.report.results import final_table
+
+    if as_json:
+        options.print_json(result.standing(run.path, status))
+    elif status == 0:
+        Terminal(soft_wrap=True).print(final_table(json.loads(run.summary.read_bytes())))
+        options.say(f"report   {run.report}")
+    sys.exit(status)
+
+
 def _taught_by(teacher: str, runs: Path) -> str:
     """The change to a recipe that names a folder of an ensemble, or a run by name or directory."""
     from bigbatch.launcher.runs.registry import find_model
@@ -181,6 +205,7 @@ def _taught_by(teacher: str, runs: Path) -> str:
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nproc", type=click.IntRange(1), help="Processes here; default: one per GPU.")
+@click.option("--at-once", type=click.IntRange(1), help="Workers of phases side by side.")
 @click.option("--slurm", is_flag=True, help="Submit the run's own batch script again.")
 @click.option(
     "--sbatch-arg", multiple=True, help="With --slurm: an option of sbatch; may be repeated."
@@ -191,6 +216,7 @@ def resume(
     run: str,
     overrides: tuple[str, ...],
     nproc: int | None,
+    at_once: int | None,
     slurm: bool,
     sbatch_arg: tuple[str, ...],
     runs_folder: Path,
@@ -207,6 +233,7 @@ def resume(
     from bigbatch.launcher.cli import result
     from bigbatch.launcher.env import find_peers
     from bigbatch.launcher.launchers import Launch
+    from bigbatch.launcher.phases import check_starts_here, train_phases
     from bigbatch.launcher.runs.registry import find_run
     from bigbatch.launcher.slurm.submit import resubmit, see_that_no_job_lives
 
@@ -219,6 +246,7 @@ def resume(
             raise UserError("--sbatch-arg needs --slurm, which submits the run again")
         found = find_run(run, runs_folder)
         recipe = start.changed_recipe(found, overrides, peers) if overrides else found.recipe()
+        options.check_at_once(recipe.phases is not None, at_once)
         if as_json and found.summary.exists():
             options.print_json(result.standing(found.path))
             return
@@ -237,6 +265,9 @@ def resume(
             return
         count = start.ranks_here(recipe, peers, nproc, 1, os.environ)
         with start.stored(found, recipe, peers):
+            if recipe.phases is not None:
+                check_starts_here(None, peers)
+                _end_with(found, train_phases(found, count or 1, at_once or 1), as_json)
             if as_json:
                 result.report_run(found.path)
             start.begin(found.path, peers, None if count is None else Launch(nproc=count))

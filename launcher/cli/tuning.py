@@ -238,6 +238,11 @@ def tune(
     from bigbatch.trainers.recovery.signals import SAVED
 
     base = load_recipe(recipe, overrides)
+    if base.phases is not None:
+        raise UserError(
+            f"phases: {base.phases.name}: a trial is one run, and would be the trunk alone; tune "
+            "that with phases=null"
+        )
     searched = load_space(space, recipe, overrides)
     sampler = sampler or ("nsga2" if len(searched.objectives) > 1 else "tpe")
     studies.check(searched, sampler, pruner)

@@ -80,10 +80,11 @@ class Member:
 def find_members(run: RunDir, choice: str = "auto") -> list[Member]:
     """The members of a run.
 
-    `choice` is auto: the snapshots that the run's ensemble kept, of a run that is not finished
-    all that there are, and before the first one the newest checkpoint; all: every snapshot, and
-    the checkpoints of other steps; or names of either, of the soup or of averaged weights, such
-    as ``cycle-01,step-00000120,soup``. Raises UserError where there is none, or not all of them.
+    `choice` is auto: the snapshots that the run's ensemble kept, or the average of its workers; of
+    a run that is not finished all that there are, and before the first one the newest checkpoint;
+    all: every snapshot, and the checkpoints of other steps; or names of either, of the soup or of
+    averaged weights, such as ``cycle-01,step-00000120,soup``. Raises UserError where there is none,
+    or not all of them.
     """
     recipe = recipe_of(run)
     there = _weights(run)
@@ -135,6 +136,13 @@ def _kept(run: RunDir) -> list[str]:
             f"{path} is damaged; name the members with --members, or give --members all"
         )
     return kept
+
+
+def keep_alone(run: RunDir, name: str) -> None:
+    """Let a run whose snapshots are combined keep the member `name` in their place."""
+    path = run.ensemble / MEMBERS
+    content = parse_json(path.read_bytes()) | {"kept": [name]}
+    write_atomically(path, to_json(content, indent=1))
 
 
 def _member(name: str, weights: Path, recipe: Recipe) -> Member:

@@ -1,6 +1,6 @@
 """`bigbatch ensemble --soup`: the barriers between members, and one model of averaged weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,17 +37,18 @@ def make_soup(
     fit_on: Index,
     folder: Path,
     *,
+    name: str = SOUP,
     margin: float = 1.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Member, dict[str, Any]]:
-    """The soup of members, kept in `folder`, and why it is as it is. Collective.
+    """The soup of members, kept as `name` in `folder`, and why it is as it is. Collective.
 
     Ingredients are the members whose accuracy on `fit_on` is within `margin` of the best one's.
     First the loss barrier from the best to each of them is measured, on images of `fit_on` that
     are drawn by key, and said; then a greedy soup takes what lowers no accuracy on `fit_on`, a
-    uniform one takes all. The soup has the first member's recipe, and running statistics anew
-    from the images that it trains on. UserError, which names the member, where weights cannot be
-    averaged.
+    uniform one takes all, added up in the order of `members`. The soup has the first member's
+    recipe, and running statistics anew from the images that it trains on. UserError, which names
+    the member, where weights cannot be averaged.
     """
     check_alike(members)
     kitchen = _Kitchen(engine, members[0])
@@ -79,10 +80,16 @@ def make_soup(
             taken = "takes" if step.kept else "refuses"
             say(f"soup {taken} {step.name}: accuracy {step.before:.2%} -> {step.after:.2%}")
     else:
-        uniform_soup(list(ingredients.values()), model, kitchen.settle)
-    file = folder / SOUP
+        uniform_soup([members[i].weights for i in sorted(kept)], model, kitchen.settle)
+    file = folder / name
     engine.on_main(lambda: save_weights(model, file, members[0].info))
     return replace(members[0], name="soup", weights=file), record
+
+
+def scores_alone(engine: Engine, member: Member, splits: Mapping[str, Index]) -> dict[str, Scores]:
+    """How good a member is on each split, on every rank. Collective."""
+    kitchen = _Kitchen(engine, member)
+    return {role: kitchen.scores_of(member, index) for role, index in splits.items()}
 
 
 def check_alike(members: Sequence[Member]) -> None:

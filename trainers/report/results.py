@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bigbatch.configs.judged import ACCURACY, SCORES, Score, judged_in, shown
 
-COMBINED = ("ensemble", "soup", "ema", "swa")  # what summary.json has beside the members
+COMBINED = ("ensemble", "soup", "ema", "swa", "swap")  # what summary.json has beside the members
 Row = tuple[str, dict[str, Mapping[str, Any]], bool]  # name, figures by split, kept as a member
 
 
