@@ -47,13 +47,22 @@ class Children:
         """The process that the runs are forked from; it starts with the first of them."""
         return start_parent(self._modules, self._env)
 
-    def start(self, run: RunDir, stop_at: int | None = None, nproc: int | None = None) -> "Child":
-        """Start a run, or go on with it; with `nproc` ranks if that is given, as many threads."""
+    def start(
+        self,
+        run: RunDir,
+        stop_at: int | None = None,
+        nproc: int | None = None,
+        *,
+        gpus: Sequence[str] = (),
+    ) -> "Child":
+        """Start a run, or go on with it; with `nproc` ranks if that is given, as many threads.
+
+        On these `gpus` alone, if any are named.
+        """
+        env = self._env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         command = agent_command(run.path.absolute(), nproc or self._nproc, stop_at=stop_at)
         with (run.path / OUTPUT).open("ab") as output:
-            process = self.parent.popen(
-                command, env=self._env, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = self.parent.popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
         return Child(run, process)
 
     def run(self, module: str, arguments: Sequence[str], run: RunDir) -> int:

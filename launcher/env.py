@@ -97,10 +97,27 @@ def free_port() -> int:
 
 def default_nproc(env: Mapping[str, str]) -> int:
     """One process per GPU that this process may use; one where there is no GPU."""
+    return max(1, len(visible_gpus(env)))
+
+
+def visible_gpus(env: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
-    return max(1, sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia[0-9]*")))
+        return [v.strip() for v in visible.split(",") if v.strip() not in ("", "-1")]
+    there = sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia[0-9]*"))
+    return [str(number) for number in range(there)]
+
+
+def shares_of_gpus(nproc: int, at_once: int, env: Mapping[str, str]) -> list[list[str]]:
+    """GPUs for each of `at_once` runs of `nproc` ranks side by side; none where all may be used.
+
+    Where there are too few for all of them, each run uses the first ones, as a single one does.
+    """
+    gpus = visible_gpus(env)
+    if at_once == 1 or len(gpus) < nproc * at_once:
+        return [[] for _ in range(at_once)]
+    return [gpus[k * nproc : (k + 1) * nproc] for k in range(at_once)]
 
 
 def cpus_per_task(env: Mapping[str, str]) -> int | None:

@@ -13,6 +13,7 @@ from bigbatch.configs.load import change_recipe
 from bigbatch.configs.rundir import RunDir, create_run, member_paths
 from bigbatch.configs.schema import Recipe
 from bigbatch.launcher.child import Child, Children, steps_done, tail
+from bigbatch.launcher.env import shares_of_gpus
 from bigbatch.trainers.recovery.signals import SAVED, catch
 
 _POLL_S = 0.2
@@ -74,7 +75,8 @@ def train_runs(
             say(f"{run.path} is finished")
     cores = len(os.sched_getaffinity(0)) // (nproc * min(at_once, max(1, len(waiting))))
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores)
-    going: list[Child] = []
+    shares = shares_of_gpus(nproc, at_once, os.environ)
+    going: dict[Child, list[str]] = {}  # and the GPUs that each has to itself
     failed: list[RunDir] = []
     stopped, said = False, time.monotonic()
     asked: list[int] = []  # Ctrl-C reaches the runs by itself, a signal to this process does not
@@ -85,7 +87,8 @@ def train_runs(
             while waiting and len(going) < at_once and not stopped:
                 run = waiting.pop(0)
                 say(f"{run.path} starts")
-                going.append(children.start(run))
+                gpus = shares.pop(0)
+                going[children.start(run, gpus=gpus)] = gpus
             time.sleep(_POLL_S)
             if asked:
                 asked.clear()
@@ -93,7 +96,7 @@ def train_runs(
                 for child in going:
                     child.stop()
             for child in [child for child in going if child.poll() is not None]:
-                going.remove(child)
+                shares.append(going.pop(child))
                 status = child.poll()
                 stopped |= status == SAVED
                 if status == 0:

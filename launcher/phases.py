@@ -116,8 +116,8 @@ def train_phases(
 ) -> int:
     """Do what is still to be done of a run with phases; returns the exit status.
 
-    The trunk has `nproc` ranks, each worker as many of them as its step has micro-batches, and
-    `at_once` workers train side by side.
+    The trunk has `nproc` ranks, which `at_once` workers side by side share; none has more of them
+    than its step has micro-batches.
     """
     recipe = run.recipe()
     workers = plan_workers(recipe)
@@ -137,7 +137,7 @@ def train_phases(
         made = make_branches(run, checkpoint, branches)
         for note in branches[0].notes:
             notice(note)
-        ranks = min(nproc, largest_world(workers.recipes[0]))
+        ranks = min(max(1, nproc // at_once), largest_world(workers.recipes[0]))
         if status := train(made, ranks, at_once):
             return status
     return train([run], nproc)

@@ -5,6 +5,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import builtin_recipes, change_recipe, load_recipe, parse_recipe
 
+SWAP = "phases={name: swap, workers: 3, duration: 2 epochs, global_batch: 64}"
 COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 0.5, 0.5]")
 
 
@@ -54,6 +55,27 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
             "average.every: cycle needs the schedule cycles, not cosine; set average.every to a d",
         ),
         (["average={name: median}"], "average"),
+        # Behind the run.
+        (["phases=post_local"], "phases"),
+        ([SWAP, "phases.workers=1"], "phases.workers = 1: .* greater than or equal to 2"),
+        ([SWAP, "phases.global_batch=96"], "96 is not a multiple of the workers' micro_batch 64"),
+        ([SWAP, "phases.micro_batch=48"], "64 is not a multiple of the workers' micro_batch 48"),
+        ([SWAP, "phases.schedule=plateau"], "phases.schedule cannot hold a plateau"),
+        ([SWAP, "phases.lr=0"], "phases.lr = 0: .* greater than 0"),
+        (
+            [
+                SWAP,
+                "global_batch={name: noise_scale, start: 128, most: 256, every: 5 epochs}",
+                "schedule={name: constant, warmup: 0 epochs}",
+            ],
+            "phases begin at a step that is known ahead, .* set global_batch to a number or stages",
+        ),
+        (
+            [SWAP, "regularise.early_stop={patience: 3}", "schedule=cosine"],
+            "early_stop goes back to the best evaluation, and phases go on from the last step",
+        ),
+        ([SWAP, "optimizer.momentum_schedule=cosine"], "momentum_schedule is of a whole run"),
+        ([SWAP, "loss=l1"], "loss l1 learns targets, and the average of phases is judged by"),
         # The list of operations: each names its place.
         (["augment.ops=[{name: rotat}]"], r"augment.ops.0 = 'rotat': did you mean rotate"),
         (["augment.ops=[invert, {name: cutout, p: 2}]"], "augment.ops.1.p = 2: .* less than or eq"),

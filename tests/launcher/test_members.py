@@ -69,16 +69,20 @@ class FakeChild:
         raise AssertionError("nobody asked for that")
 
 
-def start_instead(monkeypatch: pytest.MonkeyPatch, child: Any) -> list[int | None]:
-    """Start none but `child(run)`; returns the threads that are asked for."""
+def start_instead(
+    monkeypatch: pytest.MonkeyPatch, child: Any, shares: list[list[str]] | None = None
+) -> list[int | None]:
+    """Start none but `child(run)`; returns the threads that are asked for. `shares`: and GPUs."""
     threads = []
+    shares = [] if shares is None else shares
 
     class Starts:
         def __init__(self, nproc: int, asked: int | None, *, to_the_end: bool) -> None:
             assert to_the_end
             threads.append(asked)
 
-        def start(self, run: RunDir) -> Any:
+        def start(self, run: RunDir, gpus: list[str]) -> Any:
+            shares.append(gpus)
             return child(run)
 
         def close(self) -> None:
@@ -115,6 +119,24 @@ def test_statuses(
         assert any("a-1 ended with status 1" in text for text in said)
     if expected == SAVED:
         assert "the same command goes on" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [("4,5,6,7", [["4", "5"], ["6", "7"]]), ("0,1,2", [[], []]), ("", [[], []])],
+)
+def test_runs_side_by_side_have_gpus_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, expected: list[list[str]]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    runs = member_runs(tmp_path / "a", member_recipes(load_recipe("digits", []), 4))
+    fake = type("Fake", (FakeChild,), {"most": 0, "alive": 0})
+    fake.statuses = dict.fromkeys((run.name for run in runs), 0)
+    shares: list[list[str]] = []
+    start_instead(monkeypatch, fake, shares)
+    assert train_members(runs, 2, 2, lambda text: None) == 0
+    assert shares[:2] == expected
+    assert sorted(shares[2:]) == expected  # whichever comes free
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -61,7 +61,7 @@ class InThisProcess:
     def __init__(self, nproc: int, threads: int | None, *, to_the_end: bool) -> None:
         assert (nproc, to_the_end) == (1, True)
 
-    def start(self, run: RunDir) -> "InThisProcess":
+    def start(self, run: RunDir, gpus: list[str]) -> "InThisProcess":
         self.run = run
         self.started.append(run.name)
         stop = self.stops.pop(run.name, None)

@@ -15,6 +15,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import builtin_recipes, load_recipe
 from bigbatch.configs.model import Model
 from bigbatch.configs.rundir import create_run
+from bigbatch.configs.schedules import Cosine
 from bigbatch.data.writing.shard import shard
 from bigbatch.trainers import worker
 from bigbatch.trainers.models.build import build_model
@@ -53,6 +54,7 @@ EXPECTED = {
     ),
     "imagenet-mobilenet-v2": (IMAGENET, 1024, 64, 150, 4e-5, 0.9, {0: 0.1, 5: 0.4}),
     "cifar10-resnet18": (CIFAR, 512, 128, 30, 5e-4, 0.9, {3: 0.4}),
+    "cifar10-swap": (CIFAR, 4096, 128, 24, 5e-4, 0.9, {5: 3.2, 24: 0.32}),
     "cifar10-airbench": (CIFAR, 1024, 256, 9.9, 0.00133, 0.85, {0: 0.3, 9.9: 0.105}),
     "cifar10-muon": (CIFAR, 2000, 250, 8, 0, 0.6, {0: 0.24, 4: 0.12, 8: 0.0}),
     "imagenet-resnet50-muon": (IMAGENET, 8192, 64, 90, 0.05, 0.95, {5: 0.02}),
@@ -96,6 +98,14 @@ def test_batches_grow_where_the_rate_of_the_source_falls():
     assert plan.total == pytest.approx(
         CIFAR * sum((60 / 128, 60 / 640, 40 / 3200, 40 / 16_000)), abs=3
     )
+
+
+def test_workers_end_a_trunk_at_a_small_batch_and_a_rate_that_falls_to_0():
+    recipe = load_recipe("cifar10-swap")
+    assert recipe.phases is not None
+    assert (recipe.phases.global_batch, recipe.phases.workers) == (512, 4)
+    assert recipe.optimizer.scale.factor(512) * recipe.phases.lr == pytest.approx(0.1)
+    assert recipe.phases.schedule == Cosine(name="cosine")
 
 
 def test_fine_tuning_follows_the_hyper_rule():
