@@ -100,14 +100,15 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
 
 def disk_bytes(recipe: Recipe, plan: Plan, size: dict[str, int]) -> int:
     """What the run directory will hold: checkpoints, one more while it is written, snapshots, and
-    rows of samples."""
+    rows of samples; those of workers behind the run as much each."""
     checkpoint = checkpoint_bytes(recipe, size)
     snapshots = len(plan.snapshots) + recipe.ensemble.soup + (recipe.average is not None)
     rule = recipe.checkpoint
     count = rule.keep + rule.keep_best + 1 + plan.kept()
     kept = count * checkpoint + snapshots * size["weight_bytes"]
     kept += ROW_BYTES * plan.timeline.first(plan.total) if recipe.log.samples else 0
-    return round(_MARGIN * kept)
+    runs = 1 if recipe.phases is None else 1 + recipe.phases.workers
+    return round(_MARGIN * kept * runs)
 
 
 def checkpoint_bytes(recipe: Recipe, size: dict[str, int]) -> int:

@@ -104,7 +104,7 @@ def check_new(path: Path, recipe: Recipe) -> None:
     """Raise UserError for what would stop a new run at `path` at its workers, hours later."""
     plan_workers(recipe)
     for worker in worker_runs(RunDir(path), recipe):
-        if worker.path.exists():
+        if worker.path.exists() and not path.exists():  # else it is the run that is to go on
             raise UserError(
                 f"{worker.path} is there, where a worker of {path.name} goes; remove it, or choose "
                 "another name with --run"
