@@ -171,7 +171,52 @@ class LinearGrowth(Rules):
         return self
 
 
-Changing = Annotated[Stages | Doubling | LinearGrowth | ByNoise, Field(discriminator="name")]
+class PostLocal(Rules):
+    """Post-local SGD: from `start` on a step is a round, in which workers train apart.
+
+    Each makes `every` updates of its own, of its share of `batch`, and then their weights and
+    momenta are averaged. Lin et al. 2018 (arXiv:1808.07217), algorithm 2; momenta averaged as
+    well: Yu et al. 2019 (arXiv:1905.03817), algorithm 1.
+    """
+
+    name: Literal["post_local"]
+    batch: Count = Field(
+        description="samples in an update: of the run up to `start`, of all workers together behind"
+    )
+    workers: Annotated[int, Field(ge=2)] = Field(description="how many train apart in a round")
+    every: Annotated[int, Field(ge=2, le=10_000)] = Field(
+        description="updates of a worker from one average to the next"
+    )
+    start: Period = Field(description="of the run, in epochs or samples: rounds begin here")
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.batch, self.batch * self.every]
+
+    def changes(self, epoch_samples: int) -> Iterator[tuple[float, int]]:
+        yield self.start.samples(1, epoch_samples), self.sizes[1]
+
+    def batch_norm_power(self, batch: int) -> float:
+        return batch / self.batch  # running statistics move as in so many steps
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch % self.workers:
+            raise ValueError(
+                f"batch {self.batch} is no equal share for each of {self.workers} workers; choose "
+                "a batch that workers divides"
+            )
+        if {self.lr, self.batch_norm, self.betas, self.weight_decay} != {"none"}:
+            raise ValueError(
+                "each update is one of `batch` samples, before and in rounds: lr, batch_norm, "
+                "betas and weight_decay have nothing to change; leave them out"
+            )
+        return self
+
+
+Changing = Annotated[
+    Stages | Doubling | LinearGrowth | ByNoise | PostLocal, Field(discriminator="name")
+]
 NUMBER, CHANGING = "~number", "~changing"  # tags of the branches, which no reader sees
 
 
@@ -247,11 +292,56 @@ def refusals(recipe: Any) -> Iterator[str]:
     yield from without_base(batch, recipe.optimizer)
     if isinstance(batch, ByNoise):
         yield from _needs_steps_ahead(batch, recipe)
+    if isinstance(batch, PostLocal):
+        yield from _trains_apart(batch, recipe)
     if recipe.optimizer.name == "lbfgs":
         yield (
             "optimizer lbfgs compares gradients of one step with those of the next, and another "
             "batch makes another function; set global_batch to a number"
         )
+
+
+def _trains_apart(batch: PostLocal, recipe: Any) -> Iterator[str]:
+    """What workers with weights of their own cannot have, or not yet."""
+    own, micro = batch.batch // batch.workers, recipe.micro_batch
+    if own % micro:
+        yield (
+            f"global_batch.batch {batch.batch} for {batch.workers} workers is {own} for each, "
+            f"which is not a multiple of micro_batch {micro}; choose a micro_batch that divides it"
+        )
+    gradual = getattr(recipe.transfer, "name", None) == "gradual"
+    for said, key, why, instead in (
+        (
+            recipe.reduction != "exact",
+            f"reduction {recipe.reduction}",
+            "exchanges gradients in each backward pass",
+            "set it to exact",
+        ),
+        (
+            recipe.optimizer.name != "sgd",
+            f"optimizer {recipe.optimizer.name}",
+            "has state whose average over workers means nothing known",
+            "take sgd",
+        ),
+        (recipe.precision == "fp16", "precision fp16", "has one loss scale for all", "take bf16"),
+        (
+            recipe.regularise.sharpness is not None,
+            "regularise.sharpness",
+            "moves the weights between passes",
+            "leave it out",
+        ),
+        (recipe.model.compile, "model.compile", "keeps one set of weights", "set it to false"),
+        (gradual, "transfer gradual", "begins between two updates", "choose another transfer"),
+        (recipe.loss.name == "center", "loss center", "learns beside them", "choose another loss"),
+        (
+            recipe.recovery.corruption.recompute_every is not None,
+            "recovery.corruption.recompute_every",
+            "computes micro-batches of another worker",
+            "set it to null",
+        ),
+    ):
+        if said:
+            yield (f"global_batch post_local lets workers train apart, and {key} {why}; {instead}")
 
 
 def _needs_steps_ahead(batch: ByNoise, recipe: Any) -> Iterator[str]:

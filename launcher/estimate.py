@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bigbatch.configs.batch import PostLocal
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import ROW_BYTES
 from bigbatch.configs.schema import Recipe
@@ -92,6 +93,7 @@ def memory(recipe: Recipe, size: dict[str, int]) -> dict[str, int]:
         "optimizer": size["optimizer_bytes"],
         "exact sums": 8 * size["parameters"] if recipe.reduction == "exact" else 0,
         "average": average_bytes(recipe, size),
+        "a worker": worker_bytes(recipe, size),
         "activations": micro * size["activation_bytes"],
         "images": 2 * micro * image,
     }
@@ -118,6 +120,14 @@ def checkpoint_bytes(recipe: Recipe, size: dict[str, int]) -> int:
 def average_bytes(recipe: Recipe, size: dict[str, int]) -> int:
     """Of the average of the weights, in float64."""
     return 8 * size["parameters"] if recipe.average is not None else 0
+
+
+def worker_bytes(recipe: Recipe, size: dict[str, int]) -> int:
+    """Of a worker that trains apart: weights, optimizer state and sums of its own; a rank may have
+    several."""
+    if not isinstance(recipe.global_batch, PostLocal):
+        return 0
+    return size["weight_bytes"] + size["optimizer_bytes"] + 8 * size["parameters"]
 
 
 def scores_memory(sizes: Sequence[int], classes: int, snapshots: int, batch: int) -> Finding:

@@ -73,7 +73,8 @@ def prove(
             f"recipe {recipe.name} trains on data.stream, whose samples depend on the number of "
             "ranks: there is nothing to prove; index the tars and set data.path"
         )
-    check_world(recipe, max(ranks))
+    for count in ranks:
+        check_world(recipe, count)
     if left_out := not_reached(recipe, steps):
         say(left_out)
     recipe = proof_recipe(recipe)

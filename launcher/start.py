@@ -32,7 +32,7 @@ from bigbatch.launcher.env import (
 from bigbatch.launcher.launchers import Launch, launch_command, worker_command
 from bigbatch.trainers.monitoring.stage import stage
 from bigbatch.trainers.planning.environment import check_environment
-from bigbatch.trainers.planning.plan import check_world, largest_world
+from bigbatch.trainers.planning.plan import check_world, fits, largest_world
 from bigbatch.trainers.recovery.signals import SAVED, catch
 
 RUNS = Path("runs")
@@ -74,7 +74,8 @@ def ranks_here(
             "and each would start a run of its own: drop --nproc to use those"
         )
     if nproc is None:
-        nproc = min(default_nproc(env), max(1, largest_world(recipe) // nnodes))
+        most = min(default_nproc(env), max(1, largest_world(recipe) // nnodes))
+        nproc = next((n for n in range(most, 0, -1) if fits(recipe, n * nnodes)), most)
     check_world(recipe, nproc * nnodes)
     return nproc
 

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from bigbatch.configs.batch import PostLocal
 from bigbatch.configs.decisions import Decisions, following
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import write_atomically
@@ -240,6 +241,10 @@ def build_job(run: RunDir, recipe: Recipe, engine: Engine, stop_at: int | None) 
         keep_within(optimizer, model, own.max_norm)
     check_precise(recipe, model)
     engine.prepare(model, optimizer, recipe.common_batch // recipe.micro_batch)
+    if isinstance(recipe.global_batch, PostLocal):
+        apart = recipe.global_batch.workers
+        each = recipe.first_batch // apart // recipe.micro_batch
+        engine.train_apart(apart, each, recipe.clip)
     if recipe.model.compile:
         engine.compile()
     freezing = None

@@ -190,7 +190,7 @@ def train(attempt: Attempt) -> Ending:
             images_per_s=images_of_step / seconds,
             data_s=clock.waited,
             step_s=seconds,
-            **noise.update(micro_sq, norm_value, images_of_step),
+            **({} if engine.in_round else noise.update(micro_sq, norm_value, images_of_step)),
             **monitor.record(agreed["timings"], images_of_step / seconds),
         )
         monitor.details(state.step)

@@ -301,10 +301,10 @@ def prove(
     from bigbatch.data.measured import with_measured
     from bigbatch.launcher import prove as proof
     from bigbatch.launcher.start import check_start
-    from bigbatch.trainers.planning.plan import largest_world
+    from bigbatch.trainers.planning.plan import fits
 
     loaded = load_recipe(recipe, overrides)
-    counts = [n for n in (1, 2, 3, 4) if n <= largest_world(loaded)]
+    counts = [n for n in (1, 2, 3, 4) if fits(loaded, n)]
     if ranks is not None:
         try:
             counts = [int(n) for n in ranks.split(",")]

@@ -6,6 +6,10 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import builtin_recipes, change_recipe, load_recipe, parse_recipe
 
 SWAP = "phases={name: swap, workers: 3, duration: 2 epochs, global_batch: 64}"
+APART = (
+    "global_batch={name: post_local, batch: 256, workers: 4, every: 8, start: 2 epochs}",
+    *("optimizer={name: sgd, lr: 0.1}", "schedule={name: cosine, warmup: 1 epochs}"),
+)
 COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 0.5, 0.5]")
 
 
@@ -55,6 +59,26 @@ COLOUR = ("data.channels=3", "augment.mean=[0.5, 0.5, 0.5]", "augment.std=[0.5, 
             "average.every: cycle needs the schedule cycles, not cosine; set average.every to a d",
         ),
         (["average={name: median}"], "average"),
+        # Workers that train apart.
+        ([*APART, "global_batch.workers=3"], "batch 256 is no equal share for each of 3 workers"),
+        ([*APART, "micro_batch=128"], "256 for 4 workers is 64 for each, .* micro_batch 128"),
+        ([*APART, "global_batch.lr=linear"], "each update is one of `batch` samples"),
+        ([*APART, "global_batch.every=1"], "every = 1: .* greater than or equal to 2"),
+        ([*APART, "global_batch.start=40 steps"], "start = 40 steps: the batch is a function of"),
+        ([*APART, "backend=zero1"], "zero1 cannot have reduction exact"),
+        ([*APART, "reduction=overlapped"], "reduction overlapped exchanges gradients in each"),
+        ([*APART, "optimizer={name: lars, lr: 2.0}"], "optimizer lars has state whose average"),
+        ([*APART, "precision=fp16"], "precision fp16 has one loss scale for all; take bf16"),
+        (
+            [*APART, "regularise.sharpness={name: sam}"],
+            "sharpness moves the weights between passes",
+        ),
+        ([*APART, "model.compile=true"], "model.compile keeps one set of weights"),
+        ([*APART, "loss=center"], "loss center learns beside them"),
+        (
+            [*APART, "recovery.corruption.recompute_every=4"],
+            "recompute_every computes micro-batches of another worker; set it to null",
+        ),
         # Behind the run.
         (["phases=post_local"], "phases"),
         ([SWAP, "phases.workers=1"], "phases.workers = 1: .* greater than or equal to 2"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from bigbatch.configs.batch import PostLocal
 from bigbatch.configs.durations import Length
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
@@ -30,6 +31,11 @@ def check_finetuning(recipe: Recipe) -> None:
         )
     if recipe.loss.name == "center":
         raise UserError("--finetune has no centres, which loss center learns; leave --finetune out")
+    if isinstance(recipe.global_batch, PostLocal):
+        raise UserError(
+            "--finetune takes steps of one model, and those of global_batch post_local are rounds "
+            "of several workers; leave --finetune out"
+        )
     if recipe.optimizer.name == "lbfgs":
         raise UserError("--finetune goes step by step, and lbfgs does not; leave --finetune out")
 

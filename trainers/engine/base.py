@@ -47,6 +47,7 @@ class Engine(Collectives, ABC):
     model: nn.Module  # what goes forward: the module as its backend wraps it
     optimizer: torch.optim.Optimizer
     micro_batches: int  # of this step, over all ranks
+    in_round = False  # whether this step is a round, in which workers train apart
 
     def __init__(
         self,
@@ -98,6 +99,14 @@ class Engine(Collectives, ABC):
 
         Where steps have different numbers of them, of a multiple of that; `begin` says of which.
         """
+
+    def train_apart(self, workers: int, each: int, clip: Clip | None) -> None:
+        """Let steps of more than workers x each micro-batches be rounds of post-local SGD.
+
+        In a round each worker makes updates of `each` micro-batches, clipped by `clip`, and `step`
+        takes their average. After `prepare`; of DDP with exact sums alone.
+        """
+        raise NotImplementedError
 
     def _fix_parameters(self) -> None:
         """Remember what is trained: of anything that joins later no rank would tell the others."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bigbatch.configs.clipping import Clip
 from bigbatch.trainers.engine.base import Engine
+from bigbatch.trainers.engine.local import LocalRounds
 from bigbatch.trainers.optim.clip import clip_gradients
 
 
@@ -44,6 +45,8 @@ class DdpEngine(Engine):
         )
         super().__init__(precision, timeout_s, [ddp], deterministic=deterministic)
         self.exact = reduction == "exact"
+        self._rounds: LocalRounds | None = None
+        self._round: LocalRounds | None = None  # the same, in a step that is one
         # The fastest kernels, found by trying; a run and its resumption may choose differently.
         torch.backends.cudnn.benchmark = not (self.exact or deterministic)
 
@@ -72,12 +75,28 @@ class DdpEngine(Engine):
         if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
             self._wrapped.register_comm_hook(None, self._send)
 
+    def train_apart(self, workers: int, each: int, clip: Clip | None) -> None:
+        self._rounds = LocalRounds(
+            self.module,
+            self.optimizer,
+            workers=workers,
+            each=each,
+            clip=clip,
+            ranks=(self.rank, self.world),
+            total=self.sum,
+        )
+
     def begin(self, micro_batches: int) -> None:
         # DDP's own exchange is one of ranks that go backward: without a rank that has nothing to do
         # it would wait for ever. Then none goes through DDP, and `reduce` adds gradients up.
         self._alone = micro_batches < self.world and not self.exact
         self.model = self.module if self._alone else self._wrapped
         super().begin(micro_batches)
+        rounds = self._rounds
+        self._round = rounds if rounds and micro_batches > rounds.micro_batches else None
+        self.in_round = self._round is not None
+        if self._round is not None:
+            self._round.begin()
 
     def freeze(self, names: Collection[str]) -> None:
         if self._wrapped is not self.module:  # DDP waits for the gradient of each
@@ -98,6 +117,8 @@ class DdpEngine(Engine):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
+        if self._round is not None:
+            self._round.enter()
         self._reducing = last and self.world > 1 and not self._alone
         plain = last or self.exact or self._alone
         with nullcontext() if plain else self.accelerator.no_sync(self.model):
@@ -114,9 +135,13 @@ class DdpEngine(Engine):
         if self.exact:
             self.accelerator.backward(loss)
             self._look()
-            for part, parameter in zip(self._sums, self._trained, strict=True):
-                if parameter.grad is not None:
-                    part.add_(parameter.grad)
+            if self._round is not None:
+                if self._round.add():
+                    self._round.update(self._stepper.step)
+            else:
+                for part, parameter in zip(self._sums, self._trained, strict=True):
+                    if parameter.grad is not None:
+                        part.add_(parameter.grad)
             self._stepper.zero_grad(set_to_none=False)
         else:
             # The mean over ranks, which DDP takes, becomes the mean over all samples.
@@ -141,6 +166,9 @@ class DdpEngine(Engine):
         return sent
 
     def reduce(self) -> None:
+        if self._round is not None:
+            self._round.average()
+            return
         if self.micro_batches < self.world:
             self._have_gradients()
         if self._alone:
@@ -181,7 +209,11 @@ class DdpEngine(Engine):
         return [p.grad for p in self._trained if p.grad is not None]
 
     def clip(self, config: Clip, norm: Tensor) -> None:
-        clip_gradients(config, self.module, norm)
+        if not self.in_round:  # whose updates have been clipped one by one
+            clip_gradients(config, self.module, norm)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        self._stepper.step(closure)
+        if self._round is not None:
+            self._round.take()
+        else:
+            self._stepper.step(closure)

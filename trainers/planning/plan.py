@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from bigbatch.configs.batch import ByNoise
+from bigbatch.configs.batch import ByNoise, PostLocal
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.timeline import Crossings, Timeline, due
@@ -188,16 +188,33 @@ def largest_world(recipe: Recipe) -> int:
     Ranks without a micro-batch in a step take part in its sums alone, which DDP's gradients can be
     and those of pieces cannot: DeepSpeed and FSDP2 exchange them while a rank goes backward.
     """
+    if isinstance(recipe.global_batch, PostLocal):
+        return recipe.global_batch.workers
     if recipe.backend == "ddp":
         return recipe.micro_batches
     return recipe.smallest_batch // recipe.micro_batch
 
 
+def fits(recipe: Recipe, world: int) -> bool:
+    """Whether so many ranks can run a recipe: none without a micro-batch, and of workers that
+    train apart each as many."""
+    if isinstance(recipe.global_batch, PostLocal):
+        return recipe.global_batch.workers % world == 0
+    return world <= largest_world(recipe)
+
+
 def check_world(recipe: Recipe, world: int) -> None:
-    """Raise UserError where more ranks would run than there are micro-batches in a step."""
-    most, changes = largest_world(recipe), not isinstance(recipe.global_batch, int)
-    if world <= most:
+    """Raise UserError, with the remedy, where so many ranks cannot run a recipe."""
+    if fits(recipe, world):
         return
+    if isinstance(recipe.global_batch, PostLocal):
+        workers = recipe.global_batch.workers
+        numbers = ", ".join(str(n) for n in range(1, workers + 1) if fits(recipe, n))
+        raise UserError(
+            f"{world} ranks for the {workers} workers of global_batch post_local: each rank trains "
+            f"whole workers, as many as the others; use one of {numbers} ranks"
+        )
+    most, changes = largest_world(recipe), not isinstance(recipe.global_batch, int)
     batch = most * recipe.micro_batch
     if changes and most < recipe.micro_batches:
         raise UserError(

@@ -107,6 +107,12 @@ def look(
     the largest share of the gradient. `layers` adds what activations are; where something is not
     finite they are looked at in any case. UserError where there is no such micro-batch or sample.
     """
+    if replay.engine.in_round:
+        raise UserError(
+            f"step {replayed.past.step} is a round of global_batch post_local: its workers have "
+            "gradients at weights of their own, and there is none to take apart; look at a step "
+            "before global_batch.start, or compute it again by `bigbatch audit`"
+        )
     return _Look(replay, replayed, layers).run(micro, key)
 
 

@@ -13,7 +13,7 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.data.batch import BatchPlan
 from bigbatch.trainers.optim.averaging import newest_share
 from bigbatch.trainers.planning.inputs import batches_in_words, fit
-from bigbatch.trainers.planning.plan import Plan, check_world, make_plan
+from bigbatch.trainers.planning.plan import Plan, check_world, fits, make_plan
 from bigbatch.trainers.planning.plateau import Evaluation
 from bigbatch.trainers.planning.sizes import image_sizes
 
@@ -200,3 +200,21 @@ def test_how_many_ranks_there_may_be() -> None:
     check_world(sharded, 2)
     with pytest.raises(UserError, match=r"smallest steps have only 2 micro-batches .*backend=ddp"):
         check_world(sharded, 3)
+
+
+def test_each_rank_trains_whole_workers() -> None:
+    apart = "{name: post_local, batch: 256, workers: 6, every: 8, start: 2 epochs}"
+    keys = ["global_batch.batch=384", "optimizer={name: sgd, lr: 0.1}", "schedule=cosine"]
+    recipe = load_recipe("digits", [f"global_batch={apart}", *keys, "micro_batch=32"], say=None)
+    assert [n for n in range(1, 9) if fits(recipe, n)] == [1, 2, 3, 6]
+    for world in (4, 8):
+        with pytest.raises(
+            UserError, match=f"{world} ranks for the 6 workers .* one of 1, 2, 3, 6"
+        ):
+            check_world(recipe, world)
+    plan = make_plan(recipe, 1078)
+    # 2 epochs are 2,156 samples, six steps of 384; from then on a step is a round of 8 updates.
+    batches = [plan.timeline.batch(step) for step in range(8)]
+    assert batches == [384] * 6 + [384 * 8] * 2
+    assert recipe.batch_norm_power(384) == 1
+    assert recipe.batch_norm_power(384 * 8) == 8
