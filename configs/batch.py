@@ -175,8 +175,8 @@ class PostLocal(Rules):
     """Post-local SGD: from `start` on a step is a round, in which workers train apart.
 
     Each makes `every` updates of its own, of its share of `batch`, and then their weights and
-    momenta are averaged. Lin et al. 2018 (arXiv:1808.07217), algorithm 2; momenta averaged as
-    well: Yu et al. 2019 (arXiv:1905.03817), algorithm 1.
+    momenta are averaged: Lin et al. 2018 (arXiv:1808.07217); the momenta, too: Yu et al. 2019
+    (arXiv:1905.03817).
     """
 
     name: Literal["post_local"]

@@ -210,7 +210,7 @@ def test_contradictions_are_refused_with_the_remedy(
         ("{name: linear, start: 64, end: 320, until: 1 steps, by: 64}", "epochs or samples"),
         (
             "{name: steps}",
-            "did you mean stages\\? there are stages, doubling, linear, noise_scale, a",
+            "did you mean stages\\? there are stages, doubling, linear, noise_scale, post_local, a",
         ),
         ("0", "greater than or equal to 1"),
     ],

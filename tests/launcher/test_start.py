@@ -167,6 +167,12 @@ def test_ranks_here() -> None:
     assert ranks_here(DIGITS, None, None, 1, eight) == 4
     assert ranks_here(DIGITS, None, None, 2, eight) == 2
     assert ranks_here(DIGITS, TWO, None, 1, {}) is None
+    # Workers that train apart are whole on each rank.
+    apart = "{name: post_local, batch: 256, workers: 4, every: 2, start: 4 epochs}"
+    recipe = load_recipe("digits", [f"global_batch={apart}", "optimizer=sgd"], say=None)
+    assert ranks_here(recipe, None, None, 1, {"CUDA_VISIBLE_DEVICES": "0,1,2"}) == 2
+    with pytest.raises(UserError, match="3 ranks for the 4 workers"):
+        ranks_here(recipe, None, 3, 1, {})
     # torchrun or srun with one process may start an agent of its own.
     assert ranks_here(DIGITS, Peers("srun", 0, 0, 1, "7"), 4, 1, {}) == 4
 

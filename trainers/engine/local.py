@@ -1,7 +1,7 @@
 """A round of post-local SGD: workers with weights of their own, and their average.
 
-Lin et al. 2018 (arXiv:1808.07217), algorithm 2. Momenta are averaged with the weights (Yu et al.
-2019, arXiv:1905.03817, algorithm 1), so that behind a round a run is what it always is: one set of
+Lin et al. 2018 (arXiv:1808.07217). Momenta are averaged with the weights (Yu et al. 2019,
+arXiv:1905.03817), so that behind a round a run is what it always is: one set of
 weights and one optimizer state, the same on every rank.
 """
 

@@ -85,3 +85,7 @@ def test_what_cannot_be_gone_on_with_is_refused() -> None:
     recipe = load_recipe("digits", ["optimizer.name=lbfgs"])
     with pytest.raises(UserError, match="step by step, and lbfgs does not"):
         check_finetuning(recipe)
+    apart = "{name: post_local, batch: 256, workers: 4, every: 2, start: 4 epochs}"
+    recipe = load_recipe("digits", [f"global_batch={apart}", "optimizer=sgd"], say=None)
+    with pytest.raises(UserError, match="post_local are rounds of several workers"):
+        check_finetuning(recipe)

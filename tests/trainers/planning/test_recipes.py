@@ -23,6 +23,7 @@ from bigbatch.trainers.planning.inputs import fit
 
 IMAGENET, CIFAR = 1_281_167, 45_000
 FINETUNE, GROWING = "finetune-bit-r50x1", "cifar10-growing"
+APART = "cifar10-post-local"
 
 # Recipe: images in an epoch, global batch, images to a BatchNorm, epochs, weight decay, momentum
 # or betas, and the rate at places in the run, in epochs.
@@ -83,7 +84,7 @@ def test_values_are_those_of_the_source(name):
 
 
 def test_every_recipe_but_the_main_job_is_in_the_table():
-    assert set(builtin_recipes()) - {"digits", FINETUNE, GROWING} == set(EXPECTED)
+    assert set(builtin_recipes()) - {"digits", FINETUNE, GROWING, APART} == set(EXPECTED)
 
 
 def test_batches_grow_where_the_rate_of_the_source_falls():
@@ -98,6 +99,15 @@ def test_batches_grow_where_the_rate_of_the_source_falls():
     assert plan.total == pytest.approx(
         CIFAR * sum((60 / 128, 60 / 640, 40 / 3200, 40 / 16_000)), abs=3
     )
+
+
+def test_rounds_are_of_updates_at_the_rate_of_their_batch():
+    recipe = load_recipe(APART)
+    plan, rate = rates(recipe, CIFAR)
+    first = plan.timeline.reaching(15 * CIFAR)
+    assert plan.timeline.batch(first - 1) == 2048
+    assert plan.timeline.batch(first) == 16 * 2048
+    assert rate(math.ceil(3 * CIFAR / 2048)) == pytest.approx(0.1 * 2048 / 128, rel=1e-2)
 
 
 def test_workers_end_a_trunk_at_a_small_batch_and_a_rate_that_falls_to_0():
@@ -260,7 +270,7 @@ ALIKE = (
     "name",
     [
         pytest.param(n, marks=pytest.mark.slow if n.endswith(ALIKE) else ())
-        for n in (*EXPECTED, FINETUNE, GROWING)
+        for n in (*EXPECTED, FINETUNE, GROWING, APART)
     ],
 )
 def test_each_recipe_trains_a_step(name, images, tmp_path):
