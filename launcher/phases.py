@@ -35,7 +35,6 @@ from bigbatch.trainers.recovery.stored import CorruptCheckpoint, checkpoint_path
 class Workers:
     """The workers of a recipe, and where in it they begin."""
 
-    changes: tuple[str, ...]  # of the trunk's recipe, as `bigbatch fork` takes them
     recipes: tuple[Recipe, ...]  # by seed
     trunk: int  # steps of the trunk
     start: int  # the same place in steps of a worker
@@ -53,8 +52,9 @@ class Workers:
 def plan_workers(recipe: Recipe) -> Workers | None:
     """The workers of a recipe, None of one without. Opens the data.
 
-    A worker's schedule is of its own part: before it stands a constant, which is never asked for.
-    UserError, with the remedy, where workers cannot go on from the trunk.
+    They are what `bigbatch fork --members` makes of the trunk with `changes`. A worker's schedule
+    is of its own part: before it stands a constant, which is never asked for. UserError, with the
+    remedy, where workers cannot go on from the trunk.
     """
     own = recipe.phases
     if own is None:
@@ -79,7 +79,7 @@ def plan_workers(recipe: Recipe) -> Workers | None:
     except UserError as error:
         raise UserError(f"phases: a worker cannot go on from the trunk: {error}") from None
     recipes = members.member_recipes(first, own.workers)
-    return Workers(tuple(changes), tuple(recipes), trunk, start, plan.total)
+    return Workers(tuple(recipes), trunk, start, plan.total)
 
 
 def check_starts_here(seeds: int | None, peers: Peers | None, elsewhere: bool = False) -> None:

@@ -104,7 +104,10 @@ class LocalRounds:
     @torch.no_grad()
     def average(self) -> None:
         """End the round: the model is again what the run was, and its gradients are by how much
-        the average of all workers is less. Collective."""
+        the average of all workers is less. Collective.
+
+        Added up in float64, as gradients are, so that the number of ranks changes no bit.
+        """
         self._be(self._common, self._states)
         workers = list(self._there.values())
         self._kinds = sorted({(i, k) for i, s in enumerate(workers[0].state) for k in _tensors(s)})
