@@ -14,7 +14,7 @@ from bigbatch.data.order import Positions
 from bigbatch.data.workers import WorkerPool
 
 AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
-_MEMORY = 512 * 2**20  # bytes that images may take before anybody asks for them
+_MEMORY = 256 * 2**20  # bytes that images may take before anybody asks for them
 
 
 class Begun:
