@@ -19,7 +19,9 @@ _FORMAT = 1  # of views: another number where the same recipe gives other pixels
 # What decides neither a pixel of any view nor what a teacher says of it. The training split is
 # known by the hash of its order; whatever else a recipe says counts.
 _NO_VIEW: dict[str, Any] = {
-    **dict.fromkeys(("name", "duration", "backend", "reduction", "clip", "model", "loss"), True),
+    **dict.fromkeys(
+        ("name", "duration", "phases", "backend", "reduction", "clip", "model", "loss"), True
+    ),
     **dict.fromkeys(("distill", "optimizer", "schedule", "average", "checkpoint"), True),
     **dict.fromkeys(("recovery", "regularise", "ensemble", "log", "transfer"), True),
     "data": {
