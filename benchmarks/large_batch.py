@@ -26,16 +26,13 @@ and reports what is noted there already. On a CPU: a small residual net and few 
 per core; --gpu: ResNet-18 and 30 epochs.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from large_batch_report import arms_of, draw, markdown, tuning_table
 from machine import benchmark_parser, machine, write_figures
+from trials import noted, open_pool, run_all, train
 
 BIN = Path(sys.executable).parent
 BASE_BATCH = 256
@@ -188,26 +186,12 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
 
 def run_trial(plan: Plan, trial: Trial, folder: Path) -> dict[str, Any]:
     """Train, or go on training, in this process; accuracies are None where it diverged."""
-    from bigbatch.configs.files import read_jsonl
-    from bigbatch.configs.load import parse_recipe
-    from bigbatch.configs.rundir import RunDir, create_run
-    from bigbatch.trainers import worker
-
-    path = folder / "runs" / trial.name
-    if path.exists():
-        run = RunDir(path)
-    else:
-        run = create_run(path, parse_recipe(recipe_tree(plan, trial, folder / "shards"), path.name))
-    status = worker.main([str(path)])
-    events = [event["kind"] for event in read_jsonl(run.events)]
+    run, summary = train(trial.name, recipe_tree(plan, trial, folder / "shards"), folder)
     result: dict[str, Any] = {**asdict(trial), "val": None, "test": None, "seconds": None}
-    if status == 0:
-        summary = json.loads(run.summary.read_text())
+    if summary is not None:
         result |= {split: summary[split]["ensemble"]["accuracy"] for split in ("val", "test")}
         result |= {"seconds": summary["seconds"], "steps": summary["steps"]}
         result |= with_running_statistics(run)
-    elif "non_finite" not in events:
-        raise RuntimeError(f"{trial.name} ended with status {status}; see {folder / 'log.txt'}")
     return result
 
 
@@ -242,45 +226,11 @@ def with_running_statistics(run: Any) -> dict[str, float]:
     return found
 
 
-def start_worker(log: Path, threads: int) -> None:
-    """A process of the pool: what the trainer prints goes to a file."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-def noted(folder: Path) -> dict[Trial, dict[str, Any]]:
+def trials_done(folder: Path) -> dict[Trial, dict[str, Any]]:
     """The results in trials.jsonl."""
-    notes = folder / "trials.jsonl"
-    lines = notes.read_text().splitlines() if notes.exists() else []
     return {
-        Trial(r["optimizer"], r["batch"], r["lr"], r["seed"], r["epochs"]): r
-        for r in map(json.loads, lines)
+        Trial(r["optimizer"], r["batch"], r["lr"], r["seed"], r["epochs"]): r for r in noted(folder)
     }
-
-
-def run_all(
-    pool: ProcessPoolExecutor | None, plan: Plan, trials: Iterable[Trial], folder: Path
-) -> list[dict[str, Any]]:
-    """Results of all trials, in their order; those noted are not run again.
-
-    Without a pool only those noted are returned.
-    """
-    trials, done = list(trials), noted(folder)
-    if pool is None:
-        return [done[trial] for trial in trials if trial in done]
-    waiting = {pool.submit(run_trial, plan, t, folder): t for t in trials if t not in done}
-    for number, future in enumerate(as_completed(waiting), 1):
-        trial, result = waiting[future], future.result()
-        done[trial] = result
-        with (folder / "trials.jsonl").open("a") as file:
-            print(json.dumps(result), file=file, flush=True)
-        shown = "diverged" if result["val"] is None else f"val {100 * result['val']:.2f} %"
-        print(f"{number}/{len(waiting)} {trial.name}: {shown}", file=sys.stderr, flush=True)
-    return [done[trial] for trial in trials]
 
 
 def best_rates(tuning: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
@@ -348,21 +298,17 @@ def main() -> None:
         folder = Path(place).resolve()
         write_shards(options.cifar10.resolve(), folder, plan.images)
         threads = 1 if name != "gpu" else (os.cpu_count() or 1)
-        context = get_context("spawn")
-        pool = (
-            None
-            if options.report
-            else ProcessPoolExecutor(jobs, context, start_worker, (folder / "log.txt", threads))
-        )
+        pool = None if options.report else open_pool(folder, jobs, threads)
+        work, done = partial(run_trial, plan, folder=folder), trials_done(folder)
         with pool or nullcontext():
-            tuning = run_all(pool, plan, tuning_trials(plan), folder)
+            tuning = run_all(pool, work, tuning_trials(plan), done, folder)
             best = best_rates(tuning)
             finals: list[dict[str, Any]] = []
             # Seed by seed, and written after each, so that a long measurement can be cut short.
             for seed in (None, *plan.seeds):
                 if seed is not None:
                     trials = [Trial(o, b, lr, seed, plan.epochs) for (o, b), lr in best.items()]
-                    finals += run_all(pool, plan, trials, folder)
+                    finals += run_all(pool, work, trials, done, folder)
                 arms = arms_of(finals)
                 result = {
                     "machine": machine("bigbatch", "timm", "torch", "numpy"),
