@@ -11,12 +11,13 @@ Every trial is a run of bigbatch's own trainer from a recipe of its own: the sam
 of images and cosine. The baseline is cross-entropy, SGD with Nesterov's momentum and mirrored
 images; its rate is the best of a grid by validation, from seed 0. Then:
 
-1. each arm changes one thing, with usual values that nobody tuned and with the baseline's rate,
-   from every seed, the seeds one after the other;
-2. the best arms of the families, where they gained more than a standard error on the validation
-   split, are put together: the first two, the first three ... in the order of what they gained,
-   each from seed 0;
-3. the combination with the best validation accuracy is trained from every seed.
+1. each arm changes one thing, with usual values that nobody tuned and with the baseline's rate;
+2. the best arms of the families that gained anything on the validation split are put together:
+   the first two, the first three ... up to six, in the order of what they gained;
+3. the combination with the best validation accuracy is the best one.
+
+These choices are those of the first seed; the others follow for the baseline and the best
+combination, then for all arms.
 
 Averaged weights (ema) are those of the same runs; mirrored looks at evaluation are
 `bigbatch evaluate --tta flip` of the baseline's runs and the combination's.
@@ -136,6 +137,7 @@ ARMS = {
 }  # fmt: skip
 
 
+MOST = 6  # families in a combination
 ERASERS = ("cutout", "erasing")
 
 
@@ -301,32 +303,36 @@ def study(
         "trials": [],
         "combinations": [],
         "best": [],
+        "rows": [],
     }
     tried = [r for r in result["tuning"] if r["val"] is not None]
     if len(result["tuning"]) < len(plan.rates) or not tried:
         return result
     lr = max(tried, key=lambda r: r["val"])["lr"]
-    alone: list[tuple[str, ...]] = [(), *((name,) for name in plan.arms)]
-    for seed in plan.seeds:
-        found = run([Trial(arms, lr, seed) for arms in alone])
-        result["trials"] += found
-        if all(r["arms"] for r in result["trials"]):  # no baseline yet
-            return result
-        write(result, file)
-    helped = best_of_families(result["trials"], {name: ARMS[name].family for name in plan.arms})
+    first, *others = plan.seeds
+    alone: list[tuple[str, ...]] = [(name,) for name in plan.arms]
+
+    def more(stage: str, arms: Sequence[tuple[str, ...]], seed: int) -> None:
+        result[stage] += run([Trial(each, lr, seed) for each in arms])
+        if any(not r["arms"] for r in result["trials"]):
+            result["rows"] = rows_of(result)
+            write_figures(file, **result)
+
+    more("trials", [(), *alone], first)
+    families = {name: ARMS[name].family for name in plan.arms}
+    helped = best_of_families(result["trials"], families)[:MOST]
     several = [tuple(a for a in ARMS if a in helped[:k]) for k in range(2, len(helped) + 1)]
-    result["combinations"] = run([Trial(arms, lr, 0) for arms in several])
-    write(result, file)
-    if result["combinations"]:
-        best = max(result["combinations"], key=lambda r: r["val"] or 0.0)["arms"]
-        result["best"] = run([Trial(tuple(best), lr, seed) for seed in plan.seeds])
-    write(result, file)
+    more("combinations", several, first)
+    best = max(result["combinations"], key=lambda r: r["val"] or 0.0, default=None)
+    together = [] if best is None else [tuple(best["arms"])]
+    more("best", together, first)
+    run([Trial(arms, lr, seed) for seed in others for arms in [(), *together]])  # side by side
+    for seed in others:
+        more("trials", [()], seed)
+        more("best", together, seed)
+    for seed in others:
+        more("trials", alone, seed)
     return result
-
-
-def write(result: dict[str, Any], file: Path | None) -> None:
-    result["rows"] = rows_of(result)
-    write_figures(file, **result)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,6 @@ from scipy.stats import t as student
 Trials = Sequence[dict[str, Any]]
 
 
-def scores_of(trials: Trials, key: str) -> dict[tuple[str, ...], list[float]]:
-    """Accuracies in percent, by the arms that are on; a run that diverged counts as 0."""
-    found: dict[tuple[str, ...], list[float]] = {}
-    for r in trials:
-        found.setdefault(tuple(r["arms"]), []).append(100 * (r[key] or 0.0))
-    return found
-
-
 def spread(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     """The standard deviation over seeds, taken to be the same in all groups, and its freedom."""
     freedom = sum(len(values) - 1 for values in groups)
@@ -25,34 +17,30 @@ def spread(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
-def standard_error(deviation: float, *counts: int) -> float:
-    """Of the difference of means of as many seeds."""
-    return deviation * math.sqrt(sum(1 / count for count in counts))
-
-
 def half_width(deviation: float, freedom: int, *counts: int) -> float | None:
     """Of the 95 % interval of that difference: Student's, by the common deviation."""
     if freedom == 0:
         return None
-    return float(student.ppf(0.975, freedom)) * standard_error(deviation, *counts)
+    error = deviation * math.sqrt(sum(1 / count for count in counts))
+    return float(student.ppf(0.975, freedom)) * error
 
 
 def best_of_families(trials: Trials, families: dict[str, str]) -> list[str]:
     """The best arm of each family by mean validation accuracy, in the order of what they gained.
 
-    `families` has that of each arm. Those that gained less than a standard error are left out.
+    `families` has that of each arm. Those that gained nothing are left out.
     """
-    scores = scores_of(trials, "val")
-    base = scores.pop(())
-    deviation, _ = spread([base, *scores.values()])
-    gains = {
-        name: float(np.mean(values) - np.mean(base))
-        for (name,), values in scores.items()
-        if np.mean(values) - np.mean(base) > standard_error(deviation, len(base), len(values))
-    }
+    found: dict[tuple[str, ...], list[float]] = {}
+    for r in trials:
+        found.setdefault(tuple(r["arms"]), []).append(r["val"] or 0.0)
+    means = {arms: float(np.mean(values)) for arms, values in found.items()}
+    if () not in means:
+        return []
+    base = means.pop(())
     best: dict[str, str] = {}
-    for name in sorted(gains, key=gains.__getitem__, reverse=True):
-        best.setdefault(families[name], name)
+    for (name,), mean in sorted(means.items(), key=lambda item: -item[1]):
+        if mean > base:
+            best.setdefault(families[name], name)
     return list(best.values())
 
 

@@ -30,10 +30,16 @@ def train(name: str, tree: dict[str, Any], folder: Path) -> tuple[Any, dict[str,
     from bigbatch.configs.load import parse_recipe
     from bigbatch.configs.rundir import RunDir, create_run
     from bigbatch.trainers import worker
+    from bigbatch.trainers.monitoring.output import close_output
 
     path = folder / "runs" / name
     run = RunDir(path) if path.exists() else create_run(path, parse_recipe(tree, name))
+    kept = [os.dup(number) for number in (1, 2)]
     status = worker.main([str(path)])
+    close_output()  # or what copies it into the run's log stays, and copies later runs' as well
+    for number, old in enumerate(kept, 1):
+        os.dup2(old, number)
+        os.close(old)
     if status == 0:
         return run, json.loads(run.summary.read_text())
     if "non_finite" not in [event["kind"] for event in read_jsonl(run.events)]:
