@@ -12,12 +12,12 @@ of images and cosine. The baseline is cross-entropy, SGD with Nesterov's momentu
 images; its rate is the best of a grid by validation, from seed 0. Then:
 
 1. each arm changes one thing, with usual values that nobody tuned and with the baseline's rate;
-2. the best arms of the families that gained anything on the validation split are put together:
-   the first two, the first three ... up to six, in the order of what they gained;
+2. of one arm in each of several families, those that gained anything on the validation split are
+   put together: the first two, the first three ... in the order of what they gained;
 3. the combination with the best validation accuracy is the best one.
 
-These choices are those of the first seed; the others follow for the baseline and the best
-combination, then for all arms.
+These choices are those of the first seed. The others follow, for the baseline and the best
+combination before all arms.
 
 Averaged weights (ema) are those of the same runs; mirrored looks at evaluation are
 `bigbatch evaluate --tta flip` of the baseline's runs and the combination's.
@@ -28,7 +28,6 @@ stopped, also inside a trial. --report runs nothing and reports what is noted th
 
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -40,9 +39,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from craft_report import best_of_families, markdown, rows_of
-from large_batch import BIN, write_shards
+from craft_report import markdown, rows_of, what_helped
 from large_batch import PLANS as LARGE_BATCH
+from large_batch import write_shards
 from machine import benchmark_parser, machine, write_figures
 from trials import noted, open_pool, run_all, train
 
@@ -60,6 +59,9 @@ class Plan:
     rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
     seeds: tuple[int, ...] = (1, 2, 3)
     arms: tuple[str, ...] = ()  # none: all
+    joined: tuple[str, ...] = (
+        *("translate", "cutout", "muon", "smoothing", "trivial", "se", "cutmix"),
+    )  # those that combinations are made of: one of a family, named before anything was run
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ ARMS = {
 }  # fmt: skip
 
 
-MOST = 6  # families in a combination
+QUICK = ("translate", "smoothing", "se")
 ERASERS = ("cutout", "erasing")
 
 
@@ -155,8 +157,11 @@ class Trial:
 
     @property
     def has_more_scores(self) -> bool:
-        """Whether averaged weights and mirrored looks are evaluated, too."""
-        return len(self.arms) != 1
+        """Whether averaged weights and mirrored looks are evaluated, too.
+
+        They are of the baseline and of combinations, but not where the rate is tuned.
+        """
+        return len(self.arms) != 1 and self.seed > 0
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -214,17 +219,23 @@ def run_trial(plan: Plan, trial: Trial, folder: Path) -> dict[str, Any]:
         result[role] = summary[role]["members"][-1]["accuracy"]
         if trial.has_more_scores:
             result[f"{role}_ema"] = summary[role]["ema"]["accuracy"]
-            result[f"{role}_flip"] = mirrored(run.path, role)
+            result[f"{role}_flip"] = mirrored(run, folder / "shards" / role)
     return result | {"seconds": summary["seconds"], "steps": summary["steps"]}
 
 
-def mirrored(run: Path, split: str) -> float:
-    """Accuracy of a run's last weights, each image's probabilities averaged with its mirror's."""
-    command = [str(BIN / "bigbatch"), "evaluate", str(run), "--split", split, "--tta", "flip"]
-    done = subprocess.run([*command, "--json", "--nproc", "1"], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    found: float = json.loads(done.stdout)["accuracy"]
+def mirrored(run: Any, source: Path) -> float:
+    """Accuracy of a run's last weights, each image's probabilities averaged with its mirror's.
+
+    It is what `bigbatch evaluate --tta flip` starts, in this process.
+    """
+    from bigbatch.trainers.evaluation.record import EVALUATION
+    from bigbatch.trainers.inference import __main__ as inference
+
+    out = run.evaluations / f"{source.name}-mirrored"
+    options = ["--members", "cycle-01", "--source", str(source), "--out", str(out)]
+    if inference.main(["evaluate", str(run.path), "--tta", "flip", *options]):
+        raise RuntimeError(f"{run.name} could not be evaluated; see log.txt")
+    found: float = json.loads((out / EVALUATION).read_text())["accuracy"]
     return found
 
 
@@ -269,11 +280,12 @@ def main() -> None:
         parser.error("--report reads the trials noted in --folder; name it")
     plan = replace(Plan(), arms=tuple(ARMS))
     if options.quick:
-        plan = Plan(100, 50, 100, 2, 50, 16, (0.1, 0.2), (1,), ("translate", "cutout", "smoothing"))
+        plan = Plan(100, 50, 100, 2, 50, 16, (0.1, 0.2), (1,), QUICK, QUICK[:2])
     if options.arms:
         plan = replace(plan, arms=tuple(arm.strip() for arm in options.arms.split(",")))
         if unknown := set(plan.arms) - ARMS.keys():
             parser.error(f"--arms {', '.join(unknown)}: choose of {', '.join(ARMS)}")
+        plan = replace(plan, joined=tuple(arm for arm in plan.joined if arm in plan.arms))
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as place:
@@ -310,28 +322,27 @@ def study(
         return result
     lr = max(tried, key=lambda r: r["val"])["lr"]
     first, *others = plan.seeds
-    alone: list[tuple[str, ...]] = [(name,) for name in plan.arms]
+    joined = [(name,) for name in plan.joined]
+    alone = [(name,) for name in plan.arms if name not in plan.joined]
 
-    def more(stage: str, arms: Sequence[tuple[str, ...]], seed: int) -> None:
-        result[stage] += run([Trial(each, lr, seed) for each in arms])
+    def more(stage: str, arms: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> None:
+        result[stage] += run([Trial(each, lr, seed) for seed in seeds for each in arms])
         if any(not r["arms"] for r in result["trials"]):
             result["rows"] = rows_of(result)
             write_figures(file, **result)
 
-    more("trials", [(), *alone], first)
-    families = {name: ARMS[name].family for name in plan.arms}
-    helped = best_of_families(result["trials"], families)[:MOST]
+    more("trials", [(), *joined], [first])
+    helped = what_helped(result["trials"])
     several = [tuple(a for a in ARMS if a in helped[:k]) for k in range(2, len(helped) + 1)]
-    more("combinations", several, first)
+    more("combinations", several, [first])
     best = max(result["combinations"], key=lambda r: r["val"] or 0.0, default=None)
     together = [] if best is None else [tuple(best["arms"])]
-    more("best", together, first)
     run([Trial(arms, lr, seed) for seed in others for arms in [(), *together]])  # side by side
+    more("best", together, plan.seeds)
+    more("trials", [()], others)
+    more("trials", alone, [first])
     for seed in others:
-        more("trials", [()], seed)
-        more("best", together, seed)
-    for seed in others:
-        more("trials", alone, seed)
+        more("trials", [*joined, *alone], [seed])
     return result
 
 

@@ -25,23 +25,12 @@ def half_width(deviation: float, freedom: int, *counts: int) -> float | None:
     return float(student.ppf(0.975, freedom)) * error
 
 
-def best_of_families(trials: Trials, families: dict[str, str]) -> list[str]:
-    """The best arm of each family by mean validation accuracy, in the order of what they gained.
-
-    `families` has that of each arm. Those that gained nothing are left out.
-    """
-    found: dict[tuple[str, ...], list[float]] = {}
-    for r in trials:
-        found.setdefault(tuple(r["arms"]), []).append(r["val"] or 0.0)
-    means = {arms: float(np.mean(values)) for arms, values in found.items()}
-    if () not in means:
-        return []
-    base = means.pop(())
-    best: dict[str, str] = {}
-    for (name,), mean in sorted(means.items(), key=lambda item: -item[1]):
-        if mean > base:
-            best.setdefault(families[name], name)
-    return list(best.values())
+def what_helped(trials: Trials) -> list[str]:
+    """The arms whose validation accuracy is above the baseline's, the best first; of one seed."""
+    found = {tuple(r["arms"]): r["val"] or 0.0 for r in trials}
+    base = found.pop((), math.inf)
+    better = {name: val for (name,), val in found.items() if val > base}
+    return sorted(better, key=better.__getitem__, reverse=True)
 
 
 def _row(cells: Sequence[str]) -> str:
