@@ -12,12 +12,10 @@ of images and cosine. The baseline is cross-entropy, SGD with Nesterov's momentu
 images; its rate is the best of a grid by validation, from seed 0. Then:
 
 1. each arm changes one thing, with usual values that nobody tuned and with the baseline's rate;
-2. of one arm in each of several families, those that gained anything on the validation split are
-   put together: the first two, the first three ... in the order of what they gained;
-3. the combination with the best validation accuracy is the best one.
+2. combinations of them are tried; that with the best validation accuracy is the best one.
 
-These choices are those of the first seed. The others follow, for the baseline and the best
-combination before all arms.
+Combinations are chosen and tried by the first seed. The others follow, for the baseline and the
+best combination before all arms.
 
 Averaged weights (ema) are those of the same runs; mirrored looks at evaluation are
 `bigbatch evaluate --tta flip` of the baseline's runs and the combination's.
@@ -39,7 +37,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from craft_report import markdown, rows_of, what_helped
+from craft_report import markdown, rows_of
 from large_batch import PLANS as LARGE_BATCH
 from large_batch import write_shards
 from machine import benchmark_parser, machine, write_figures
@@ -56,12 +54,18 @@ class Plan:
     epochs: int = 16
     batch: int = 128
     image_size: int = 24
-    rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     seeds: tuple[int, ...] = (1, 2, 3)
     arms: tuple[str, ...] = ()  # none: all
-    joined: tuple[str, ...] = (
-        *("translate", "cutout", "muon", "smoothing", "trivial", "se", "cutmix"),
-    )  # those that combinations are made of: one of a family, named before anything was run
+    before: int = 7  # so many arms come before the combinations
+    # Muon alone fits the training images best by far, and so is what the others are put on.
+    combinations: tuple[tuple[str, ...], ...] = (
+        ("translate", "muon", "se"),
+        ("translate", "smoothing", "muon", "se"),
+        ("trivial", "muon", "se"),
+        ("translate", "cutout", "muon", "se"),
+        ("translate", "cutmix", "muon", "se"),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,63 +83,63 @@ _JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
 # In the order in which a combination puts them together; by it, too, they are run.
 ARMS = {
     "translate": Arm("geometry", "shifts to 1/8", {"augment": {"affine": {"translate": 0.125}}}),
-    "affine": Arm(
-        "geometry",
-        "shifts to 1/8, turns to 10 degrees, zoom to 10 %",
-        {"augment": {"affine": {"translate": 0.125, "degrees": 10, "scale": 0.1}}},
-    ),
-    "cutmix": Arm("mixing", "CutMix 1.0", {"augment": {"cutmix": 1.0}}),
-    "mixup": Arm("mixing", "mixup 0.2", {"augment": {"mixup": 0.2}}),
-    "trivial": Arm("policy", "TrivialAugment", {"augment": {"ops": ["trivialaugment"]}}),
     "cutout": Arm(
         "filling in", "cutout, 8 pixels", {"augment": {"ops": [{"name": "cutout", "size": 8}]}}
     ),
+    "trivial": Arm("policy", "TrivialAugment", {"augment": {"ops": ["trivialaugment"]}}),
     "smoothing": Arm("loss", "label smoothing 0.1", {"loss": {"label_smoothing": 0.1}}),
     "muon": Arm("optimizer", "Muon and LAMB", {"optimizer": {**_MUON, "rest": _REST}}),
-    "jitter": Arm("colour", "jitter 0.3", {"augment": {"jitter": _JITTER}}),
-    "sam": Arm(
-        "regularisation",
-        "SAM, rho 0.05: twice the passes",
-        {"regularise": {"sharpness": {"name": "sam"}}},
-    ),
     "se": Arm(
         "attention",
         "SE in all stages",
         {"model": {"attention": {"name": "se", "stages": [1, 2, 3, 4]}}},
     ),
-    "decay": Arm("optimizer", "weight decay 2e-3", {"optimizer": {"weight_decay": 2.0e-3}}),
-    "crop": Arm(
-        "geometry", "random resized crop from 0.5", {"augment": {"crop": {"scale": [0.5, 1]}}}
-    ),
-    "randaugment": Arm("policy", "RandAugment 2 x 9", {"augment": {"ops": ["randaugment"]}}),
-    "erasing": Arm(
-        "filling in", "erasing 0.5", {"augment": {"ops": [{"name": "erasing", "p": 0.5}]}}
-    ),
-    "bce": Arm("loss", "binary cross-entropy", {"loss": {"name": "bce"}}),
-    "poly1": Arm("loss", "poly-1", {"loss": {"name": "poly1"}}),
-    "drop-path": Arm(
-        "regularisation", "stochastic depth 0.1", {"model": {"options": {"drop_path_rate": 0.1}}}
-    ),
-    "dropout": Arm("regularisation", "dropout 0.2", {"model": {"options": {"drop_rate": 0.2}}}),
-    "plain-gamma": Arm(
-        "initialisation",
-        "without the zero gamma that timm gives",
-        {"model": {"options": {"zero_init_last": False}}},
-    ),
-    "orthogonal": Arm(
-        "initialisation", "orthogonal", {"model": {"init": {"weights": {"name": "orthogonal"}}}}
-    ),
-    "ghost": Arm(
-        "normalisation",
-        "ghost BatchNorm of 32",
-        {"model": {"norm": {"name": "ghost_batch", "samples": 32}}},
-    ),
+    "cutmix": Arm("mixing", "CutMix 1.0", {"augment": {"cutmix": 1.0}}),
+    "jitter": Arm("colour", "jitter 0.3", {"augment": {"jitter": _JITTER}}),
     "group": Arm(
         "normalisation",
         "GroupNorm of 8, standardised weights",
         {"model": {"norm": {"name": "group", "groups": 8}, "weight_standardization": True}},
     ),
+    "bce": Arm("loss", "binary cross-entropy", {"loss": {"name": "bce"}}),
+    "orthogonal": Arm(
+        "initialisation", "orthogonal", {"model": {"init": {"weights": {"name": "orthogonal"}}}}
+    ),
+    "drop-path": Arm(
+        "regularisation", "stochastic depth 0.1", {"model": {"options": {"drop_path_rate": 0.1}}}
+    ),
+    "sam": Arm(
+        "regularisation",
+        "SAM, rho 0.05: twice the passes",
+        {"regularise": {"sharpness": {"name": "sam"}}},
+    ),
     "silu": Arm("activation", "SiLU", {"model": {"activation": "SiLU"}}),
+    "ghost": Arm(
+        "normalisation",
+        "ghost BatchNorm of 32",
+        {"model": {"norm": {"name": "ghost_batch", "samples": 32}}},
+    ),
+    "plain-gamma": Arm(
+        "initialisation",
+        "without the zero gamma that timm gives",
+        {"model": {"options": {"zero_init_last": False}}},
+    ),
+    "poly1": Arm("loss", "poly-1", {"loss": {"name": "poly1"}}),
+    "mixup": Arm("mixing", "mixup 0.2", {"augment": {"mixup": 0.2}}),
+    "randaugment": Arm("policy", "RandAugment 2 x 9", {"augment": {"ops": ["randaugment"]}}),
+    "erasing": Arm(
+        "filling in", "erasing 0.5", {"augment": {"ops": [{"name": "erasing", "p": 0.5}]}}
+    ),
+    "affine": Arm(
+        "geometry",
+        "shifts to 1/8, turns to 10 degrees, zoom to 10 %",
+        {"augment": {"affine": {"translate": 0.125, "degrees": 10, "scale": 0.1}}},
+    ),
+    "crop": Arm(
+        "geometry", "random resized crop from 0.5", {"augment": {"crop": {"scale": [0.5, 1]}}}
+    ),
+    "decay": Arm("optimizer", "weight decay 2e-3", {"optimizer": {"weight_decay": 2.0e-3}}),
+    "dropout": Arm("regularisation", "dropout 0.2", {"model": {"options": {"drop_rate": 0.2}}}),
 }  # fmt: skip
 
 
@@ -280,12 +284,11 @@ def main() -> None:
         parser.error("--report reads the trials noted in --folder; name it")
     plan = replace(Plan(), arms=tuple(ARMS))
     if options.quick:
-        plan = Plan(100, 50, 100, 2, 50, 16, (0.1, 0.2), (1,), QUICK, QUICK[:2])
+        plan = Plan(100, 50, 100, 2, 50, 16, (0.1, 0.2), (1,), QUICK, 3, (QUICK[:2],))
     if options.arms:
         plan = replace(plan, arms=tuple(arm.strip() for arm in options.arms.split(",")))
         if unknown := set(plan.arms) - ARMS.keys():
             parser.error(f"--arms {', '.join(unknown)}: choose of {', '.join(ARMS)}")
-        plan = replace(plan, joined=tuple(arm for arm in plan.joined if arm in plan.arms))
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as place:
@@ -322,8 +325,7 @@ def study(
         return result
     lr = max(tried, key=lambda r: r["val"])["lr"]
     first, *others = plan.seeds
-    joined = [(name,) for name in plan.joined]
-    alone = [(name,) for name in plan.arms if name not in plan.joined]
+    alone = [(name,) for name in plan.arms]
 
     def more(stage: str, arms: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> None:
         result[stage] += run([Trial(each, lr, seed) for seed in seeds for each in arms])
@@ -331,18 +333,16 @@ def study(
             result["rows"] = rows_of(result)
             write_figures(file, **result)
 
-    more("trials", [(), *joined], [first])
-    helped = what_helped(result["trials"])
-    several = [tuple(a for a in ARMS if a in helped[:k]) for k in range(2, len(helped) + 1)]
-    more("combinations", several, [first])
+    more("trials", [(), *alone[: plan.before]], [first])
+    more("combinations", plan.combinations, [first])
     best = max(result["combinations"], key=lambda r: r["val"] or 0.0, default=None)
     together = [] if best is None else [tuple(best["arms"])]
     run([Trial(arms, lr, seed) for seed in others for arms in [(), *together]])  # side by side
     more("best", together, plan.seeds)
     more("trials", [()], others)
-    more("trials", alone, [first])
+    more("trials", alone[plan.before :], [first])
     for seed in others:
-        more("trials", [*joined, *alone], [seed])
+        more("trials", alone, [seed])
     return result
 
 

@@ -25,14 +25,6 @@ def half_width(deviation: float, freedom: int, *counts: int) -> float | None:
     return float(student.ppf(0.975, freedom)) * error
 
 
-def what_helped(trials: Trials) -> list[str]:
-    """The arms whose validation accuracy is above the baseline's, the best first; of one seed."""
-    found = {tuple(r["arms"]): r["val"] or 0.0 for r in trials}
-    base = found.pop((), math.inf)
-    better = {name: val for (name,), val in found.items() if val > base}
-    return sorted(better, key=better.__getitem__, reverse=True)
-
-
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
