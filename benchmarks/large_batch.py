@@ -11,7 +11,8 @@ learning rates to try, a log grid whose centre grows with a power of the batch: 
 but for Muon, whose steps have a length of their own. The rate with the best accuracy on the
 validation split (5,000 images of the training split) is then trained anew from three other
 seeds, and those runs alone give the test accuracy. All other settings of an optimizer are fixed,
-the same at every batch size; `lamb_short` has betas for few steps. A run that does not stay
+the same at every batch size; `lamb_short` has betas for few steps, `muon_linear` no warmup and a
+rate that falls linearly, where the others have a cosine. A run that does not stay
 finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm is tuned as
 well as the others are.
 
@@ -55,6 +56,7 @@ class Arm:
     centre: float  # at BASE_BATCH
     growth: float = 0.5  # the power of the batch that it grows with
     rest: float | None = None  # of Muon: the second rate over the first
+    schedule: dict[str, Any] | None = None  # instead of a cosine with warmup
 
 
 _LAMB = {"name": "lamb", "weight_decay": 0.02}
@@ -67,6 +69,14 @@ OPTIMIZERS: dict[str, Arm] = {
     "lamb": Arm(_LAMB, 0.008),
     "lamb_short": Arm(_SHORT, 0.008),
     "muon": Arm({"name": "muon", "momentum": 0.6, "rest": _SHORT}, 0.05, 0.25, rest=0.2),
+    # Warmup takes a sixth of the steps, of which there are 9 to 33 in a large batch's run.
+    "muon_linear": Arm(
+        {"name": "muon", "momentum": 0.6, "rest": _SHORT},
+        0.033,
+        0.25,
+        rest=0.2,
+        schedule={"name": "polynomial", "power": 1.0},
+    ),
 }
 
 
@@ -172,11 +182,8 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
         },
         "model": plan.model,
         "optimizer": optimizer,
-        "schedule": {
-            "name": "cosine",
-            "warmup": f"{plan.epochs / 6:g} epochs",
-            "warmup_start": 0.1,
-        },
+        "schedule": arm.schedule
+        or {"name": "cosine", "warmup": f"{plan.epochs / 6:g} epochs", "warmup_start": 0.1},
         "augment": plan.augment,
         "evaluate": {"every": whole, "precise_bn": "always"},
         "checkpoint": {"every": "1 epochs", "keep": 1},
