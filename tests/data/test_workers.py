@@ -18,7 +18,8 @@ from PIL import Image
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.sampling import Uniform
-from bigbatch.data.loader import _byte_ranges, _source
+from bigbatch.data.begun import byte_ranges
+from bigbatch.data.loader import _source
 from bigbatch.data.workers import WorkerPool
 from tests.helpers.micro_batches import (
     DECODING,
@@ -141,7 +142,7 @@ def test_a_pool_gives_batches_back_in_the_order_of_submission(index):
     try:
         sizes = [1, 30, 2, 25, 3, 9, 1]
         for count in sizes:
-            pool.submit(_byte_ranges(index, np.arange(count)))
+            pool.submit(byte_ranges(index, np.arange(count)))
         assert [len(pool.receive().frames) for _ in sizes] == sizes
     finally:
         pool.close()
@@ -153,10 +154,10 @@ def test_a_worker_on_a_busy_core_does_not_slow_the_others(index):
     try:
         os.kill(slow.process.pid, signal.SIGSTOP)
         for count in (1, 2):
-            pool.submit(_byte_ranges(index, np.arange(count)))
+            pool.submit(byte_ranges(index, np.arange(count)))
         for count in (3, 4):
             wait_until(lambda: fast.left_to_do() == 0)
-            pool.submit(_byte_ranges(index, np.arange(count)))
+            pool.submit(byte_ranges(index, np.arange(count)))
         wait_until(lambda: fast.left_to_do() == 0)
         assert slow.left_to_do() == 1
         os.kill(slow.process.pid, signal.SIGCONT)
