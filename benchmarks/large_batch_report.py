@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-_COLORS = ("#999999", "#0072b2", "#e69f00", "#d55e00", "#009e73")
+_COLORS = ("#999999", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 
 
 def arms_of(finals: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
@@ -76,7 +76,7 @@ def markdown(result: dict[str, Any]) -> str:
         for name in names:
             arm = arms.get((name, batch))
             cells.append(
-                ("diverged" if result["finals"] else "")
+                "not run"
                 if arm is None
                 else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} "
                 f"(lr {rates[name, batch]:g}; {arm['running']:.2f})"
