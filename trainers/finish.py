@@ -17,7 +17,7 @@ from bigbatch.configs.words import plural
 from bigbatch.data.index import Index
 from bigbatch.data.journal import count, read_journal
 from bigbatch.trainers.ensemble.averaged import score_average
-from bigbatch.trainers.ensemble.combine import combine
+from bigbatch.trainers.ensemble.combine import combine, write_alone
 from bigbatch.trainers.ensemble.members import find_members, keep_alone, save_snapshot
 from bigbatch.trainers.job import Job
 from bigbatch.trainers.losses.centres import remove_centres
@@ -146,13 +146,13 @@ def finish_phases(
     """The average of the workers of a run with phases, as `bigbatch ensemble WORKER... --soup
     uniform` makes it, which is then what the run keeps. Collective.
 
-    Gives its scores by split, as {"val": {"swap": ...}}, and what summary.json says of the workers;
-    nothing of a run without phases.
+    Its evaluations take the place of the trunk's. Gives, on rank 0, its scores by split, as {"val":
+    {"swap": ...}}, and what summary.json says of the workers; nothing of a run without phases.
     """
     config = job.recipe.phases
     if config is None:
         return {}, {}
-    from bigbatch.trainers.inference.soup import make_soup, scores_alone
+    from bigbatch.trainers.inference.soup import look_alone, make_soup
 
     log.phase("averaging workers")
     members = [m for run in worker_runs(job.run, job.recipe) for m in find_members(run)]
@@ -161,9 +161,17 @@ def finish_phases(
     soup, record = make_soup(
         job.engine, members, "uniform", splits["val"], folder, name=file, say=say
     )
-    scores = scores_alone(job.engine, soup, splits)
-    job.engine.on_main(lambda: keep_alone(job.run, config.name))
-    return {role: {config.name: found} for role, found in scores.items()}, {"phases": record}
+    looked = look_alone(job.engine, soup, splits)
+    seen = {role: found for role, found in looked.items() if found is not None}  # on rank 0
+
+    def keep() -> None:
+        keep_alone(job.run, config.name)
+        write_alone(job.run, splits, seen)
+
+    job.engine.on_main(keep)
+    name: str = config.name
+    scores = {role: {name: found.members[0].scores()} for role, found in seen.items()}
+    return scores, {"phases": record}
 
 
 def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from bigbatch.launcher.phases import plan_workers, train_phases
 from bigbatch.trainers import worker
 from bigbatch.trainers.engine import open_engine
 from bigbatch.trainers.ensemble.members import find_members
-from bigbatch.trainers.inference.soup import make_soup, scores_alone
+from bigbatch.trainers.evaluation.by_sample import read_outcomes
+from bigbatch.trainers.evaluation.record import read_evaluation
+from bigbatch.trainers.inference.soup import look_alone, make_soup
 from bigbatch.trainers.planning.inputs import fit, open_inputs
 from bigbatch.trainers.planning.swap import unfinished, worker_runs
 from bigbatch.trainers.recovery.signals import SAVED
@@ -143,6 +145,16 @@ def test_a_run_that_was_stopped_keeps_the_mean_of_its_workers(swapped: RunDir) -
     names = [member["name"] for member in summary["phases"]["members"]]
     assert names == ["swap-worker-0/cycle-01", "swap-worker-1/cycle-01"]
     assert [name for name, *_ in result_rows(summary)] == ["cycle-01", "swap"]
+    # What `bigbatch diff` compares, and the report shows, is of what the run keeps.
+    assert summary["val"]["swap"]["nll"] != summary["val"]["ensemble"]["nll"]
+    for split in ("val", "test"):
+        written = read_evaluation(swapped.evaluations / split)
+        assert (written["member_names"], written["notes"]) == (["swap/swap"], [])
+        own = read_outcomes(swapped.evaluations / split, written["outcomes_sha256"])
+        assert written["nll"] == own.losses.mean() == summary[split]["swap"]["nll"]
+    confusion = json.loads((swapped.ensemble / "confusion.json").read_bytes())
+    right = sum(row[2] for row in confusion["pairs"] if row[0] == row[1])
+    assert right == round(summary["test"]["swap"]["accuracy"] * len(own))
 
 
 @pytest.mark.slow
@@ -167,13 +179,15 @@ def test_each_part_is_what_a_person_gets_by_hand(
             engine, ingredients, "uniform", open_index(digits / "val"), tmp_path
         )
         splits = {role: open_index(digits / role) for role in ("val", "test")}
-        scores = scores_alone(engine, soup, splits)
+        seen = look_alone(engine, soup, splits)
     finally:
         engine.close()
     (average,) = find_members(swapped)
     assert average.weights.read_bytes() == soup.weights.read_bytes()
     summary = json.loads(swapped.summary.read_bytes())
-    assert {role: summary[role]["swap"] for role in splits} == scores
+    for role, found in seen.items():
+        assert found is not None
+        assert summary[role]["swap"] == found.members[0].scores()
     assert [b["losses"] for b in summary["phases"]["barriers"]] == [
         list(b["losses"]) for b in record["barriers"]
     ]

@@ -1,6 +1,6 @@
 """Members scored, selected and combined: a mean of probabilities, and a soup of weights."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -137,7 +137,8 @@ def combine(
             result[name]["soup"] = soup_scores[name]
         if found.statistics is not None:
             best = None if name == val else f"{run.name}/{paths[kept[0]].name}"
-            _write_evaluation(run, index, found.statistics, best)
+            notes = ["members were chosen on this split"] if best is None else []
+            _write_evaluation(run, index, found.statistics, notes, best)
         if name == last:
             _write_answers(run, last, index, found.mean, ensemble.members[0].classes)
     return result
@@ -247,9 +248,27 @@ def _loss(judge: Score) -> Score:
     return NLL if judge == ACCURACY else judge
 
 
-def _write_evaluation(run: RunDir, index: Index, found: Statistics, best: str | None) -> None:
+def write_alone(run: RunDir, splits: Mapping[str, Index], seen: Mapping[str, "Seen"]) -> None:
+    """Write evaluations and answers of the one model that a run keeps in place of its snapshots.
+
+    `seen` by name of a split, as `look` gives it. UserError where a logit is not finite.
+    """
+    for name, index in splits.items():
+        found = seen[name]
+        if found.statistics is None:
+            raise UserError(
+                f"the model that {run.path} keeps gives logits that are not finite on {name}; "
+                "train it at a lower rate"
+            )
+        _write_evaluation(run, index, found.statistics)
+    assert found.mean is not None
+    _write_answers(run, name, index, found.mean, index.classes)
+
+
+def _write_evaluation(
+    run: RunDir, index: Index, found: Statistics, notes: Sequence[str] = (), best: str | None = None
+) -> None:
     """Write what `bigbatch evaluate` would of the kept members."""
-    notes = ["members were chosen on this split"] if best is None else []
     content = about(open_ensemble([run.path]), [run.path], index, notes)
     content |= found.summary(best)
     folder = run.evaluations / index.place.rstrip("/").rpartition("/")[2]

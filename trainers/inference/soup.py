@@ -12,6 +12,9 @@ from torch import Tensor
 from bigbatch.configs.errors import UserError
 from bigbatch.data.index import Index, draw_samples
 from bigbatch.trainers.engine import Engine
+from bigbatch.trainers.ensemble.combination import Combination
+from bigbatch.trainers.ensemble.combine import Seen, look
+from bigbatch.trainers.ensemble.folder import Ensemble
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.ensemble.selection import within_margin
 from bigbatch.trainers.ensemble.soup import SOUP, Scores, greedy_soup, loss_barrier, uniform_soup
@@ -86,10 +89,13 @@ def make_soup(
     return replace(members[0], name="soup", weights=file), record
 
 
-def scores_alone(engine: Engine, member: Member, splits: Mapping[str, Index]) -> dict[str, Scores]:
-    """How good a member is on each split, on every rank. Collective."""
+def look_alone(
+    engine: Engine, member: Member, splits: Mapping[str, Index]
+) -> dict[str, Seen | None]:
+    """What was seen of each split by one member, on rank 0. Collective."""
     kitchen = _Kitchen(engine, member)
-    return {role: kitchen.scores_of(member, index) for role, index in splits.items()}
+    load_weights(kitchen.model, member.weights)
+    return {role: kitchen.look(member, index) for role, index in splits.items()}
 
 
 def check_alike(members: Sequence[Member]) -> None:
@@ -166,6 +172,13 @@ class _Kitchen:
         with autocast(self.engine.device, self._recipe.precision):
             found = self._evaluator.outcomes(self.model, split)
         return None if found is None else found.scores()
+
+    def look(self, member: Member, split: Index) -> Seen | None:
+        """What was seen of a split by the weights that the model has, on rank 0. Collective."""
+        alone = Ensemble((member,), Combination())
+        with autocast(self.engine.device, self._recipe.precision):
+            batches = self._evaluator.batches(self.model, split)
+            return look(self._evaluator, split, batches, 1, (0,), alone)
 
     def scores_of(self, member: Member, split: Index) -> Scores:
         """Of a member's weights, on every rank. Collective; UserError where they are no good."""
