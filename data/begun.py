@@ -15,6 +15,7 @@ from bigbatch.data.workers import WorkerPool
 
 AHEAD = 2  # micro-batches that each worker has in hand, beside the trainer's
 _MEMORY = 256 * 2**20  # bytes that images may take before anybody asks for them
+_BATCHES = 64  # at most, beside what workers have in hand: each keeps two files open
 
 
 class Begun:
@@ -33,7 +34,7 @@ class Begun:
         self._claimed = self._received = False
         # An image is decoded at about twice the size that is asked for (decode.py).
         taken = 4 * source.image_size**2 * source.channels * batch
-        count = max(AHEAD * workers + 1, _MEMORY // taken)
+        count = max(AHEAD * workers + 1, min(_MEMORY // taken, _BATCHES))
         for number in range(rank, -(-len(index) // batch), world)[:count]:
             samples = np.arange(number * batch, min((number + 1) * batch, len(index)))
             self._given.append((byte_ranges(index, samples), (0, number)))

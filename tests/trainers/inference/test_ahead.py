@@ -1,6 +1,7 @@
 """Decoding that begins before torch is imported: the same figures, and never those of others."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_it_is_for_one_of_those_who_ask_and_for_the_same_images(digits: Path) ->
     assert same(index, begun, rank=1, world=2)
     assert received == Pool.received > 0
     begun.close()
+
+
+def test_many_small_batches_leave_files_to_open(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(begun_module, "_MEMORY", 256 * 2**20)
+    index = open_index(digits / "val")
+    before = len(os.listdir("/proc/self/fd"))
+    begun = Begun(index, source_of(index), 1, batch=1, rank=0, world=1)
+    assert len(os.listdir("/proc/self/fd")) - before < 150
+    assert same(index, begun, batch=1)
 
 
 def test_an_index_that_changes_meanwhile_is_said(digits: Path) -> None:
