@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import psutil
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import iter_jsonl, read_jsonl
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.schema import Recipe
@@ -57,11 +58,15 @@ class Children:
     ) -> "Child":
         """Start a run, or go on with it; with `nproc` ranks if that is given, as many threads.
 
-        On these `gpus` alone, if any are named.
+        On these `gpus` alone, if any are named. UserError where its directory takes no file.
         """
         env = self._env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         command = agent_command(run.path.absolute(), nproc or self._nproc, stop_at=stop_at)
-        with (run.path / OUTPUT).open("ab") as output:
+        try:
+            output = (run.path / OUTPUT).open("ab")
+        except OSError as error:  # such as a run that was removed while others trained
+            raise UserError(f"cannot start {run.path}: {error}") from None
+        with output:
             process = self.parent.popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
         return Child(run, process)
 

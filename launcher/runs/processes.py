@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
+from bigbatch.trainers.planning.swap import worker_runs
 
 # An agent comes first: it answers a signal even while its ranks do not listen yet.
 _MODULES = ("bigbatch.trainers.agent", "bigbatch.trainers.worker")
@@ -29,6 +31,16 @@ def processes(run: RunDir, trainers: Sequence[Trainer] | None = None) -> list[in
     """
     here = find_trainers() if trainers is None else trainers
     return [trainer.pid for trainer in here if _is_same(trainer, run)]
+
+
+def busy_workers(run: RunDir) -> list[RunDir]:
+    """Of a run with phases, the workers that train here now; while they do, it has no process."""
+    try:
+        workers = worker_runs(run, run.recipe())
+    except UserError:  # no recipe that can be read says that there are any
+        return []
+    here = find_trainers() if workers else []
+    return [worker for worker in workers if processes(worker, here)]
 
 
 def find_trainers() -> list[Trainer]:

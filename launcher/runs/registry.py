@@ -22,7 +22,7 @@ from bigbatch.configs.notices import notice
 from bigbatch.configs.rundir import ENSEMBLE, RunDir, RunExists, check_layout, create_run
 from bigbatch.configs.schema import Recipe
 from bigbatch.data.measured import with_measured
-from bigbatch.launcher.runs.processes import Trainer, find_trainers, processes
+from bigbatch.launcher.runs.processes import Trainer, busy_workers, find_trainers, processes
 from bigbatch.launcher.slurm import squeue
 from bigbatch.launcher.slurm.squeue import QueuedJob
 from bigbatch.launcher.slurm.submit import job_of
@@ -248,6 +248,8 @@ def cancel(run: RunDir) -> str:
                 return f"job {info.job} is out of the queue; nothing was lost"
             return f"job {info.job} finishes its step, saves and ends; it is not requeued"
     found = processes(run)
+    if not found and (busy := busy_workers(run)):
+        return "; ".join(f"{worker.name}: {cancel(worker)}" for worker in busy)
     host = next(_newest(run, "start"), {}).get("host")
     if info.state == "running" and not found and host != socket.gethostname():
         raise UserError(
@@ -308,7 +310,7 @@ def _hide(run: RunDir) -> Path:
 
 
 def _refuse_to_remove(run: RunDir) -> None:
-    state = "running" if processes(run) else state_of(run)
+    state = "running" if processes(run) or busy_workers(run) else state_of(run)
     if state == "unknown":
         raise UserError(
             f"SLURM does not answer whether job {_live_job(run)} of {run.name} is over; try again "

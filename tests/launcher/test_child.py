@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.load import load_recipe, parse_recipe
-from bigbatch.configs.rundir import create_run
+from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.launcher import child
 from bigbatch.launcher.child import OUTPUT, Children, bare_recipe
 from bigbatch.launcher.start import agent_command
@@ -72,3 +73,9 @@ def test_runs_of_a_command_are_forks_with_one_environment(
     assert "bigbatch.trainers.report.report" in whole.modules
     # As many threads as `bigbatch train` chooses.
     assert whole.env["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+
+
+def test_a_run_that_is_gone_is_said(tmp_path: Path) -> None:
+    """Somebody removed it while others of its command trained."""
+    with Children(1) as children, pytest.raises(UserError, match=r"cannot start .*gone: .*No such"):
+        children.start(RunDir(tmp_path / "gone"))

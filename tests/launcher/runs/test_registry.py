@@ -177,6 +177,23 @@ def test_a_process_belongs_to_the_directory_that_it_names(
         assert process.wait() == -signal.SIGTERM
 
 
+def test_a_trunk_is_stopped_and_kept_where_its_workers_train(tmp_path: Path) -> None:
+    phases = "phases={name: swap, workers: 2, duration: 1 epochs, global_batch: 64}"
+    trunk = create_run(tmp_path / "t", load_recipe("digits", [phases]))
+    trunk.events.write_text(json.dumps(START) + '\n{"kind": "end", "state": "stopped"}\n')
+    worker = make(tmp_path, "t-worker-1", [START])
+    with trains("agent", worker.path) as process:
+        with pytest.raises(UserError, match=r"t is running; `bigbatch cancel .*t` ends it first"):
+            registry.remove(trunk)
+        assert registry.cancel(trunk) == (
+            f"t-worker-1: process {process.pid} finishes its step, saves and ends"
+        )
+        assert process.wait() == -signal.SIGTERM
+    with pytest.raises(UserError, match="t is stopped: there is nothing to cancel"):
+        registry.cancel(trunk)
+    registry.remove(trunk)
+
+
 def test_a_launcher_is_not_taken_for_a_rank(tmp_path: Path) -> None:
     """accelerate's ends its ranks at a signal, without letting them save."""
     run = make(tmp_path, "a", [])
