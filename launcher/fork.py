@@ -24,6 +24,7 @@ from bigbatch.trainers.planning.early_stop import best_evaluation, stops
 from bigbatch.trainers.planning.inputs import Inputs, open_inputs
 from bigbatch.trainers.planning.plan import Plan
 from bigbatch.trainers.planning.plateau import read_evaluations
+from bigbatch.trainers.planning.swap import branched_off
 from bigbatch.trainers.recovery.stored import (
     AVERAGE,
     MANIFEST,
@@ -275,7 +276,12 @@ def _origin(parent: RunDir, step: int) -> dict[str, Any]:
     }
 
 
-def check_places(parent: RunDir, step: int, recipes: Mapping[Path, Recipe]) -> None:
+def check_places(
+    parent: RunDir,
+    step: int,
+    recipes: Mapping[Path, Recipe],
+    remedy: str = "choose another name with --run",
+) -> None:
     """Raise UserError where a place is taken by anything but that branch of `step`."""
     for path, recipe in recipes.items():
         check_name(path.name)
@@ -284,14 +290,17 @@ def check_places(parent: RunDir, step: int, recipes: Mapping[Path, Recipe]) -> N
         there = RunDir(path)
         why = "is no run"
         if there.recipe_file.is_file():
-            origin = there.forked_from or {}
-            if any(origin.get(k) != v for k, v in _origin(parent, step).items()):
-                why = "is another run, or branched off elsewhere"
+            origin, ours = there.forked_from or {}, _origin(parent, step)
+            if not branched_off(there, parent) or any(
+                origin.get(k) != ours[k] for k in ("recipe_hash", "step")
+            ):
+                where = f" ({origin.get('run')}, step {origin.get('step')})" if origin else ""
+                why = f"is another run, or branched off elsewhere{where}"
             elif found := differences(there.recipe(), recipe):
                 why = f"has another recipe: {summary(found)}"
             else:
                 continue
-        raise UserError(f"{path} exists and {why}; choose another name with --run")
+        raise UserError(f"{path} exists and {why}; {remedy}")
 
 
 def _make(parent: RunDir, checkpoint: Path, branch: Branch) -> RunDir:

@@ -129,7 +129,8 @@ def train_phases(
     if unfinished(run, recipe):
         places = [place.path for place in worker_runs(run, recipe)]
         recipes = dict(zip(places, workers.recipes, strict=True))
-        check_places(run, workers.trunk, recipes)  # before the trunk takes its time
+        back = f"put {run.name} and its workers where they were trained, or remove that one"
+        check_places(run, workers.trunk, recipes, back)  # before the trunk takes its time
         if not _is_whole(run, workers.trunk) and (status := train([run], nproc)):
             return status
         checkpoint = find_checkpoint(run, workers.trunk)

@@ -256,8 +256,10 @@ def test_a_run_that_is_there_is_gone_on_with_or_refused(parent: RunDir, tmp_path
     before = run.manifest.read_bytes()
     assert branch(parent, run.path, 3) == run
     assert run.manifest.read_bytes() == before
+    elsewhere = parent.path / ".." / parent.path.name  # the same place, as by a link
+    assert branch(RunDir(elsewhere), run.path, 3) == run
     for step, changes, error in (
-        (4, (), "branched off elsewhere"),
+        (4, (), rf"branched off elsewhere \({parent.path}, step 3\); choose another name"),
         (3, ("seed=5",), "another recipe: seed"),
     ):
         with pytest.raises(UserError, match=error):

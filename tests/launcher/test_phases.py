@@ -106,7 +106,8 @@ def swapped(
     InThisProcess.started.clear()
     assert train_phases(run, 1, 1, said.append) == 0
     assert InThisProcess.started == ["swap-worker-1", "swap"]
-    assert not unfinished(run, run.recipe())
+    for path in (run.path, run.path / ".." / run.name):
+        assert not unfinished(RunDir(path), run.recipe())
     return run
 
 
@@ -288,7 +289,8 @@ def test_a_taken_place_is_refused_before_anything_is_made(digits: Path, tmp_path
     other = create_run(tmp_path / "s-worker-0", small(digits))
     other.summary.write_text("{}")
     assert len(unfinished(run, run.recipe())) == 2
-    with pytest.raises(UserError, match=r"s-worker-0 exists and is another run, or branched off"):
+    taken = "s-worker-0 exists and is another run, or branched off elsewhere; put s and its workers"
+    with pytest.raises(UserError, match=taken):
         train_phases(run, 1, 1)
     assert not run.checkpoints.exists()
 

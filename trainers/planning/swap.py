@@ -1,5 +1,7 @@
 """The workers of a run with phases: where they are, and which are still to be trained."""
 
+from pathlib import Path
+
 from bigbatch.configs.rundir import RunDir, member_paths
 from bigbatch.configs.schema import Recipe
 
@@ -13,9 +15,14 @@ def worker_runs(trunk: RunDir, recipe: Recipe) -> list[RunDir]:
 
 def unfinished(trunk: RunDir, recipe: Recipe) -> list[RunDir]:
     """Those that are not finished branches of this very run."""
-    here = str(trunk.path.absolute())
     return [
         run
         for run in worker_runs(trunk, recipe)
-        if (run.forked_from or {}).get("run") != here or not run.summary.exists()
+        if not branched_off(run, trunk) or not run.summary.exists()
     ]
+
+
+def branched_off(run: RunDir, parent: RunDir) -> bool:
+    """Whether a run is a branch of the one that is at this place, however that is spelt."""
+    origin = run.forked_from
+    return origin is not None and Path(str(origin.get("run"))).resolve() == parent.path.resolve()
