@@ -1,6 +1,7 @@
 """What two runs were both evaluated on, sample by sample. Free of torch."""
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def pair_evaluations(a: RunDir, b: RunDir) -> list[dict[str, Any]]:
 
 
 def _pair(a: RunDir, b: RunDir, name: str) -> dict[str, Any]:
-    sides = {side: _read(side, run, name) for side, run in (("A", a), ("B", b))}
+    sides = {"A": _read("A", a, name, b), "B": _read("B", b, name, a)}
     (first, ours), (second, theirs) = sides["A"], sides["B"]
     hashes = {side: about["data_hash"] for side, (about, _) in sides.items()}
     notes = []
@@ -44,13 +45,17 @@ def _pair(a: RunDir, b: RunDir, name: str) -> dict[str, Any]:
     return compare_by_sample(ours, theirs) | {"data_hash": hashes, "notes": notes}
 
 
-def _read(side: str, run: RunDir, name: str) -> tuple[dict[str, Any], BySample]:
-    """An evaluation and its outcomes. ValueError, in a line with the remedy, without them."""
+def _read(side: str, run: RunDir, name: str, other: RunDir) -> tuple[dict[str, Any], BySample]:
+    """An evaluation and its outcomes. ValueError, in a line with the remedy, without them: what the
+    `other` run was evaluated on, where this one was not."""
     folder = run.evaluations / name
     if (folder / SCORES).is_file() and not (folder / EVALUATION).is_file():
         raise ValueError(f"{side} learns numbers or shares, and these comparisons are of labels")
     if not (folder / EVALUATION).is_file():
-        raise ValueError(f"{side} has no such evaluation; {_remedy(run, name)} makes one")
+        theirs = None
+        with suppress(OSError, ValueError):
+            theirs = read_evaluation(other.evaluations / name)["source"]
+        raise ValueError(f"{side} has no such evaluation; {_remedy(run, name, theirs)} makes one")
     about: dict[str, Any] = {}
     try:
         about = read_evaluation(folder)

@@ -165,6 +165,11 @@ def test_what_is_missing_is_a_line_with_the_command(runs: tuple[RunDir, RunDir])
     assert one["problem"] == (
         f"B has no such evaluation; `bigbatch evaluate {b.path} --split test` makes one"
     )
+    about = json.loads((a.evaluations / "test" / EVALUATION).read_text())
+    about["source"] = "elsewhere/test"
+    write_evaluation(a.evaluations / "test", about)
+    one, _ = pair_evaluations(*runs)
+    assert f"`bigbatch evaluate {b.path} --data elsewhere/test` makes one" in one["problem"]
     shutil.rmtree(a.evaluations / "test")
     (b.evaluations / "val" / OUTCOMES).unlink()
     assert problem(runs) == (
