@@ -15,7 +15,7 @@ import psutil
 from bigbatch.configs.files import read_jsonl
 from bigbatch.trainers.monitoring.log import last_step
 
-SHARDS = "shards"
+SHARDS = "shards/digits"  # where the recipe has them
 STEP = re.compile(r"\S+ 1/[\d,]+ \(")  # the first line of progress in a pipe
 TABLE = re.compile(r"\s*ensemble +[\d.]+%")
 WORKER = "bigbatch.trainers.worker"
