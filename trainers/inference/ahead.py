@@ -38,8 +38,11 @@ def _begin(arguments: list[str]) -> Begun | None:
     parser.add_argument("--source", type=Path)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--tta", default="none")
+    parser.add_argument("--soup")
     options, _ = parser.parse_known_args(arguments)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.soup is not None:  # which reads its images in its own way
+        return None
     if len(os.sched_getaffinity(0)) < 2 or not (options.source / "index").is_dir():
         return None
     recipes = [recipe for path in options.model for recipe in _recipes(path)]

@@ -122,7 +122,8 @@ class Forward:
 
     def outputs(self, index: Index, *, leave_out_bad: bool = False) -> Iterator[Outputs]:
         """This rank's batches, in order. An unreadable sample raises UserError, or is left out."""
-        few = self._begun is None and -(-len(index) // self.engine.world) <= FEW_IMAGES
+        begun, self._begun = self._begun, None  # it has begun with one index
+        few = begun is None and -(-len(index) // self.engine.world) <= FEW_IMAGES
         streams = []
         for view in self._groups:
             decoding = Decoding(
@@ -141,7 +142,7 @@ class Forward:
                     rank=self.engine.rank,
                     world=self.engine.world,
                     leave_out_bad=leave_out_bad,
-                    begun=self._begun,
+                    begun=begun,
                 )
             )
         for batches in zip(*streams, strict=True):

@@ -12,6 +12,7 @@ import pytest
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import RunDir
 from bigbatch.data import begun as begun_module
+from bigbatch.data import loader
 from bigbatch.data.batch import Decoding
 from bigbatch.data.begun import Begun
 from bigbatch.data.decode_batch import Decoded, Source
@@ -19,8 +20,11 @@ from bigbatch.data.geometry import View
 from bigbatch.data.index import Index, open_index
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.workers import WorkerPool
+from bigbatch.trainers.engine import open_engine
+from bigbatch.trainers.ensemble.folder import open_ensemble
 from bigbatch.trainers.inference import ahead
 from bigbatch.trainers.inference.__main__ import main
+from bigbatch.trainers.inference.forward import Forward
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
@@ -105,6 +109,20 @@ def test_many_small_batches_leave_files_to_open(
     assert same(index, begun, batch=1)
 
 
+def test_another_index_is_small_or_large_by_itself(
+    run: RunDir, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers would have been started for a handful of images, as those of the first were."""
+    monkeypatch.setattr(loader, "WorkerPool", None)
+    ahead.begin(["evaluate", str(run.path), "--source", str(digits / "val")])
+    members = open_ensemble([run.path]).members
+    forward = Forward(open_engine("ddp", "fp32"), members, begun=ahead.begun)
+    for split in ("val", "test"):
+        index = open_index(digits / split)
+        assert sum(len(outputs.samples) for outputs in forward.outputs(index)) == len(index)
+    assert Pool.received == -(-len(open_index(digits / "val")) // 16)
+
+
 def test_an_index_that_changes_meanwhile_is_said(digits: Path) -> None:
     index = open_index(digits / "val")
     begun = Begun(index, source_of(index), 1, batch=16, rank=0, world=1)
@@ -122,6 +140,7 @@ def test_an_index_that_changes_meanwhile_is_said(digits: Path) -> None:
         {"source": "val/000000.tar"},
         {"model": "no-run"},
         {"few": True},
+        {"command": "ensemble", "options": ["--soup", "greedy"]},
     ],
 )
 def test_what_gains_nothing_or_is_wrong_is_left_to_the_command(
@@ -131,7 +150,8 @@ def test_what_gains_nothing_or_is_wrong_is_left_to_the_command(
         monkeypatch.setattr(ahead, "_FROM", 2000)
     model = changes.get("model", str(run.path))
     source = digits / changes.get("source", "val")
-    ahead.begin([changes.get("command", "evaluate"), model, "--source", str(source)])
+    options = ["--source", str(source), *changes.get("options", [])]
+    ahead.begin([changes.get("command", "evaluate"), model, *options])
     assert ahead.begun is None
     assert Pool.submitted == 0
 
