@@ -10,7 +10,6 @@ A row of outcomes.parquet for each sample:
 Where two classes have one name, all have their numbers behind it. Free of torch.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,9 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bigbatch.configs.files import see_that_it_ends, sync
+from bigbatch.configs.files import sync
 from bigbatch.trainers.evaluation.outcomes import Array, Outcomes, losses_of
 from bigbatch.trainers.evaluation.paired import bootstrap, mcnemar
+from bigbatch.trainers.recovery.stored import measure
 
 OUTCOMES = "outcomes.parquet"
 _ROWS = 2**16  # of a row group: what is held beside keys and outcomes
@@ -61,7 +61,7 @@ def write_outcomes(
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA))
         sync(temporary)
-        digest = _sha256(temporary)
+        digest = str(measure(temporary)["sha256"])
         temporary.replace(path)
     except OSError:
         with suppress(OSError):
@@ -75,11 +75,6 @@ def _apart(classes: Sequence[str]) -> list[str]:
     if len(set(classes)) == len(classes):
         return list(classes)
     return [f"{name} #{number}" for number, name in enumerate(classes)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +96,7 @@ def read_outcomes(folder: Path, sha256: str) -> BySample:
     Raises OSError, and ValueError, in a line, where they are others.
     """
     path = folder / OUTCOMES
-    see_that_it_ends(path)
-    if _sha256(path) != sha256:
+    if measure(path)["sha256"] != sha256:
         raise ValueError(f"{OUTCOMES} is not what evaluation.json was written with")
     try:
         table = pq.read_table(path)

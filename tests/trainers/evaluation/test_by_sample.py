@@ -20,6 +20,7 @@ from bigbatch.trainers.evaluation.by_sample import (
 )
 from bigbatch.trainers.evaluation.outcomes import Outcomes, outcomes
 from bigbatch.trainers.evaluation.paired import DRAWS
+from bigbatch.trainers.recovery.stored import measure
 from tests.helpers.predictions import predictions
 
 N, CLASSES = 60, ("cat", "dog", "owl", "yak")
@@ -174,10 +175,10 @@ def test_outcomes_of_something_else_are_refused(tmp_path: Path) -> None:
         read_outcomes(tmp_path, sha256)
     pq.write_table(pq.read_table(path).drop(["label"]), path)
     with pytest.raises(ValueError, match="has other columns than key, target, label, p_target"):
-        read_outcomes(tmp_path, by_sample._sha256(path))
+        read_outcomes(tmp_path, str(measure(path)["sha256"]))
     path.write_bytes(b"no Parquet")
     with pytest.raises(ValueError, match="is none") as caught:
-        read_outcomes(tmp_path, by_sample._sha256(path))
+        read_outcomes(tmp_path, str(measure(path)["sha256"]))
     assert "\n" not in str(caught.value)
 
 
