@@ -47,7 +47,6 @@ class Engine(Collectives, ABC):
     model: nn.Module  # what goes forward: the module as its backend wraps it
     optimizer: torch.optim.Optimizer
     micro_batches: int  # of this step, over all ranks
-    in_round = False  # whether this step is a round, in which workers train apart
 
     def __init__(
         self,
@@ -99,6 +98,11 @@ class Engine(Collectives, ABC):
 
         Where steps have different numbers of them, of a multiple of that; `begin` says of which.
         """
+
+    @property
+    def in_round(self) -> bool:
+        """Whether this step is a round, in which workers train apart."""
+        return False
 
     def train_apart(self, workers: int, each: int, clip: Clip | None) -> None:
         """Let steps of more than workers x each micro-batches be rounds of post-local SGD.

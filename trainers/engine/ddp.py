@@ -75,6 +75,10 @@ class DdpEngine(Engine):
         if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
             self._wrapped.register_comm_hook(None, self._send)
 
+    @property
+    def in_round(self) -> bool:
+        return self._round is not None
+
     def train_apart(self, workers: int, each: int, clip: Clip | None) -> None:
         self._rounds = LocalRounds(
             self.module,
@@ -94,7 +98,6 @@ class DdpEngine(Engine):
         super().begin(micro_batches)
         rounds = self._rounds
         self._round = rounds if rounds and micro_batches > rounds.micro_batches else None
-        self.in_round = self._round is not None
         if self._round is not None:
             self._round.begin()
 
