@@ -10,6 +10,7 @@ from bigbatch.launcher.cli import options
 
 if TYPE_CHECKING:
     from bigbatch.configs.rundir import RunDir
+    from bigbatch.trainers.dynamics.tell import Wanted
 
 _WAYS = ("errors", "forgotten", "ambiguous")  # of trainers/dynamics/study.py
 
@@ -105,22 +106,14 @@ def samples(
             raise UserError(f"{path} exists already; choose another {option}, or remove it")
     if out is not None:
         check_writable(out)
+    wanted = Wanted(top, out, weights, weigh, drop, as_json)
     if clean:
-        _look_clean(found, until, top, out, weights, weigh, drop, as_json, batch, nproc)
-    tell(look(found, until), Wanted(top, out, weights, weigh, drop, as_json))
+        _look_clean(found, until, wanted, batch, nproc)
+    tell(look(found, until), wanted)
 
 
 def _look_clean(
-    run: "RunDir",
-    until: int | None,
-    top: int,
-    out: Path | None,
-    weights: Path | None,
-    weigh: str,
-    drop: float | None,
-    as_json: bool,
-    batch: int | None,
-    nproc: int | None,
+    run: "RunDir", until: int | None, wanted: "Wanted", batch: int | None, nproc: int | None
 ) -> NoReturn:
     """Become the ranks that look."""
     from bigbatch.configs.decisions import recipe_of
@@ -132,11 +125,16 @@ def _look_clean(
 
     data = recipe_of(run).data
     arguments = ["samples", str(run.path), "--source", f"{data.path.rstrip('/')}/{data.train}"]
-    arguments += ["--members", ",".join(kept_weights(run, until).values()), "--top", str(top)]
-    given = {"batch": batch, "out": out, "weights": weights, "drop": drop}
+    arguments += [
+        "--members",
+        ",".join(kept_weights(run, until).values()),
+        "--top",
+        str(wanted.top),
+    ]
+    given = {name: getattr(wanted, name) for name in ("out", "weights", "drop")} | {"batch": batch}
     for name, value in given.items():
         arguments += [] if value is None else [f"--{name}", str(value)]
-    arguments += ["--weigh", weigh, *["--json"] * as_json]
+    arguments += ["--weigh", wanted.weigh, *["--json"] * wanted.as_json]
     check_environment(os.environ)
     peers = find_peers(os.environ)
     with one_voice(peers):
