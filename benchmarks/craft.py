@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from craft_report import markdown, rows_of
 from large_batch import PLANS as LARGE_BATCH
 from large_batch import write_shards
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, lacks_cifar10, machine, write_figures
 from trials import noted, open_pool, run_all, train
 
 
@@ -282,11 +282,8 @@ def main() -> None:
     parser.add_argument("--arms", help="some arms instead, such as muon,cutout")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
     options = parser.parse_args()
-    if options.cifar10 is None:
-        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+    if lacks_cifar10(parser, options.cifar10):
         return
-    if not options.cifar10.is_file():
-        parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
     if options.report and not options.folder:
         parser.error("--report reads the trials noted in --folder; name it")
     plan = replace(Plan(), arms=tuple(ARMS))

@@ -41,7 +41,7 @@ from typing import Any
 import yaml
 from large_batch import BIN, write_shards
 from large_batch import PLANS as LARGE_BATCH
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, lacks_cifar10, machine, write_figures
 
 CYCLES = 5
 TEACHER = "ensembles/independent"
@@ -253,8 +253,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep shards and runs here, and go on there")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
     options = parser.parse_args()
-    if options.cifar10 is None:
-        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+    if lacks_cifar10(parser, options.cifar10):
         return
     if options.report and not options.folder:
         parser.error("--report reads the runs in --folder; name it")

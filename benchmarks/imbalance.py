@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, lacks_cifar10, machine, write_figures
 
 from bigbatch.trainers.monitoring.history import confused_pairs
 
@@ -231,11 +231,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep shards and runs in this new folder")
     parser.add_argument("--picture", type=Path, help="draw recall by class here: .png, .svg ...")
     options = parser.parse_args()
-    if options.cifar10 is None:
-        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+    if lacks_cifar10(parser, options.cifar10):
         return
-    if not options.cifar10.is_file():
-        parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
     source, size = options.cifar10.resolve(), QUICK if options.quick else FULL
     if options.folder:
         options.folder.mkdir(parents=True)

@@ -41,7 +41,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from large_batch_report import arms_of, draw, markdown, tuning_table
-from machine import benchmark_parser, machine, write_figures
+from machine import benchmark_parser, lacks_cifar10, machine, write_figures
 from trials import noted, open_pool, run_all, train
 
 BIN = Path(sys.executable).parent
@@ -280,11 +280,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="trials at a time")
     parser.add_argument("--picture", type=Path, help="draw them here: .png, .svg ...")
     options = parser.parse_args()
-    if options.cifar10 is None:
-        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+    if lacks_cifar10(parser, options.cifar10):
         return
-    if not options.cifar10.is_file():
-        parser.error(f"{options.cifar10} is no file; give CIFAR-10 as Parquet")
     if options.quick and options.gpu:
         parser.error("--quick and --gpu are two scales; give one of them")
     if options.report and not options.folder:

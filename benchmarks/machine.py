@@ -24,6 +24,17 @@ def benchmark_parser(
     return parser
 
 
+def lacks_cifar10(parser: argparse.ArgumentParser, path: Path | None) -> bool:
+    """Whether --cifar10 is not given, which is said: there is nothing to do. Ends where it is no
+    file."""
+    if path is None:
+        print("skipped: give CIFAR-10 as Parquet by --cifar10")
+        return True
+    if not path.is_file():
+        parser.error(f"{path} is no file; give CIFAR-10 as Parquet")
+    return False
+
+
 def write_figures(path: Path | None, **figures: Any) -> None:
     """Write the figures as JSON where --json named a file; one of them is the `machine`."""
     if path is not None:
