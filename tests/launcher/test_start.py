@@ -343,7 +343,10 @@ def test_a_recipe_is_as_it_was_where_the_start_is_refused(tmp_path) -> None:
     "change",
     ["data.path=nowhere", "data.pathh=x", "optimizer.lr=3", "backend=zero9", "data.cache="],
 )
-def test_a_refused_resume_leaves_every_file_as_it_is(tmp_path, change: str) -> None:
+def test_a_refused_resume_leaves_every_file_as_it_is(
+    tmp_path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no shards/digits, as `make train` leaves them: it would start
     run = create_run(tmp_path / "run", load_recipe("digits"))
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     result = CliRunner().invoke(cli, ["resume", str(run.path), change, "--nproc", "1"])
