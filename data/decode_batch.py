@@ -24,6 +24,7 @@ from bigbatch.data.decode import (
     fill,
     open_pixels,
     reduced,
+    shrink,
     size_after,
     whole_factor,
 )
@@ -35,6 +36,9 @@ from bigbatch.data.staging import Cache, Remote
 BYTE_RANGE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 ByteRanges = npt.NDArray[np.void]  # [B], of dtype BYTE_RANGE
 Key = tuple[int, int]  # step and micro-batch, from which crops are drawn
+_QUICK = 2048  # encoded bytes of an image, mean of a batch, that one thread decodes sooner than two
+_SMALL = 1 << 18  # bytes of pixels, that are kept until the frames of their batch are known
+_REMEMBERED = 1 << 26  # bytes of pixels that a decoder keeps of small images
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class BatchDecoder:
         self.source = source
         self._reader = source.reader()
         self._pool = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
+        # Of small data sets what Pillow decodes, for the next epochs. The first ones stay: in a
+        # random order no others would be asked for sooner.
+        self._remembered = dict[tuple[int, ...], Pixels]()
+        self._room = _REMEMBERED
 
     def decode(
         self, byte_ranges: ByteRanges, allocate: Callable[[int], Pixels], key: Key = (0, 0)
@@ -86,25 +94,35 @@ class BatchDecoder:
         count, channels = len(places), self.source.channels
         opened: list[Jpeg | Pixels] = [_NOTHING] * count
         frames = np.zeros(count, FRAME)
+        sizes = np.zeros((count, 2), np.int64)  # of those that are opened and not yet reduced
         bad: dict[int, str] = {}
         seconds = [0.0] * count
 
         def read(i: int) -> None:
             started = time.perf_counter()
             try:
-                data = self._read(places[i])
-                seconds[i] = time.perf_counter() - started
-                image = open_pixels(data, channels)
-                if not isinstance(image, Jpeg):  # not kept at its full size
+                image: Jpeg | Pixels | None = self._remembered.get(places[i])
+                if image is None:
+                    data = self._read(places[i])
+                    seconds[i] = time.perf_counter() - started
+                    image = open_pixels(data, channels)
+                    self._remember(places[i], image)
+                if isinstance(image, Jpeg):
+                    sizes[i] = image[:2]
+                elif image.nbytes <= _SMALL:
+                    sizes[i] = image.shape[:2]
+                else:  # not kept at its full size
                     frames[i], image = self._stored(image, i, count, key)
                 opened[i] = image
             except BadSample as error:
                 bad[i] = str(error)
 
-        self._each(count, read)
-        jpegs = [i for i, image in enumerate(opened) if isinstance(image, Jpeg)]
-        sizes = np.array([opened[i][:2] for i in jpegs], np.int64).reshape(-1, 2)
-        frames[jpegs] = self._frames(sizes, jpegs, count, key)
+        # Threads that hand one another so little take longer than one alone.
+        alone = int(byte_ranges["size"].sum()) <= _QUICK * count
+        self._each(count, read, alone=alone)
+        # Of all at once: a frame alone takes longer than a small image's decoding.
+        whole = np.flatnonzero(sizes[:, 0])
+        frames[whole] = self._frames(sizes[whole], whole, count, key)
         stored = frames.tolist()
         ends = list(itertools.accumulate(h * w * channels for h, w, *_ in stored))
         pixels = allocate(ends[-1])
@@ -118,6 +136,8 @@ class BatchDecoder:
             image, target = opened[i], targets[i]
             try:
                 if not isinstance(image, Jpeg):
+                    if sizes[i, 0]:
+                        image = shrink(image, factor)[top : top + height, left : left + width]
                     target[:] = image
                 elif factor <= 8 and (height, width) == size_after(image, factor):
                     fill(target, image, factor)
@@ -127,7 +147,7 @@ class BatchDecoder:
             except BadSample as error:
                 bad[i] = str(error)
 
-        self._each(count, write)
+        self._each(count, write, alone=alone)
         return Decoded(pixels, frames, bad, _slowest((place[0] for place in places), seconds))
 
     def one(
@@ -142,11 +162,11 @@ class BatchDecoder:
         return pixels, frame
 
     def _frames(
-        self, sizes: npt.NDArray[np.int64], places: Sequence[int], count: int, key: Key
+        self, sizes: npt.NDArray[np.int64], places: npt.NDArray[np.int64], count: int, key: Key
     ) -> Frames:
         view, image_size = self.source.view, self.source.image_size
         if view is not None and len(places):
-            return view.frames(sizes, np.array(places), count, LONGEST * image_size, *key)
+            return view.frames(sizes, places, count, LONGEST * image_size, *key)
         factors = [whole_factor(h, w, image_size) for h, w in sizes.tolist()]
         return whole_frames(sizes, np.array(factors, np.int64))
 
@@ -155,7 +175,7 @@ class BatchDecoder:
     ) -> tuple[Frames, Pixels]:
         """The frame [1] of an image, and the pixels that belong into it. Raises BadSample."""
         size = image[:2] if isinstance(image, Jpeg) else image.shape[:2]
-        frames = self._frames(np.array([size]), [place], count, key)
+        frames = self._frames(np.array([size]), np.array([place]), count, key)
         height, width, _, _, factor, left, top = frames[0].tolist()
         pixels = reduced(image, factor, self.source.channels)
         return frames, pixels[top : top + height, left : left + width]
@@ -164,13 +184,18 @@ class BatchDecoder:
         if self._pool is not None:
             self._pool.shutdown()
 
+    def _remember(self, byte_range: tuple[int, ...], image: Jpeg | Pixels) -> None:
+        if not isinstance(image, Jpeg) and image.nbytes <= min(_SMALL, self._room):
+            self._room -= image.nbytes
+            self._remembered[byte_range] = image
+
     def _read(self, byte_range: tuple[int, int, int, int]) -> bytes:
         size = byte_range[2]
         if size > MAX_BYTES:
             raise BadSample(f"{size:,} encoded bytes; the limit is {MAX_BYTES:,}")
         return self._reader.read(*byte_range)
 
-    def _each(self, count: int, work: Callable[[int], None]) -> None:
+    def _each(self, count: int, work: Callable[[int], None], *, alone: bool) -> None:
         """Call work(0) ... work(count - 1), whichever thread is free the next one."""
         left = itertools.count()
 
@@ -178,7 +203,7 @@ class BatchDecoder:
             while (i := next(left)) < count:  # next() of a count is atomic
                 work(i)
 
-        if self._pool is None:
+        if self._pool is None or alone:
             run()
             return
         helping = [self._pool.submit(run) for _ in range(self.source.threads - 1)]

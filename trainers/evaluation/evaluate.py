@@ -11,8 +11,9 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import height_width
 from bigbatch.configs.targets import learns_numbers
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.batch import Decoding
+from bigbatch.data.batch import Decoding, MicroBatch
 from bigbatch.data.index import Index
+from bigbatch.data.kept import KeptBatches
 from bigbatch.data.loader import eval_batches
 from bigbatch.data.order import Positions
 from bigbatch.trainers.engine import Engine
@@ -60,6 +61,8 @@ class Evaluator:
         self.batch = recipe.evaluate.batch
         self.scaling = target_scaling(recipe)  # None: labels are learned
         self._kind = kind_of(recipe)
+        # By the id of an index, which therefore stands beside them.
+        self._passes = dict[int, tuple[Index, KeptBatches]]()
 
     def decoding(self, workers: int) -> Decoding:
         """How images are decoded to be evaluated."""
@@ -136,23 +139,24 @@ class Evaluator:
     ) -> Iterator[tuple[Positions, Logits]]:
         """This rank's batches: samples [n], and their logits [M, n, C] by each set of weights.
 
-        Every image is decoded once. Leaves the last set in `model`; none stands for the weights
-        that it has. A set is copied into it anew for each batch: so the device holds one model,
-        however many sets there are, which may lie on the host or in a file.
+        Every image is decoded once, and few ones not again for the next call. Leaves the last set
+        in `model`; none stands for the weights that it has. A set is copied into it anew for each
+        batch: so the device holds one model, however many sets there are, which may lie on the host
+        or in a file.
         """
         engine = self.engine
         share = -(-len(index) // engine.world)
         decoding = self.decoding(self.data.workers if share > FEW_IMAGES else 0)
-        batches = eval_batches(
-            index,
-            decoding,
-            batch=self.batch_of(index),
-            rank=engine.rank,
-            world=engine.world,
-        )
+        size = self.batch_of(index)
+        own = len(range(engine.rank, -(-len(index) // size), engine.world))
+        _, kept = self._passes.setdefault(id(index), (index, KeptBatches()))
+
+        def decoded() -> Iterator[MicroBatch]:
+            return eval_batches(index, decoding, batch=size, rank=engine.rank, world=engine.world)
+
         was_training = model.training
         model.eval()
-        for batch in batches:
+        for batch in kept.through(decoded, own):
             images = self.augmenter.evaluate(batch)  # before autocast, which would shift the crops
             found = np.empty((len(weights), len(images), self.width(index)), np.float32)
             for logits, tensors in zip(found, weights, strict=True):
@@ -160,9 +164,9 @@ class Evaluator:
                     model.load_state_dict(tensors)
                     torch.clear_autocast_cache()  # the caller's may hold the former weights
                 # A model may write into what it is given, and the next one needs it.
-                own = images.clone() if len(weights) > 1 else images
+                given = images.clone() if len(weights) > 1 else images
                 with engine.autocast():
-                    logits[...] = in_parts(model, own).float().cpu().numpy()
+                    logits[...] = in_parts(model, given).float().cpu().numpy()
             yield batch.samples, found
         model.train(was_training)
 

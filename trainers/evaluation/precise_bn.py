@@ -8,7 +8,7 @@ compute_precise_bn_stats: plain means over batches of their means and variances)
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from bigbatch.configs.schema import Recipe
 from bigbatch.configs.timeline import Timeline
 from bigbatch.data.augment.pipeline import Augmenter
 from bigbatch.data.batch import BatchPlan, MicroBatch
+from bigbatch.data.kept import KeptBatches
 from bigbatch.trainers.engine import Engine
 from bigbatch.trainers.evaluation.evaluate import FEW_IMAGES, autocast
 from bigbatch.trainers.models.batch_stats import (
@@ -40,6 +41,7 @@ class PreciseBatchNorm:
     timeline: Timeline
     # This rank's micro-batches of a plan, decoded as the recipe says.
     batches: Callable[[Recipe, BatchPlan], Iterator[MicroBatch]]
+    kept: KeptBatches = field(default_factory=KeptBatches)
 
     def recompute(self, model: nn.Module, images: int | None = None) -> None:
         """Set the statistics of `model`, from at most `images` images. Collective.
@@ -59,7 +61,9 @@ class PreciseBatchNorm:
         if images <= FEW_IMAGES * engine.world:  # sooner decoded here than workers start
             alone = recipe.data.model_copy(update={"workers": 0})
             recipe = recipe.model_copy(update={"data": alone})
-        views = (self.augmenter.train(batch)[0] for batch in self.batches(recipe, plan))
+        own = len(range(engine.rank, count, engine.world))
+        batches = self.kept.through(lambda: self.batches(recipe, plan), own)
+        views = (self.augmenter.train(batch)[0] for batch in batches)
         recompute_statistics(
             model, views, count, engine.sum, lambda: autocast(engine.device, recipe.precision)
         )

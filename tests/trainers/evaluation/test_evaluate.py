@@ -15,7 +15,8 @@ from bigbatch.configs.augment import Augment
 from bigbatch.configs.load import load_recipe
 from bigbatch.data.augment import pipeline
 from bigbatch.data.augment.pipeline import Augmenter
-from bigbatch.data.index import Index
+from bigbatch.data.index import Index, draw_samples
+from bigbatch.data.loader import eval_batches
 from bigbatch.trainers.evaluation import evaluate
 from bigbatch.trainers.evaluation.evaluate import Evaluator
 from tests.helpers.micro_batches import write_shards
@@ -138,3 +139,28 @@ def test_batches_shrink_where_classes_are_many(
     assert sizes == [[(2, 40, 4)], [(2, 32, 4), (2, 8, 4)]]
     # Crops are cut from the canvas of a batch.
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
+
+
+def test_few_images_are_decoded_for_the_first_evaluation_alone(
+    photos: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each split, whose parts have its hash; and where the model writes into its input."""
+
+    class Model(nn.Flatten):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images.mul_(0.5))[:, :4]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        decoded.append(args[0])
+        return eval_batches(*args, **options)
+
+    decoded = list[Index]()
+    monkeypatch.setattr(evaluate, "eval_batches", counted)
+    tool, part = evaluator(29, nullcontext, batch=16), draw_samples(photos, 17, 1)
+    whole, some = tool.logits(Model(), photos), tool.logits(Model(), part)
+    for _ in range(2):
+        np.testing.assert_array_equal(tool.logits(Model(), photos), whole)
+        np.testing.assert_array_equal(tool.logits(Model(), part), some)
+    assert len(decoded) == 2
+    assert decoded[0] is photos
+    assert decoded[1] is part
