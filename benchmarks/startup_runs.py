@@ -2,8 +2,10 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -127,6 +129,32 @@ def restart(tree: Path, folder: Path, name: str) -> dict[str, float]:
         return {"to_next_step_s": time.perf_counter() - begun}
 
 
+def many(count: int) -> Callable[[Path, Path, str], dict[str, float]]:
+    """A measurement of `count` ranks, of 12 steps of 1,024 images in 32 micro-batches."""
+
+    def measure(tree: Path, folder: Path, name: str) -> dict[str, float]:
+        changes = ("duration=12 steps", "global_batch=1024", "micro_batch=32", "log.every=1")
+        changes += ("schedule={name: constant}", "optimizer.lr=0.1", "log.wandb=off")
+        run, found = folder / "runs" / name, dict[str, float]()
+        begun, clock = time.perf_counter(), time.time()
+        arguments = ("train", "digits", "--nproc", str(count), "--run-name", name, *changes)
+        with started(tree, folder, *arguments) as process:
+            reading = threading.Thread(target=process.communicate)  # a full pipe stops it
+            reading.start()
+            metrics = run / "metrics.jsonl"
+            wait(lambda: metrics.exists() and len(kinds(metrics, "train")) >= 3, process)
+            found |= memory(process.pid)
+            reading.join()
+            if process.returncode:
+                raise SystemExit(f"{name} ended with {process.returncode}")
+        (start,) = kinds(run / "events.jsonl", "start")
+        steps = [step["step_s"] for step in kinds(metrics, "train")]
+        found |= {"to_start_s": start["time"] - clock, "step_s": statistics.median(steps[4:])}
+        return found | {"whole_s": time.perf_counter() - begun}
+
+    return measure
+
+
 def kinds(path: Path, kind: str) -> list[dict[str, Any]]:
     return [r for r in read_jsonl(path) if r["kind"] == kind] if path.exists() else []
 
@@ -160,6 +188,8 @@ _EPOCH = ("duration=1 epochs", "schedule={{name: constant}}", "log.wandb=off")
 CASES: dict[str, Callable[[Path, Path, str], dict[str, float]]] = {
     "train": train,
     "restart": restart,
+    "2 ranks": many(2),
+    "16 ranks": many(16),
     "find-lr": timed("find-lr", "digits"),
     "prove": timed("prove", "digits"),
     "tune": timed(

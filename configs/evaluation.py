@@ -8,6 +8,8 @@ from bigbatch.configs.durations import Length, Period
 from bigbatch.configs.part import Count, ImageSize, StrictModel
 
 _MANY_STEPS = 500  # behind which BatchNorm has long forgotten where it started
+# Training images that running statistics are made of, and the fewest that an evaluation's are.
+_PRECISE, _FEWEST = 8192, 512
 
 
 class Evaluate(StrictModel):
@@ -32,10 +34,11 @@ class Evaluate(StrictModel):
         description="evaluate and keep weights with BatchNorm statistics of their own, made anew "
         f"from training images; auto: while fewer than {_MANY_STEPS} steps lie behind",
     )
-    precise_bn_images: Count = Field(
-        8192,
+    precise_bn_images: Count | Literal["auto"] = Field(
+        "auto",
         description="training images that those are made from, at most an epoch's, and no more "
-        "than were trained on; also those of averaged weights",
+        f"than were trained on; auto: {_PRECISE:,}, for an evaluation at most a quarter of those "
+        f"between two, though not below {_FEWEST}. Also those of averaged weights",
     )
 
     @model_validator(mode="after")
@@ -54,3 +57,16 @@ class Evaluate(StrictModel):
     def is_precise(self, step: int) -> bool:
         """Whether weights after `step` steps are evaluated with statistics made for them."""
         return self.precise_bn == "always" or (self.precise_bn == "auto" and step < _MANY_STEPS)
+
+    def precise_images(self, epoch_samples: int) -> int:
+        """How many training images statistics are made of, of weights that are kept."""
+        asked = _PRECISE if self.precise_bn_images == "auto" else self.precise_bn_images
+        return min(asked, epoch_samples)
+
+    def evaluated_images(self, global_batch: int, epoch_samples: int) -> int:
+        """How many of an evaluation: forward passes that cost a share of the training between."""
+        most = self.precise_images(epoch_samples)
+        if self.precise_bn_images != "auto":
+            return most
+        between = self.every.samples(global_batch, epoch_samples)
+        return min(most, max(_FEWEST, int(between) // 4))

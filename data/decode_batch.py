@@ -38,7 +38,6 @@ ByteRanges = npt.NDArray[np.void]  # [B], of dtype BYTE_RANGE
 Key = tuple[int, int]  # step and micro-batch, from which crops are drawn
 _QUICK = 2048  # encoded bytes of an image, mean of a batch, that one thread decodes sooner than two
 _SMALL = 1 << 18  # bytes of pixels, that are kept until the frames of their batch are known
-_REMEMBERED = 1 << 26  # bytes of pixels that a decoder keeps of small images
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Source:
     remote: Remote | None = None  # instead of root
     view: View | None = None  # what will be seen of the images; without it, maybe all
     loose: bool = False  # the shards are image files, of which no CRC is known
+    remember: int = 0  # bytes of pixels at most, of small images that Pillow decodes
 
     def reader(self) -> ShardReader:
         if self.remote is None:
@@ -78,10 +78,9 @@ class BatchDecoder:
         self.source = source
         self._reader = source.reader()
         self._pool = ThreadPoolExecutor(source.threads - 1) if source.threads > 1 else None
-        # Of small data sets what Pillow decodes, for the next epochs. The first ones stay: in a
-        # random order no others would be asked for sooner.
+        # The first ones stay: in a random order no others would be asked for sooner.
         self._remembered = dict[tuple[int, ...], Pixels]()
-        self._room = _REMEMBERED
+        self._room = source.remember
 
     def decode(
         self, byte_ranges: ByteRanges, allocate: Callable[[int], Pixels], key: Key = (0, 0)

@@ -31,6 +31,8 @@ from bigbatch.data.workers import WorkerPool
 
 _POSITIONS = 4096  # that are turned into samples at once
 _SUBSTITUTES = 20
+# Encoded bytes of a data set that its decoders remember, and pixels that each of them does.
+_FEW_BYTES, _REMEMBERED = 1 << 24, 1 << 26
 
 
 def train_batches(
@@ -44,6 +46,8 @@ def train_batches(
     UserError, as do a lost shard and a worker that dies.
     """
     source = _source(index, decoding)
+    if int(index.size.sum()) <= _FEW_BYTES:
+        source = replace(source, remember=_REMEMBERED)
     mender = _Mender(index, order, BatchDecoder(replace(source, threads=1)))
     size, tasks = plan.micro_batch, plan.places()
 

@@ -43,8 +43,9 @@ def ranges(images: list[bytes]) -> ByteRanges:
     return found
 
 
-def decoder(folder: Any, view: View | None, threads: int) -> BatchDecoder:
-    return BatchDecoder(Source(folder, ["images"], SIZE, 3, threads, view=view, loose=True))
+def decoder(folder: Any, view: View | None, threads: int, remember: int = 1 << 20) -> BatchDecoder:
+    options: Any = {"view": view, "loose": True, "remember": remember}
+    return BatchDecoder(Source(folder, ["images"], SIZE, 3, threads, **options))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -86,12 +87,10 @@ def test_small_ones_that_pillow_decodes_are_read_once(
     assert again == [3, 4, *range(7, 13)]  # the large one, what is none, and JPEGs
 
 
-def test_no_more_is_remembered_than_there_is_room_for(
-    files: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("room", [0, 3 * (8 * 8 + 40 * 12), 3 * (8 * 8 + 40 * 12) + 1])
+def test_no_more_is_remembered_than_there_is_room_for(files: Any, room: int) -> None:
     folder, images = files
-    monkeypatch.setattr(decode_batch, "_REMEMBERED", 3 * (8 * 8 + 40 * 12) + 1)
-    own = decoder(folder, None, 2)
+    own = decoder(folder, None, 1, room)
     for _ in range(2):
         own.decode(ranges(images), lambda n: np.empty(n, np.uint8))
-    assert sum(image.nbytes for image in own._remembered.values()) == 3 * (8 * 8 + 40 * 12)
+    assert sum(image.nbytes for image in own._remembered.values()) == room - room % 2

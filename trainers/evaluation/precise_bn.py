@@ -52,7 +52,7 @@ class PreciseBatchNorm:
         if not averaged_layers(model):
             return
         engine, recipe = self.engine, self.recipe
-        most = min(recipe.evaluate.precise_bn_images, self.timeline.epoch_samples)
+        most = recipe.evaluate.precise_images(self.timeline.epoch_samples)
         images = most if images is None else min(most, images)
         count = -(-images // recipe.micro_batch)
         plan = BatchPlan(
@@ -72,14 +72,17 @@ class PreciseBatchNorm:
     def applied(self, model: nn.Module, step: int) -> Iterator[dict[str, Tensor]]:
         """Within the block `model` has statistics of its weights; after it its own, bit for bit.
 
-        From no more images than `step` steps have trained on, so that it costs a share of these.
-        Gives copies of the new statistics by name. Collective. Raises UserError on every rank where
-        one is not finite: scores, snapshot and checkpoint would be of NaN.
+        From no more images than `step` steps have trained on, so that it costs a share of these,
+        nor than the recipe says of an evaluation. Gives copies of the new statistics by name.
+        Collective. Raises UserError on every rank where one is not finite: scores, snapshot and
+        checkpoint would be of NaN.
         """
         own = running_statistics(model)
         kept = {name: value.clone() for name, value in own.items()}
         try:
-            self.recompute(model, self.timeline.first(step))
+            line, evaluate = self.timeline, self.recipe.evaluate
+            most = evaluate.evaluated_images(self.recipe.first_batch, line.epoch_samples)
+            self.recompute(model, min(most, line.first(step)))
             if bad := [name for name, value in own.items() if not value.isfinite().all()]:
                 raise UserError(
                     f"after step {step} {bad[0]} is not finite when it is made of training images "

@@ -17,6 +17,7 @@ from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.data.batch import BatchPlan
 from bigbatch.data.index import open_index
+from bigbatch.data.kept import KeptBatches
 from bigbatch.trainers import worker
 from bigbatch.trainers.engine import open_engine
 from bigbatch.trainers.ensemble.members import find_members
@@ -208,6 +209,28 @@ def test_when_weights_are_evaluated_with_statistics_of_their_own() -> None:
     assert not precise_at["never"](1)
 
 
+@pytest.mark.parametrize(
+    ("every", "said", "epoch", "kept", "evaluated"),
+    [
+        ("1 epochs", "auto", 50_000, 8192, 8192),
+        ("1 epochs", "auto", 4096, 4096, 1024),
+        ("2 epochs", "auto", 1078, 1078, 539),
+        ("1 epochs", "auto", 1078, 1078, 512),
+        ("1 epochs", "auto", 300, 300, 300),
+        ("90 steps", "auto", 10_000, 8192, 5760),
+        ("10000 samples", "auto", 10**6, 8192, 2500),
+        ("1 epochs", 8192, 4096, 4096, 4096),
+        ("1 steps", 96, 4096, 96, 96),
+    ],
+)
+def test_statistics_of_an_evaluation_cost_a_share_of_the_training_between(
+    every: str, said: Any, epoch: int, kept: int, evaluated: int
+) -> None:
+    config = Evaluate(every=every, precise_bn_images=said)
+    assert config.precise_images(epoch) == kept
+    assert config.evaluated_images(256, epoch) == evaluated
+
+
 def test_without_running_statistics_it_is_refused_where_it_is_asked_for(digits: Path) -> None:
     settings = [f"data.path={digits}", "model.name=test_vit", "evaluate.precise_bn=always"]
     model = nn.Linear(2, 2)
@@ -228,8 +251,9 @@ def test_statistics_that_are_not_finite_are_said_and_do_not_stay() -> None:
     )
     large = torch.linspace(-1e30, 1e30, 16).view(4, 1, 2, 2)  # their variance is no float32
     augmenter: Any = SimpleNamespace(train=lambda batch: (large, None))
-    batches: Any = lambda recipe, plan: iter([None])  # noqa: E731
-    precise = PreciseBatchNorm(engine, recipe, augmenter, recipe.timeline(4), batches)
+    batches: Any = lambda recipe, plan: iter([SimpleNamespace(pixels=large)])  # noqa: E731
+    none = KeptBatches(most=0)
+    precise = PreciseBatchNorm(engine, recipe, augmenter, recipe.timeline(4), batches, none)
     model = nn.Sequential(nn.BatchNorm2d(1))
     before = {name: value.clone() for name, value in running_statistics(model).items()}
     refused = pytest.raises(UserError, match=r"after step 3 0\.running_var is not finite")
