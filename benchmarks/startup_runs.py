@@ -135,6 +135,7 @@ def many(count: int) -> Callable[[Path, Path, str], dict[str, float]]:
     def measure(tree: Path, folder: Path, name: str) -> dict[str, float]:
         changes = ("duration=12 steps", "global_batch=1024", "micro_batch=32", "log.every=1")
         changes += ("schedule={name: constant}", "optimizer.lr=0.1", "log.wandb=off")
+        name = name.replace(" ", "-")  # of which a run's has none
         run, found = folder / "runs" / name, dict[str, float]()
         begun, clock = time.perf_counter(), time.time()
         arguments = ("train", "digits", "--nproc", str(count), "--run-name", name, *changes)
@@ -145,7 +146,7 @@ def many(count: int) -> Callable[[Path, Path, str], dict[str, float]]:
             wait(lambda: metrics.exists() and len(kinds(metrics, "train")) >= 3, process)
             found |= memory(process.pid)
             reading.join()
-            if process.returncode:
+            if process.wait():
                 raise SystemExit(f"{name} ended with {process.returncode}")
         (start,) = kinds(run / "events.jsonl", "start")
         steps = [step["step_s"] for step in kinds(metrics, "train")]

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,15 +21,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises OSError, which names the file; what was there is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with appearing(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         error.filename = str(path)  # the kernel names no file where a write fails
+        raise
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` as the block ends, whole, and on the
+    disk; after an error in it nothing has changed."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch.configs import files
-from bigbatch.configs.files import finite, iter_jsonl, iter_lines, read_jsonl, to_json
+from bigbatch.configs.files import appearing, finite, iter_jsonl, iter_lines, read_jsonl, to_json
 
 ROOT = Path(__file__).parents[2]
 # Texts that no file holds as JSON: hashes, keys to compare by, what a message shows, overrides,
@@ -70,6 +70,25 @@ def test_no_writer_bypasses_to_json() -> None:
 
 def _is_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("old")
+
+    def break_off() -> None:
+        with appearing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert path.read_text() == "old"
+    with appearing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_line_that_is_nested_too_deeply_is_no_record(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ A row of outcomes.parquet for each sample:
 Where two classes have one name, all have their numbers behind it. Free of torch.
 """
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bigbatch.configs.files import sync
+from bigbatch.configs.files import appearing
 from bigbatch.trainers.evaluation.outcomes import Array, Outcomes, losses_of
 from bigbatch.trainers.evaluation.paired import bootstrap, mcnemar
 from bigbatch.trainers.recovery.stored import measure
@@ -47,27 +45,18 @@ def write_outcomes(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / OUTCOMES
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     names = pa.array(_apart(classes), pa.string())
-    try:
-        with pq.ParquetWriter(temporary, _SCHEMA) as writer:
-            for first in range(0, len(found), _ROWS):
-                rows = slice(first, first + _ROWS)
-                columns = [
-                    pa.array(keys[rows], pa.string()),
-                    names.take(pa.array(found.label[rows])),
-                    names.take(pa.array(found.predicted[rows])),
-                    pa.array(found.chosen[rows]),
-                ]
-                writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA))
-        sync(temporary)
-        digest = str(measure(temporary)["sha256"])
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    return digest
+    with appearing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA) as writer:
+        for first in range(0, len(found), _ROWS):
+            rows = slice(first, first + _ROWS)
+            columns = [
+                pa.array(keys[rows], pa.string()),
+                names.take(pa.array(found.label[rows])),
+                names.take(pa.array(found.predicted[rows])),
+                pa.array(found.chosen[rows]),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA))
+    return str(measure(path)["sha256"])
 
 
 def _apart(classes: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ Each rank writes its batches as the row groups of a Parquet file of its own besi
 that memory does not grow with the number of images. Ranks need one file system in common.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from bigbatch.configs.files import sync, to_json
+from bigbatch.configs.files import appearing, to_json
 from bigbatch.trainers.ensemble.combination import Combination
 from bigbatch.trainers.evaluation.metrics import Probabilities
 
@@ -160,7 +159,6 @@ def join(folder: Path, world: int, batches: int, last: pa.Table, out: Path, widt
     """
     rows = max(1, min(_ROWS, _NUMBERS // width))
     parts = [pq.ParquetFile(_part(folder, rank)) for rank in range(world)]
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
 
     def tables() -> Iterator[pa.Table]:
         for batch in range(batches):
@@ -168,20 +166,14 @@ def join(folder: Path, world: int, batches: int, last: pa.Table, out: Path, widt
         yield last
 
     count = 0
-    try:
-        with _writer(temporary, out.suffix, last.schema) as writer:
-            for table in _grouped(tables(), rows):
-                count += len(table)
-                if out.suffix != ".csv":
-                    writer.write_table(table)
-                    continue
-                for first in range(0, len(table), rows):  # lists of Python's numbers are large
-                    writer.write_table(_flat(table.slice(first, rows)))
-        sync(temporary)
-        temporary.rename(out)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with appearing(out) as temporary, _writer(temporary, out.suffix, last.schema) as writer:
+        for table in _grouped(tables(), rows):
+            count += len(table)
+            if out.suffix != ".csv":
+                writer.write_table(table)
+                continue
+            for first in range(0, len(table), rows):  # lists of Python's numbers are large
+                writer.write_table(_flat(table.slice(first, rows)))
     return count
 
 
