@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from bigbatch.configs import files
 from bigbatch.data.rng import uniforms
 from bigbatch.trainers.evaluation import by_sample
 from bigbatch.trainers.evaluation.by_sample import (
@@ -191,7 +192,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(by_sample, "sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         write_outcomes(tmp_path, KEYS[::-1], CLASSES, found)
     assert read_outcomes(tmp_path, sha256).keys[0].as_py() == KEYS[0]
