@@ -37,8 +37,9 @@ class Evaluate(StrictModel):
     precise_bn_images: Count | Literal["auto"] = Field(
         "auto",
         description="training images that those are made from, at most an epoch's, and no more "
-        f"than were trained on; auto: {_PRECISE:,}, for an evaluation at most a quarter of those "
-        f"between two, though not below {_FEWEST}. Also those of averaged weights",
+        f"than were trained on; auto: {_PRECISE:,}, and for an evaluation without a snapshot at "
+        f"most a quarter of those between two, though not below {_FEWEST}. Also those of averaged "
+        "weights",
     )
 
     @model_validator(mode="after")
@@ -59,14 +60,15 @@ class Evaluate(StrictModel):
         return self.precise_bn == "always" or (self.precise_bn == "auto" and step < _MANY_STEPS)
 
     def precise_images(self, epoch_samples: int) -> int:
-        """How many training images statistics are made of, of weights that are kept."""
+        """How many training images statistics are made of: of snapshots, averages and soups."""
         asked = _PRECISE if self.precise_bn_images == "auto" else self.precise_bn_images
         return min(asked, epoch_samples)
 
-    def evaluated_images(self, global_batch: int, epoch_samples: int) -> int:
-        """How many of an evaluation: forward passes that cost a share of the training between."""
-        most = self.precise_images(epoch_samples)
+    def evaluated_images(self, trained: int, global_batch: int, epoch_samples: int) -> int:
+        """How many of other evaluations, after so many samples and a step of `global_batch`:
+        forward passes that cost a share of the training between two."""
+        most = min(self.precise_images(epoch_samples), trained)
         if self.precise_bn_images != "auto":
             return most
-        between = self.every.samples(global_batch, epoch_samples)
+        between = min(trained, self.every.samples(global_batch, epoch_samples))
         return min(most, max(_FEWEST, int(between) // 4))

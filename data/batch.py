@@ -47,8 +47,9 @@ class BatchPlan:
 class Decoding:
     """How samples become pixels in the trainer's memory.
 
-    What a micro-batch holds depends on neither `workers`, `threads` nor `pin_memory`. A stream
-    takes no notice of `workers` and `view`, an evaluation of `bad_samples` and `journal`.
+    What a micro-batch holds depends on neither `workers`, `threads` nor `pin_memory`, but for what
+    is damaged after a worker has seen it (docs/loading.md, "Bad samples"). A stream takes no notice
+    of `workers` and `view`, an evaluation of `bad_samples` and `journal`.
     """
 
     image_size: int  # the longer side of what a model sees

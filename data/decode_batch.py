@@ -37,7 +37,8 @@ BYTE_RANGE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("c
 ByteRanges = npt.NDArray[np.void]  # [B], of dtype BYTE_RANGE
 Key = tuple[int, int]  # step and micro-batch, from which crops are drawn
 _QUICK = 2048  # encoded bytes of an image, mean of a batch, that one thread decodes sooner than two
-_SMALL = 1 << 18  # bytes of pixels, that are kept until the frames of their batch are known
+# Bytes of pixels that wait for the frames of their batch: of an image, and of all together.
+_SMALL, _WAITING = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class BatchDecoder:
         sizes = np.zeros((count, 2), np.int64)  # of those that are opened and not yet reduced
         bad: dict[int, str] = {}
         seconds = [0.0] * count
+        small = min(_SMALL, _WAITING // count)
 
         def read(i: int) -> None:
             started = time.perf_counter()
@@ -108,7 +110,7 @@ class BatchDecoder:
                     self._remember(places[i], image)
                 if isinstance(image, Jpeg):
                     sizes[i] = image[:2]
-                elif image.nbytes <= _SMALL:
+                elif image.nbytes <= small:
                     sizes[i] = image.shape[:2]
                 else:  # not kept at its full size
                     frames[i], image = self._stored(image, i, count, key)

@@ -2,8 +2,9 @@
 
 A worker is a fresh Python process that imports NumPy and the decoders only. It starts in a
 few tenths of a second and takes few megabytes, where a spawned or forked copy of the trainer
-would import torch again, or inherit its threads and its CUDA context. It keeps no state: it
-is ended by closing its socket, and one that is killed takes nothing with it but its batch.
+would import torch again, or inherit its threads and its CUDA context. It keeps no state but
+small images: it is ended by closing its socket, and one that is killed takes nothing with it
+but its batch.
 
 Each batch travels in a `Slab`, a stretch of anonymous shared memory (memfd, so no limit of
 /dev/shm applies). Slabs are used again: fresh pages cost the system as much time as a small

@@ -72,7 +72,7 @@ class Attempt:
         """
         job, state = self.job, self.job.state
         val = job.inputs.splits["val"]
-        with self._evaluated_model() as model:
+        with self._evaluated_model(snapshot=snapshot) as model:
             found = job.evaluator.outcomes(model, val)
             scores: dict[str, float] = job.engine.from_main(
                 None if found is None else found.scores()
@@ -115,7 +115,7 @@ class Attempt:
         return grows
 
     @contextmanager
-    def _evaluated_model(self) -> Iterator[nn.Module]:
+    def _evaluated_model(self, *, snapshot: bool) -> Iterator[nn.Module]:
         """A plain model with whole weights, and statistics of its own where the recipe says so;
         the state keeps those for the checkpoint of this step. Training's own stay as they are."""
         job, state = self.job, self.job.state
@@ -125,7 +125,7 @@ class Attempt:
                 return
             if job.freezing is not None:
                 job.freezing.keep_statistics(model, state.step)
-            with job.precise_bn.applied(model, state.step) as statistics:
+            with job.precise_bn.applied(model, state.step, snapshot=snapshot) as statistics:
                 state.evaluated = (state.step, statistics)
                 yield model
 

@@ -69,20 +69,25 @@ class PreciseBatchNorm:
         )
 
     @contextmanager
-    def applied(self, model: nn.Module, step: int) -> Iterator[dict[str, Tensor]]:
+    def applied(
+        self, model: nn.Module, step: int, *, snapshot: bool
+    ) -> Iterator[dict[str, Tensor]]:
         """Within the block `model` has statistics of its weights; after it its own, bit for bit.
 
         From no more images than `step` steps have trained on, so that it costs a share of these,
-        nor than the recipe says of an evaluation. Gives copies of the new statistics by name.
+        and fewer where no `snapshot` is kept. Gives copies of the new statistics by name.
         Collective. Raises UserError on every rank where one is not finite: scores, snapshot and
         checkpoint would be of NaN.
         """
         own = running_statistics(model)
         kept = {name: value.clone() for name, value in own.items()}
         try:
-            line, evaluate = self.timeline, self.recipe.evaluate
-            most = evaluate.evaluated_images(self.recipe.first_batch, line.epoch_samples)
-            self.recompute(model, min(most, line.first(step)))
+            line = self.timeline
+            images = line.first(step)
+            if not snapshot:
+                last = line.batch(max(step - 1, 0)), line.epoch_samples
+                images = self.recipe.evaluate.evaluated_images(images, *last)
+            self.recompute(model, images)
             if bad := [name for name, value in own.items() if not value.isfinite().all()]:
                 raise UserError(
                     f"after step {step} {bad[0]} is not finite when it is made of training images "

@@ -188,7 +188,7 @@ def test_the_own_statistics_come_back_even_after_an_error(runs: Any) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def fail() -> None:
-        with precise_statistics(recipe, inputs, engine).applied(model, 4) as made:
+        with precise_statistics(recipe, inputs, engine).applied(model, 4, snapshot=True) as made:
             assert_same(made, running_statistics(model))
             assert not torch.equal(
                 model.state_dict()["bn1.running_mean"], before["bn1.running_mean"]
@@ -210,25 +210,57 @@ def test_when_weights_are_evaluated_with_statistics_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "said", "epoch", "kept", "evaluated"),
+    ("every", "said", "epoch", "trained", "kept", "evaluated"),
     [
-        ("1 epochs", "auto", 50_000, 8192, 8192),
-        ("1 epochs", "auto", 4096, 4096, 1024),
-        ("2 epochs", "auto", 1078, 1078, 539),
-        ("1 epochs", "auto", 1078, 1078, 512),
-        ("1 epochs", "auto", 300, 300, 300),
-        ("90 steps", "auto", 10_000, 8192, 5760),
-        ("10000 samples", "auto", 10**6, 8192, 2500),
-        ("1 epochs", 8192, 4096, 4096, 4096),
-        ("1 steps", 96, 4096, 96, 96),
+        ("1 epochs", "auto", 50_000, 50_000, 8192, 8192),
+        ("1 epochs", "auto", 4096, 9000, 4096, 1024),
+        ("2 epochs", "auto", 1078, 9000, 1078, 539),
+        ("1 epochs", "auto", 1078, 9000, 1078, 512),
+        ("1 epochs", "auto", 300, 9000, 300, 300),
+        ("90 steps", "auto", 10_000, 30_000, 8192, 5760),
+        ("10000 samples", "auto", 10**6, 10**5, 8192, 2500),
+        ("1000 epochs", "auto", 4096, 12_288, 4096, 3072),  # longer than the run: at its end
+        ("10000 samples", "auto", 10**6, 256, 8192, 256),
+        ("1 epochs", 8192, 4096, 9000, 4096, 4096),
+        ("1 steps", 96, 4096, 9000, 96, 96),
     ],
 )
 def test_statistics_of_an_evaluation_cost_a_share_of_the_training_between(
-    every: str, said: Any, epoch: int, kept: int, evaluated: int
+    every: str, said: Any, epoch: int, trained: int, kept: int, evaluated: int
 ) -> None:
     config = Evaluate(every=every, precise_bn_images=said)
     assert config.precise_images(epoch) == kept
-    assert config.evaluated_images(256, epoch) == evaluated
+    assert config.evaluated_images(trained, 256, epoch) == evaluated
+
+
+def test_the_share_is_that_of_the_batch_that_was_trained_on() -> None:
+    """All that a snapshot may have; else a quarter, where batches grow and shrink."""
+    first = "{batch: 4096, until: 32768 samples}"
+    stages = f"{first}, {{batch: 256, until: 34816 samples}}, {{batch: 4096}}"
+    recipe = load_recipe(
+        "digits",
+        [
+            *("duration=24 steps", "micro_batch=64", "schedule={name: constant}"),
+            *(f"global_batch={{name: stages, pieces: [{stages}]}}", "evaluate.every=4 steps"),
+        ],
+        say=None,
+    )
+    engine: Any = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), sum=lambda v: v)
+    found = list[int]()
+
+    def batches(recipe: Any, plan: BatchPlan) -> Any:
+        assert isinstance(plan.global_batch, int)
+        found.append(plan.global_batch)
+        return iter([SimpleNamespace(pixels=torch.zeros(1))])
+
+    augmenter: Any = SimpleNamespace(train=lambda batch: (torch.rand(2, 1, 2, 2), None))
+    line = recipe.timeline(50_000)
+    precise = PreciseBatchNorm(engine, recipe, augmenter, line, batches, KeptBatches(most=0))
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    for step, snapshot in ((4, False), (12, False), (20, False), (20, True)):
+        with precise.applied(model, step, snapshot=snapshot):
+            pass
+    assert found == [4096, 512, 4096, 8192]
 
 
 def test_without_running_statistics_it_is_refused_where_it_is_asked_for(digits: Path) -> None:
@@ -257,6 +289,6 @@ def test_statistics_that_are_not_finite_are_said_and_do_not_stay() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1))
     before = {name: value.clone() for name, value in running_statistics(model).items()}
     refused = pytest.raises(UserError, match=r"after step 3 0\.running_var is not finite")
-    with refused, precise.applied(model, 3):
+    with refused, precise.applied(model, 3, snapshot=False):
         raise AssertionError("evaluated")
     assert_same(dict(running_statistics(model)), before)
