@@ -71,6 +71,23 @@ def test_each_image_is_what_it_is_alone(files: Any, view: str, threads: int) -> 
         assert at == len(found.pixels)
 
 
+def test_few_pixels_wait_for_the_frames_of_their_batch(
+    files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many images a batch has; the others get a frame each, which is the same."""
+    folder, images = files
+    places, made = ranges(images), list[int]()
+    expected = decoder(folder, VIEWS["crop"], 1).decode(places, lambda n: np.empty(n, np.uint8))
+    own = decoder(folder, VIEWS["crop"], 1)
+    stored = own._stored
+    monkeypatch.setattr(own, "_stored", lambda *given: made.append(given[1]) or stored(*given))
+    monkeypatch.setattr(decode_batch, "_WAITING", len(images) * 3 * 16 * 16)
+    found = own.decode(places, lambda n: np.empty(n, np.uint8))
+    assert made == [1, 2, 3, 5]  # PNGs of more than 16 x 16 pixels
+    assert np.array_equal(found.frames, expected.frames)
+    assert np.array_equal(found.pixels, expected.pixels)
+
+
 def test_small_ones_that_pillow_decodes_are_read_once(
     files: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
