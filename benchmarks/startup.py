@@ -6,7 +6,7 @@
 imports: each entry in a fresh interpreter, beside bare `import torch`. commands: short ones, whole.
 train: `bigbatch train digits --nproc 2`, to the first finished step, to the table of results, to
 the end, and the memory of its ranks at the first step. restart: from SIGKILL of a rank to the next
-finished step. 2 ranks, 16 ranks: to the start event, a step, memory after three of them. tune,
+finished step. 2-ranks, 16-ranks: to the start event, a step, memory after three of them. tune,
 find-lr, prove: whole commands.
 
 REV is checked out into a second folder, and both run in this environment. They take turns, each

@@ -135,7 +135,6 @@ def many(count: int) -> Callable[[Path, Path, str], dict[str, float]]:
     def measure(tree: Path, folder: Path, name: str) -> dict[str, float]:
         changes = ("duration=12 steps", "global_batch=1024", "micro_batch=32", "log.every=1")
         changes += ("schedule={name: constant}", "optimizer.lr=0.1", "log.wandb=off")
-        name = name.replace(" ", "-")  # of which a run's has none
         run, found = folder / "runs" / name, dict[str, float]()
         begun, clock = time.perf_counter(), time.time()
         arguments = ("train", "digits", "--nproc", str(count), "--run-name", name, *changes)
@@ -189,8 +188,8 @@ _EPOCH = ("duration=1 epochs", "schedule={{name: constant}}", "log.wandb=off")
 CASES: dict[str, Callable[[Path, Path, str], dict[str, float]]] = {
     "train": train,
     "restart": restart,
-    "2 ranks": many(2),
-    "16 ranks": many(16),
+    "2-ranks": many(2),
+    "16-ranks": many(16),
     "find-lr": timed("find-lr", "digits"),
     "prove": timed("prove", "digits"),
     "tune": timed(

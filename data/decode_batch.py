@@ -24,7 +24,6 @@ from bigbatch.data.decode import (
     fill,
     open_pixels,
     reduced,
-    shrink,
     size_after,
     whole_factor,
 )
@@ -94,7 +93,9 @@ class BatchDecoder:
         count, channels = len(places), self.source.channels
         opened: list[Jpeg | Pixels] = [_NOTHING] * count
         frames = np.zeros(count, FRAME)
-        sizes = np.zeros((count, 2), np.int64)  # of those that are opened and not yet reduced
+        sizes = np.zeros(
+            (count, 2), np.int64
+        )  # of those that are opened, but for what is cut already
         bad: dict[int, str] = {}
         seconds = [0.0] * count
         small = min(_SMALL, _WAITING // count)
@@ -136,11 +137,13 @@ class BatchDecoder:
             height, width, _, _, factor, left, top = stored[i]
             image, target = opened[i], targets[i]
             try:
-                if not isinstance(image, Jpeg):
-                    if sizes[i, 0]:
-                        image = shrink(image, factor)[top : top + height, left : left + width]
+                if not sizes[i, 0]:
                     target[:] = image
-                elif factor <= 8 and (height, width) == size_after(image, factor):
+                elif (
+                    isinstance(image, Jpeg)
+                    and factor <= 8
+                    and (height, width) == size_after(image, factor)
+                ):
                     fill(target, image, factor)
                 else:
                     large = reduced(image, factor, channels)

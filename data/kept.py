@@ -27,7 +27,7 @@ class KeptBatches:
         for batch in make():
             left -= batch.pixels.numel()
             if left < 0:
-                found = None
+                found, self.most = None, 0  # a next pass is not copied in vain
             if found is not None:
                 found.append(_own(batch))
             yield batch

@@ -50,6 +50,7 @@ def test_what_takes_many_bytes_is_made_anew(index: Any) -> None:
         kept, passes = KeptBatches(most), Passes(index)
         assert batches(kept, passes, whole) == batches(kept, passes, whole)
         assert passes.made == made
+        assert kept.most == (size if made == 1 else 0)  # nothing is copied once it was too much
 
 
 def test_a_pass_that_breaks_off_is_not_kept(index: Any) -> None:
