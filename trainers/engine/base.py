@@ -25,6 +25,7 @@ from bigbatch.trainers.engine.collectives import Collectives
 from bigbatch.trainers.engine.compiled import as_written, compile_network, forget_compiled
 from bigbatch.trainers.engine.determinism import choose_algorithms
 from bigbatch.trainers.engine.gradient_norms import MicroBatchNorms
+from bigbatch.trainers.engine.host_memory import keep_freed_memory
 from bigbatch.trainers.engine.pieces import Pieces
 from bigbatch.trainers.planning.environment import asks_for_cpu, check_environment
 
@@ -61,6 +62,8 @@ class Engine(Collectives, ABC):
         cpu = asks_for_cpu(os.environ) or not torch.cuda.is_available()
         if precision == "fp16" and cpu:
             raise UserError("precision = fp16 needs a GPU; on CPU use fp32 or bf16")
+        if cpu:
+            keep_freed_memory()
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
         # Whatever is not given here, accelerate and torch take from the environment.
         self.accelerator = Accelerator(
