@@ -38,6 +38,9 @@ class Log(StrictModel):
         description="measure what the run's diagnosis goes by, at up to eight evaluations: a few "
         "training images under evaluation conditions, dead units, gradients by layer",
     )
+    report: bool = Field(
+        True, description="draw report.html at the end; `bigbatch report RUN` draws it at any time"
+    )
     trace: bool = Field(False, description="write every micro-batch's samples to trace/")
 
 

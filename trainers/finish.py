@@ -63,16 +63,16 @@ def finish(job: Job, log: Log) -> None:
         return
     for role in splits:
         scores[role] |= averaged.get(role, {}) | swapped.get(role, {})
-    end(job.run, summarise(job, scores) | workers, log)
+    end(job.run, summarise(job, scores) | workers, log, recipe.log.report)
 
 
-def end(run: RunDir, summary: dict[str, Any], log: Log) -> None:
-    """Say the results, write the report, and at last what makes a run a finished one.
+def end(run: RunDir, summary: dict[str, Any], log: Log, report: bool) -> None:
+    """Say the results, write the report if asked, and at last what makes a run a finished one.
 
     No start looks at a run with a summary again, so all else is there before.
     """
     log.end_progress()
-    findings = say_results(run, summary)
+    findings = say_results(run, summary, report)
     write_atomically(run.summary, to_json(summary, indent=1) + "\n")
     log.close("finished")  # only then it is sure where wandb's run lies
     print(f"summary  {run.summary}", flush=True)
@@ -201,11 +201,11 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def say_results(run: RunDir, summary: dict[str, Any]) -> list[Finding]:
+def say_results(run: RunDir, summary: dict[str, Any], report: bool) -> list[Finding]:
     """The table, which takes no time, and then the report, which takes seconds to draw.
 
     Returns what is to be said of the run's learning. Raises OSError where the disk does not take
-    the report; one that cannot be drawn ends no run.
+    the report; one that cannot be drawn, or is not asked for, ends no run.
     """
     console = Terminal(soft_wrap=True)
     console.print(final_table(summary))
@@ -217,13 +217,15 @@ def say_results(run: RunDir, summary: dict[str, Any]) -> list[Finding]:
             style="yellow",
             highlight=False,
         )
-    from bigbatch.trainers.report.report import write_report  # matplotlib
-
     refused: OSError | None = None
     findings: list[Finding] = []
     with _said("no report", f"`bigbatch report {run.path}` writes it"):
         history = as_finished(read_history(run), summary)
         findings = diagnose(history)
+        if not report:
+            return findings
+        from bigbatch.trainers.report.report import write_report  # matplotlib
+
         try:
             print(f"report   {write_report(run, history)}", flush=True)
         except OSError as error:

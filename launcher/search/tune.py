@@ -35,6 +35,8 @@ from bigbatch.launcher.start import check_start
 from bigbatch.trainers.planning.plateau import read_evaluations
 
 _POLL_S = 0.2
+# Drawn for the best trials, once all are there: a short trial would take half as long again.
+_NO_REPORT = "log.report=false"
 _HOPELESS = 3  # trials that fail, with none that worked, before the search gives up
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -89,7 +91,7 @@ def run_search(
 
     before = {number: signal.signal(number, interrupt) for number in _INTERRUPTS}
     active: list[_Active] = []
-    children = Children(search.nproc, search.threads, to_the_end=True)
+    children = Children(search.nproc, search.threads)
     try:
         for frozen in found.get_trials(states=[TrialState.RUNNING]):
             if not stopping:
@@ -166,7 +168,8 @@ def _begin(
         handle = _begin_here(recipe, run, children)
     else:
         if new:
-            submit(search.recipe, changes(search, trial), run, search.slurm)
+            overrides = [_NO_REPORT, *changes(search, trial)]
+            submit(search.recipe, overrides, run, search.slurm)
         handle = Elsewhere(run)
     known = found.get_trials(deepcopy=False)[trial.number].intermediate_values
     active.append(_Active(trial, run, handle, len(known), "pruned" in trial.user_attrs))
@@ -174,6 +177,7 @@ def _begin(
 
 def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> Recipe:
     """The recipe with these changes. Raises UserError for what would end its run at the start."""
+    overrides = [_NO_REPORT, *overrides]
     recipe = load_recipe(search.recipe, overrides, say=None)  # said of the space already
     check_start(recipe)
     if search.slurm is not None and new:

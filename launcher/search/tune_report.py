@@ -17,6 +17,7 @@ from bigbatch.configs.space import MAXIMISED, Float, Int
 from bigbatch.configs.words import plural
 from bigbatch.launcher.search import study
 from bigbatch.launcher.search.tune import Search, changes, run_of
+from bigbatch.trainers.report.report import write_report as write_run_report
 
 # Colours are those of a run's report. Wide tables and commands scroll by themselves, and pictures,
 # which are PNG files beside the page too, keep their white paper in dark mode.
@@ -31,6 +32,7 @@ h1{font-size:1.6rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .6
 img{display:block;max-width:100%;height:auto;background:#fff;border-radius:.5rem;padding:.5rem}
 pre,.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--grid);
 border-radius:.5rem;padding:.6rem .8rem;margin:0}
+a{color:inherit}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.25em .8em;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 tr:last-child td{border-bottom:0}th{color:var(--muted);font-weight:500}.best{font-weight:bold}
@@ -119,7 +121,10 @@ def _short(value: Any) -> str:
 
 @plot_style()
 def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -> Path:
-    """Write report.html, one self-contained page, and its pictures as PNG beside it."""
+    """Write report.html, one self-contained page, and its pictures as PNG beside it.
+
+    The best trials' own reports, to which it leads, are drawn where they are missing.
+    """
     pictures = {"history": _history(search, found)}
     if summary["importances"]:
         pictures["importances"] = _importances(summary)
@@ -130,7 +135,12 @@ def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -
     parts = [f"<h1>{html.escape(search.recipe)}: {trials}</h1>"]
     for best in summary["best"]:
         command = "bigbatch train " + shlex.join([search.recipe, *best["overrides"]])
-        parts.append(f"<p>Trial {best['number']}:</p><pre>{html.escape(command)}</pre>")
+        name, run = f"trial {best['number']}", run_of(search, found.trials[best["number"]])
+        if run.recipe_file.exists() and not run.report.exists():
+            write_run_report(run)
+        if run.report.exists():
+            name = f'<a href="{run.report.relative_to(search.folder)}">{name}</a>'
+        parts.append(f"<p>Best: {name}</p><pre>{html.escape(command)}</pre>")
     for name, figure in pictures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")

@@ -100,8 +100,14 @@ def test_two_trials_killed_after_the_first_and_gone_on_with(here: Path) -> None:
     best = max(found["trials"], key=lambda t: t["values"]["accuracy"])
     assert found["best"][0]["number"] == best["number"]
     overrides = found["best"][0]["overrides"]
-    assert load_recipe("digits", overrides) == load_recipe(Path(best["run"]) / "recipe.yaml")
+    assert load_recipe("digits", [*overrides, "log.report=false"]) == load_recipe(
+        Path(best["run"]) / "recipe.yaml"
+    )
     page = (here / "studies/digits/report.html").read_text()
+    # Of the best trial alone a report is drawn, and the page leads to it.
+    drawn = [t["number"] for t in found["trials"] if (Path(t["run"]) / "report.html").exists()]
+    assert drawn == [best["number"]]
+    assert f'<a href="trials/{best["number"]:04d}/report.html">' in page
     assert page.count("data:image/png;base64,") >= 2
     assert (here / "studies/digits/history.png").read_bytes()[:4] == b"\x89PNG"
 
