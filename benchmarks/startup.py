@@ -7,7 +7,8 @@ imports: each entry in a fresh interpreter, beside bare `import torch`. commands
 train: `bigbatch train digits --nproc 2`, to the first finished step, to the table of results, to
 the end, and the memory of its ranks at the first step. restart: from SIGKILL of a rank to the next
 finished step. 2-ranks, 16-ranks: to the start event, a step, memory after three of them. tune,
-find-lr, prove: whole commands.
+find-lr, prove: whole commands. suite, which runs only where it is named: the default tests, those
+of one name that both trees have.
 
 REV is checked out into a second folder, and both run in this environment. They take turns, each
 first in turn; figures are medians, ratios medians of the rounds'. Exit status 1 where an entry has
@@ -27,6 +28,7 @@ from typing import Any
 from against import checkout
 from machine import benchmark_parser, machine, write_figures
 from startup_runs import CASES, environment, write_shards
+from startup_suite import suite
 
 sys.path.append(str(Path(__file__).parents[1]))  # for the tests' deny-lists
 from tests.helpers.imports import DENIED
@@ -162,7 +164,9 @@ def commands(trees: dict[str, Path], rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = benchmark_parser(__doc__, quick="the imports alone, once")
     parser.add_argument("--against", default=BEFORE, metavar="REV", help="commit to compare with")
-    parser.add_argument("--case", action="append", choices=ALL, help="default: all")
+    parser.add_argument(
+        "--case", action="append", choices=(*ALL, "suite"), help="default: all but suite"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
@@ -183,9 +187,10 @@ def main() -> int:
                 figures |= commands(trees, rounds)
             else:
                 write_shards(ROOT, folder)
+                measure = suite(trees) if case == "suite" else CASES[case]
                 runs: Runs = {"old": [], "new": []}
                 for which, tree, name in turns(trees, rounds):
-                    runs[which].append(CASES[case](tree, folder, f"{case}-{name}"))
+                    runs[which].append(measure(tree, folder, f"{case}-{name}"))
                 figures[case] = summary(runs)
             # What is measured stands in the file, also where a later case fails.
             write_figures(options.json, machine=where, figures=figures)
