@@ -92,7 +92,7 @@ def recipe(plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         },
         "schedule": {"name": "cosine", "warmup": "1 epochs", "warmup_start": 0.1},
         "augment": {"flip": 0.5, "affine": {"translate": 0.125}},
-        "evaluate": {"every": whole},
+        "evaluate": {"every": whole, "precise_bn_images": 8192},
         "checkpoint": {"every": "5 epochs", "keep": 1},
         "log": {"wandb": "off", "every": 100},
     }  # fmt: skip

@@ -185,7 +185,7 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
         "schedule": arm.schedule
         or {"name": "cosine", "warmup": f"{plan.epochs / 6:g} epochs", "warmup_start": 0.1},
         "augment": plan.augment,
-        "evaluate": {"every": whole, "precise_bn": "always"},
+        "evaluate": {"every": whole, "precise_bn": "always", "precise_bn_images": 8192},
         "checkpoint": {"every": "1 epochs", "keep": 1},
         "log": {"wandb": "off", "every": 100},
     }

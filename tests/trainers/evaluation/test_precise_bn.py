@@ -212,15 +212,15 @@ def test_when_weights_are_evaluated_with_statistics_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("every", "said", "epoch", "trained", "kept", "evaluated"),
     [
-        ("1 epochs", "auto", 50_000, 50_000, 8192, 8192),
-        ("1 epochs", "auto", 4096, 9000, 4096, 1024),
+        ("1 epochs", "auto", 50_000, 50_000, 2048, 2048),
+        ("1 epochs", "auto", 4096, 9000, 2048, 1024),
         ("2 epochs", "auto", 1078, 9000, 1078, 539),
         ("1 epochs", "auto", 1078, 9000, 1078, 512),
         ("1 epochs", "auto", 300, 9000, 300, 300),
-        ("90 steps", "auto", 10_000, 30_000, 8192, 5760),
-        ("10000 samples", "auto", 10**6, 10**5, 8192, 2500),
-        ("1000 epochs", "auto", 4096, 12_288, 4096, 3072),  # longer than the run: at its end
-        ("10000 samples", "auto", 10**6, 256, 8192, 256),
+        ("25 steps", "auto", 10_000, 30_000, 2048, 1600),
+        ("10000 samples", "auto", 10**6, 10**5, 2048, 2048),
+        ("1000 epochs", "auto", 4096, 4096, 2048, 1024),  # longer than the run: at its end
+        ("10000 samples", "auto", 10**6, 256, 2048, 256),
         ("1 epochs", 8192, 4096, 9000, 4096, 4096),
         ("1 steps", 96, 4096, 9000, 96, 96),
     ],
@@ -260,7 +260,7 @@ def test_the_share_is_that_of_the_batch_that_was_trained_on() -> None:
     for step, snapshot in ((4, False), (12, False), (20, False), (20, True)):
         with precise.applied(model, step, snapshot=snapshot):
             pass
-    assert found == [4096, 512, 4096, 8192]
+    assert found == [2048, 512, 2048, 2048]
 
 
 def test_without_running_statistics_it_is_refused_where_it_is_asked_for(digits: Path) -> None:
