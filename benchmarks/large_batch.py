@@ -2,7 +2,8 @@
 
     python benchmarks/large_batch.py --cifar10 PARQUET [--quick | --gpu] [--epochs N]
                                      [--folder DIR] [--arms NAME,...] [--batches N,...]
-                                     [--report] [--json FILE] [--picture FILE] [--jobs N]
+                                     [--rates FACTOR,...] [--report] [--json FILE]
+                                     [--picture FILE] [--jobs N]
 
 PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg.
 
@@ -12,7 +13,8 @@ but for Muon, whose steps have a length of their own. The rate with the best acc
 validation split (5,000 images of the training split) is then trained anew from three other
 seeds, and those runs alone give the test accuracy. All other settings of an optimizer are fixed,
 the same at every batch size; `lamb_short` has betas for few steps, `muon_linear` no warmup and a
-rate that falls linearly, where the others have a cosine. A run that does not stay
+rate that falls linearly, where the others have a cosine; `muon_stages` is the same with a batch
+that grows fourfold after 10, 30 and 60 % of the run, up to the arm's. A run that does not stay
 finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm is tuned as
 well as the others are.
 
@@ -46,6 +48,7 @@ from trials import noted, open_pool, run_all, train
 
 BIN = Path(sys.executable).parent
 BASE_BATCH = 256
+STAGES = (0.1, 0.3, 0.6)  # shares of the run after which a batch that grows is four times as large
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class Arm:
     growth: float = 0.5  # the power of the batch that it grows with
     rest: float | None = None  # of Muon: the second rate over the first
     schedule: dict[str, Any] | None = None  # instead of a cosine with warmup
+    grows: bool = False  # from BASE_BATCH by STAGES to the trial's batch
 
 
 _LAMB = {"name": "lamb", "weight_decay": 0.02}
 _SHORT = {**_LAMB, "betas": [0.8, 0.95]}
+_LINEAR = {"name": "polynomial", "power": 1.0}
 OPTIMIZERS: dict[str, Arm] = {
     "nesterov": Arm(
         {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 5.0e-4}, 0.2
@@ -75,7 +80,15 @@ OPTIMIZERS: dict[str, Arm] = {
         0.033,
         0.25,
         rest=0.2,
-        schedule={"name": "polynomial", "power": 1.0},
+        schedule=_LINEAR,
+    ),
+    "muon_stages": Arm(
+        {"name": "muon", "momentum": 0.6, "rest": _SHORT},
+        0.033,
+        0.25,
+        rest=0.2,
+        schedule=_LINEAR,
+        grows=True,
     ),
 }
 
@@ -157,7 +170,21 @@ def tuning_trials(plan: Plan) -> list[Trial]:
         for factor in plan.rates
         for batch in plan.batches
         for name in plan.arms
+        if batch > BASE_BATCH or not OPTIMIZERS[name].grows
     ]
+
+
+def batch_of(trial: Trial) -> int | dict[str, Any]:
+    """The recipe's global_batch."""
+    if not OPTIMIZERS[trial.optimizer].grows:
+        return trial.batch
+    pieces: list[dict[str, Any]] = []
+    batch = BASE_BATCH
+    for share in STAGES:
+        if batch < trial.batch:
+            pieces.append({"batch": batch, "until": f"{share * trial.epochs:g} epochs"})
+            batch *= 4
+    return {"name": "stages", "pieces": [*pieces, {"batch": trial.batch}]}
 
 
 def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
@@ -171,7 +198,7 @@ def recipe_tree(plan: Plan, trial: Trial, shards: Path) -> dict[str, Any]:
         "name": trial.name,
         "seed": trial.seed,
         "duration": whole,
-        "global_batch": trial.batch,
+        "global_batch": batch_of(trial),
         "micro_batch": plan.micro_batch,
         "precision": plan.precision,
         "data": {
@@ -277,6 +304,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="another length of every run")
     parser.add_argument("--arms", help="some optimizers instead, such as lamb,muon")
     parser.add_argument("--batches", help="some batch sizes instead, such as 1024,4096")
+    parser.add_argument("--rates", help="some rates instead, as factors of each arm's centre")
     parser.add_argument("--jobs", type=int, help="trials at a time")
     parser.add_argument("--picture", type=Path, help="draw them here: .png, .svg ...")
     options = parser.parse_args()
@@ -295,6 +323,8 @@ def main() -> None:
             parser.error(f"--arms {', '.join(unknown)}: choose of {', '.join(OPTIMIZERS)}")
     if options.batches:
         plan = replace(plan, batches=tuple(int(batch) for batch in options.batches.split(",")))
+    if options.rates:
+        plan = replace(plan, rates=tuple(float(rate) for rate in options.rates.split(",")))
     jobs = options.jobs or (1 if name == "gpu" else os.cpu_count() or 1)
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)

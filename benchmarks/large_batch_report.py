@@ -61,7 +61,8 @@ def tuning_table(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """A row for each batch size, a column for each optimizer.
 
-    Behind the rate stands the mean accuracy with training's own BatchNorm statistics.
+    Behind the rate stands the mean accuracy with training's own BatchNorm statistics; before it the
+    steps of an arm whose batch grows, which takes more.
     """
     rates = {(r["optimizer"], r["batch"]): r["lr"] for r in result["finals"]}
     arms = {(a["optimizer"], a["batch"]): a for a in result["arms"]}
@@ -70,20 +71,24 @@ def markdown(result: dict[str, Any]) -> str:
         f"| batch | steps | {' | '.join(names)} | best loses |",
         "|---:|---:|" + "---:|" * (len(names) + 1),
     ]
-    steps = {r["batch"]: r["steps"] for r in result["finals"] if "steps" in r}
+    steps = {(r["optimizer"], r["batch"]): r["steps"] for r in result["finals"] if "steps" in r}
     for batch in result["plan"]["batches"]:
+        fewest = min((count for (_, b), count in steps.items() if b == batch), default=0)
         cells = []
         for name in names:
             arm = arms.get((name, batch))
+            if arm is None:
+                cells.append("not run")
+                continue
+            count = steps.get((name, batch), fewest)
+            grown = f"{count} steps; " if count > fewest else ""
             cells.append(
-                "not run"
-                if arm is None
-                else f"{arm['mean']:.2f} ± {arm['deviation']:.2f} "
-                f"(lr {rates[name, batch]:g}; {arm['running']:.2f})"
+                f"{arm['mean']:.2f} ± {arm['deviation']:.2f} "
+                f"({grown}lr {rates[name, batch]:g}; {arm['running']:.2f})"
             )
         losses = [a["loss"] for (_, b), a in arms.items() if b == batch]
         cells.append(f"{min(losses):.2f}" if losses else "")
-        lines.append(f"| {batch:,} | {steps.get(batch, '')} | {' | '.join(cells)} |")
+        lines.append(f"| {batch:,} | {fewest or ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
