@@ -11,6 +11,7 @@ one other than 0.
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -21,6 +22,9 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+if __name__ == "__main__":
+    gc.disable()  # while it imports, as the worker does
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -109,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
     worker = ["-P", "-m", WORKER, *limit, str(options.run)]
     # While this process is one thread, and not in what an end would clean up.
     parent = fork_parent(OF_A_RANK, began)
+    gc.freeze()
+    gc.enable()
     fork_ranks_from(parent)
     # The agent reports each exit of a rank at length. The ranks have said why themselves.
     logging.disable(logging.ERROR)

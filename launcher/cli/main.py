@@ -5,6 +5,7 @@ error or a disk that refuses, 75 stopped by a signal and saved. Anything unfores
 traceback.
 """
 
+import gc
 import io
 import os
 import sys
@@ -126,6 +127,7 @@ for _section in SECTIONS.values():
 
 
 def main() -> None:
+    gc.set_threshold(100_000)  # what commands import leaves nothing to collect
     open_streams()
     try:
         cli()
