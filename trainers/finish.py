@@ -202,10 +202,10 @@ def summarise(job: Job, scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def say_results(run: RunDir, summary: dict[str, Any], report: bool) -> list[Finding]:
-    """The table, which takes no time, and then the report, which takes seconds to draw.
+    """The table, which takes no time, and then the `report`, if asked, which takes seconds to draw.
 
     Returns what is to be said of the run's learning. Raises OSError where the disk does not take
-    the report; one that cannot be drawn, or is not asked for, ends no run.
+    the report; one that cannot be drawn ends no run.
     """
     console = Terminal(soft_wrap=True)
     console.print(final_table(summary))
@@ -219,13 +219,15 @@ def say_results(run: RunDir, summary: dict[str, Any], report: bool) -> list[Find
         )
     refused: OSError | None = None
     findings: list[Finding] = []
+    if not report:
+        with _said("no diagnosis", f"`bigbatch diagnose {run.path}` says it"):
+            return diagnose(as_finished(read_history(run), summary))
+        return []
+    from bigbatch.trainers.report.report import write_report  # matplotlib
+
     with _said("no report", f"`bigbatch report {run.path}` writes it"):
         history = as_finished(read_history(run), summary)
         findings = diagnose(history)
-        if not report:
-            return findings
-        from bigbatch.trainers.report.report import write_report  # matplotlib
-
         try:
             print(f"report   {write_report(run, history)}", flush=True)
         except OSError as error:

@@ -291,6 +291,7 @@ def tune(
         parallel=parallel,
         nproc=ranks,
         slurm=asked,
+        reports=base.log.report and "report" in base.log.model_fields_set,
     )
     interrupted = False
     with options.steps_bar("trials", trials) as progress:

@@ -35,8 +35,6 @@ from bigbatch.launcher.start import check_start
 from bigbatch.trainers.planning.plateau import read_evaluations
 
 _POLL_S = 0.2
-# Drawn for the best trials, once all are there: a short trial would take half as long again.
-_NO_REPORT = "log.report=false"
 _HOPELESS = 3  # trials that fail, with none that worked, before the search gives up
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -53,6 +51,7 @@ class Search:
     parallel: int
     nproc: int
     slurm: tuple[str, ...] | None  # options of `bigbatch submit`; None: here
+    reports: bool = False  # whether the recipe asks for one at the end of each run
 
     @property
     def threads(self) -> int | None:
@@ -60,6 +59,12 @@ class Search:
         if "OMP_NUM_THREADS" in os.environ:
             return None
         return max(1, len(os.sched_getaffinity(0)) // (self.nproc * self.parallel))
+
+    @property
+    def unsaid(self) -> list[str]:
+        """Changes that no trial is told by: a report would make a short one take half as long
+        again, and the best trials' are drawn at the end."""
+        return [] if self.reports else ["log.report=false"]
 
 
 @dataclass
@@ -91,7 +96,7 @@ def run_search(
 
     before = {number: signal.signal(number, interrupt) for number in _INTERRUPTS}
     active: list[_Active] = []
-    children = Children(search.nproc, search.threads)
+    children = Children(search.nproc, search.threads, to_the_end=search.reports)
     try:
         for frozen in found.get_trials(states=[TrialState.RUNNING]):
             if not stopping:
@@ -168,7 +173,7 @@ def _begin(
         handle = _begin_here(recipe, run, children)
     else:
         if new:
-            overrides = [_NO_REPORT, *changes(search, trial)]
+            overrides = [*search.unsaid, *changes(search, trial)]
             submit(search.recipe, overrides, run, search.slurm)
         handle = Elsewhere(run)
     known = found.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -177,7 +182,7 @@ def _begin(
 
 def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> Recipe:
     """The recipe with these changes. Raises UserError for what would end its run at the start."""
-    overrides = [_NO_REPORT, *overrides]
+    overrides = [*search.unsaid, *overrides]
     recipe = load_recipe(search.recipe, overrides, say=None)  # said of the space already
     check_start(recipe)
     if search.slurm is not None and new:

@@ -86,6 +86,21 @@ def test_records_are_read_once_and_words_that_fail_end_no_run(
     assert read_jsonl(run.events)[-1]["state"] == "finished"
 
 
+def test_no_report_is_drawn_where_none_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run(tmp_path / "run", load_recipe("digits", ["log={wandb: off, report: false}"]))
+    end(run)
+    said = capsys.readouterr()
+    assert "98.76%" in said.out
+    assert "Too early to tell" in said.out  # what the diagnosis has to say
+    assert not any(line.startswith("report") for line in said.out.splitlines())
+    assert "no report" not in said.err
+    assert run.summary.exists()
+    assert not run.report.exists()
+    assert read_jsonl(run.events)[-1]["state"] == "finished"
+
+
 def end(run: RunDir) -> None:
     with open_log(run, run.recipe(), rank=0, total_steps=9, start_step=9, epoch_samples=9) as log:
-        finish.end(run, SUMMARY, log)
+        finish.end(run, SUMMARY, log, run.recipe().log.report)
