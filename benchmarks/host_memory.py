@@ -32,14 +32,13 @@ def step_of(name: str, size: int, images: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     model = timm.create_model(name, num_classes=10)
     x, y = torch.randn(images, 3, size, size), torch.randint(10, (images,))
-    used = []
+    first = resource.getrusage(resource.RUSAGE_SELF)
     for number in range(_BEFORE + steps):
-        if number >= _BEFORE - 1:
-            used.append(resource.getrusage(resource.RUSAGE_SELF))
+        if number == _BEFORE:
+            first = resource.getrusage(resource.RUSAGE_SELF)
         model.zero_grad()
         cross_entropy(model(x), y).backward()
-    used.append(resource.getrusage(resource.RUSAGE_SELF))
-    first, last = used[1], used[-1]
+    last = resource.getrusage(resource.RUSAGE_SELF)
     user, kernel = last.ru_utime - first.ru_utime, last.ru_stime - first.ru_stime
     return {
         "cpu_ms": 1e3 * (user + kernel) / steps,

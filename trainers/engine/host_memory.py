@@ -14,7 +14,8 @@ def keep_freed_memory() -> None:
     A step frees its activations. glibc gives the large ones back to the kernel, and the next step
     waits while as many pages are faulted in and zeroed: up to a tenth of its time, and some more
     for pages of 4 KiB instead of 2 MiB (benchmarks/host_memory.py). What is computed is the same.
-    Where the environment says how to allocate, that stands; other C libraries are left alone.
+    Blocks above 32 MiB still come and go, in huge pages. To be called before the first tensor is
+    made. Where the environment says how to allocate, that stands; other C libraries are left alone.
     """
     libc = ctypes.CDLL(None)
     # torch reads it at its first allocation (c10/core/impl/alloc_cpu.cpp). Not in os.environ, which
