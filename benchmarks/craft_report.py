@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
+from scipy.stats import ttest_ind
 
 Trials = Sequence[dict[str, Any]]
+_UNSTEADY = 4.0  # times the median deviation: an arm whose seeds differ by more is not as the rest
 
 
 def spread(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -50,10 +52,16 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
         for role in ("val", "test")
     }
     plain = [v for v, (*_, key) in zip(values["test"], finals, strict=True) if not key]
-    deviation, freedom = spread(plain)
+    several = [float(np.std(v, ddof=1)) for v in plain if len(v) > 1]
+    most = _UNSTEADY * float(np.median(several)) if several else 0.0
+    deviation, freedom = spread([v for v in plain if len(v) > 1 and np.std(v, ddof=1) <= most])
     base = next(v for v, f in zip(values["test"], finals, strict=True) if f[0] == "baseline")
     rows = []
     for (family, name, what, trials, _), val, test in zip(finals, *values.values(), strict=True):
+        width = half_width(deviation, freedom, len(base), len(test))
+        if len(test) > 1 and np.std(test, ddof=1) > most:  # Welch's, by its own deviation
+            interval = ttest_ind(test, base, equal_var=False).confidence_interval()
+            width = float(interval.high - interval.low) / 2
         rows.append(
             {
                 "family": family,
@@ -64,7 +72,7 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "test": float(np.mean(test)),
                 "deviation": float(np.std(test, ddof=1)) if len(test) > 1 else None,
                 "gain": float(np.mean(test) - np.mean(base)),
-                "half_width": half_width(deviation, freedom, len(base), len(test)),
+                "half_width": width,
                 "seconds": float(np.median([r.get("seconds") or math.nan for r in trials])),
             }
         )
