@@ -14,9 +14,9 @@ validation split (5,000 images of the training split) is then trained anew from 
 seeds, and those runs alone give the test accuracy. All other settings of an optimizer are fixed,
 the same at every batch size; `lamb_short` has betas for few steps, `muon_linear` no warmup and a
 rate that falls linearly, where the others have a cosine; `muon_stages` is the same with a batch
-that grows fourfold after 10, 30 and 60 % of the run, up to the arm's. A run that does not stay
-finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm is tuned as
-well as the others are.
+that begins at 256 and is four times as large after 10, 30 and 60 % of the run, while that is less
+than the arm's own, which comes last. A run that does not stay finite counts as a trial. Nado et
+al. 2021 (arXiv:2102.06356) is why the Nesterov arm is tuned as well as the others are.
 
 Accuracies are with precise BatchNorm (docs/large-batch.md), which changes no weight. Those of the
 same weights with the statistics of training are noted beside them, as val_running, test_running:

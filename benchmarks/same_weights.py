@@ -38,7 +38,6 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, changes to the digit
     "fsdp2, 2 ranks": (2, (*TEN, "backend=fsdp2")),
     "lbfgs": (1, (*TEN, "optimizer={name: lbfgs, lr: 0.1}")),
 }
-MADE_ANEW = ("running_mean", "running_var", "num_batches_tracked")  # before an evaluation
 # With AVX-512 MKL rounds affine_grid's matrix product another way, which commits before e91a895
 # take for their crops; with AVX2 it gives what is computed since then on any processor.
 MKL = {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -81,12 +80,15 @@ def taken_over(old: Path, path: Path, changes: tuple[str, ...]) -> str:
 
 
 def weights(path: Path) -> str:
-    """Of all that was trained. Not of running statistics: precise ones came later (MADE_ANEW)."""
-    tensors = load_file(max((path / "checkpoints").glob("step-*/model.safetensors")))
+    """Of all that was trained. Training's own running statistics lie apart where others have been
+    made for an evaluation, which commits before precise BatchNorm do not do."""
+    model = max((path / "checkpoints").glob("step-*/model.safetensors"))
+    tensors, own = load_file(model), model.with_name("batch_stats.safetensors")
+    if own.exists():
+        tensors |= load_file(own)
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if not name.endswith(MADE_ANEW):
-            digest.update(name.encode() + tensor.tobytes())
+        digest.update(name.encode() + tensor.tobytes())
     return digest.hexdigest()
 
 

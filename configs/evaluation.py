@@ -8,8 +8,8 @@ from bigbatch.configs.durations import Length, Period
 from bigbatch.configs.part import Count, ImageSize, StrictModel
 
 _MANY_STEPS = 500  # behind which BatchNorm has long forgotten where it started
-# Training images that running statistics are made of (more move a score of CIFAR-10 by a tenth of
-# a point, benchmarks/precise_bn.py), and the fewest that an evaluation's are.
+# Training images that running statistics are made of (with more of them an accuracy on CIFAR-10 is
+# another by 0.1 to 0.2 points, benchmarks/precise_bn.py), and the fewest that an evaluation's are.
 _PRECISE, _FEWEST = 2048, 512
 
 
