@@ -15,8 +15,9 @@ seeds, and those runs alone give the test accuracy. All other settings of an opt
 the same at every batch size; `lamb_short` has betas for few steps, `muon_linear` no warmup and a
 rate that falls linearly, where the others have a cosine; `muon_stages` is the same with a batch
 that begins at 256 and is four times as large after 10, 30 and 60 % of the run, while that is less
-than the arm's own, which comes last. A run that does not stay finite counts as a trial. Nado et
-al. 2021 (arXiv:2102.06356) is why the Nesterov arm is tuned as well as the others are.
+than the arm's own, which comes last; `muon_stages_late` after 20, 50 and 80 %. A run that
+does not stay finite counts as a trial. Nado et al. 2021 (arXiv:2102.06356) is why the Nesterov arm
+is tuned as well as the others are.
 
 Accuracies are with precise BatchNorm (docs/large-batch.md), which changes no weight. Those of the
 same weights with the statistics of training are noted beside them, as val_running, test_running:
@@ -48,7 +49,6 @@ from trials import noted, open_pool, run_all, train
 
 BIN = Path(sys.executable).parent
 BASE_BATCH = 256
-STAGES = (0.1, 0.3, 0.6)  # shares of the run after which a batch that grows is four times as large
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Arm:
     growth: float = 0.5  # the power of the batch that it grows with
     rest: float | None = None  # of Muon: the second rate over the first
     schedule: dict[str, Any] | None = None  # instead of a cosine with warmup
-    grows: bool = False  # from BASE_BATCH by STAGES to the trial's batch
+    # Shares of the run after which a batch that begins at BASE_BATCH is four times as large.
+    stages: tuple[float, ...] = ()
 
 
 _LAMB = {"name": "lamb", "weight_decay": 0.02}
@@ -88,7 +89,15 @@ OPTIMIZERS: dict[str, Arm] = {
         0.25,
         rest=0.2,
         schedule=_LINEAR,
-        grows=True,
+        stages=(0.1, 0.3, 0.6),
+    ),
+    "muon_stages_late": Arm(
+        {"name": "muon", "momentum": 0.6, "rest": _SHORT},
+        0.033,
+        0.25,
+        rest=0.2,
+        schedule=_LINEAR,
+        stages=(0.2, 0.5, 0.8),
     ),
 }
 
@@ -170,17 +179,18 @@ def tuning_trials(plan: Plan) -> list[Trial]:
         for factor in plan.rates
         for batch in plan.batches
         for name in plan.arms
-        if batch > BASE_BATCH or not OPTIMIZERS[name].grows
+        if batch > BASE_BATCH or not OPTIMIZERS[name].stages
     ]
 
 
 def batch_of(trial: Trial) -> int | dict[str, Any]:
     """The recipe's global_batch."""
-    if not OPTIMIZERS[trial.optimizer].grows:
+    stages = OPTIMIZERS[trial.optimizer].stages
+    if not stages:
         return trial.batch
     pieces: list[dict[str, Any]] = []
     batch = BASE_BATCH
-    for share in STAGES:
+    for share in stages:
         if batch < trial.batch:
             pieces.append({"batch": batch, "until": f"{share * trial.epochs:g} epochs"})
             batch *= 4
