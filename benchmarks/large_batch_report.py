@@ -93,23 +93,31 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Left: test accuracy by batch size, a dot for each seed. Right: what tuning found."""
+    """Test accuracy by batch size and by steps, a dot for each seed; right: what tuning found."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.set_visible(bool(result["finals"]))  # nothing to show while rates are still tried
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for axes in (left, middle):
+        axes.set_visible(bool(result["finals"]))  # nothing to show while rates are still tried
+    steps = {(r["optimizer"], r["batch"]): r["steps"] for r in result["finals"] if "steps" in r}
     colors = dict(zip(result["optimizers"], _COLORS, strict=False))
     for name, color in colors.items():
         arms = sorted(
             (a for a in result["arms"] if a["optimizer"] == name), key=lambda a: a["batch"]
         )
         left.plot([a["batch"] for a in arms], [a["mean"] for a in arms], color=color, label=name)
+        taken = sorted(
+            (steps[name, a["batch"]], a["mean"]) for a in arms if (name, a["batch"]) in steps
+        )
+        if taken:
+            middle.plot(*zip(*taken, strict=True), color=color, label=name)
         for r in result["finals"]:
             if r["optimizer"] == name and r["test"] is not None:
                 left.plot(r["batch"], 100 * r["test"], ".", color=color)
+                middle.plot(r["steps"], 100 * r["test"], ".", color=color)
         for batch, style in zip(result["plan"]["batches"], ("-", "--", "-.", ":"), strict=False):
             tried = [
                 (r["lr"] / result["optimizers"][name]["centre"], 100 * r["val"])
@@ -124,14 +132,17 @@ def draw(result: dict[str, Any], file: Path) -> None:
     left.set_xscale("log", base=2)
     left.set_xticks(result["plan"]["batches"], [f"{b:,}" for b in result["plan"]["batches"]])
     left.set(xlabel="global batch", ylabel="test accuracy, %", title="best rate, other seeds")
+    middle.set_xscale("log")
+    middle.set(xlabel="steps", ylabel="test accuracy, %", title="what they take in steps")
     right.set_xscale("log")
     right.set(
         xlabel="learning rate / centre at batch 256",
         ylabel="validation accuracy, %",
         title="tuning",
     )
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
