@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, in huge pages where the kernel has them.
 
     A step frees its activations. glibc gives the large ones back to the kernel, and the next step
-    waits while as many pages are faulted in and zeroed: a tenth of its time and more, and some again
+    waits while as many pages are faulted in and zeroed: a tenth of its time and more, some of it
     for pages of 4 KiB instead of 2 MiB (benchmarks/host_memory.py). What is computed is the same.
     Blocks above 32 MiB still come and go, in huge pages. To be called before the first tensor is
     made. Where the environment says how to allocate, that stands; other C libraries are left alone.
