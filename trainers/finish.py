@@ -1,16 +1,14 @@
 """The end of a run: the average and the snapshots scored, the summary, the report."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bigbatch.configs.errors import reason_of
 from bigbatch.configs.files import to_json, write_atomically
 from bigbatch.configs.identity import recipe_hash
 from bigbatch.configs.judged import judged_by
-from bigbatch.configs.notices import notice
+from bigbatch.configs.notices import going_on
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.terminal import Terminal
 from bigbatch.configs.words import plural
@@ -78,17 +76,8 @@ def end(run: RunDir, summary: dict[str, Any], log: Log, report: bool) -> None:
     print(f"summary  {run.summary}", flush=True)
     if log.wandb_path is not None:
         print(f"wandb    {log.wandb_path}", flush=True)
-    with _said("no diagnosis", f"`bigbatch diagnose {run.path}` says it"):
+    with going_on("no diagnosis", f"`bigbatch diagnose {run.path}` says it"):
         say_findings(findings, Terminal(soft_wrap=True))
-
-
-@contextmanager
-def _said(lacking: str, remedy: str) -> Iterator[None]:
-    """Say what went wrong inside, and go on: the figures stand, and the rest can be had later."""
-    try:
-        yield
-    except Exception as error:
-        notice(f"{lacking}: {reason_of(error)}; {remedy}")
 
 
 def _expected_snapshots(job: Job) -> set[int]:
@@ -217,15 +206,15 @@ def say_results(run: RunDir, summary: dict[str, Any], report: bool) -> list[Find
             style="yellow",
             highlight=False,
         )
-    refused: OSError | None = None
-    findings: list[Finding] = []
     if not report:
-        with _said("no diagnosis", f"`bigbatch diagnose {run.path}` says it"):
+        with going_on("no diagnosis", f"`bigbatch diagnose {run.path}` says it"):
             return diagnose(as_finished(read_history(run), summary))
         return []
     from bigbatch.trainers.report.report import write_report  # matplotlib
 
-    with _said("no report", f"`bigbatch report {run.path}` writes it"):
+    refused: OSError | None = None
+    findings: list[Finding] = []
+    with going_on("no report", f"`bigbatch report {run.path}` writes it"):
         history = as_finished(read_history(run), summary)
         findings = diagnose(history)
         try:

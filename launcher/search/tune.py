@@ -61,9 +61,9 @@ class Search:
         return max(1, len(os.sched_getaffinity(0)) // (self.nproc * self.parallel))
 
     @property
-    def unsaid(self) -> list[str]:
-        """Changes that no trial is told by: a report would make a short one take half as long
-        again, and the best trials' are drawn at the end."""
+    def own_overrides(self) -> list[str]:
+        """What the search itself changes: a report would make a short trial take half as long
+        again, and the best ones' are drawn at the end."""
         return [] if self.reports else ["log.report=false"]
 
 
@@ -173,7 +173,7 @@ def _begin(
         handle = _begin_here(recipe, run, children)
     else:
         if new:
-            overrides = [*search.unsaid, *changes(search, trial)]
+            overrides = [*search.own_overrides, *changes(search, trial)]
             submit(search.recipe, overrides, run, search.slurm)
         handle = Elsewhere(run)
     known = found.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -182,7 +182,7 @@ def _begin(
 
 def _check(search: Search, overrides: Sequence[str], run: RunDir, new: bool) -> Recipe:
     """The recipe with these changes. Raises UserError for what would end its run at the start."""
-    overrides = [*search.unsaid, *overrides]
+    overrides = [*search.own_overrides, *overrides]
     recipe = load_recipe(search.recipe, overrides, say=None)  # said of the space already
     check_start(recipe)
     if search.slurm is not None and new:

@@ -11,9 +11,8 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
-from bigbatch.configs.errors import reason_of
 from bigbatch.configs.files import write_atomically
-from bigbatch.configs.notices import notice
+from bigbatch.configs.notices import going_on
 from bigbatch.configs.plot_style import MUTED, plot_style
 from bigbatch.configs.rundir import RunDir
 from bigbatch.configs.space import MAXIMISED, Float, Int
@@ -139,7 +138,7 @@ def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -
     for best in summary["best"]:
         command = "bigbatch train " + shlex.join([search.recipe, *best["overrides"]])
         name, run = f"trial {best['number']}", run_of(search, found.trials[best["number"]])
-        if _has_report(run):
+        if _drawn(run):
             name = f'<a href="{run.report.relative_to(search.folder)}">{name}</a>'
         parts.append(f"<p>Best: {name}</p><pre>{html.escape(command)}</pre>")
     for name, figure in pictures.items():
@@ -161,18 +160,15 @@ def write_report(search: Search, found: optuna.Study, summary: dict[str, Any]) -
     return path
 
 
-def _has_report(run: RunDir) -> bool:
-    """Draw a trial's report where there is none of its end; the search's is made without, too."""
-    try:
+def _drawn(run: RunDir) -> bool:
+    """Whether a trial has a report of its end, which is drawn where it is missing."""
+    with going_on(f"no report of {run.path.name}", f"`bigbatch report {run.path}` writes it"):
         if not run.metrics.exists():
             return False  # removed since
         if not run.report.exists() or run.report.stat().st_mtime < run.metrics.stat().st_mtime:
             write_run_report(run)
-    except Exception as error:
-        remedy = f"`bigbatch report {run.path}` writes it"
-        notice(f"no report of {run.path.name}: {reason_of(error)}; {remedy}")
-        return False
-    return True
+        return True
+    return False
 
 
 def _html_table(summary: dict[str, Any]) -> str:
