@@ -52,14 +52,15 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
         for role in ("val", "test")
     }
     plain = [v for v, (*_, key) in zip(values["test"], finals, strict=True) if not key]
-    several = [float(np.std(v, ddof=1)) for v in plain if len(v) > 1]
-    most = _UNSTEADY * float(np.median(several)) if several else 0.0
-    deviation, freedom = spread([v for v in plain if len(v) > 1 and np.std(v, ddof=1) <= most])
+    several = [v for v in plain if len(v) > 1]
+    most = _UNSTEADY * float(np.median([np.std(v, ddof=1) for v in several] or [0.0]))
+    deviation, freedom = spread([v for v in several if np.std(v, ddof=1) <= most])
     base = next(v for v, f in zip(values["test"], finals, strict=True) if f[0] == "baseline")
     rows = []
     for (family, name, what, trials, _), val, test in zip(finals, *values.values(), strict=True):
+        own = float(np.std(test, ddof=1)) if len(test) > 1 else None
         width = half_width(deviation, freedom, len(base), len(test))
-        if len(test) > 1 and np.std(test, ddof=1) > most:  # Welch's, by its own deviation
+        if own is not None and own > most:  # Welch's, by its own deviation
             interval = ttest_ind(test, base, equal_var=False).confidence_interval()
             width = float(interval.high - interval.low) / 2
         rows.append(
@@ -70,7 +71,7 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "seeds": len(test),
                 "val": float(np.mean(val)),
                 "test": float(np.mean(test)),
-                "deviation": float(np.std(test, ddof=1)) if len(test) > 1 else None,
+                "deviation": own,
                 "gain": float(np.mean(test) - np.mean(base)),
                 "half_width": width,
                 "seconds": float(np.median([r.get("seconds") or math.nan for r in trials])),

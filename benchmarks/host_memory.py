@@ -32,12 +32,16 @@ def step_of(name: str, size: int, images: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     model = timm.create_model(name, num_classes=10)
     x, y = torch.randn(images, 3, size, size), torch.randint(10, (images,))
-    first = resource.getrusage(resource.RUSAGE_SELF)
-    for number in range(_BEFORE + steps):
-        if number == _BEFORE:
-            first = resource.getrusage(resource.RUSAGE_SELF)
+
+    def step() -> None:
         model.zero_grad()
         cross_entropy(model(x), y).backward()
+
+    for _ in range(_BEFORE):
+        step()
+    first = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(steps):
+        step()
     last = resource.getrusage(resource.RUSAGE_SELF)
     user, kernel = last.ru_utime - first.ru_utime, last.ru_stime - first.ru_stime
     return {
