@@ -273,17 +273,23 @@ def best_rates(tuning: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     return {arm: r["lr"] for arm, r in best.items()}
 
 
-def write_shards(source: Path, folder: Path, images: int | None) -> None:
-    """Shards of all of CIFAR-10, or of about `images` and a fifth as many to test on."""
+def write_shards(
+    source: Path, folder: Path, images: int | None, tests: int | None = None
+) -> None:
+    """Shards of all of CIFAR-10, or of about `images`, and of `tests`: a fifth as many by default.
+
+    Of the images of the training split a tenth more is taken, which becomes the validation split.
+    """
     if (folder / "shards").exists():
         return
     if images is not None:
+        tests = tests or images // 5
         table = pq.read_table(source)
         splits = table["split"].to_numpy().astype(str)
         train, test = (np.flatnonzero(splits == name) for name in ("train", "test"))
         # Evenly spread, since the rows may be sorted by class.
         rows = np.concatenate(
-            [train[:: len(train) // (images * 10 // 9)], test[:: len(test) // (images // 5)]]
+            [train[:: len(train) // (images * 10 // 9)], test[:: len(test) // tests]]
         )
         source = folder / "part.parquet"
         pq.write_table(table.take(pa.array(rows)), source)
