@@ -28,6 +28,7 @@ from bigbatch.trainers.ensemble.folder import Ensemble, open_ensemble, write_ens
 from bigbatch.trainers.ensemble.members import Member
 from bigbatch.trainers.export.description import as_texts, data_hash, describe
 from bigbatch.trainers.models.compressed import compression_of
+from bigbatch.trainers.models.seal import sealed
 from bigbatch.trainers.models.weights_file import COMPRESSION, to_metadata
 from bigbatch.trainers.planning.inputs import Inputs
 from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
@@ -74,7 +75,8 @@ def write_network(
     record = {"compressed": member.name, "variant": variant.name, "settings": settings_of(settings)}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         weights = Path(scratch) / "model.safetensors"
-        save_file(copy_to_cpu(dict(tensors), {}), weights, metadata)
+        copies = copy_to_cpu(dict(tensors), {})
+        save_file(copies, weights, sealed(metadata, copies))
         small = replace(member, name=f"{member.name}/{variant.name}", weights=weights)
         write_ensemble(folder, Ensemble((small,), Combination()), record)
     return open_ensemble([folder]).members[0]

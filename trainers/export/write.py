@@ -16,6 +16,7 @@ from bigbatch.trainers.export.description import as_texts, audits, data_hash, de
 from bigbatch.trainers.export.files import onnx_bytes, program_bytes, trace
 from bigbatch.trainers.export.served import Served, ServedMember
 from bigbatch.trainers.export.timm_weights import check_single, config_path, timm_config
+from bigbatch.trainers.models.seal import sealed
 from bigbatch.trainers.models.weights_file import to_metadata
 from bigbatch.trainers.planning.targets import target_scaling
 from bigbatch.trainers.recovery.tensor_files import copy_to_cpu
@@ -113,4 +114,7 @@ def _weights(
     config = timm_config(member, network)
     metadata = {**to_metadata(member.info), "description": description}
     tensors = copy_to_cpu(network.state_dict(), {})
-    return [safetensors.torch.save(tensors, metadata), to_json(config, indent=2) + "\n"]
+    return [
+        safetensors.torch.save(tensors, sealed(metadata, tensors)),
+        to_json(config, indent=2) + "\n",
+    ]

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigbatch.trainers.recovery.signals import Stopped, end_at_once, raise_stopped
+
 if __name__ == "__main__":
+    end_at_once()
     gc.disable()  # while it imports, as the worker does
     if "timm" not in sys.modules:  # a fork has it, and maybe wandb
         from bigbatch.trainers.inference import ahead
@@ -57,7 +60,6 @@ from bigbatch.trainers.inference.predict import predict
 from bigbatch.trainers.inference.soup import SOUPS, make_soup
 from bigbatch.trainers.monitoring.output import leave, reader_has_gone
 from bigbatch.trainers.recovery.failures import report
-from bigbatch.trainers.recovery.signals import Stopped, raise_stopped
 
 Record = dict[str, Any]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigbatch.configs.errors import UserError
+from bigbatch.trainers.models.seal import check_seal
 from bigbatch.trainers.models.weights_file import COMPRESSION, read_header
 
 CODEBOOK, INDICES = ".codebook", ".indices"
@@ -42,7 +43,9 @@ def load_compressed(model: nn.Module, path: Path) -> None:
     Raises UserError where they cannot be loaded, or would not fit.
     """
     try:
-        tensors = decode(load_file(path), model)
+        stored = load_file(path)
+        check_seal(path, stored)
+        tensors = decode(stored, model)
         reshape(model, tensors)
         model.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

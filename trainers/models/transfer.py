@@ -7,12 +7,15 @@ decides: where it names its classes, each row of the classifier goes to the clas
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bigbatch.trainers.models.seal import check_seal
 from bigbatch.trainers.models.sources import load_fitting
 from bigbatch.trainers.models.weights_file import (
     WeightsInfo,
@@ -44,6 +47,8 @@ def start_from(
     and torch do.
     """
     weights = given = timm.models.load_state_dict(path)
+    if there is not None:  # a file of ours
+        check_seal(Path(path), load_file(path))
     model = create()
     finish(model)
     fresh = _state(model)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+
 SAVED = 75  # EX_TEMPFAIL: saved after a signal, wants to be started again
 STALLED = 76  # EX_PROTOCOL: a step hung; the agent starts the ranks again
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -81,7 +83,7 @@ class StopFlag:
         self._thread.join()
 
 
-def catch(handler: Callable[[int, FrameType | None], object], *numbers: int) -> dict[int, Any]:
+def catch(handler: Handler, *numbers: int) -> dict[int, Any]:
     """Let `handler` answer these signals, but for those that are ignored, as SIGHUP under nohup.
 
     Returns what answered them before.
@@ -95,6 +97,11 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         self.status = 128 + number  # as shells have it
+
+
+def end_at_once() -> None:
+    """Let Ctrl-C end this process without a word: while it imports it has nothing to undo."""
+    catch(signal.SIG_DFL, signal.SIGINT)
 
 
 def raise_stopped() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
 from bigbatch.trainers.losses.centres import is_centre
+from bigbatch.trainers.models.seal import check_seal, sealed
 from bigbatch.trainers.models.weights_file import METADATA, WeightsInfo, to_metadata
 
 DTYPES = {
@@ -41,12 +42,14 @@ def write_tensors(
 ) -> dict[str, int | str]:
     """Write contiguous CPU tensors as safetensors and put them onto the disk.
 
-    `info` goes into the header as metadata, which other readers pass over. Returns size and
-    SHA-256 of what was written. The library's own writer would hold Python's lock meanwhile,
-    and so the training loop. Source: the format's description,
+    `info` goes into the header as metadata, under a seal, which other readers pass over. Returns
+    size and SHA-256 of what was written. The library's own writer would hold Python's lock
+    meanwhile, and so the training loop. Source: the format's description,
     github.com/huggingface/safetensors.
     """
-    header: dict[str, Any] = {METADATA: to_metadata(info)} if info is not None else {}
+    header: dict[str, Any] = {}
+    if info is not None:
+        header[METADATA] = sealed(to_metadata(info), tensors)
     end = 0
     # The widest first, so that every tensor is aligned to its own width.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -78,18 +81,21 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def load_fitting(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; ValueError unless names, shapes and dtypes are the model's.
+    """The tensors of a file; ValueError unless they are as written, and names, shapes and dtypes
+    the model's.
 
     What a loss learned beside the network is passed over where the model has no place for it.
     """
     own = model.state_dict()
-    tensors = {n: t for n, t in load_file(path).items() if n in own or not is_centre(n)}
+    there = load_file(path)
+    check_seal(path, there)
+    tensors = {n: t for n, t in there.items() if n in own or not is_centre(n)}
     if odd := own.keys() ^ tensors.keys():
         raise ValueError(f"weights do not fit: {sorted(odd)[:8]}")
     for name, value in tensors.items():
-        there, here = (value.dtype, value.shape), (own[name].dtype, own[name].shape)
-        if there != here:
-            shown = [f"{dtype} {list(shape)}" for dtype, shape in (there, here)]
+        kinds = (value.dtype, value.shape), (own[name].dtype, own[name].shape)
+        if kinds[0] != kinds[1]:
+            shown = [f"{dtype} {list(shape)}" for dtype, shape in kinds]
             raise ValueError(f"weights do not fit: {name} is {shown[0]}, the model's {shown[1]}")
     return tensors
 

@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bigbatch.trainers.recovery.signals import Stopped, end_at_once, raise_stopped
+
 if __name__ == "__main__":
+    end_at_once()
     gc.disable()  # while it imports, as the worker does
 
 from bigbatch.configs.errors import UserError
@@ -27,7 +30,6 @@ from bigbatch.trainers.ledger.compare import NOT_AGAIN, compare
 from bigbatch.trainers.ledger.compare import in_words as compare_in_words
 from bigbatch.trainers.monitoring.output import leave, reader_has_gone
 from bigbatch.trainers.recovery.failures import report
-from bigbatch.trainers.recovery.signals import Stopped, raise_stopped
 from bigbatch.trainers.replay import certificate
 from bigbatch.trainers.replay.past import find_past, whence
 

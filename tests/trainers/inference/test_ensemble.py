@@ -200,12 +200,16 @@ def test_what_cannot_be_is_one_message_and_status_2(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_member_is_named_and_nothing_is_averaged(
-    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     shutil.copytree(run, tmp_path / "b")
     weights = tmp_path / "b" / "snapshots" / "cycle-03" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    whole = weights.read_bytes()
+    middle = len(whole) // 2  # a weight, which stays finite
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    weights.write_bytes(whole[:-1] if damage == "cut" else flipped)
     for command in ("evaluate", "predict", "ensemble"):
         out = tmp_path / f"{command}.csv"
         given = [str(run), str(tmp_path / "b"), "--source", str(digits / "val"), "--out", str(out)]

@@ -127,6 +127,15 @@ def test_a_classifier_of_another_kind_gives_no_rows(tmp_path: Path, said: Say) -
     assert "its classifier has no row for each class; this one starts fresh" in said()
 
 
+def test_a_flipped_bit_is_no_start(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="not those that were written"):
+        start(path)
+
+
 def test_weights_that_name_no_classes(tmp_path: Path, said: Say) -> None:
     """As older versions and other programs write them: the counts decide, and it is said."""
     given = save(tmp_path / "w.safetensors", None)
