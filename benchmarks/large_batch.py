@@ -273,9 +273,7 @@ def best_rates(tuning: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     return {arm: r["lr"] for arm, r in best.items()}
 
 
-def write_shards(
-    source: Path, folder: Path, images: int | None, tests: int | None = None
-) -> None:
+def write_shards(source: Path, folder: Path, images: int | None, tests: int | None = None) -> None:
     """Shards of all of CIFAR-10, or of about `images`, and of `tests`: a fifth as many by default.
 
     Of the images of the training split a tenth more is taken, which becomes the validation split.
