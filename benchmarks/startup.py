@@ -7,8 +7,8 @@ imports: each entry in a fresh interpreter, beside bare `import torch`. commands
 train: `bigbatch train digits --nproc 2`, to the first finished step, to the table of results, to
 the end, and the memory of its ranks at the first step. restart: from SIGKILL of a rank to the next
 finished step. 2-ranks, 16-ranks: to the start event, a step, memory after three of them. tune,
-find-lr, prove: whole commands. suite, which runs only where it is named: the default tests, those
-of one name that both trees have.
+tune-2 (two trials at a time), find-lr, prove: whole commands. suite, which runs only where it is
+named: the default tests, those of one name that both trees have.
 
 REV is checked out into a second folder, and both run in this environment. They take turns, each
 first in turn; figures are medians, ratios medians of the rounds'. Exit status 1 where an entry has

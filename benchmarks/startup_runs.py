@@ -185,6 +185,8 @@ def timed(*arguments: str) -> Callable[[Path, Path, str], dict[str, float]]:
 
 
 _EPOCH = ("duration=1 epochs", "schedule={{name: constant}}", "log.wandb=off")
+_TUNE = ("tune", "digits", "space.yaml", "--trials", str(TRIALS), "--sampler", "random")
+_TUNE += ("--study", "studies/{name}")
 CASES: dict[str, Callable[[Path, Path, str], dict[str, float]]] = {
     "train": train,
     "restart": restart,
@@ -192,8 +194,6 @@ CASES: dict[str, Callable[[Path, Path, str], dict[str, float]]] = {
     "16-ranks": many(16),
     "find-lr": timed("find-lr", "digits"),
     "prove": timed("prove", "digits"),
-    "tune": timed(
-        *("tune", "digits", "space.yaml", "--trials", str(TRIALS), "--sampler", "random"),
-        *("--study", "studies/{name}", *_EPOCH),
-    ),
+    "tune": timed(*_TUNE, *_EPOCH),
+    "tune-2": timed(*_TUNE, "--parallel", "2", *_EPOCH),
 }

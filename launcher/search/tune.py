@@ -34,7 +34,7 @@ from bigbatch.launcher.search.trial import Elsewhere, Handle, Here, is_submitted
 from bigbatch.launcher.start import check_start
 from bigbatch.trainers.planning.plateau import read_evaluations
 
-_POLL_S = 0.2
+_POLL_S = 0.05
 _HOPELESS = 3  # trials that fail, with none that worked, before the search gives up
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
