@@ -35,7 +35,8 @@ LOCAL_RECIPE = [
     *("data.bad_samples=1000", "recovery.corruption.digest_every=1"),
 ]
 CLI = (sys.executable, "-m", "bigbatch.launcher.cli")
-# The rest of a record are times, and averages over the steps since the last start.
+# The rest of a record are times, and averages over the steps since the last start. Of kind "ranks"
+# is nothing else, and no record where a start begins with the step at which one is due.
 RECORDED = ("kind", "step", "split", "epoch", "loss", "lr", "grad_norm", "accuracy", "nll", "ece")
 # Moments of checkpointing: what is about to happen, part and end of its path, delay in s.
 PHASES = {
@@ -117,7 +118,7 @@ class Run:
         return {
             "model": manifest["model.safetensors"]["sha256"],
             "optimizer": manifest["optimizer.safetensors"]["sha256"],
-            "records": [{k: r.get(k) for k in RECORDED} for r in records],
+            "records": [{k: r.get(k) for k in RECORDED} for r in records if r["kind"] != "ranks"],
         }
 
 
