@@ -5,7 +5,7 @@
 
 PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg; a
 tenth of the training split is held out for every decision, the test split only is reported.
---scarce takes a tenth of the training split, five times as often: what fits its images by heart.
+--scarce takes a tenth of the training split, three times as often: what fits its images by heart.
 
 Arms, each from every seed, with the same network, optimizer, number of images and, but for swa and
 swap, rate:
@@ -73,7 +73,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(),
-    "scarce": Plan(100, images=4500, tests=10_000, trunk=55, trunk_batch=512),
+    "scarce": Plan(60, images=4500, tests=10_000, trunk=33, trunk_batch=512),
     "quick": Plan(5, (1,), images=2560, more=(2,), trunk=2, trunk_batch=512),
 }
 RUNS = ("swa", "snapshots", "swap", "distilled")  # beside single, which teaches
