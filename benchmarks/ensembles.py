@@ -15,8 +15,9 @@ swap, rate:
     swa          a constant rate over the last quarter, the mean of each epoch's weights there
     snapshots    five cycles: the mean of their ends' probabilities; last, the last end alone
     soup         the same run: the greedy average of weights
-    swap         55 % of the epochs at a larger batch and a constant rate, then three workers that
-                 share the rest at 256, each in an order of its own, whose weights are averaged
+    swap         half of the epochs or so (`trunk`) at a larger batch and a constant rate, then
+                 three workers that share the rest at 256, each in an order of its own, whose
+                 weights are averaged
     distilled    one cosine cycle, taught by the single runs of all seeds as one ensemble, whose
                  images are not counted
 

@@ -280,6 +280,7 @@ def write_shards(source: Path, folder: Path, images: int | None, tests: int | No
     """
     if (folder / "shards").exists():
         return
+    assert tests is None or images is not None
     if images is not None:
         tests = tests or images // 5
         table = pq.read_table(source)

@@ -1,13 +1,14 @@
 """`bigbatch`: the command line. Commands import what they need when they run.
 
 Exit status: 0 done, 1 no (a proof that failed, a check that found something), 2 the user's
-error or a disk that refuses, 75 stopped by a signal and saved. Anything unforeseen keeps its
-traceback.
+error or a disk that refuses, 75 stopped by a signal and saved, 130 interrupted by Ctrl-C with
+nothing to save. Anything unforeseen keeps its traceback.
 """
 
 import gc
 import io
 import os
+import signal
 import sys
 
 import click
@@ -79,6 +80,13 @@ SECTIONS = {
 
 class Sections(click.Group):
     """A group whose help lists the commands by section, in the order of a user's work."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would end with 1, which is an answer of some commands
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(len(str(c.name)) for section in SECTIONS.values() for c in section)

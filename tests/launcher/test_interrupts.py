@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command without a traceback, whatever it is at."""
+"""Ctrl-C ends a command without a traceback while it imports, and while it works."""
 
 import os
 import signal
@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from bigbatch.trainers.compress import __main__ as compressing
-from bigbatch.trainers.export import __main__ as exporting
-from bigbatch.trainers.recovery.signals import Stopped
+from bigbatch.launcher.cli.main import cli
+from bigbatch.trainers.recovery.signals import until_stopped
 
 MODULES = ("compress", "export", "inference", "replay")
 
@@ -52,19 +52,33 @@ def test_one_that_ignores_it_goes_on(tmp_path: Path) -> None:
     assert "run" in said
 
 
-@pytest.mark.parametrize("command", [compressing, exporting], ids=["compress", "export"])
-def test_at_work(
-    command: object,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def stop(*_: object) -> None:
-        raise Stopped(signal.SIGINT)
+def test_at_work(tmp_path: Path) -> None:
+    """What is temporary is removed on the way out, and nothing is said."""
 
-    monkeypatch.setattr(command, "run", stop)
-    monkeypatch.setattr(command, "_only_member", stop, raising=False)
-    out = ["--out", str(tmp_path / "out.onnx"), "--method", "int8"]
-    given = [os.fspath(tmp_path), *out[: 2 if command is exporting else 4]]
-    assert command.main(given) == 130  # type: ignore[attr-defined]
-    assert not capsys.readouterr().err
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        finally:
+            (tmp_path / "tidy").touch()
+        return 0
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert until_stopped(work) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "tidy").exists()
+
+
+def test_a_command_that_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not 1, which is what `check` and `diff` answer."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigbatch.configs.load.builtin_recipes", interrupted)
+    done = CliRunner().invoke(cli, ["recipes"])
+    assert done.exit_code == 130
+    assert done.stderr == "interrupted\n"

@@ -7,7 +7,7 @@ import argparse
 import gc
 from pathlib import Path
 
-from bigbatch.trainers.recovery.signals import Stopped, end_at_once, raise_stopped
+from bigbatch.trainers.recovery.signals import end_at_once, until_stopped
 
 if __name__ == "__main__":
     end_at_once()
@@ -36,8 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
         member = _only_member(options.model, options.members)
         engine = open_engine("ddp", member.recipe.precision)
         return run(options, engine, member)
-    except Stopped as stop:
-        return stop.status
     except Exception as error:
         return report(error, engine)
     finally:
@@ -112,5 +110,4 @@ def run(options: argparse.Namespace, engine: Engine, member: Member) -> int:
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    raise_stopped()
-    leave(main())
+    leave(until_stopped(main))

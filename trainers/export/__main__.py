@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bigbatch.configs.files import to_json
 from bigbatch.trainers.monitoring.output import leave
-from bigbatch.trainers.recovery.signals import Stopped, raise_stopped
+from bigbatch.trainers.recovery.signals import until_stopped
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except Stopped as stop:
-        return stop.status
     except Exception as error:
         from bigbatch.trainers.recovery.failures import report
 
@@ -80,5 +78,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise_stopped()
-    leave(main())
+    leave(until_stopped(main))

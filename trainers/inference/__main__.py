@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigbatch.trainers.recovery.signals import Stopped, end_at_once, raise_stopped
+from bigbatch.trainers.recovery.signals import end_at_once, until_stopped
 
 if __name__ == "__main__":
     end_at_once()
@@ -81,8 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
         status = _COMMANDS[options.command](options, engine, ensemble)
         sys.stdout.flush()
         return status
-    except Stopped as stop:
-        return stop.status
     except BrokenPipeError:
         return reader_has_gone()
     except Exception as error:
@@ -390,5 +388,4 @@ _COMMANDS = {
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    raise_stopped()
-    leave(main())
+    leave(until_stopped(main))

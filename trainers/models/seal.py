@@ -1,8 +1,8 @@
 """A seal on a file of weights: a SHA-256 of its metadata and tensors, kept among the metadata.
 
 safetensors holds no checksum of its own: a bit that flips on a disk or on the way to another
-machine would be a weight like any other. Checkpoints have a manifest; snapshots, soups, averages,
-and files that were sent to somebody are alone.
+machine would be a weight like any other. A run that goes on looks at its checkpoint's manifest;
+snapshots, soups, averages, and files that were sent to somebody are alone.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from torch import Tensor
 from bigbatch.configs.files import to_json
 from bigbatch.trainers.models.weights_file import read_header
 
-_SEAL = "sha256"  # of the metadata
+_SEAL = "bigbatch.sha256"  # of the metadata
 
 
 def sealed(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -33,7 +33,8 @@ def check_seal(path: Path, tensors: Mapping[str, Tensor]) -> None:
     seal = metadata.pop(_SEAL, None)
     if seal is not None and seal != _digest(metadata, tensors):
         raise ValueError(
-            "its weights are not those that were written (another SHA-256 than its header says)"
+            "its weights or metadata are not those that were written (another SHA-256 than its "
+            "header says)"
         )
 
 

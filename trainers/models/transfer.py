@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bigbatch.configs.errors import UserError
 from bigbatch.trainers.models.seal import check_seal
 from bigbatch.trainers.models.sources import load_fitting
 from bigbatch.trainers.models.weights_file import (
@@ -47,8 +48,14 @@ def start_from(
     and torch do.
     """
     weights = given = timm.models.load_state_dict(path)
-    if there is not None:  # a file of ours
-        check_seal(Path(path), load_file(path))
+    if path.endswith(".safetensors"):
+        try:
+            check_seal(Path(path), load_file(path))
+        except ValueError as error:
+            raise UserError(
+                f"model.checkpoint = {path} is damaged: {error}; restore it from a backup, or "
+                "leave model.checkpoint out"
+            ) from None
     model = create()
     finish(model)
     fresh = _state(model)

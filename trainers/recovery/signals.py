@@ -104,13 +104,18 @@ def end_at_once() -> None:
     catch(signal.SIG_DFL, signal.SIGINT)
 
 
-def raise_stopped() -> None:
-    """Let signals that end a process raise Stopped, for what has nothing to save."""
+def until_stopped(main: Callable[[], int]) -> int:
+    """The status of `main`, which a signal that ends a process ends by Stopped: for what has
+    nothing to save."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    catch(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    try:
+        catch(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        return main()
+    except Stopped as stopped:
+        return stopped.status
 
 
 def agent_pid() -> int | None:

@@ -69,8 +69,12 @@ def write_tensors(
 
 
 def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Load weights strictly; returns them. Raises UserError where they cannot be, or do not fit."""
+    """Load weights strictly; returns them.
+
+    Raises UserError where they cannot be, are not what was sealed, or do not fit.
+    """
     try:
+        check_seal(path, load_file(path))
         tensors = load_fitting(model, path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -81,21 +85,18 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def load_fitting(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; ValueError unless they are as written, and names, shapes and dtypes
-    the model's.
+    """The tensors of a file; ValueError unless names, shapes and dtypes are the model's.
 
     What a loss learned beside the network is passed over where the model has no place for it.
     """
     own = model.state_dict()
-    there = load_file(path)
-    check_seal(path, there)
-    tensors = {n: t for n, t in there.items() if n in own or not is_centre(n)}
+    tensors = {n: t for n, t in load_file(path).items() if n in own or not is_centre(n)}
     if odd := own.keys() ^ tensors.keys():
         raise ValueError(f"weights do not fit: {sorted(odd)[:8]}")
     for name, value in tensors.items():
-        kinds = (value.dtype, value.shape), (own[name].dtype, own[name].shape)
-        if kinds[0] != kinds[1]:
-            shown = [f"{dtype} {list(shape)}" for dtype, shape in kinds]
+        there, here = (value.dtype, value.shape), (own[name].dtype, own[name].shape)
+        if there != here:
+            shown = [f"{dtype} {list(shape)}" for dtype, shape in (there, here)]
             raise ValueError(f"weights do not fit: {name} is {shown[0]}, the model's {shown[1]}")
     return tensors
 

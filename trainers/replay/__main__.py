@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bigbatch.trainers.recovery.signals import Stopped, end_at_once, raise_stopped
+from bigbatch.trainers.recovery.signals import end_at_once, until_stopped
 
 if __name__ == "__main__":
     end_at_once()
@@ -40,8 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
         return status
-    except Stopped as stop:
-        return stop.status
     except BrokenPipeError:
         return reader_has_gone()
     except Exception as error:
@@ -173,5 +171,4 @@ def _diff(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
-    raise_stopped()
-    leave(main())
+    leave(until_stopped(main))

@@ -84,7 +84,12 @@ class Replayed:
     lines: int  # of the ledger, their digests among these values
     differences: tuple[Difference, ...]  # of the replayed steps, the oldest first
     line: Record  # of the ledger
-    checkpoint: bool | None  # the state after it is the one saved then; None: none is there
+    unlike: tuple[str, ...] | None  # of the state saved after it, what differs; None: none is there
+
+    @property
+    def checkpoint(self) -> bool | None:
+        """Whether the state after it is the one saved then; None: none is there."""
+        return None if self.unlike is None else not self.unlike
 
     @property
     def same(self) -> bool | None:
@@ -180,7 +185,7 @@ class Replay:
             trust_ratios(engine.optimizer, engine.module) if updated else {},
             *self.compare(),
             self.log.lines[past.step],
-            None if unlike is None else not unlike,
+            None if unlike is None else tuple(unlike),
         )
 
     def copied(self) -> dict[str, Tensor]:

@@ -15,9 +15,13 @@ from bigbatch.trainers.recovery.stored import (
     OPTIMIZER,
     STATE,
     STATISTICS,
+    CorruptCheckpoint,
     checkpoint_path,
+    verify,
 )
 from bigbatch.trainers.replay.past import Past
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
 def unlike_saved(past: Past, state: TrainState) -> list[str] | None:
@@ -30,6 +34,7 @@ def unlike_saved(past: Past, state: TrainState) -> list[str] | None:
     if not path.is_dir() or (past.refused and state.step == past.step):
         return None
     try:
+        verify(path)
         content = parse_json((path / STATE).read_bytes())
         over = [r for r in content.get("over", []) if r[0] < state.step]
         if over != [r for r in past.skipped if r[0] < state.step]:
@@ -40,9 +45,9 @@ def unlike_saved(past: Past, state: TrainState) -> list[str] | None:
         optimizer = load_file(path / OPTIMIZER)
         average = load_file(path / AVERAGE) if content.get("averaged", 0) else {}
         values = dict(content["optimizer"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (CorruptCheckpoint, *_UNREADABLE) as error:
         # Damaged; or the run, which goes on, has removed it by now.
-        return [f"{path.name}, which cannot be read: {error}"] if path.is_dir() else None
+        return [f"file: {error}"] if path.is_dir() else None
     weights, tensors, scalars, averages = gather(state)
     found = _differing("", saved, weights) + _differing("optimizer's ", optimizer, tensors)
     found += [f"optimizer's {n}" for n in values | scalars if values.get(n) != scalars.get(n)]

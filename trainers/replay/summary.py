@@ -35,6 +35,7 @@ def summarise(
         "compared": replayed.compared,
         "ledger_lines": replayed.lines,
         "weights_as_saved": replayed.checkpoint,
+        "unlike_saved": list(replayed.unlike or ()),
         "differences": [asdict(d) for d in replayed.differences],
         "environment": list(differs),
         "recorded": {k: past.records.get(past.step, {}).get(k) for k in COMPARED},
@@ -178,7 +179,9 @@ def _same(result: Result) -> list[str]:
     if more := result["differences"][5:]:
         lines.append(f"differs: {plural(len(more), 'more value')}")
     if result["weights_as_saved"] is False:
-        lines.append("differs: weights or optimizer state after it are not those of the checkpoint")
+        unlike = result["unlike_saved"]
+        more = f" and {plural(len(unlike) - 3, 'other')}" if len(unlike) > 3 else ""
+        lines.append(f"differs: the checkpoint after it has another {', '.join(unlike[:3])}{more}")
     lines += [f"environment: {line}" for line in result["environment"]]
     return lines
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference.ensemble import FEATURES, METHODS, Plan, make
 from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation, table_of
-from bigbatch.trainers.recovery.signals import Stopped
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
@@ -292,7 +290,6 @@ def test_ranks_that_find_other_members_or_images_end_together() -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "then repeat the command"),
         (BrokenPipeError(), 1, ""),
-        (Stopped(signal.SIGTERM), 143, ""),
     ],
 )
 def test_what_ends_a_command_from_outside_keeps_its_status_without_a_traceback(

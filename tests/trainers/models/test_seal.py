@@ -53,19 +53,19 @@ def test_metadata_are_sealed_too(whole: bytes, tmp_path: Path, old: bytes, new: 
 
 
 def test_names_shapes_and_dtypes_are_sealed() -> None:
-    metadata = to_metadata(INFO)
-    plain = sealed(metadata, TENSORS)["sha256"]
-    weight = TENSORS["weight"]
+    def seal(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+        return sealed(metadata, tensors)["bigbatch.sha256"]
+
+    metadata, weight = to_metadata(INFO), TENSORS["weight"]
     others = [
         {**TENSORS, "weight": weight.reshape(3, 2)},
         {**TENSORS, "weight": weight.view(torch.int32)},
         {("other" if name == "weight" else name): t for name, t in TENSORS.items()},
         {name: t for name, t in TENSORS.items() if name != "empty"},
     ]
-    assert plain not in [sealed(metadata, other)["sha256"] for other in others]
-    assert (
-        plain == sealed(dict(reversed(metadata.items())), dict(reversed(TENSORS.items())))["sha256"]
-    )
+    assert seal(metadata, TENSORS) not in [seal(metadata, other) for other in others]
+    turned = dict(reversed(metadata.items())), dict(reversed(TENSORS.items()))
+    assert seal(*turned) == seal(metadata, TENSORS)
 
 
 def test_files_of_others_have_none(tmp_path: Path) -> None:

@@ -127,12 +127,16 @@ def test_a_classifier_of_another_kind_gives_no_rows(tmp_path: Path, said: Say) -
     assert "its classifier has no row for each class; this one starts fresh" in said()
 
 
-def test_a_flipped_bit_is_no_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["weight", "description"])
+def test_a_flipped_bit_is_no_start(tmp_path: Path, where: str) -> None:
     path = tmp_path / "w.safetensors"
     save(path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match="not those that were written"):
+    place = len(whole) - 1 if where == "weight" else whole.index(b'"bigbatch"') + 8
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(
+        UserError, match=r"w.safetensors is damaged: its weights or metadata are no"
+    ):
         start(path)
 
 

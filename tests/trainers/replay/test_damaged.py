@@ -53,7 +53,7 @@ def test_records_and_events_of_no_form_are_left_out(preempted: RunDir, tmp_path:
         find_past(run, 8)
 
 
-@pytest.mark.parametrize("damage", ["torn", "no state", "no list", "gone"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "no state", "no list", "gone"])
 def test_damaged_weights_after_the_step_are_not_those_of_it(
     preempted: RunDir, tmp_path: Path, damage: str
 ) -> None:
@@ -65,6 +65,10 @@ def test_damaged_weights_after_the_step_are_not_those_of_it(
         match damage:
             case "torn":
                 (folder / "model.safetensors").write_bytes(b"gone")
+            case "flipped":
+                whole = (folder / "model.safetensors").read_bytes()
+                flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+                (folder / "model.safetensors").write_bytes(flipped)
             case "no state":
                 (folder / "state.json").unlink()
             case "no list":
@@ -74,6 +78,9 @@ def test_damaged_weights_after_the_step_are_not_those_of_it(
                 shutil.rmtree(folder)
         found = replay.take()
     assert found.checkpoint is (None if damage == "gone" else False)
+    if damage in ("torn", "flipped", "no list"):
+        assert found.unlike is not None
+        assert "differs from its manifest (size or SHA-256)" in found.unlike[0]
     assert found.same is (damage == "gone")
 
 
