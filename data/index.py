@@ -332,7 +332,14 @@ def find_shards(root: Path) -> list[Path]:
         if folders
         else "give the folder that holds them"
     )
-    raise UserError(f"{root} holds no *.tar shards; {hint}")
+    raise UserError(f"{root} holds no *.tar shards{compressed(root)}; {hint}")
+
+
+def compressed(folder: Path) -> str:
+    """What is to be said of compressed archives in a folder, which can not be read at any place."""
+    kinds = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+    names = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(kinds))
+    return f" ({names[0]!a:.60} is compressed: unpack it first)" if names else ""
 
 
 def is_shard(name: str) -> bool:

@@ -23,6 +23,7 @@ from bigbatch.configs.errors import UserError
 from bigbatch.configs.rundir import ROW_BYTES
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import height_width
+from bigbatch.configs.words import plural
 from bigbatch.trainers.planning.plan import Plan
 
 _PROBE_BYTES = 32 << 20
@@ -140,7 +141,8 @@ def scores_memory(sizes: Sequence[int], classes: int, snapshots: int, batch: int
     models = snapshots + 2
     need = models * (3 * 48 * sum(sizes) + 3 * 240 * classes) + 2 * 4 * models * batch * classes
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    what = f"{sum(sizes):,} samples, {classes:,} classes, {snapshots:,} snapshots"
+    counts = ((sum(sizes), "sample"), (classes, "class"), (snapshots, "snapshot"))
+    what = ", ".join(plural(count, noun) for count, noun in counts)
     text = f"about {_gb(need)} on rank 0 for the scores of {what}"
     if need <= there:
         return Finding("results", "ok", text)

@@ -40,7 +40,7 @@ RUNS = Path("runs")
 # what imports take on a busy file system.
 _WAIT_S = 120.0
 # What ends a process that is still on its way to be the worker, if nobody keeps it.
-_HELD = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+_HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 

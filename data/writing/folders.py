@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bigbatch.configs.errors import UserError
+from bigbatch.data.index import compressed
 from bigbatch.data.samples import IMAGE_EXTENSIONS
 from bigbatch.data.splits import SPLIT_NAMES
 from bigbatch.data.writing.sources import Source, printable, unique_keys
@@ -53,8 +54,8 @@ def image_folder(root: Path, tree: Tree | None = None) -> Source:
         paths.append(path)
     if not paths:
         raise UserError(
-            f"{root} holds no images in class folders; expected CLASS/NAME.jpg or "
-            f"SPLIT/CLASS/NAME.jpg with one of {', '.join(sorted(IMAGE_EXTENSIONS))}"
+            f"{root} holds no images in class folders{compressed(root)}; expected CLASS/NAME.jpg "
+            f"or SPLIT/CLASS/NAME.jpg with one of {', '.join(sorted(IMAGE_EXTENSIONS))}"
         )
     classes = sorted(set(names))
     _name_empty_classes(tree, classes, 1 if own else 0)

@@ -149,7 +149,8 @@ def index(
     for problem in made.problems:
         options.say(f"left out: {problem}", err=True)
     for what, count in made.passed_over.items():
-        options.say(f"passed over: {count:,} {what}", err=True)
+        noun, _, which = what.partition("s ")  # members .txt, files .tgz
+        options.say(f"passed over: {options.plural(count, noun)} {which}", err=True)
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         options.say(f"warning: classes without a sample: {shown}", err=True)

@@ -120,8 +120,10 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.dup2(null := os.open(os.devnull, os.O_RDWR), number)
+            null = os.open(os.devnull, os.O_RDWR)  # mostly that very number, and closed by exec
+            os.set_inheritable(null, True)
             if null != number:
+                os.dup2(null, number)
                 os.close(null)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
     for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show ends no command

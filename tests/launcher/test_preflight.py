@@ -15,6 +15,7 @@ from bigbatch.launcher import estimate
 from bigbatch.launcher.preflight import check, fit_rate, spark
 from bigbatch.trainers.models.size import measure
 from bigbatch.trainers.models.weights_file import describe
+from bigbatch.trainers.monitoring.flops import flops_per_image
 from bigbatch.trainers.recovery.tensor_files import write_tensors
 
 RESNET = [
@@ -84,6 +85,16 @@ def test_a_lead_or_a_disk_that_does_not_suffice(
     assert "--signal-lead" in states["saving"][1]
     assert states["wandb"] == ("ok", "off")
     assert list(tmp_path.iterdir()) == []  # nothing is left of the measurement
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "inception_v3"])
+def test_images_that_a_model_cannot_take_are_refused(name: str) -> None:
+    """One says so itself, of one only a convolution does; the rank that counts says it, too."""
+    recipe = load_recipe("digits", [f"model.name={name}"])
+    with pytest.raises(UserError, match=rf"model {name} cannot take images of \[1, 32, 32\]"):
+        estimate.model_size(recipe, 10)
+    with pytest.raises(UserError, match=rf"model {name} cannot take images of \[1, 32, 32\]"):
+        flops_per_image(recipe, 10)
 
 
 def test_without_torch_it_is_skipped_with_the_reason(

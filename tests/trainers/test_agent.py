@@ -125,15 +125,17 @@ def test_a_signal_saves_the_step_and_ends_with_75(run: RunDir, number: signal.Si
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_a_signal_in_a_start_s_first_moments_ends_with_75(run: RunDir, nproc: int) -> None:
+@pytest.mark.parametrize(("nproc", "number"), [(1, "TERM"), (2, "TERM"), (1, "INT"), (2, "INT")])
+def test_a_signal_in_a_start_s_first_moments_ends_with_75(
+    run: RunDir, nproc: int, number: str
+) -> None:
     """`cancel` finds a process that still imports; nothing is lost, and it says what others say."""
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "resume", str(run.path)]
     program = f"bigbatch.trainers.{'worker' if nproc == 1 else 'agent'}"
     with subprocess.Popen([*command, "--nproc", str(nproc)]) as process:
         while program not in psutil.Process(process.pid).cmdline():
             time.sleep(0.01)
-        process.terminate()
+        process.send_signal(signal.Signals[f"SIG{number}"])
         assert process.wait(120) == SAVED
 
 

@@ -288,7 +288,8 @@ def check_output(model: nn.Module, images: Tensor, classes: int, name: str) -> N
         raise UserError(
             f"model {name} cannot take images of {size} ({type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0]:.200}); set data.image_size and "
-            "data.channels to what it takes, or change model"
+            "data.channels to what it takes (`bigbatch models` lists it), or "
+            "model.options={img_size: ...} where it has that option, or change model"
         ) from error
     found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if found != [2, classes]:

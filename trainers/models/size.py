@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigbatch.configs.errors import UserError
 from bigbatch.configs.files import to_json
+from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import Size, height_width
 from bigbatch.trainers.models.build import build_model
-from bigbatch.trainers.models.convert import check_sizes
+from bigbatch.trainers.models.convert import check_output, check_sizes, example_images
 from bigbatch.trainers.models.signal import look
 from bigbatch.trainers.optim import build_optimizer
 from bigbatch.trainers.optim.stages import Learning, fit_transfer, freeze, rate_table, stages_of
@@ -51,7 +52,11 @@ def measure(recipe: Recipe, classes: int, epoch_samples: int = 1) -> dict[str, A
     model.train()
     size = height_width(recipe.data.image_size)
     images = torch.empty(_SAMPLES, recipe.data.channels, *size, device="meta")
-    kept = _saved_bytes(model, images) / _SAMPLES
+    try:
+        kept = _saved_bytes(model, images) / _SAMPLES
+    except Exception:  # whatever a model says of a size that it was not made for
+        check_takes(fresh, classes, recipe.data.channels, recipe.data.image_size)
+        raise
     if recipe.precision != "fp32":
         kept /= 2
     optimizer = build_optimizer(model, recipe.optimizer, learning)
@@ -69,6 +74,17 @@ def measure(recipe: Recipe, classes: int, epoch_samples: int = 1) -> dict[str, A
         "activation_bytes": round(kept),
         "rates": rates,
     }
+
+
+def check_takes(model: Model, classes: int, channels: int, image_size: Size) -> None:
+    """Raise UserError where a network of fresh weights cannot take images of a size.
+
+    To be asked once it has failed without values, which may be for want of those alone.
+    """
+    network = build_model(
+        model, classes=classes, channels=channels, seed=0, image_size=image_size, quiet=True
+    )
+    check_output(network, example_images(network, channels, image_size), classes, model.name)
 
 
 def _rates(

@@ -10,11 +10,12 @@ from functools import cache
 
 import torch
 
+from bigbatch.configs.errors import UserError
 from bigbatch.configs.model import Model
 from bigbatch.configs.schema import Recipe
 from bigbatch.configs.size import Size
 from bigbatch.trainers.models.build import build_model
-from bigbatch.trainers.models.size import count_flops
+from bigbatch.trainers.models.size import check_takes, count_flops
 
 # Dense peaks in TFLOP/s, without sparsity, fp32 accumulation. fp32 is the CUDA cores' rate,
 # tf32, bf16 and fp16 are the tensor cores'. From the makers' datasheets, by device name as
@@ -63,7 +64,8 @@ def forward_flops(recipe: Recipe, classes: int, size: Size) -> int | None:
     """Floating-point operations of the forward pass for one image of this size.
 
     A multiplication and its addition count as two. Counted by torch, on a model that has shapes
-    and no values, so nothing is computed. None for a model that cannot run without values.
+    and no values, so nothing is computed. None for a model that cannot run without values. Raises
+    UserError where it cannot take such images at all.
     """
     model = recipe.model.without_weights().model_dump_json()
     return _counted(model, classes, recipe.data.channels, recipe.data.image_size, size)
@@ -73,17 +75,18 @@ def forward_flops(recipe: Recipe, classes: int, size: Size) -> int | None:
 def _counted(model: str, classes: int, channels: int, built: Size, size: Size) -> int | None:
     """Once in a process, whose next attempt, after a rollback, has the same model: counting takes
     as long as ten steps of a small network."""
+    config = Model.model_validate_json(model)
     try:
         with torch.device("meta"):
             network = build_model(
-                Model.model_validate_json(model),
-                classes=classes,
-                channels=channels,
-                seed=0,
-                image_size=built,
+                config, classes=classes, channels=channels, seed=0, image_size=built
             )
             return count_flops(network, channels, size)
-    except (RuntimeError, NotImplementedError):
+    except UserError:
+        raise
+    except Exception:  # for want of values, or since it takes no images of this size
+        if not config.beyond_timm():  # others have shown it when they were built
+            check_takes(config, classes, channels, size)
         return None
 
 

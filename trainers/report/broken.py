@@ -138,8 +138,7 @@ def dead(facts: Facts) -> Iterator[Finding]:
 
 
 def vanishing(facts: Facts) -> Iterator[Finding]:
-    # Of the first step only where there is no other: whole blocks may start behind norms of 0.
-    records = facts.gradients[1:] or facts.gradients
+    records = facts.gradients[1:]  # in the first step whole blocks may stand behind norms of 0
     if not records or not facts.poor:
         return
     # What waits for its turn under transfer has no norm until then; from then on it has.

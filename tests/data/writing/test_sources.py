@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import open_index
+from bigbatch.data.index import find_shards, open_index
 from bigbatch.data.writing.archives import tars
 from bigbatch.data.writing.folders import image_folder
 from bigbatch.data.writing.kinds import open_source
@@ -88,6 +88,12 @@ def test_no_source(tmp_path: Path) -> None:
         open_source("nowhere")
     with pytest.raises(UserError, match=r"holds no images in class folders; expected CLASS/NAME"):
         open_source(str(tmp_path))
+    (tmp_path / "packed.tar.gz").touch()
+    for read in (lambda: open_source(str(tmp_path)), lambda: find_shards(tmp_path)):
+        with pytest.raises(
+            UserError, match=r"holds no .* \('packed.tar.gz' is compressed: unpack it"
+        ):
+            read()
     touch(tmp_path / "flat.jpg")
     with pytest.raises(UserError, match="holds no images in class folders"):
         open_source(str(tmp_path))

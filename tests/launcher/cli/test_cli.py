@@ -447,3 +447,17 @@ def test_a_closed_stream_is_dev_null(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=False)
     assert done.returncode == 0
     assert (tmp_path / "a").read_text() == ""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_dev_null_for_the_worker_too(tmp_path: Path, closed: str) -> None:
+    """Which takes the place of the command, by exec."""
+    then = "import os, sys; [os.fstat(n) for n in range(3)]; open(sys.argv[1], 'w').write('there')"
+    code = (
+        "import os, sys; from bigbatch.launcher.cli.main import open_streams; open_streams()\n"
+        "os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", code, then, str(tmp_path / "a")]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "a").read_text() == "there"

@@ -70,7 +70,7 @@ def test_index_says_what_it_passes_over_and_which_classes_are_empty(here: Path) 
     assert status == 0
     assert text.splitlines()[1:] == [
         "passed over: 6 members .txt",
-        "passed over: 1 files .tgz",
+        "passed over: 1 file .tgz",
         "warning: classes without a sample: 0",
     ]
     told = json.loads(run("index", "t", "--json")[1])

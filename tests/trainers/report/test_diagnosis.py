@@ -92,6 +92,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "loss": STUCK, "probes": POOR,
         "gradients": [norms(1, a=0.0, b=1), norms(20, a=1e-7, b=1), norms(400, a=3e-7, b=1)],
     }),
+    "first gradient of norms that start at 0": ("plateau", {
+        "loss": STUCK, "probes": POOR, "gradients": [norms(1, a=0.0, b=1)]
+    }),
     "other labels": ("mismatch", {
         "probes": [probe(20, 0.1, 0.1), probe(100, 0.7, 0.15), probe(400, 0.99, 0.2)]
     }),
