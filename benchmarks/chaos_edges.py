@@ -325,7 +325,7 @@ def poison(path: Path) -> None:
     tensors = load_file(file)
     with safe_open(file, "np") as opened:
         metadata = dict(opened.metadata() or {})
-    metadata.pop("bigbatch.sha256", None)  # or the seal of weights would say it
+    metadata.pop("bigbatch-sha256", None)  # or the seal of weights would say it
     name = next(n for n in sorted(tensors) if n.endswith("running_var"))
     tensors[name][0] = float("nan")
     save_file(tensors, file, metadata)

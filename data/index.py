@@ -40,6 +40,7 @@ from bigbatch.data.rng import uniforms
 from bigbatch.data.samples import Scan, scan_shard
 from bigbatch.data.splits import one_split_only
 from bigbatch.data.staging import Remote
+from bigbatch.data.tar import compressed
 from bigbatch.data.targets import Targets, join_targets
 
 _SHOWN_PROBLEMS = 20
@@ -327,19 +328,10 @@ def find_shards(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the folder that holds the *.tar shards")
     folders = sorted({str(p.parent) for p in root.glob("*/*") if is_shard(p.name)})
-    hint = (
-        f"did you mean {' or '.join(folders[:3])}?"
-        if folders
-        else "give the folder that holds them"
-    )
+    hint = "give the folder that holds them"
+    if folders:
+        hint = f"did you mean {' or '.join(folders[:3])}?"
     raise UserError(f"{root} holds no *.tar shards{compressed(root)}; {hint}")
-
-
-def compressed(folder: Path) -> str:
-    """What is to be said of compressed archives in a folder, which can not be read at any place."""
-    kinds = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-    names = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(kinds))
-    return f" ({names[0]!a:.60} is compressed: unpack it first)" if names else ""
 
 
 def is_shard(name: str) -> bool:

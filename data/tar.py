@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zlib import adler32
 
@@ -213,3 +214,10 @@ def write_end(file: BinaryIO) -> None:
     file.write(_ZEROS * 2)
     file.flush()
     os.fsync(file.fileno())
+
+
+def compressed(folder: Path) -> str:
+    """What is to be said of compressed archives in a folder, which can not be read at any place."""
+    kinds = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+    names = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(kinds))
+    return f" ({names[0]!a:.60} is compressed: unpack it first)" if names else ""

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from bigbatch.configs.errors import UserError
-from bigbatch.data.index import compressed
 from bigbatch.data.samples import IMAGE_EXTENSIONS
 from bigbatch.data.splits import SPLIT_NAMES
+from bigbatch.data.tar import compressed
 from bigbatch.data.writing.sources import Source, printable, unique_keys
 from bigbatch.data.writing.tree import Tree, walk
 

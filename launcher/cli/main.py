@@ -85,7 +85,7 @@ class Sections(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would end with 1, which is an answer of some commands
-            click.echo("interrupted", err=True)
+            print("interrupted", file=sys.stderr)
             ctx.exit(128 + signal.SIGINT)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

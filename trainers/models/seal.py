@@ -15,7 +15,7 @@ from torch import Tensor
 from bigbatch.configs.files import to_json
 from bigbatch.trainers.models.weights_file import read_header
 
-_SEAL = "bigbatch.sha256"  # of the metadata
+_SEAL = "bigbatch-sha256"  # of the metadata
 
 
 def sealed(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -54,7 +54,7 @@ def test_metadata_are_sealed_too(whole: bytes, tmp_path: Path, old: bytes, new: 
 
 def test_names_shapes_and_dtypes_are_sealed() -> None:
     def seal(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
-        return sealed(metadata, tensors)["bigbatch.sha256"]
+        return sealed(metadata, tensors)["bigbatch-sha256"]
 
     metadata, weight = to_metadata(INFO), TENSORS["weight"]
     others = [
