@@ -20,6 +20,8 @@ swap, rate:
                  weights are averaged
     distilled    one cosine cycle, taught by the single runs of all seeds as one ensemble, whose
                  images are not counted
+    patient      the same for three times as long, on mixed images and without their labels (Beyer
+                 et al. 2022, arXiv:2106.05237)
 
 and that ensemble, `independent`, of these seeds and of two more, which costs their sum.
 
@@ -77,7 +79,7 @@ PLANS = {
     "scarce": Plan(60, images=4500, tests=10_000, trunk=33, trunk_batch=512),
     "quick": Plan(5, (1,), images=2560, more=(2,), trunk=2, trunk_batch=512),
 }
-RUNS = ("swa", "snapshots", "swap", "distilled")  # beside single, which teaches
+RUNS = ("swa", "snapshots", "swap", "distilled", "patient")  # beside single, which teaches
 
 
 def recipe(plan: Plan, kind: str, seed: int) -> dict[str, Any]:
@@ -118,6 +120,10 @@ def recipe(plan: Plan, kind: str, seed: int) -> dict[str, Any]:
             tree["checkpoint"] = {"every": f"{plan.trunk} epochs", "keep": 1}
         case "distilled":
             tree["distill"] = {"teacher": TEACHER, "cache_gb": 0}
+        case "patient":
+            tree["duration"] = tree["evaluate"]["every"] = f"{3 * plan.epochs} epochs"
+            tree["distill"] = {"teacher": TEACHER, "cache_gb": 0, "temperature": 1, "weight": 1}
+            tree["augment"]["mixup"] = 1.0
     return tree
 
 
@@ -220,8 +226,8 @@ def arms_of(plan: Plan, folder: Path) -> dict[str, list[dict[str, float]]]:
                     note("snapshots, last", last, "last")
                     note("snapshots", summary, "ensemble")
                     note("soup", summary, "soup")
-                case "distilled":
-                    note("distilled", last, "last")
+                case "distilled" | "patient":
+                    note(kind, last, "last")
     return arms
 
 
