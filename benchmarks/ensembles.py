@@ -5,7 +5,7 @@
 
 PARQUET holds CIFAR-10 (Krizhevsky 2009) in the columns split (train, test), label and jpeg; a
 tenth of the training split is held out for every decision, the test split only is reported.
---scarce takes a tenth of the training split, three times as often: what fits its images by heart.
+--scarce takes a tenth of the training split, three times as often: there the network over-fits.
 
 Arms, each from every seed, with the same network, optimizer, number of images and, but for swa and
 swap, rate:
