@@ -1,5 +1,6 @@
 """TensorBoard's event files and Prometheus' text file, read by their own readers."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from bigbatch.configs.errors import UserError
+from bigbatch.configs.files import read_jsonl
 from bigbatch.configs.load import load_recipe
 from bigbatch.configs.rundir import RunDir, create_run
 from bigbatch.trainers.monitoring.log import open_log
@@ -45,6 +47,29 @@ def test_tensorboard_has_each_step_once_across_attempts(tmp_path: Path) -> None:
     assert [e.value for e in losses] == pytest.approx([2 / step for step in range(1, 41)])
     assert [e.step for e in events.Scalars("val/accuracy")] == [10, 20, 30, 40]
     assert "train/phases/data" in events.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("where", ["folder", "writer's thread"])
+def test_a_disk_that_refuses_tensorboard_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    writers = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    run = create_run(
+        tmp_path / "run", load_recipe("digits", ["log.wandb=off", "log.tensorboard=true"])
+    )
+    if where == "folder":
+        (run.path / "tensorboard").touch()
+    else:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(writers.RecordWriter, "write", full)
+    train(run, 0, 40, "finished")
+    assert [r["step"] for r in read_jsonl(run.metrics) if r["kind"] == "train"] == [*range(1, 41)]
+    (said,) = [e["error"] for e in read_jsonl(run.events) if e["kind"] == "tensorboard"]
+    assert said.startswith("tensorboard/ is not complete: ")
 
 
 def test_prometheus_text_is_read_by_its_own_parser(
