@@ -4,9 +4,12 @@ The event files are made anew from metrics.jsonl at each start, so that each ste
 them exactly once, whatever the attempts before had written. A thread does it.
 """
 
+import os
 import queue
 import shutil
+import socket
 import threading
+import time
 from itertools import chain
 from typing import Any
 
@@ -56,16 +59,23 @@ class TensorBoardView:
     def _follow(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder = self._run.path / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
-        writer = EventFileWriter(str(folder))
+        folder.mkdir()
+        # Its EventFileWriter has a thread of its own, which ends with a traceback on a full disk.
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
         past = (r for r in iter_jsonl(self._run.metrics) if r["step"] <= self._start_step)
-        for record in chain(past, iter(self._rows.get, None)):
-            row = flat_row(record)
-            step = int(row.pop("train/step"))
-            numbers = {tag: value for tag, value in row.items() if not isinstance(value, str)}
-            values = [Summary.Value(tag=tag, simple_value=v) for tag, v in numbers.items()]
-            writer.add_event(Event(step=step, summary=Summary(value=values)))
-        writer.close()
+        with (folder / name).open("wb") as file:
+            writer = RecordWriter(file)
+            writer.write(Event(file_version="brain.Event:2").SerializeToString())
+            for record in chain(past, iter(self._rows.get, None)):
+                row = flat_row(record)
+                step = int(row.pop("train/step"))
+                numbers = {tag: value for tag, value in row.items() if not isinstance(value, str)}
+                values = [Summary.Value(tag=tag, simple_value=v) for tag, v in numbers.items()]
+                event = Event(step=step, summary=Summary(value=values))
+                writer.write(event.SerializeToString())
+                if self._rows.empty():
+                    writer.flush()
