@@ -81,6 +81,7 @@ def train_runs(
     stopped, said = False, time.monotonic()
     asked: list[int] = []  # Ctrl-C reaches the runs by itself, a signal to this process does not
     before = catch(lambda number, frame: asked.append(number), signal.SIGTERM, signal.SIGHUP)
+    before |= catch(signal.default_int_handler, signal.SIGINT)
     children = Children(nproc, threads, to_the_end=True)
     try:
         while going or (waiting and not stopped):

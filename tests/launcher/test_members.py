@@ -16,6 +16,7 @@ from bigbatch.configs.load import change_recipe, load_recipe
 from bigbatch.configs.rundir import RunDir
 from bigbatch.launcher import members
 from bigbatch.launcher.members import member_recipes, member_runs, run_members, train_members
+from bigbatch.launcher.start import hold_signals
 from bigbatch.trainers.recovery.signals import SAVED
 
 
@@ -169,6 +170,39 @@ def test_a_signal_to_this_process_alone_reaches_the_runs(
     finally:
         signal.signal(number, handler)
     assert started == ["a-0", "a-1"]
+
+
+def test_ctrl_c_stops_the_runs_whatever_the_command_made_of_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` says that training has not begun, which is not so any more."""
+    runs = member_runs(tmp_path / "a", member_recipes(load_recipe("digits", []), 2))
+    waited: list[str] = []
+
+    class Interrupted:
+        def __init__(self, run: RunDir) -> None:
+            self.run = run
+
+        def poll(self) -> int | None:
+            os.kill(os.getpid(), signal.SIGINT)
+            return None
+
+        def wait(self) -> int:
+            waited.append(self.run.name)
+            return SAVED
+
+    start_instead(monkeypatch, Interrupted)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    said: list[str] = []
+    try:
+        hold_signals(None)
+        assert train_members(runs, 1, 2, said.append) == SAVED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert waited == ["a-0", "a-1"]
+    assert said[-1].startswith("stopped and saved; ")
 
 
 def test_what_is_finished_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
