@@ -21,6 +21,7 @@ import torch
 from machine import benchmark_parser, machine, write_figures
 
 from bigbatch.trainers.engine.ddp import DdpEngine
+from bigbatch.trainers.models.weights_file import WeightsInfo
 from bigbatch.trainers.recovery.checkpoint import TrainState
 from bigbatch.trainers.recovery.saving import Saver
 from bigbatch.trainers.recovery.stored import Retention
@@ -65,7 +66,9 @@ def main() -> None:
         engine.gradient_norm()
         engine.step()
 
-    state = TrainState(0, engine.module, engine.optimizer, None, {})
+    classes = tuple(map(str, range(1000)))
+    info = WeightsInfo(MODEL, classes, (0.5,) * 3, (0.25,) * 3, SIZE, 3)  # sealed, as a run's are
+    state = TrainState(0, engine.module, engine.optimizer, None, {}, info=info)
     times: dict[str, list[float]] = {"none": [], "background": [], "torch.save": []}
     peer_stall: list[float] = []
     for _ in range(3):

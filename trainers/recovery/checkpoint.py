@@ -38,7 +38,7 @@ from bigbatch.trainers.recovery.stored import (
 )
 from bigbatch.trainers.recovery.tensor_files import (
     copy_to_cpu,
-    load_fitting,
+    fitting,
     write_file,
     write_tensors,
 )
@@ -221,7 +221,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     module = state.model if state.pieces is None else state.pieces.module
     try:
         tensors = load_file(path / OPTIMIZER)
-        weights = load_fitting(module, path / MODEL)
+        weights = fitting(module, load_file(path / MODEL))
         if content.get("precise_bn", False):
             weights |= _fitting_statistics(weights, load_file(path / STATISTICS))
         if state.pieces is not None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,9 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
     Raises UserError where they cannot be, are not what was sealed, or do not fit.
     """
     try:
-        check_seal(path, load_file(path))
-        tensors = load_fitting(model, path)
+        stored = load_file(path)
+        check_seal(path, stored)
+        tensors = fitting(model, stored)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be loaded: {error}; restore it from a backup, or start a new run"
@@ -84,13 +85,13 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_fitting(model: nn.Module, path: Path) -> dict[str, Tensor]:
+def fitting(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file; ValueError unless names, shapes and dtypes are the model's.
 
     What a loss learned beside the network is passed over where the model has no place for it.
     """
     own = model.state_dict()
-    tensors = {n: t for n, t in load_file(path).items() if n in own or not is_centre(n)}
+    tensors = {n: t for n, t in stored.items() if n in own or not is_centre(n)}
     if odd := own.keys() ^ tensors.keys():
         raise ValueError(f"weights do not fit: {sorted(odd)[:8]}")
     for name, value in tensors.items():

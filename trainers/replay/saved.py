@@ -21,8 +21,6 @@ from bigbatch.trainers.recovery.stored import (
 )
 from bigbatch.trainers.replay.past import Past
 
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
-
 
 def unlike_saved(past: Past, state: TrainState) -> list[str] | None:
     """What of the checkpoint after the state's step is not the state's, bit for bit.
@@ -45,8 +43,16 @@ def unlike_saved(past: Past, state: TrainState) -> list[str] | None:
         optimizer = load_file(path / OPTIMIZER)
         average = load_file(path / AVERAGE) if content.get("averaged", 0) else {}
         values = dict(content["optimizer"])
-    except (CorruptCheckpoint, *_UNREADABLE) as error:
-        # Damaged; or the run, which goes on, has removed it by now.
+    except (
+        CorruptCheckpoint,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        # Damaged, or of another version; or the run, which goes on, has removed it by now.
         return [f"file: {error}"] if path.is_dir() else None
     weights, tensors, scalars, averages = gather(state)
     found = _differing("", saved, weights) + _differing("optimizer's ", optimizer, tensors)

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ from bigbatch.trainers.inference import __main__ as entry
 from bigbatch.trainers.inference import ensemble as making
 from bigbatch.trainers.inference.ensemble import FEATURES, METHODS, Plan, make
 from bigbatch.trainers.inference.evaluate import open_labelled, save_evaluation, table_of
+from bigbatch.trainers.recovery import signals
+from bigbatch.trainers.recovery.signals import Stopped
 from tests.helpers.runs import untrained_run
 
 CLASSES = tuple("0123456789")
@@ -309,6 +312,19 @@ def test_what_ends_a_command_from_outside_keeps_its_status_without_a_traceback(
     found = capsys.readouterr().err
     assert "bigbatch resume" not in found
     assert said in found
+
+
+def test_a_signal_ends_a_command_with_its_own_status(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(*given: object) -> int:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setitem(entry._COMMANDS, "evaluate", ends)
+    monkeypatch.setattr(signals, "catch", lambda *given: {})
+    given = ["evaluate", str(run), "--source", "x"]
+    assert signals.until_stopped(lambda: entry.main(given)) == 143
+    assert "bigbatch resume" not in capsys.readouterr().err
 
 
 def test_what_sets_the_ensemble_apart_from_its_members_is_said() -> None:
